@@ -1,0 +1,110 @@
+"""The command line: collects the verbs. `--help` imports neither torch nor a simulator."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from diffusion_policy import __version__
+from diffusion_policy.commands.collect import Collect
+from diffusion_policy.commands.common import Interrupted
+from diffusion_policy.commands.demo import Demo
+from diffusion_policy.commands.evaluate import Evaluate
+from diffusion_policy.commands.rollout import Rollout
+from diffusion_policy.commands.train import Train
+from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, from_dict
+
+DESCRIPTION = """Learn multimodal robot behaviour from demonstrations, and measure success per mode.
+
+Start with `diffusion-policy demo`. Each command explains itself: `diffusion-policy train --help`.
+A mistake is answered with one line and exit status 2; --debug, anywhere, shows where it came from."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 (a user's mistake), 130 (interrupted). A fault of ours is
+    raised."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if arguments == ["--version"]:
+        print(__version__)
+        return 0
+    try:
+        parse(arguments or ["--help"]).run()
+    except (ValueError, OSError, FloatingPointError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> Collect | Train | Evaluate | Rollout | Demo:
+    """The command that arguments mean; raises ConfigError when they mean none."""
+    commands: Any = (
+        Annotated[Collect, tyro.conf.subcommand("collect")]
+        | Annotated[Train, tyro.conf.subcommand("train", default=_train_defaults(arguments))]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Rollout, tyro.conf.subcommand("rollout")]
+        | Annotated[Demo, tyro.conf.subcommand("demo")]
+    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(commands, prog="diffusion-policy", description=DESCRIPTION, args=arguments)
+    except SystemExit as leaving:
+        if leaving.code:
+            raise ConfigError(_one_line(said.getvalue())) from leaving
+        raise
+
+
+def _one_line(box: str) -> str:
+    """The sentences of tyro's error box, without its frame, its title and its closing pointer to --help."""
+    rows = [re.sub(r"\x1b\[[0-9;]*m", "", row).strip("│| ") for row in box.splitlines()]
+    parts = [part.strip() for part in re.split(r"[─-]{6,}", " ".join(rows[1:-1]))]
+    return "; ".join(part for part in parts if part and not part.startswith("For full helptext"))
+
+
+def _train_defaults(arguments: Sequence[str]) -> Train:
+    """Options of `train --config FILE`, so that the other flags override them; plain defaults without it."""
+    defaults = Train(dataset=tyro.MISSING, output=tyro.MISSING)
+    flags = [argument.partition("=") for argument in arguments]
+    for i, (flag, equals, value) in enumerate(flags):
+        if arguments[0] == "train" and flag == "--config" and (equals or i + 1 < len(arguments)):
+            return _read_options(Path(value if equals else arguments[i + 1]), defaults)
+    return defaults
+
+
+def _read_options(path: Path, defaults: Train) -> Train:
+    """What the JSON of a checkpoint says of training; raises ConfigError when it says nothing."""
+    try:
+        options = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"--config {path} is not JSON: {error}") from error
+    if not isinstance(options, dict) or not options.keys() & {"policy", "training"}:
+        raise ConfigError(f"--config {path} must be a JSON object with `policy` or `training`")
+    return dataclasses.replace(
+        defaults,
+        config=path,
+        observation=tuple(map(str, options.get("observation", ()))),
+        policy=from_dict(PolicyConfig, options.get("policy", {})),
+        training=from_dict(TrainConfig, options.get("training", {})),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

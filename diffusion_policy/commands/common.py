@@ -1,0 +1,148 @@
+"""What several verbs share: parsing --env-kwargs, workers, progress bars, fresh output folders, a checkpoint that fits
+its environment. Nothing here imports torch before it is used."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from diffusion_policy.config import ConfigError, SampleConfig
+
+if TYPE_CHECKING:
+    import gymnasium
+
+    from diffusion_policy.checkpoint import Checkpoint
+
+DEFAULT_ENV = "diffusion_policy/Avoid-v0"
+
+console = Console(stderr=True, highlight=False)
+"""Progress and remarks; results go to standard output."""
+
+
+class Interrupted(Exception):
+    """The user stopped the work (Ctrl-C); the message says what was kept."""
+
+
+def parse_env_kwargs(text: str) -> dict[str, Any]:
+    """--env-kwargs: a JSON object; raises ConfigError."""
+    try:
+        arguments = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--env-kwargs must be a JSON object such as '{{\"rows\": 2}}'; got {text!r}") from error
+    if not isinstance(arguments, dict):
+        raise ConfigError(f"--env-kwargs must be a JSON object such as '{{\"rows\": 2}}'; got {text!r}")
+    return arguments
+
+
+def available_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def require_fresh(path: Path) -> None:
+    """Raise ConfigError when an output exists and holds anything."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ConfigError(f"{path} already holds something; choose another --output or delete it first")
+
+
+def progress_bar(unit: str) -> Progress:
+    """A bar with count and time left; its tasks have a field `note`, shown at the end. It fits 80 columns."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=18),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeRemainingColumn(),
+        TextColumn("left  {task.fields[note]}"),
+        console=console,
+    )
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """Within the context, Ctrl-C and SIGTERM set the event, so that the step under way is finished; a second Ctrl-C
+    interrupts at once."""
+    stop = threading.Event()
+
+    def handle(_signal: int, _frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+        yield stop
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Loaded(NamedTuple):
+    """A checkpoint and the environment that it acts in."""
+
+    checkpoint: Checkpoint
+    env_id: str
+    env_kwargs: dict[str, Any]
+    make_env: Callable[..., gymnasium.Env]
+    """Picklable; takes `render_mode`."""
+    env: gymnasium.Env
+    """One instance, for modes and drawing."""
+
+    @property
+    def frames_per_second(self) -> float:
+        """How many control steps the environment takes in a second; 30 where it does not say."""
+        return self.env.metadata.get("render_fps") or 30
+
+
+def load_with_environment(
+    path: Path, env: str | None, env_kwargs: str | None, sampling: SampleConfig, device: str
+) -> Loaded:
+    """Load a checkpoint and make its environment, or the one named instead.
+
+    Raises ValueError when there is no environment, when its spaces do not fit the policy, or when the policy has fewer
+    noise levels than sampling steps.
+    """
+    import gymnasium
+
+    from diffusion_policy import checkpoint, envs
+    from diffusion_policy.policy import choose_device
+    from diffusion_policy.samplers import choose_levels
+
+    loaded = checkpoint.load(path, choose_device(device))
+    choose_levels(loaded.policy.schedule, sampling.sampling_steps)
+    recorded = loaded.environment
+    env_id = env or recorded.id
+    if env_id is None:
+        raise ConfigError(f"{path} was trained on data that name no environment; give one with --env")
+    if env_kwargs is not None:
+        arguments = parse_env_kwargs(env_kwargs)
+    else:
+        arguments = recorded.arguments if env_id == recorded.id else {}
+    make_env = partial(envs.make, env_id, **arguments)
+    instance = make_env()
+    if not (hasattr(instance.unwrapped, "modes") and hasattr(instance.unwrapped, "mode")):
+        raise ConfigError(f"{env_id} says nothing of modes: an environment needs `modes` and `mode` to be evaluated")
+    space = instance.observation_space
+    if not isinstance(space, gymnasium.spaces.Dict):
+        raise ConfigError(f"{env_id} must have a Dict observation space; got {space}")
+    offered = {key: part.shape for key, part in space.items()}
+    needed = loaded.policy.shapes.observations
+    if any(offered.get(key) != shape for key, shape in needed.items()):
+        raise ConfigError(f"{path} observes {needed}; {env_id} offers {offered}")
+    if instance.action_space.shape != loaded.policy.shapes.action:
+        action = loaded.policy.shapes.action
+        raise ConfigError(f"{path} acts with shape {action}; {env_id} takes {instance.action_space.shape}")
+    return Loaded(loaded, env_id, arguments, make_env, instance)

@@ -1,0 +1,134 @@
+"""diffusion-policy train: a policy from a data set."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from diffusion_policy.commands.common import Interrupted, console, progress_bar, require_fresh, stop_on_signal
+from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from diffusion_policy.checkpoint import Dataset, Environment
+    from diffusion_policy.datasets.store import EpisodeStore
+    from diffusion_policy.trainer import Progress, Trainer
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a diffusion policy on a data set; write checkpoints and metrics.jsonl into a new folder.
+
+    Ctrl-C leaves a checkpoint of the last step.
+    """
+
+    dataset: str
+    """Store of demonstrations: a path or URL."""
+    output: Path
+    """Folder of this run."""
+    config: Path | None = None
+    """Take policy and training options from this JSON, such as a checkpoint's config.json; flags override it."""
+    observation: tuple[str, ...] = ()
+    """Keys of the store that the policy observes; by default those that the store names, else all but action."""
+    device: str = "auto"
+    """auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps."""
+    policy: Annotated[PolicyConfig, tyro.conf.arg(name="")] = field(default_factory=PolicyConfig)
+    training: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+
+    def run(self) -> None:
+        """Train; raises ValueError for bad data, a bad device, or an output folder that holds something."""
+        import torch
+
+        from diffusion_policy import checkpoint
+        from diffusion_policy.datasets.store import EpisodeStore
+        from diffusion_policy.datasets.windows import Windows, split_episodes
+        from diffusion_policy.policy import DiffusionPolicy, choose_device
+        from diffusion_policy.trainer import Trainer
+
+        require_fresh(self.output)
+        device = choose_device(self.device)
+        store = EpisodeStore.open(self.dataset)
+        keys = self._observation_keys(store)
+        data = {key: store.read(key) for key in (*keys, "action")}
+        ends = store.episode_ends
+        training_episodes, held_out = split_episodes(len(ends), self.training.validation_share, self.training.seed)
+
+        torch.manual_seed(self.training.seed)
+        horizons = self.policy.observation_horizon, self.policy.prediction_horizon
+        windows = Windows(data, ends, training_episodes, *horizons, device)
+        validation = Windows(data, ends, held_out, *horizons, device) if len(held_out) else None
+        policy = DiffusionPolicy.for_data(self.policy, windows.rows()).to(device)
+        trainer = Trainer(policy, windows, validation, self.training)
+        environment, dataset = describe(store, keys)
+        parameters = sum(weight.numel() for weight in policy.parameters())
+        console.print(
+            f"{len(training_episodes)} training and {len(held_out)} validation episodes, {len(windows)} windows, "
+            f"{parameters / 1e6:.1f} M parameters, on {device}"
+        )
+
+        def save() -> Path:
+            point = checkpoint.Checkpoint(trainer.averaged, self.training, environment, dataset, trainer.step)
+            return checkpoint.save(self.output, point, trainer.state())
+
+        self.output.mkdir(parents=True, exist_ok=True)
+        with stop_on_signal() as stop:
+            self._train(trainer, stop.is_set, save)
+            folder = save()
+        if trainer.step < self.training.steps:
+            raise Interrupted(f"stopped after step {trainer.step} of {self.training.steps}; checkpoint in {folder}")
+        console.print(f"checkpoint in {folder}")
+
+    def _observation_keys(self, store: EpisodeStore) -> tuple[str, ...]:
+        keys = self.observation or tuple(store.attributes.get("observation_keys", ()))
+        keys = keys or tuple(key for key in store.keys if key != "action")
+        wrong = [key for key in keys if key not in store.keys or key == "action"]
+        if wrong or not keys:
+            sought = f"no observation {wrong[0]!r}" if wrong else "no observations"
+            raise ConfigError(f"{self.dataset} has {sought}; it has {', '.join(store.keys)}")
+        return keys
+
+    def _train(self, trainer: Trainer, should_stop: Callable[[], bool], save: Callable[[], object]) -> None:
+        """Train with a bar, a line at each validation, metrics.jsonl, and a checkpoint from time to time."""
+        with progress_bar("steps") as bar, (self.output / "metrics.jsonl").open("w") as metrics:
+            task = bar.add_task("training", total=self.training.steps, note="")
+
+            def show(progress: Progress) -> None:
+                note = f"loss {progress.loss:.3f}, {progress.steps_per_second:.1f}/s"
+                bar.update(task, completed=progress.step, note=note)
+                metrics.write(json.dumps(progress._asdict()) + "\n")
+                metrics.flush()
+                if progress.validation_loss is not None:
+                    losses = f"loss {progress.loss:.4f}, validation loss {progress.validation_loss:.4f}"
+                    bar.console.print(f"step {progress.step}: {losses}")
+                if progress.step % self.training.checkpoint_every == 0:
+                    save()
+
+            trainer.run(show, should_stop)
+
+
+def describe(store: EpisodeStore, observation_keys: Sequence[str]) -> tuple[Environment, Dataset]:
+    """What a checkpoint says of its data set."""
+    from diffusion_policy.checkpoint import Dataset, Environment
+    from diffusion_policy.metrics import NONE
+
+    attributes = store.attributes
+    recorded = attributes.get("environment")
+    recorded = recorded if isinstance(recorded, dict) else {}  # other tools may mean something else by it
+    modes = [mode or NONE for mode in store.episode_modes()]
+    seeds = store.read_meta("seed")
+    local = Path(store.location)
+    environment = Environment(recorded.get("id"), recorded.get("arguments", {}), tuple(attributes.get("modes", ())))
+    dataset = Dataset(
+        location=str(local.resolve()) if local.exists() else store.location,
+        fingerprint=store.fingerprint(observation_keys),
+        episodes=len(modes),
+        steps=int(store.episode_ends[-1]),
+        modes=dict(sorted(Counter(modes).items())),
+        seeds=None if seeds is None else (int(seeds.min()), int(seeds.max())),
+    )
+    return environment, dataset

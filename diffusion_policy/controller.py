@@ -1,0 +1,96 @@
+"""Receding horizon for B environments: a history of observations in, queued actions out.
+
+Knows when to plan. Knows no simulator.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from diffusion_policy.config import SampleConfig
+from diffusion_policy.policy import DiffusionPolicy, derive_generator
+
+
+def planning_generator(seed: int, repeat: int = 0) -> torch.Generator:
+    """The source of an episode's planning noise: derived from the environment's seed and the repeat."""
+    return derive_generator(seed, repeat)
+
+
+class Controller:
+    """Plans a sequence of T actions, hands out Ta of them, then plans again; each environment at its own time.
+
+    Plans are made in batches padded to one fixed size, so that neither the number of environments that plan together
+    nor their neighbours change a result.
+    """
+
+    def __init__(
+        self,
+        policy: DiffusionPolicy,
+        environments: int,
+        sampling: SampleConfig | None = None,
+        plan_batch: int | None = None,
+    ) -> None:
+        """`environments`: B; `plan_batch`: observations in one planning call, by default B."""
+        self._policy = policy
+        self._sampling = sampling or SampleConfig()
+        self._plan_batch = plan_batch or environments
+        horizon = policy.config.observation_horizon
+        self.action_horizon = policy.config.action_horizon
+        """Ta: an environment plans at its first step and then every Ta steps."""
+        self._history = {  # the last To observations, oldest first
+            key: np.zeros((environments, horizon, *shape), np.float32)
+            for key, shape in policy.shapes.observations.items()
+        }
+        self._fresh = np.ones(environments, bool)  # no observation yet in this episode
+        self._queue = np.zeros((environments, self.action_horizon, *policy.shapes.action), np.float32)
+        self._position = np.full(environments, self.action_horizon)  # next action in the queue
+        self._generators: list[torch.Generator | None] = [None] * environments
+
+    def reset(self, mask: np.ndarray, generators: Sequence[torch.Generator]) -> None:
+        """Begin new episodes where `mask` (B,) is true, with one planning generator for each of those."""
+        self._fresh[mask] = True
+        self._position[mask] = self.action_horizon
+        for environment, generator in zip(np.flatnonzero(mask), generators, strict=True):
+            self._generators[environment] = generator
+
+    def act(self, observations: Mapping[str, np.ndarray], active: np.ndarray | None = None) -> np.ndarray:
+        """Observations of now {key: (B, ...)} → raw actions (B, A). Environments that are not `active` (B,) are left
+        out: they neither plan nor move on. Raises FloatingPointError when the policy's plan is not finite."""
+        active = np.ones(len(self._position), bool) if active is None else active
+        for key, history in self._history.items():
+            now = np.asarray(observations[key], np.float32)[:, None]  # (B, 1, ...)
+            shifted = np.concatenate([history[:, 1:], now], axis=1)
+            first = np.broadcast_to(now, history.shape)  # before the first step: that step repeated
+            history[active] = np.where(_expand(self._fresh, history), first, shifted)[active]
+        self._fresh &= ~active
+        waiting = np.flatnonzero(active & (self._position == self.action_horizon))
+        for start in range(0, len(waiting), self._plan_batch):
+            self._plan(waiting[start : start + self._plan_batch])
+        actions = self._queue[np.arange(len(self._queue)), np.minimum(self._position, self.action_horizon - 1)]
+        self._position[active] += 1
+        return actions
+
+    def _plan(self, rows: np.ndarray) -> None:
+        """Fill the queues of some environments."""
+        padded = np.resize(rows, self._plan_batch)  # repeats rows; what the copies yield is dropped
+        observations = {
+            key: torch.as_tensor(history[padded], device=self._policy.device) for key, history in self._history.items()
+        }
+        generators = [self._generators[row] for row in rows]
+        if None in generators:
+            raise RuntimeError("reset the controller before it acts: each episode needs its planning generator")
+        spare = [torch.Generator() for _ in range(self._plan_batch - len(rows))]
+        sequences = self._policy.sample(observations, [*filter(None, generators), *spare], config=self._sampling)
+        config = self._policy.config
+        first = config.observation_horizon - 1
+        plan = sequences[: len(rows), 0, first : first + config.action_horizon].cpu().numpy()  # (rows, Ta, A)
+        if not np.isfinite(plan).all():
+            raise FloatingPointError("the policy planned NaN or infinity; it is not trained, or its training diverged")
+        self._queue[rows] = plan
+        self._position[rows] = 0
+
+
+def _expand(mask: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """(B,) → (B, 1, ..., 1) with as many axes as `like`."""
+    return mask.reshape(-1, *[1] * (like.ndim - 1))

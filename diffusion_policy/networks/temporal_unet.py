@@ -1,0 +1,60 @@
+"""The conditional 1-D U-Net over time (Janner et al. 2022, arXiv 2205.09991; conditioned by FiLM as in Chi et al. 2023,
+arXiv 2303.04137, appendix A)."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from diffusion_policy.networks.blocks import BlockPair, ConvBlock, LevelEmbedding
+
+
+class TemporalUnet(nn.Module):
+    """(xt (B, T, A), level (B,), cond (B, C)) → (B, T, A). T is a multiple of `stride`, 2^(resolutions − 1)."""
+
+    def __init__(
+        self,
+        action_dim: int,
+        cond_dim: int,
+        widths: Sequence[int] = (64, 128, 256),
+        kernel_size: int = 5,
+        groups: int = 8,
+        level_dim: int = 128,
+    ) -> None:
+        """`widths`: channels at each resolution; each is half as long in time as the one before."""
+        super().__init__()
+        self.stride = 2 ** (len(widths) - 1)
+        self.embed_level = LevelEmbedding(level_dim)
+
+        def blocks(channels_in: int, channels_out: int) -> BlockPair:
+            return BlockPair(channels_in, channels_out, level_dim + cond_dim, kernel_size, groups)
+
+        self.down = nn.ModuleList(blocks(*widths_in_out) for widths_in_out in pairwise((action_dim, *widths)))
+        self.shorten = nn.ModuleList(nn.Conv1d(width, width, 3, stride=2, padding=1) for width in widths[:-1])
+        self.middle = blocks(widths[-1], widths[-1])
+        self.lengthen = nn.ModuleList(
+            nn.ConvTranspose1d(deep, shallow, 4, stride=2, padding=1) for shallow, deep in reversed([*pairwise(widths)])
+        )
+        self.up = nn.ModuleList(blocks(2 * width, width) for width in reversed(widths[:-1]))
+        self.out = nn.Sequential(
+            ConvBlock(widths[0], widths[0], kernel_size, groups), nn.Conv1d(widths[0], action_dim, 1)
+        )
+
+    def forward(self, xt: Tensor, level: Tensor, cond: Tensor) -> Tensor:
+        """Raises ValueError when T is not a multiple of `stride`."""
+        if xt.shape[1] % self.stride:
+            raise ValueError(f"the prediction horizon must be a multiple of {self.stride}; got {xt.shape[1]}")
+        cond = torch.cat([self.embed_level(level), cond], dim=-1)
+        x = rearrange(xt, "b t a -> b a t")
+        skips = []
+        for i, pair in enumerate(self.down):
+            x = pair(x, cond)
+            if i < len(self.shorten):
+                skips.append(x)
+                x = self.shorten[i](x)
+        x = self.middle(x, cond)
+        for lengthen, pair in zip(self.lengthen, self.up, strict=True):
+            x = pair(torch.cat([lengthen(x), skips.pop()], dim=1), cond)
+        return rearrange(self.out(x), "b a t -> b t a")

@@ -1,0 +1,204 @@
+"""Avoid: a Panda steers a rod between rows of cylinders to a finish line, by any of several ways.
+
+The geometry, the control rate and the mode code follow D3IL's Avoiding task (Jia et al. 2024, arXiv 2402.14606), built
+anew on PyBullet. A mode is the sequence of gates passed, one a row: rows = 1, 2, 3 gives 2, 6, 24 modes.
+"""
+
+import itertools
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+
+from diffusion_policy.envs.robots import panda_with_rod
+from diffusion_policy.envs.scene import Scene
+from diffusion_policy.envs.simulation import Camera, Simulation
+
+
+class Row(NamedTuple):
+    """Cylinders side by side [m]; one gate left of the first, one between each two, one right of the last."""
+
+    y: float
+    centers_x: tuple[float, ...]
+    radius: float
+    gates: tuple[str, ...]
+
+
+ROWS = (
+    Row(-0.10, (0.5,), 0.03, ("left", "right")),
+    Row(0.08, (0.425, 0.575), 0.025, ("left", "middle", "right")),
+    Row(0.26, (0.35, 0.5, 0.65), 0.025, ("leftmost", "left", "right", "rightmost")),
+)
+FINISH_Y = 0.35
+"""The rod's axis beyond this line is success [m]."""
+START_XY = (0.525, -0.28)
+"""Where the published protocol starts [m]."""
+START_RANGE = 0.02
+"""Each coordinate of the start is drawn within this distance of START_XY [m], unless `fixed_start`."""
+WORKSPACE = ((0.28, 0.72), (-0.35, 0.40))
+"""The commanded position is clipped to these x and y ranges [m]."""
+MAX_ACTION = 0.02
+"""Largest change of the commanded position in one control step, per axis [m]."""
+ROD_RADIUS = 0.01
+ROD_LENGTH = 0.2
+TOOL_Z = 0.12
+"""Height of the rod's centre [m]: the rod ends 2 cm above the table."""
+CYLINDER_HEIGHT = 0.16
+CONTROL_PERIOD = 0.035
+"""[s]"""
+SUBSTEPS = 7
+"""Physics steps in a control step: the rod moves less than 3 mm in one, far less than any radius."""
+EPISODE_STEPS = 250
+"""Control steps after which Gymnasium's time limit ends an episode."""
+
+CAMERA = Camera(target=(0.5, 0.03, 0.05), distance=0.95, yaw=90, pitch=-48)
+WIDTH, HEIGHT = 480, 384
+
+
+def modes(rows: int) -> tuple[str, ...]:
+    """Every mode's label, the gates of the first `rows` rows joined by hyphens: `left-middle`."""
+    return tuple("-".join(gates) for gates in itertools.product(*(row.gates for row in ROWS[:rows])))
+
+
+class AvoidEnv(gymnasium.Env):
+    """Observation: `desired_xy`, the commanded, and `actual_xy`, the measured position of the rod (each (2,), [m]).
+    Action: change of the commanded position, (2,) [m]. Reward: 1 at success, else 0. The episode ends at success
+    (beyond the finish line) or at any contact between rod and cylinder.
+    """
+
+    metadata = {  # noqa: RUF012  (as Gymnasium declares it)
+        "render_modes": ["human", "rgb_array"],
+        "render_fps": 1 / CONTROL_PERIOD,
+    }
+
+    def __init__(self, rows: int = 2, fixed_start: bool = False, render_mode: str | None = None) -> None:
+        """`rows`: how many rows of cylinders stand, 1 to 3; `fixed_start`: always start at START_XY."""
+        if rows not in (1, 2, 3):
+            raise ValueError(f"rows must be 1, 2 or 3; got {rows!r}")
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"unknown render_mode {render_mode!r}; choose from human, rgb_array")
+        self.rows = rows
+        self.fixed_start = fixed_start
+        self.render_mode = render_mode
+        self.modes = modes(rows)
+        low, high = (np.array(bounds, dtype=np.float32) for bounds in zip(*WORKSPACE, strict=True))
+        margin = np.float32(0.1)  # the arm may swing past a command
+        self.observation_space = gymnasium.spaces.Dict(
+            {
+                "desired_xy": gymnasium.spaces.Box(low, high, dtype=np.float32),
+                "actual_xy": gymnasium.spaces.Box(low - margin, high + margin, dtype=np.float32),
+            }
+        )
+        self.action_space = gymnasium.spaces.Box(-MAX_ACTION, MAX_ACTION, (2,), np.float32)
+
+        self._simulation = Simulation(CONTROL_PERIOD / SUBSTEPS, human=render_mode == "human")
+        self._cylinders = self._build_scene()
+        self._arm = panda_with_rod(self._simulation, ROD_RADIUS, ROD_LENGTH)
+        self._simulation.look_from(CAMERA)
+        self._pristine = self._simulation.save()
+        self._desired_xy = np.array(START_XY)
+
+    def _build_scene(self) -> list[str]:
+        simulation = self._simulation
+        (x_low, x_high), (y_low, y_high) = WORKSPACE
+        x, y = (x_low + x_high) / 2, (y_low + y_high) / 2
+        half_x, half_y = (x_high - x_low) / 2, (y_high - y_low) / 2
+        simulation.add_picture_box("table", (half_x + 0.1, half_y + 0.05, 0.01), (x, y, -0.01), (0.93, 0.93, 0.9, 1))
+        simulation.add_picture_box("finish", (half_x + 0.1, 0.004, 0.001), (x, FINISH_Y, 0.001), (0.1, 0.6, 0.3, 1))
+        names = []
+        for i, row in enumerate(ROWS[: self.rows]):
+            for j, center_x in enumerate(row.centers_x):
+                names.append(f"cylinder {i}.{j}")
+                position = (center_x, row.y, CYLINDER_HEIGHT / 2)
+                simulation.add_cylinder(names[-1], row.radius, CYLINDER_HEIGHT, position, (0.8, 0.25, 0.2, 1))
+        return names
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
+        """Put the rod at rest at its start."""
+        super().reset(seed=seed)
+        offset = np.zeros(2) if self.fixed_start else self.np_random.uniform(-START_RANGE, START_RANGE, 2)
+        self._desired_xy = np.array(START_XY) + offset
+        self._simulation.restore(self._pristine)  # so that no trace of the last episode is left
+        self._arm.reset((*self._desired_xy, TOOL_Z))
+        return self._observation(), {"is_success": False, "collision": False}
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        """Move the commanded position by `action`, (2,) [m], for one control period; raises ValueError when it is
+        not two finite numbers."""
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != (2,) or not np.isfinite(action).all():
+            raise ValueError(f"an action is two finite numbers [m]; got {action}")
+        bounds = np.array(WORKSPACE).T
+        self._desired_xy = np.clip(self._desired_xy + np.clip(action, -MAX_ACTION, MAX_ACTION), *bounds)
+        self._arm.move_to((*self._desired_xy, TOOL_Z))
+        collision = self._advance()
+        observation = self._observation()
+        success = bool(observation["actual_xy"][1] > FINISH_Y) and not collision
+        info = {"is_success": success, "collision": collision}
+        return observation, float(success), success or collision, False, info
+
+    def _advance(self) -> bool:
+        """Simulate one control period; returns whether the rod touched a cylinder."""
+        for _ in range(SUBSTEPS):
+            self._simulation.step()
+            if any(self._arm.touches(name) for name in self._cylinders):
+                return True
+        if self.render_mode == "human":
+            time.sleep(CONTROL_PERIOD)
+        return False
+
+    def _observation(self) -> dict[str, np.ndarray]:
+        return {
+            "desired_xy": self._desired_xy.astype(np.float32),
+            "actual_xy": self._arm.tool_position[:2].astype(np.float32),
+        }
+
+    def render(self) -> np.ndarray | None:
+        """A picture (384, 480, 3) uint8 for `rgb_array`; the window of `human` draws itself."""
+        if self.render_mode != "rgb_array":
+            return None
+        return self._simulation.render(CAMERA, WIDTH, HEIGHT)
+
+    def close(self) -> None:
+        """Free the simulation; may be called twice."""
+        self._simulation.close()
+
+    # What a trajectory means, without a simulator
+
+    def mode(self, observations: Mapping[str, np.ndarray]) -> str | None:
+        """The gates that an episode passed, from its `actual_xy` (steps, 2) [m]; None unless it passed every row.
+
+        Where a row was crossed more than once, its last crossing towards the finish counts.
+        """
+        xy = np.asarray(observations["actual_xy"], dtype=np.float64)
+        gates = [_gate(row, xy) for row in ROWS[: self.rows]]
+        return None if None in gates else "-".join(gate for gate in gates if gate is not None)
+
+    def path(self, observations: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Where an episode went in the plane of `scene`, (steps, 2) [m]."""
+        return np.asarray(observations["actual_xy"])
+
+    def planned_path(self, observation: Mapping[str, np.ndarray], actions: np.ndarray) -> np.ndarray:
+        """Where actions (..., steps, 2) would lead the commanded position from one observation on,
+        (..., steps + 1, 2) [m]."""
+        start = np.broadcast_to(observation["desired_xy"], (*actions.shape[:-2], 1, 2))
+        return np.concatenate([start, start + np.cumsum(actions, axis=-2)], axis=-2)
+
+    @property
+    def scene(self) -> Scene:
+        """The cylinders and the finish line from above."""
+        circles = tuple((x, row.y, row.radius) for row in ROWS[: self.rows] for x in row.centers_x)
+        return Scene(*WORKSPACE, circles, FINISH_Y)
+
+
+def _gate(row: Row, xy: np.ndarray) -> str | None:
+    """The gate through which a path (steps, 2) [m] last crossed a row upwards."""
+    below, above = xy[:-1], xy[1:]
+    crossings = np.flatnonzero((below[:, 1] < row.y) & (above[:, 1] >= row.y))
+    if len(crossings) == 0:
+        return None
+    (x0, y0), (x1, y1) = below[crossings[-1]], above[crossings[-1]]
+    x = x0 + (x1 - x0) * (row.y - y0) / (y1 - y0)
+    return row.gates[int(np.searchsorted(row.centers_x, x))]

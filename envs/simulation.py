@@ -1,0 +1,177 @@
+"""PyBullet behind body names: the only file that imports it.
+
+Knows bodies, joints, contacts, cameras and saved states. Knows no robot and no task.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium
+import numpy as np
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Hide what PyBullet's C code prints (its build time, its arguments); Python's own streams are flushed first."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 1)
+        os.dup2(null.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved[0], 1)
+            os.dup2(saved[1], 2)
+            os.close(saved[0])
+            os.close(saved[1])
+
+
+with _silence():
+    import pybullet
+    import pybullet_data
+    from pybullet_utils.bullet_client import BulletClient
+
+DATA_PATH = Path(pybullet_data.getDataPath())
+"""Where PyBullet's own robot models lie."""
+
+Color = tuple[float, float, float, float]
+
+
+class Camera(NamedTuple):
+    """A viewpoint on the scene."""
+
+    target: tuple[float, float, float]
+    """Point looked at [m]."""
+    distance: float
+    """From the target to the eye [m]."""
+    yaw: float
+    """Around the vertical axis [degrees]."""
+    pitch: float
+    """Above (negative: looking down) the horizon [degrees]."""
+
+
+class Simulation:
+    """One PyBullet world with a fixed time step; `human` opens its window, otherwise nothing is shown."""
+
+    def __init__(self, time_step: float, human: bool = False) -> None:
+        """`time_step` is one physics step [s]."""
+        if human and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+            gymnasium.logger.warn("no window: DISPLAY is not set, so render_mode 'human' shows nothing")
+            human = False  # PyBullet would end the process
+        with _silence():
+            self._client = BulletClient(pybullet.GUI if human else pybullet.DIRECT)
+        if human:
+            self._client.configureDebugVisualizer(pybullet.COV_ENABLE_GUI, 0)
+        self._client.setTimeStep(time_step)
+        self._client.setGravity(0, 0, -9.81)
+        self._bodies: dict[str, int] = {}
+        self._connected = True
+
+    # Building the scene
+
+    def add_cylinder(
+        self,
+        name: str,
+        radius: float,
+        height: float,
+        position: Sequence[float],
+        color: Color,
+    ) -> None:
+        """Add a static upright cylinder, its centre at `position` [m]."""
+        client = self._client
+        collision = client.createCollisionShape(pybullet.GEOM_CYLINDER, radius=radius, height=height)
+        visual = client.createVisualShape(pybullet.GEOM_CYLINDER, radius=radius, length=height, rgbaColor=color)
+        self._bodies[name] = client.createMultiBody(0, collision, visual, position)
+
+    def add_picture_box(
+        self, name: str, half_extents: Sequence[float], position: Sequence[float], color: Color
+    ) -> None:
+        """Add a box [m] that is seen but never touched: a table top, a line on it."""
+        visual = self._client.createVisualShape(pybullet.GEOM_BOX, halfExtents=half_extents, rgbaColor=color)
+        self._bodies[name] = self._client.createMultiBody(0, -1, visual, position)
+
+    def load_urdf(self, name: str, path: Path) -> list[str]:
+        """Load a robot with its base fixed at the origin; returns its link names, in order of their indices."""
+        with _silence():
+            body = self._client.loadURDF(str(path), useFixedBase=True)
+        self._bodies[name] = body
+        return [self._client.getJointInfo(body, i)[12].decode() for i in range(self._client.getNumJoints(body))]
+
+    # Moving
+
+    def step(self) -> None:
+        """Advance the physics by one time step."""
+        self._client.stepSimulation()
+
+    def set_joints(self, name: str, joints: Sequence[int], angles: Sequence[float]) -> None:
+        """Put joints at angles [rad], at rest, without physics."""
+        for joint, angle in zip(joints, angles, strict=True):
+            self._client.resetJointState(self._bodies[name], joint, angle)
+
+    def drive_joints(
+        self, name: str, joints: Sequence[int], angles: Sequence[float], forces: Sequence[float], gain: float
+    ) -> None:
+        """Set position targets [rad] for the joints' motors, each with its largest torque [N m]."""
+        self._client.setJointMotorControlArray(
+            self._bodies[name],
+            joints,
+            pybullet.POSITION_CONTROL,
+            targetPositions=angles,
+            forces=forces,
+            positionGains=[gain] * len(joints),
+        )
+
+    def inverse_kinematics(
+        self, name: str, link: int, position: Sequence[float], orientation: Sequence[float]
+    ) -> tuple[float, ...]:
+        """Joint angles [rad] that bring a link to a pose ([m], xyzw quaternion), starting from the present ones."""
+        return self._client.calculateInverseKinematics(self._bodies[name], link, position, orientation)
+
+    # Reading
+
+    def link_position(self, name: str, link: int) -> np.ndarray:
+        """Position of a link's frame in the world, (3,) [m]."""
+        return np.array(self._client.getLinkState(self._bodies[name], link, computeForwardKinematics=True)[4])
+
+    def touches(self, name: str, link: int, other: str) -> bool:
+        """Whether a link touched another body in the last step."""
+        contacts = self._client.getContactPoints(self._bodies[name], self._bodies[other], link)
+        return any(contact[8] <= 0 for contact in contacts)  # contact[8]: distance, positive while only near
+
+    def render(self, camera: Camera, width: int, height: int) -> np.ndarray:
+        """A picture of the scene, (height, width, 3) uint8, drawn on the CPU."""
+        view = self._client.computeViewMatrixFromYawPitchRoll(
+            camera.target, camera.distance, camera.yaw, camera.pitch, roll=0, upAxisIndex=2
+        )
+        projection = self._client.computeProjectionMatrixFOV(45, width / height, 0.1, 5)
+        _, _, rgba, _, _ = self._client.getCameraImage(
+            width, height, view, projection, renderer=pybullet.ER_TINY_RENDERER, lightDirection=(0.6, -0.8, 2.0)
+        )
+        return np.asarray(rgba, dtype=np.uint8).reshape(height, width, 4)[..., :3]
+
+    def look_from(self, camera: Camera) -> None:
+        """Move the window's camera."""
+        self._client.resetDebugVisualizerCamera(camera.distance, camera.yaw, camera.pitch, camera.target)
+
+    # States
+
+    def save(self) -> int:
+        """Keep the full physical state in memory; returns a handle for `restore`."""
+        return self._client.saveState()
+
+    def restore(self, state: int) -> None:
+        """Return to a saved state, contacts and solver caches included."""
+        self._client.restoreState(state)
+
+    def close(self) -> None:
+        """Disconnect; may be called twice."""
+        if self._connected:
+            self._connected = False
+            with _silence(), contextlib.suppress(pybullet.error):  # the user may have closed the window
+                self._client.disconnect()

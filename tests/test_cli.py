@@ -1,0 +1,288 @@
+"""The command line as a user meets it: real processes, real files."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from diffusion_policy import checkpoint
+from diffusion_policy.cli import main, parse
+from diffusion_policy.commands.evaluate import Evaluate
+from diffusion_policy.commands.train import Train
+from diffusion_policy.datasets.store import EpisodeStore
+
+CLI = [sys.executable, "-m", "diffusion_policy.cli"]
+SMALL = ["--widths", "16", "32", "--level-dim", "32", "--levels", "20", "--batch-size", "32", "--device", "cpu"]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run a command that must fail as a user's mistake; returns the one line that it says."""
+    capsys.readouterr()
+    status = main([str(argument) for argument in arguments])
+    text = capsys.readouterr().err
+    assert status == 2, text
+    assert text.startswith("error: ")
+    assert text.count("\n") == 1
+    return text
+
+
+@pytest.mark.parametrize("command", ["collect", "train", "evaluate", "rollout", "demo"])
+def test_every_command_explains_itself(command: str) -> None:
+    done = subprocess.run([*CLI, command, "--help"], capture_output=True, text=True, check=True)
+    assert "--output" in done.stdout or "--video" in done.stdout
+
+
+def test_help_lists_the_commands() -> None:
+    done = subprocess.run([*CLI, "--help"], capture_output=True, text=True, check=True)
+    for command in ("collect", "train", "evaluate", "rollout", "demo", "--debug"):
+        assert command in done.stdout
+
+
+def test_unknown_commands_and_options_name_what_there_is(capsys) -> None:
+    assert "collect" in fails(capsys, "colect")
+    assert "--steps" in fails(capsys, "train", "--dataset", "x", "--output", "y", "--stepz", "3")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--env", "Nope-v0"], "unknown environment 'Nope-v0'; choose from diffusion_policy/Avoid-v0"),
+        (["--env", "CartPole-v1"], "no expert for 'CartPole-v1'; experts exist for diffusion_policy/Avoid-v0"),
+        (["--env-kwargs", "{"], "--env-kwargs must be a JSON object"),
+        (["--env-kwargs", "[1]"], "--env-kwargs must be a JSON object"),
+        (["--env-kwargs", '{"rows": 5}'], "rows must be 1, 2 or 3; got 5"),
+        (["--env-kwargs", '{"colour": 5}'], "does not take the arguments {'colour': 5}"),
+        (["--episodes", "0"], "episodes must be at least 1; got 0"),
+        (["--noise", "nan"], "noise must be at least 0; got nan"),
+    ],
+)
+def test_collect_refuses(tmp_path: Path, capsys, arguments: list[str], message: str) -> None:
+    text = fails(capsys, "collect", "--output", tmp_path / "new.zarr", *arguments)
+    assert message in text
+    assert not (tmp_path / "new.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--prediction-horizon", "10"], "prediction-horizon must be a multiple of 4"),
+        (["--action-horizon", "99"], "action-horizon must be at most 15"),
+        (
+            ["--schedule", "cubic"],
+            "invalid choice 'cubic' for argument '--schedule'. Expected one of ('cosine', 'linear')",
+        ),
+        (["--steps", "0"], "steps must be at least 1; got 0"),
+        (["--observation", "pose"], "has no observation 'pose'; it has action, actual_xy, desired_xy"),
+        (["--device", "warp"], "no device 'warp' here"),
+        (["--device", "meta"], "no device 'meta' here"),
+        (["--validation-share", "0.99"], "cannot hold out 99% of 12 episodes"),
+        (["--config", "/nowhere.json"], "/nowhere.json"),
+    ],
+)
+def test_train_refuses(demonstrations: Path, tmp_path: Path, capsys, arguments: list[str], message: str) -> None:
+    text = fails(capsys, "train", "--dataset", demonstrations, "--output", tmp_path / "run", *arguments)
+    assert message in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_refuses_bad_data(demonstrations: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "run"
+    assert "no data set at" in fails(capsys, "train", "--dataset", tmp_path / "no.zarr", "--output", out)
+    EpisodeStore.create(tmp_path / "empty.zarr", {}, [])
+    empty = fails(capsys, "train", "--dataset", tmp_path / "empty.zarr", "--output", out)
+    assert "holds no episodes" in empty
+    group = zarr.create_group(tmp_path / "nan.zarr")
+    group.create_array("data/state", data=np.full((4, 1), np.nan))
+    group.create_array("data/action", data=np.zeros((4, 1)))
+    group.create_array("meta/episode_ends", data=np.array([2, 4]))
+    assert "data/state has NaN" in fails(capsys, "train", "--dataset", tmp_path / "nan.zarr", "--output", out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--env", "Nope-v0"], "unknown environment 'Nope-v0'"),
+        (["--env", "CartPole-v1"], "CartPole-v1 says nothing of modes"),
+        (["--sampler", "dmp"], "invalid choice 'dmp' for argument '--sampler'. Expected one of ('ddim', 'ddpm')"),
+        (["--sampling-steps", "21"], "sampling steps must be from 1 to the 20 noise levels of the policy; got 21"),
+        (["--seed", "5"], "overlap the demonstrations' seeds 0 to 11; choose a --seed of at least 12"),
+        (["--episodes", "-1"], "episodes must be at least 1; got -1"),
+    ],
+)
+def test_evaluate_refuses(run: Path, tmp_path: Path, capsys, arguments: list[str], message: str) -> None:
+    text = fails(capsys, "evaluate", "--checkpoint", run, "--output", tmp_path / "e", *arguments)
+    assert message in text
+    assert not (tmp_path / "e").exists()
+
+
+def test_evaluate_names_the_shapes_that_do_not_fit(demonstrations: Path, tmp_path: Path, capsys) -> None:
+    group = zarr.create_group(tmp_path / "other.zarr")
+    group.create_array("data/pose", data=np.random.default_rng(0).normal(size=(40, 3)))
+    group.create_array("data/action", data=np.zeros((40, 2)))
+    group.create_array("meta/episode_ends", data=np.array([20, 40]))
+    command = ["train", "--dataset", tmp_path / "other.zarr", "--output", tmp_path / "run", "--steps", 1, *SMALL]
+    assert main([str(argument) for argument in command]) == 0
+    evaluate = ["evaluate", "--checkpoint", tmp_path / "run", "--output", tmp_path / "evaluation"]
+    assert "name no environment; give one with --env" in fails(capsys, *evaluate)
+    text = fails(capsys, *evaluate, "--env", "diffusion_policy/Avoid-v0")
+    assert "observes {'pose': (3,)}; diffusion_policy/Avoid-v0 offers {'actual_xy': (2,), 'desired_xy': (2,)}" in text
+
+
+def test_nothing_that_exists_is_overwritten(demonstrations: Path, run: Path, tmp_path: Path, capsys) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (*demonstrations.rglob("*"), *run.rglob("*"))}
+    assert "already exists" in fails(capsys, "collect", "--output", demonstrations)
+    holds = "already holds something; choose another --output or delete it first"
+    assert holds in fails(capsys, "train", "--dataset", demonstrations, "--output", run)
+    assert holds in fails(capsys, "evaluate", "--checkpoint", run, "--output", run)
+    assert holds in fails(capsys, "demo", "--output", run)
+    (tmp_path / "v.mp4").touch()
+    assert "already exists" in fails(capsys, "rollout", "--checkpoint", run, "--video", tmp_path / "v.mp4")
+    assert before == {path: path.stat().st_mtime_ns for path in (*demonstrations.rglob("*"), *run.rglob("*"))}
+
+
+def test_debug_shows_where_a_mistake_was_found(tmp_path: Path, capsys) -> None:
+    assert main(["--debug", "evaluate", "--checkpoint", str(tmp_path), "--output", str(tmp_path / "e")]) == 2
+    text = capsys.readouterr().err
+    assert "Traceback" in text
+    assert "no checkpoint at" in text.splitlines()[-1]
+
+
+def test_options_of_a_checkpoint_are_taken_and_flags_override_them(run: Path) -> None:
+    config = str(checkpoint.find(run) / "config.json")
+    command = parse(["train", "--dataset", "d", "--output", "o", "--config", config, "--batch-size", "7"])
+    assert isinstance(command, Train)
+    assert command.policy.widths == (16, 32)
+    assert command.training.steps == 30
+    assert command.training.batch_size == 7
+    assert set(command.observation) == {"actual_xy", "desired_xy"}
+    assert parse(["train", "--dataset", "d", "--output", "o", f"--config={config}"]).policy.levels == 20  # pyright: ignore
+
+
+def test_an_option_file_with_an_unknown_key_names_the_nearest(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "options.json"
+    path.write_text(json.dumps({"training": {"step": 3}}))
+    text = fails(capsys, "train", "--dataset", "d", "--output", "o", "--config", path)
+    assert "unknown option 'step'; did you mean steps?" in text
+    path.write_text("[]")
+    text = fails(capsys, "train", "--dataset", "d", "--output", "o", "--config", path)
+    assert "must be a JSON object" in text
+    for content in ("{}", '{"polcy": {}}'):
+        path.write_text(content)
+        text = fails(capsys, "train", "--dataset", "d", "--output", "o", "--config", path)
+        assert "must be a JSON object with `policy` or `training`" in text
+
+
+def interrupt_when(command: list[str], ready, timeout: float = 60) -> tuple[int, str]:
+    """Start a command, send Ctrl-C to it and its workers once `ready()`; returns status and what it said."""
+    process = subprocess.Popen([*CLI, *command], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + timeout
+    while not ready() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, text = process.communicate(timeout=timeout)
+    return process.returncode, text
+
+
+def test_ctrl_c_in_collect_keeps_the_finished_episodes(tmp_path: Path) -> None:
+    path = tmp_path / "store.zarr"
+
+    def committed() -> bool:
+        try:
+            return len(EpisodeStore.open(path).episode_ends) >= 16
+        except ValueError:
+            return False
+
+    status, text = interrupt_when(["collect", "--output", str(path), "--episodes", "5000", "--workers", "2"], committed)
+    assert status == 130
+    assert "Traceback" not in text
+    kept = int(re.findall(r"stopped: (\d+) of 5000 episodes", text)[0])
+    assert kept >= 16
+    store = EpisodeStore.open(path)
+    assert len(store.episode_ends) == kept
+    assert store.read("action").shape == (store.episode_ends[-1], 2)
+
+
+def test_ctrl_c_in_train_leaves_a_checkpoint(demonstrations: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def trained() -> bool:
+        metrics = run / "metrics.jsonl"
+        return metrics.exists() and metrics.read_text().count("\n") >= 2
+
+    command = ["train", "--dataset", str(demonstrations), "--output", str(run), "--steps", "100000", *SMALL]
+    status, text = interrupt_when(command, trained)
+    assert status == 130
+    assert "Traceback" not in text
+    assert re.search(r"stopped after step \d+ of 100000; checkpoint in", text)
+    assert checkpoint.load(run).step >= 20
+
+
+@pytest.mark.parametrize("delay", [0.1, 0.6, 1.2, 2.0])
+def test_ctrl_c_at_any_moment_of_the_start_leaves_no_traceback(tmp_path: Path, delay: float) -> None:
+    due = time.monotonic() + delay
+    command = ["collect", "--output", str(tmp_path / "store.zarr"), "--episodes", "5000", "--workers", "2"]
+    status, text = interrupt_when(command, lambda: time.monotonic() > due)
+    assert status in (130, -signal.SIGINT)  # before Python runs our code, the signal itself ends it
+    assert "Traceback" not in text or status == -signal.SIGINT
+
+
+def test_ctrl_c_in_evaluate_says_what_was_done(run: Path, tmp_path: Path) -> None:
+    command = ["evaluate", "--checkpoint", str(run), "--output", str(tmp_path / "e"), "--episodes", "500"]
+    status, text = interrupt_when(command, (tmp_path / "e").exists)
+    assert status == 130
+    assert re.search(r"stopped after \d+ episodes; nothing was written", text)
+    assert "Traceback" not in text
+
+
+def alive(group: int) -> bool:
+    """Whether a process of this group still runs (a dead one that nobody waited for does not)."""
+    stats = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
+    return any(int(fields[2]) == group and fields[0] != "Z" for fields in stats)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
+def test_a_killed_collection_leaves_a_store_that_opens_and_no_workers(tmp_path: Path) -> None:
+    path = tmp_path / "store.zarr"
+    command = [*CLI, "collect", "--output", str(path), "--episodes", "5000", "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        time.sleep(0.05)
+        try:
+            if len(EpisodeStore.open(path).episode_ends) >= 16:
+                break
+        except ValueError:
+            continue
+    process.kill()
+    process.wait()
+    assert len(EpisodeStore.open(path).episode_ends) % 16 == 0
+    while alive(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(process.pid)
+
+
+def test_evaluating_with_other_rows_still_has_a_page(run: Path, tmp_path: Path) -> None:
+    results = Evaluate(run, tmp_path / "e", episodes=2, env_kwargs='{"rows": 2}', workers=1, device="cpu").run()
+    assert len(results["modes"]) - ("none" in results["modes"]) == 6
+    assert (tmp_path / "e" / "report.html").exists()
+
+
+def test_an_output_that_cannot_be_written_is_found_at_once(run: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    started = time.monotonic()
+    fails(capsys, "evaluate", "--checkpoint", run, "--output", tmp_path / "file" / "e", "--episodes", 100_000)
+    assert time.monotonic() - started < 30  # not after the rollouts
+
+
+def test_evaluate_from_python_returns_what_it_writes(run: Path, tmp_path: Path) -> None:
+    results = Evaluate(run, tmp_path / "evaluation", episodes=2, workers=1, device="cpu").run()
+    assert json.loads((tmp_path / "evaluation" / "results.json").read_text()) == json.loads(json.dumps(results))

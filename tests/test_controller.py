@@ -1,0 +1,101 @@
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion_policy.controller import Controller, planning_generator
+from diffusion_policy.policy import Shapes
+
+
+class ScriptedPolicy:
+    """Plans the numbers 0, 1, 2, ... shifted so that the step of *now* says what was last observed."""
+
+    def __init__(self, observation_horizon: int, prediction_horizon: int, action_horizon: int) -> None:
+        self.config = SimpleNamespace(
+            observation_horizon=observation_horizon,
+            prediction_horizon=prediction_horizon,
+            action_horizon=action_horizon,
+        )
+        self.shapes = Shapes({"x": (1,)}, (1,))
+        self.device = torch.device("cpu")
+        self.seen: list[torch.Tensor] = []
+
+    def sample(self, observations: dict[str, torch.Tensor], generators: Any, config: Any) -> torch.Tensor:
+        self.seen.append(observations["x"][..., 0].clone())
+        now = observations["x"][:, -1]  # (B, 1)
+        steps = torch.arange(self.config.prediction_horizon) - (self.config.observation_horizon - 1)
+        return (now + steps)[:, None, :, None]  # (B, 1, T, 1)
+
+
+def controller(policy: ScriptedPolicy, environments: int = 1, plan_batch: int = 4) -> Controller:
+    made = Controller(policy, environments, plan_batch=plan_batch)  # pyright: ignore[reportArgumentType]
+    made.reset(np.ones(environments, bool), [planning_generator(i) for i in range(environments)])
+    return made
+
+
+@pytest.mark.parametrize("horizons", [(2, 16, 8), (1, 4, 1), (3, 8, 6), (1, 1, 1), (2, 16, 15)])
+def test_what_is_executed_starts_now_and_plans_come_every_action_horizon(horizons: tuple[int, int, int]) -> None:
+    policy = ScriptedPolicy(*horizons)
+    act = controller(policy)
+    for step in range(20):
+        action = act.act({"x": np.array([[float(step)]])})
+        assert action[0, 0] == step  # planned at the last plan as its step `now + k`
+    assert len(policy.seen) == -(-20 // horizons[2])
+
+
+def test_the_history_holds_the_last_steps_and_repeats_the_first() -> None:
+    policy = ScriptedPolicy(3, 8, 2)
+    act = controller(policy, plan_batch=1)
+    for step in range(5):
+        act.act({"x": np.array([[10.0 + step]])})
+    assert [seen[0].tolist() for seen in policy.seen] == [[10, 10, 10], [10, 11, 12], [12, 13, 14]]
+
+
+def test_environments_plan_at_their_own_time_and_reset_forgets() -> None:
+    policy = ScriptedPolicy(2, 8, 4)
+    act = controller(policy, environments=3)
+    act.act({"x": np.array([[0.0], [100.0], [200.0]])})
+    act.reset(np.array([False, True, False]), [planning_generator(7)])
+    actions = act.act({"x": np.array([[1.0], [500.0], [201.0]])})
+    assert actions[:, 0].tolist() == [1, 500, 201]
+    assert len(policy.seen) == 2
+    assert policy.seen[1][0].tolist() == [500, 500]  # no trace of the episode before
+
+
+def test_inactive_environments_neither_plan_nor_move_on() -> None:
+    policy = ScriptedPolicy(1, 4, 2)
+    act = controller(policy, environments=2)
+    act.act({"x": np.array([[0.0], [10.0]])})
+    for _ in range(3):
+        act.act({"x": np.array([[1.0], [11.0]])}, np.array([True, False]))
+    assert act.act({"x": np.array([[9.0], [11.0]])})[1, 0] == 11  # the second action of its first plan
+
+
+def test_every_planning_batch_has_the_same_size() -> None:
+    policy = ScriptedPolicy(1, 4, 2)
+    act = controller(policy, environments=7, plan_batch=3)
+    act.act({"x": np.arange(7.0)[:, None]})
+    assert [len(seen) for seen in policy.seen] == [3, 3, 3]
+
+
+def test_a_plan_of_nan_is_stopped_at_once() -> None:
+    act = controller(ScriptedPolicy(1, 4, 2))
+    with pytest.raises(FloatingPointError, match="the policy planned NaN or infinity"):
+        act.act({"x": np.array([[np.nan]])})
+
+
+def test_a_controller_that_was_not_reset_does_not_act() -> None:
+    policy = ScriptedPolicy(1, 4, 2)
+    with pytest.raises(RuntimeError, match="reset the controller before it acts"):
+        Controller(policy, 1).act({"x": np.zeros((1, 1))})  # pyright: ignore[reportArgumentType]
+
+
+def test_planning_noise_derives_from_seed_and_repeat() -> None:
+    draws = {
+        torch.randn(1, generator=planning_generator(seed, repeat)).item() for seed in range(5) for repeat in range(5)
+    }
+    assert len(draws) == 25
+    again = torch.randn(1, generator=planning_generator(3, 2))
+    assert torch.equal(again, torch.randn(1, generator=planning_generator(3, 2)))

@@ -1,0 +1,102 @@
+"""Who may import whom: read from the source, so that it holds for imports inside functions too."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(
+    path
+    for folder in ("diffusion_policy", "envs", "datasets")
+    for path in (ROOT / folder).rglob("*.py")
+    if not (folder == "diffusion_policy" and path.relative_to(ROOT / folder).parts[0] in ("envs", "datasets"))
+)
+
+LEARNING = {"config", "schedules", "prediction", "samplers", "networks", "normalizer", "policy"}
+OURS_ALLOWED = {
+    "config": set(),
+    "schedules": set(),
+    "prediction": set(),
+    "samplers": {"schedules"},
+    "networks": {"networks"},
+    "normalizer": set(),
+    "policy": LEARNING,
+    "controller": {"config", "policy"},
+    "trainer": {"config", "policy", "datasets.windows"},
+    "checkpoint": {"config", "policy"},
+    "engines": set(),
+    "metrics": set(),
+    "rollout": {"controller", "engines", "metrics"},
+    "report": {"metrics"},
+    "video": set(),
+}
+"""Modules of ours that each module may import. Commands and cli may import everything."""
+
+
+LIBRARIES = {
+    "envs": {"gymnasium", "numpy", "pybullet", "pybullet_data", "pybullet_utils"},
+    "datasets": {"numpy", "zarr", "fsspec"},
+    "diffusion_policy": {"torch", "numpy", "einops", "safetensors", "gymnasium", "scipy"},
+    "report.py": {"matplotlib", "jinja2", "numpy"},
+    "video.py": {"imageio", "gymnasium", "numpy"},
+    "config.py": set(),
+    "windows.py": {"numpy", "torch"},
+    "recorder.py": {"numpy", "zarr", "gymnasium"},
+}
+"""Libraries that each room may use; some files have a list of their own."""
+
+
+def imports_of(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            members = [alias.name for alias in node.names]
+            if node.module == "diffusion_policy":  # from diffusion_policy import trainer: a module, unless __version__
+                names |= {f"diffusion_policy.{name}" for name in members if name != "__version__"}
+            else:
+                names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_only_what_it_may_know(path: Path) -> None:
+    relative = path.relative_to(ROOT)
+    names = imports_of(path)
+    external = {name.split(".")[0] for name in names}
+    ours = {name.removeprefix("diffusion_policy").strip(".") for name in names if name.startswith("diffusion_policy")}
+    if relative.parts[1] in ("commands", "cli.py", "__init__.py") and relative.parts[0] == "diffusion_policy":
+        return
+    libraries = external - set(sys.stdlib_module_names) - {"diffusion_policy"}
+    assert libraries <= LIBRARIES.get(relative.name, LIBRARIES[relative.parts[0]])
+    if relative.parts[0] in ("envs", "datasets"):
+        assert all(name.startswith(relative.parts[0]) for name in ours)
+        assert relative.name == "simulation.py" or not libraries & {"pybullet", "pybullet_data", "pybullet_utils"}
+    else:
+        allowed = OURS_ALLOWED[relative.parts[1].removesuffix(".py")]
+        assert {name if name in allowed else name.split(".")[0] for name in ours} <= allowed
+
+
+def test_nothing_is_ever_unpickled() -> None:
+    for path in FILES:
+        assert not {name.split(".")[0] for name in imports_of(path)} & {"pickle", "dill", "cloudpickle", "joblib"}
+        assert "torch.load" not in path.read_text()
+        assert "allow_pickle" not in path.read_text()
+
+
+def test_datasets_never_becomes_a_package_that_shadows_hugging_faces() -> None:
+    assert not (ROOT / "datasets" / "__init__.py").exists()
+
+
+def test_the_package_and_its_command_line_import_neither_torch_nor_a_simulator() -> None:
+    code = (
+        "import sys, diffusion_policy.cli; "
+        "print([m for m in ('torch', 'pybullet', 'zarr', 'matplotlib', 'scipy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

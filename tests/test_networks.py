@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from diffusion_policy.networks.blocks import LevelEmbedding
+from diffusion_policy.networks.encoders import StateEncoder
+from diffusion_policy.networks.temporal_unet import TemporalUnet
+
+
+@pytest.mark.parametrize("widths, horizon", [((8,), 1), ((8,), 5), ((8, 16), 6), ((8, 16, 32), 4), ((8, 8, 8, 8), 16)])
+def test_any_number_of_resolutions_keeps_the_shape(widths: tuple[int, ...], horizon: int) -> None:
+    network = TemporalUnet(3, 5, widths, groups=4, level_dim=16)
+    output = network(torch.randn(2, horizon, 3), torch.tensor([0, 9]), torch.randn(2, 5))
+    assert output.shape == (2, horizon, 3)
+
+
+def test_every_weight_learns_and_every_input_matters() -> None:
+    network = TemporalUnet(2, 4, (8, 16), groups=4, level_dim=16)
+    inputs = [torch.randn(2, 8, 2, requires_grad=True), torch.randn(2, 4, requires_grad=True)]
+    level = torch.tensor([1.0, 7.0], requires_grad=True)
+    network(inputs[0], level, inputs[1]).square().sum().backward()
+    for tensor in (*inputs, level, *network.parameters()):
+        assert tensor.grad is not None
+        assert tensor.grad.abs().sum() > 0
+
+
+def test_rows_of_a_batch_do_not_mix() -> None:
+    network = TemporalUnet(2, 4, (8, 16), groups=4, level_dim=16).double()
+    xt, level, cond = torch.randn(3, 8, 2).double(), torch.tensor([1.0, 5.0, 9.0]).double(), torch.randn(3, 4).double()
+    together = network(xt, level, cond)
+    alone = torch.cat([network(xt[i : i + 1], level[i : i + 1], cond[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(together, alone)
+
+
+def test_an_impossible_horizon_is_one_sentence() -> None:
+    network = TemporalUnet(2, 4, (8, 8, 8), groups=4, level_dim=16)
+    with pytest.raises(ValueError, match="the prediction horizon must be a multiple of 4; got 6"):
+        network(torch.randn(1, 6, 2), torch.zeros(1), torch.randn(1, 4))
+
+
+def test_the_published_size_has_about_the_published_number_of_weights() -> None:
+    """(256, 512, 1024), kernel 5, level embedding 256, condition 40: 65.8 M there. Ours has the skip connection of the
+    full resolution in the place of that of the lowest one."""
+    with torch.device("meta"):
+        network = TemporalUnet(2, 40, (256, 512, 1024), level_dim=256)
+    assert sum(weight.numel() for weight in network.parameters()) == pytest.approx(65.8e6, rel=0.06)
+
+
+def test_level_embeddings_differ_between_levels() -> None:
+    embedded = LevelEmbedding(32)(torch.arange(100))
+    distances = torch.cdist(embedded, embedded) + torch.eye(100)
+    assert distances.min() > 1e-4
+
+
+def test_the_encoder_lays_keys_side_by_side_in_the_order_of_their_names() -> None:
+    encoder = StateEncoder({"b": (2,), "a": (3, 2)}, observation_horizon=2)
+    observations = {"b": torch.full((1, 2, 2), 2.0), "a": torch.full((1, 2, 3, 2), 1.0)}
+    encoded = encoder(observations)
+    assert encoded.shape == (1, encoder.cond_dim) == (1, 16)
+    assert encoded[0].tolist() == [1.0] * 12 + [2.0] * 4

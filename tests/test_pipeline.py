@@ -1,0 +1,88 @@
+"""The whole job in miniature, by the commands of the README."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v2 as imageio
+import pytest
+
+from diffusion_policy import checkpoint
+from diffusion_policy.datasets.store import EpisodeStore
+
+SMALL = ["--widths", "32", "64", "--level-dim", "64", "--batch-size", "128", "--learning-rate", "1e-3"]
+
+
+def diffusion_policy(*arguments: object) -> str:
+    """Run a command; returns what it prints as its result."""
+    command = [sys.executable, "-m", "diffusion_policy.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Demonstrations, a policy and an evaluation of the task with two modes."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    store = folder / "demonstrations.zarr"
+    diffusion_policy("collect", "--env-kwargs", '{"rows": 1}', "--episodes", 40, "--output", store)
+    diffusion_policy("train", "--dataset", store, "--output", folder / "policy", "--steps", 120, *SMALL)
+    diffusion_policy("evaluate", "--checkpoint", folder / "policy", "--output", folder / "evaluation", "--episodes", 10)
+    return folder
+
+
+def test_results_hold_what_the_evaluation_measured(folder: Path) -> None:
+    results = json.loads((folder / "evaluation" / "results.json").read_text())
+    assert results["environment"] == "diffusion_policy/Avoid-v0"
+    assert results["env_kwargs"] == {"rows": 1}
+    assert results["episodes"] == 10
+    assert results["seeds"] == list(range(100_000, 100_010))
+    successes = sum(outcome["success"] for outcome in results["outcomes"])
+    assert results["success_rate"]["value"] == successes / 10
+    assert results["success_rate"]["low"] <= successes / 10 <= results["success_rate"]["high"]
+    assert set(results["modes"]) - {"none"} == {"left", "right"}
+    assert sum(count["episodes"] for count in results["modes"].values()) == 10
+    assert sum(count["successes"] for count in results["modes"].values()) == successes
+    assert results["demonstrations"]["modes"] == {"left": 20, "right": 20}
+    assert set(results["mode_entropy"]) == set(results["mode_coverage"]) == {"value", "low", "high"}
+    assert 0 < results["planning_latency_ms"]["p50"] <= results["planning_latency_ms"]["p95"]
+
+
+def test_the_page_shows_paths_modes_loss_and_videos(folder: Path) -> None:
+    page = (folder / "evaluation" / "report.html").read_text()
+    assert page.count("data:image/png") == 3
+    assert page.count("data:video/mp4") >= 1
+
+
+def test_metrics_are_json_lines(folder: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "policy" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines][-1] == 120
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+    assert lines[-1]["validation_loss"] < lines[0]["loss"]
+
+
+def test_rollout_films_and_prints(folder: Path, tmp_path: Path) -> None:
+    video = tmp_path / "rollout.mp4"
+    printed = diffusion_policy("rollout", "--checkpoint", folder / "policy", "--episodes", 3, "--video", video)
+    assert printed.count("seed ") == 3
+    with imageio.get_reader(video) as reader:
+        assert reader.get_data(0).shape == (768, 960, 3)  # two columns, two rows
+
+
+def test_the_same_commands_with_the_same_seeds_give_the_same(folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "demonstrations.zarr"
+    diffusion_policy("collect", "--env-kwargs", '{"rows": 1}', "--episodes", 40, "--output", store, "--workers", 1)
+    first, second = (EpisodeStore.open(path) for path in (folder / "demonstrations.zarr", store))
+    assert first.fingerprint(["actual_xy", "desired_xy"]) == second.fingerprint(["actual_xy", "desired_xy"])
+    diffusion_policy("train", "--dataset", store, "--output", tmp_path / "policy", "--steps", 120, *SMALL)
+    weights = [(checkpoint.find(path / "policy") / "model.safetensors").read_bytes() for path in (folder, tmp_path)]
+    assert weights[0] == weights[1]
+    evaluation = tmp_path / "evaluation"
+    command = ("evaluate", "--checkpoint", folder / "policy", "--output", evaluation, "--episodes", 10, "--workers", 1)
+    diffusion_policy(*command)
+    results = [json.loads((path / "evaluation" / "results.json").read_text()) for path in (folder, tmp_path)]
+    for result in results:
+        del result["planning_latency_ms"]
+    assert results[0] == results[1]

@@ -1,0 +1,41 @@
+"""What the README shows is what runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from diffusion_policy.cli import parse
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_runs_as_it_stands_there(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    counts = re.findall(r"^(left|right|none): (\d+) of (\d+)$", done.stdout, re.MULTILINE)
+    assert sum(int(episodes) for _, _, episodes in counts) == 20
+    successes = sum(int(succeeded) for _, succeeded, _ in counts)
+    assert successes > 0
+    assert f"success: Metric(value={successes / 20}" in done.stdout
+
+
+def test_the_commands_are_understood() -> None:
+    commands = re.findall(r"^diffusion-policy (.*)$", README, re.MULTILINE)
+    assert len(commands) >= 5
+    for command in commands:
+        parse(command.split())
+
+
+def test_the_tree_names_every_module() -> None:
+    tree = README[README.index("## The tree") :]
+    for folder in ("diffusion_policy", "envs", "datasets"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert path.stem == "__init__" or path.name in tree, path
+
+
+def test_the_picture_exists() -> None:
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / picture).is_file()
