@@ -7,6 +7,7 @@ Knows arrays and files. Knows no environment and no policy.
 """
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.errors import ContainsArrayError, GroupNotFoundError
+from zarr.errors import ContainsArrayError, GroupNotFoundError, ZarrUserWarning
 
 FORMAT = "diffusion-policy episodes"
 FORMAT_VERSION = 1
@@ -70,7 +71,7 @@ class EpisodeStore:
             raise StoreError(f"no data set at {location}: there is no zarr group") from error
         store = cls(group, str(location))
         if "meta/episode_ends" not in group or "data" not in group:
-            found = ", ".join(sorted(group.keys())) or "nothing"
+            found = ", ".join(_members(group)) or "nothing"
             if "format" in group.attrs:
                 raise StoreError(f"{location} holds no episodes yet")
             raise StoreError(
@@ -98,7 +99,8 @@ class EpisodeStore:
     def keys(self) -> tuple[str, ...]:
         """Names of the arrays of one row a step, sorted."""
         group = self._group.get("data")
-        return tuple(sorted(group.array_keys())) if isinstance(group, zarr.Group) else ()
+        members = _members(group) if isinstance(group, zarr.Group) else {}
+        return tuple(name for name, member in members.items() if isinstance(member, zarr.Array))
 
     @property
     def episode_ends(self) -> np.ndarray:
@@ -188,6 +190,12 @@ class EpisodeStore:
         array = self._array(path)
         array.resize((start + len(rows), *array.shape[1:]))
         array[start:] = rows
+
+
+def _members(group: zarr.Group) -> dict[str, zarr.Array | zarr.Group]:
+    """Arrays and groups in a group by name, sorted; silent about the half-written files that a killed writer leaves."""
+    with warnings.catch_warnings(action="ignore", category=ZarrUserWarning):
+        return dict(sorted(group.members()))
 
 
 def _create_array(group: zarr.Group, path: str, like: np.ndarray, fill_value: int = 0) -> None:

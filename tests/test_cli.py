@@ -192,16 +192,18 @@ def interrupt_when(command: list[str], ready, timeout: float = 60) -> tuple[int,
     return process.returncode, text
 
 
+def committed(path: Path) -> bool:
+    """Whether a store that is being written holds a first batch of episodes."""
+    try:
+        return len(EpisodeStore.open(path).episode_ends) >= 16
+    except ValueError:
+        return False
+
+
 def test_ctrl_c_in_collect_keeps_the_finished_episodes(tmp_path: Path) -> None:
     path = tmp_path / "store.zarr"
-
-    def committed() -> bool:
-        try:
-            return len(EpisodeStore.open(path).episode_ends) >= 16
-        except ValueError:
-            return False
-
-    status, text = interrupt_when(["collect", "--output", str(path), "--episodes", "5000", "--workers", "2"], committed)
+    command = ["collect", "--output", str(path), "--episodes", "5000", "--workers", "2"]
+    status, text = interrupt_when(command, lambda: committed(path))
     assert status == 130
     assert "Traceback" not in text
     kept = int(re.findall(r"stopped: (\d+) of 5000 episodes", text)[0])
@@ -245,25 +247,27 @@ def test_ctrl_c_in_evaluate_says_what_was_done(run: Path, tmp_path: Path) -> Non
 
 def alive(group: int) -> bool:
     """Whether a process of this group still runs (a dead one that nobody waited for does not)."""
-    stats = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
-    return any(int(fields[2]) == group and fields[0] != "Z" for fields in stats)
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, process_group = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(process_group) == group and state != "Z":
+            return True
+    return False
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
 def test_a_killed_collection_leaves_a_store_that_opens_and_no_workers(tmp_path: Path) -> None:
     path = tmp_path / "store.zarr"
     command = [*CLI, "collect", "--output", str(path), "--episodes", "5000", "--workers", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        time.sleep(0.05)
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as process:
         try:
-            if len(EpisodeStore.open(path).episode_ends) >= 16:
-                break
-        except ValueError:
-            continue
-    process.kill()
-    process.wait()
+            deadline = time.monotonic() + 60
+            while not committed(path) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        finally:
+            process.kill()
     assert len(EpisodeStore.open(path).episode_ends) % 16 == 0
     while alive(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -53,6 +53,19 @@ def test_rows_beyond_the_commit_are_not_there(path: Path) -> None:
     assert store.fingerprint(["state"]) == before
 
 
+def test_the_half_written_files_of_a_killed_writer_are_no_members(path: Path) -> None:
+    before = EpisodeStore.open(path).fingerprint(["state"])
+    for folder in (".", "data", "meta", "data/state"):
+        (path / folder / "zarr.7f474bb76c9b4dc089b35f1d0f01cf85.partial").write_text('{"zarr_form')
+    store = EpisodeStore.open(path)
+    assert store.keys == ("action", "state")
+    assert store.fingerprint(["state"]) == before
+    (path / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}')
+    (path / "meta" / "episode_ends" / "zarr.json").unlink()
+    with pytest.raises(StoreError, match="has data, meta$"):
+        EpisodeStore.open(path)
+
+
 def test_appending_after_an_interruption_equals_never_having_been_interrupted(path: Path, tmp_path: Path) -> None:
     group = zarr.open_group(path, mode="r+")
     group["data/state"].resize((40, 3))
