@@ -132,11 +132,19 @@ class EpisodeStore:
 
     def episode_modes(self) -> list[str | None]:
         """Each episode's mode label; None where it is unknown."""
-        labels: list[str] = self.attributes.get("modes", [])
+        return [self.modes[i] if i >= 0 else None for i in self.mode_indices()]
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """All mode labels that the store knows; empty in stores of other tools."""
+        return tuple(self.attributes.get("modes", ()))
+
+    def mode_indices(self) -> np.ndarray:
+        """Index of each episode's mode among `modes`, (episodes,) int64; −1 where it is unknown."""
         indices = self.read_meta("mode")
         if indices is None or not np.issubdtype(indices.dtype, np.integer):
-            return [None] * len(self.episode_ends)
-        return [labels[i] if 0 <= i < len(labels) else None for i in indices]
+            return np.full(len(self.episode_ends), -1)
+        return np.where((indices >= 0) & (indices < len(self.modes)), indices, -1)
 
     def fingerprint(self, observation_keys: Sequence[str]) -> str:
         """SHA-256 of the committed rows of `action` and these keys, and of the episode ends: equal for equal data,

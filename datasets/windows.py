@@ -18,6 +18,8 @@ class Batch(NamedTuple):
     """Each key: (B, To, ...), the last one is *now*."""
     actions: Tensor
     """(B, T, A), from the first observed step on."""
+    modes: Tensor | None = None
+    """Index of the episode's mode, (B,) int64, -1 where it has none; None when the windows know no modes."""
 
 
 class Windows:
@@ -34,8 +36,10 @@ class Windows:
         observation_horizon: int,
         prediction_horizon: int,
         device: torch.device | str = "cpu",
+        modes: np.ndarray | None = None,
     ) -> None:
-        """`data`: `action` and each observation key, (steps, ...); `episodes`: indices of the episodes to use."""
+        """`data`: `action` and each observation key, (steps, ...); `episodes`: indices of the episodes to use; `modes`:
+        index of each episode's mode, (all episodes,), −1 where it has none."""
         episodes = np.asarray(episodes)
         starts = np.concatenate([[0], episode_ends[:-1]])
         lengths = (episode_ends - starts)[episodes]
@@ -51,6 +55,7 @@ class Windows:
             key: to_device(array.astype(np.float32)) for key, array in data.items() if key != "action"
         }
         self._actions = to_device(data["action"].astype(np.float32))
+        self._modes = None if modes is None else to_device(np.repeat(modes[episodes].astype(np.int64), lengths))
         self._observed = torch.arange(1 - observation_horizon, 1, device=device)  # (To,) steps from now
         self._predicted = torch.arange(prediction_horizon, device=device) + 1 - observation_horizon  # (T,)
 
@@ -67,7 +72,9 @@ class Windows:
         now, first, last = (rows[indices, None] for rows in (self._now, self._first, self._last))  # (B, 1) each
         observed = torch.clamp(now + self._observed, first, last)  # (B, To)
         predicted = torch.clamp(now + self._predicted, first, last)  # (B, T)
-        return Batch({key: array[observed] for key, array in self._observations.items()}, self._actions[predicted])
+        observations = {key: array[observed] for key, array in self._observations.items()}
+        modes = None if self._modes is None else self._modes[indices]
+        return Batch(observations, self._actions[predicted], modes)
 
     def shuffled_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """Batches for ever: each pass over the windows in a new order; an incomplete last batch is left out, unless

@@ -128,7 +128,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
         seeds = config["dataset"]["seeds"]
         dataset = Dataset(**{**config["dataset"], "seeds": tuple(seeds) if seeds else None})
         training, step = from_dict(TrainConfig, config["training"]), config["step"]
-        policy = DiffusionPolicy(from_dict(PolicyConfig, config["policy"]), shapes)
+        policy = DiffusionPolicy(from_dict(PolicyConfig, config["policy"]), shapes, environment.modes)
         recorded = config["files"][MODEL]
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}/config.json is incomplete: {error}") from error

@@ -1,16 +1,21 @@
 """Options as frozen dataclasses, validated when they are built. The CLI's flags and the checkpoint's JSON are made from
 these fields and their docstrings; nothing here imports torch."""
 
-import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-# Names of what SCHEDULES, PREDICTIONS and SAMPLERS hold; written here since those need torch.
-ScheduleName = Literal["cosine", "linear"]
-PredictionName = Literal["noise"]
-SamplerName = Literal["ddim", "ddpm"]
+# Names of what the registries of the diffusion core hold; written here since those need torch.
+ScheduleName = Literal["cosine", "linear", "sigmoid", "constant", "flow"]
+PredictionName = Literal["noise", "sample", "velocity", "flow"]
+SamplerName = Literal[
+    "ddim", "ddpm", "ddpm-large", "dpm-solver-1", "dpm-solver-2m", "dpm-solver-sde", "unipc", "euler", "heun"
+]
+SpacingName = Literal["trailing", "leading", "even", "log-snr"]
+ClipName = Literal["static", "dynamic", "none"]
+GuidanceScheduleName = Literal["constant", "falling", "rising", "middle"]
 
 
 class ConfigError(ValueError):
@@ -50,10 +55,19 @@ class PolicyConfig:
     """Noise schedule."""
     levels: int = 100
     """Noise levels of the schedule (K)."""
+    schedule_options: tuple[float, ...] = ()
+    """Numbers of the schedule instead of its own: first and last beta (linear, sigmoid), beta (constant), offset s
+    (cosine)."""
     prediction: PredictionName = "noise"
-    """What the network predicts."""
-    clip: bool = True
-    """Clip every predicted clean sequence to the range of the demonstrations."""
+    """What the network predicts: the noise, the clean sample, the velocity alpha eps - sigma x0, or that of a flow,
+    eps - x0."""
+    snr_gamma: float = 0.0
+    """Weigh the loss of each level by min(SNR, this) (min-SNR-gamma; 5 is usual); 0 weighs all levels alike."""
+    condition_dropout: float = 0.0
+    """Share of training windows that lose their condition, so that the policy can be guided; 0.1 is usual. What is
+    lost is the mode with condition-on-mode, else the observations."""
+    condition_on_mode: bool = False
+    """Give the demonstration's mode label to the network too, so that the policy can be steered with --mode."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, ("observation_horizon", "prediction_horizon", "action_horizon", "groups"))
@@ -83,6 +97,10 @@ class PolicyConfig:
         _require(not wrong, "widths", f"multiples of the {self.groups} groups", wrong)
         check_choice("schedule", self.schedule, get_args(ScheduleName))
         check_choice("prediction", self.prediction, get_args(PredictionName))
+        _require(0 <= self.snr_gamma < math.inf, "snr_gamma", "at least 0", self.snr_gamma)
+        _require(0 <= self.condition_dropout < 1, "condition_dropout", "from 0 to below 1", self.condition_dropout)
+        finite = all(math.isfinite(number) for number in self.schedule_options)
+        _require(finite, "schedule_options", "finite numbers", self.schedule_options)
 
 
 @dataclass(frozen=True)
@@ -129,13 +147,45 @@ class SampleConfig:
     """How action sequences are drawn."""
 
     sampler: SamplerName = "ddim"
-    """Sampler: ddim is deterministic after its first noise, ddpm adds noise at every step."""
+    """Sampler. Deterministic after their first noise: ddim, dpm-solver-1, dpm-solver-2m, unipc, euler, heun; with noise
+    at every step: ddpm, ddpm-large (the larger variance), dpm-solver-sde. heun denoises twice a step."""
     sampling_steps: int = 16
     """Denoising steps, at most the policy's noise levels."""
+    spacing: SpacingName = "trailing"
+    """Which noise levels the steps start from: evenly down from the last one (trailing), evenly up from 0 (leading),
+    evenly with both ends (even), evenly in log-SNR (log-snr)."""
+    eta: float = 0.0
+    """Noise of ddim, from 0 (none) to 1 (as much as ddpm)."""
+    clip: ClipName = "static"
+    """Keep every predicted clean sequence within the range of the demonstrations: static clips, dynamic scales down by
+    a high quantile of each sequence, none does neither."""
+    guidance: float = 0.0
+    """Weight w of classifier-free guidance, eps = (1 + w) eps_cond - w eps_uncond. 0 is the plain conditional policy
+    (where others write 1 for that, their weight is 1 + w)."""
+    guidance_schedule: GuidanceScheduleName = "constant"
+    """Noise levels at which guidance acts: all, falling from the noisiest level, rising towards the last step, or the
+    middle three fifths."""
+    mode: str | None = None
+    """Steer a policy that was trained with --condition-on-mode to this mode."""
+    corrector_steps: int = 0
+    """Langevin steps after each sampling step (predictor-corrector)."""
+    corrector_size: float = 0.05
+    """Size of a Langevin step, as a share of the level's noise variance."""
 
     def __post_init__(self) -> None:
-        check_choice("sampler", self.sampler, get_args(SamplerName))
+        for name, choices in (
+            ("sampler", SamplerName),
+            ("spacing", SpacingName),
+            ("clip", ClipName),
+            ("guidance_schedule", GuidanceScheduleName),
+        ):
+            check_choice(name.replace("_", "-"), getattr(self, name), get_args(choices))
         require_at_least(self, 1, ("sampling_steps",))
+        require_at_least(self, 0, ("corrector_steps",))
+        _require(0 <= self.eta <= 1, "eta", "from 0 to 1", self.eta)
+        _require(self.eta == 0 or self.sampler == "ddim", "eta", f"0 with the sampler {self.sampler}", self.eta)
+        _require(-1 <= self.guidance < math.inf, "guidance", "at least -1", self.guidance)
+        _require(0 < self.corrector_size <= 1, "corrector_size", "above 0 and at most 1", self.corrector_size)
 
 
 def require_seed(config: object) -> None:
@@ -157,18 +207,29 @@ def from_dict(kind: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     """Build a config from JSON's types; raises ConfigError for unknown names (with the nearest) and wrong types."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"the options of {kind.__name__} must be a JSON object; got {values!r}")
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = get_type_hints(kind)
     arguments: dict[str, Any] = {}
     for name, value in values.items():
-        if name not in fields:
-            nearest = difflib.get_close_matches(name, fields, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(fields)}"
+        if name not in hints:
+            nearest = difflib.get_close_matches(name, hints, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(hints)}"
             raise ConfigError(f"unknown option {name!r}; {hint}")
-        default = fields[name].default
-        value = tuple(value) if isinstance(value, list) else value
-        value = float(value) if isinstance(default, float) and type(value) is int else value
-        wrong_item = isinstance(value, tuple) and any(type(item) is not int for item in value)
-        if type(value) is not type(default) or wrong_item:
-            raise ConfigError(f"{name} must be {type(default).__name__}; got {value!r}")
-        arguments[name] = value
+        try:
+            arguments[name] = _from_json(value, hints[name])
+        except TypeError:
+            wanted = getattr(hints[name], "__name__", str(hints[name])).replace("Literal", "str")
+            raise ConfigError(f"{name} must be {wanted}; got {value!r}") from None
     return kind(**arguments)
+
+
+def _from_json(value: Any, hint: Any) -> Any:
+    """A JSON value as what a type hint asks for; raises TypeError where it is something else."""
+    if get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(_from_json(item, get_args(hint)[0]) for item in value)
+    if get_origin(hint) is Literal:
+        hint = str
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) not in (get_args(hint) or (hint,)):
+        raise TypeError
+    return value

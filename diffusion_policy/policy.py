@@ -1,4 +1,4 @@
-"""DiffusionPolicy: encoder + network + schedule + prediction + normalizer.
+"""DiffusionPolicy: encoder + network + diffusion (schedule and prediction) + normalizer.
 
 Observations and actions are raw outside and normalized inside. The timeline, for To = 2, T = 16, Ta = 8:
 
@@ -12,6 +12,7 @@ Knows no simulator and no file.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -20,12 +21,14 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from diffusion_policy.config import PolicyConfig, SampleConfig
+from diffusion_policy.diffusion import Diffusion, count_draws
+from diffusion_policy.guidance import CLIPS, GUIDANCE_SCHEDULES, classifier_free
 from diffusion_policy.networks.encoders import StateEncoder
 from diffusion_policy.networks.temporal_unet import TemporalUnet
 from diffusion_policy.normalizer import Normalizer
 from diffusion_policy.prediction import PREDICTIONS
-from diffusion_policy.samplers import SAMPLERS, choose_levels
-from diffusion_policy.schedules import SCHEDULES
+from diffusion_policy.samplers import SAMPLERS, Denoise, Levels, Sampler, ddim
+from diffusion_policy.schedules import make_schedule
 
 
 class Shapes(NamedTuple):
@@ -38,54 +41,85 @@ class Shapes(NamedTuple):
 
 
 class DiffusionPolicy(nn.Module):
-    """Draws action sequences given observations, by denoising."""
+    """Draws action sequences given observations, by denoising.
 
-    def __init__(self, config: PolicyConfig, shapes: Shapes) -> None:
-        """Raises ValueError when an action is not one row of numbers."""
+    The conditioning vector is [kept | droppable]. With a mode label as condition the observations are kept and the
+    label, as a one-hot row, is droppable; without one the observations themselves are droppable, marked by a 1. What
+    is dropped becomes zeros: that is the unconditional side of classifier-free guidance.
+    """
+
+    def __init__(self, config: PolicyConfig, shapes: Shapes, modes: Sequence[str] = ()) -> None:
+        """`modes`: labels to condition on, when `config.condition_on_mode`. Raises ValueError when an action is not one
+        row of numbers, when there are no labels to condition on, or when the schedule's options make none."""
         super().__init__()
         if len(shapes.action) != 1:
             raise ValueError(f"an action must be one row of numbers, (A,); got shape {shapes.action}")
+        if config.condition_on_mode and len(modes) < 2:
+            raise ValueError(f"condition-on-mode needs data with at least two modes; it has {len(modes)}")
         self.config = config
         self.shapes = shapes
+        self.modes = tuple(modes) if config.condition_on_mode else ()
         self.normalizer = Normalizer({**shapes.observations, "action": shapes.action})
         self.encoder = StateEncoder(shapes.observations, config.observation_horizon)
+        marks = len(self.modes) or (1 if config.condition_dropout else 0)
         self.network = TemporalUnet(
-            shapes.action[0], self.encoder.cond_dim, config.widths, config.kernel_size, config.groups, config.level_dim
+            shapes.action[0],
+            self.encoder.cond_dim + marks,
+            config.widths,
+            config.kernel_size,
+            config.groups,
+            config.level_dim,
         )
-        self.schedule = SCHEDULES[config.schedule](config.levels)
-        self.prediction = PREDICTIONS[config.prediction]
-        self.register_buffer("alpha", self.schedule.alpha.float(), persistent=False)  # (K,) on the policy's device
-        self.register_buffer("sigma", self.schedule.sigma.float(), persistent=False)
+        schedule = make_schedule(config.schedule, config.levels, config.schedule_options)
+        self.diffusion = Diffusion(schedule, PREDICTIONS[config.prediction], config.snr_gamma)
 
     @classmethod
-    def for_data(cls, config: PolicyConfig, data: Mapping[str, np.ndarray]) -> "DiffusionPolicy":
+    def for_data(
+        cls, config: PolicyConfig, data: Mapping[str, np.ndarray], modes: Sequence[str] = ()
+    ) -> "DiffusionPolicy":
         """A new policy with shapes and normalizer taken from rows {`action` and each observation key: (steps, ...)}."""
         observations = {key: rows.shape[1:] for key, rows in data.items() if key != "action"}
-        policy = cls(config, Shapes(observations, data["action"].shape[1:]))
+        policy = cls(config, Shapes(observations, data["action"].shape[1:]), modes)
         policy.normalizer.fit(data)
         return policy
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.get_buffer("alpha").device
+        return self.diffusion.get_buffer("alpha").device
 
-    def encode(self, observations: Mapping[str, Tensor]) -> Tensor:
-        """Raw observations {key: (B, To, ...)} → conditioning vectors (B, C)."""
-        return self.encoder({key: self.normalizer.normalize(key, observations[key]) for key in self.encoder.keys})
+    def encode(self, observations: Mapping[str, Tensor], modes: Tensor | None = None) -> Tensor:
+        """Raw observations {key: (B, To, ...)} → conditioning vectors (B, C). `modes`: index of each row's mode, (B,)
+        int64, −1 where it is unknown or to be left open; None leaves all open."""
+        cond = self.encoder({key: self.normalizer.normalize(key, observations[key]) for key in self.encoder.keys})
+        if self.modes:
+            modes = torch.full((len(cond),), -1, device=cond.device) if modes is None else modes
+            one_hot = modes[:, None] == torch.arange(len(self.modes), device=cond.device)  # (B, modes)
+            return torch.cat([cond, one_hot.to(cond)], dim=-1)
+        return torch.cat([cond, torch.ones_like(cond[:, :1])], dim=-1) if self.config.condition_dropout else cond
 
-    def loss(self, observations: Mapping[str, Tensor], actions: Tensor, generator: torch.Generator) -> Tensor:
-        """Mean squared error of the prediction at random levels (Ho et al. 2020, eq. 14), ().
+    def unconditional(self, cond: Tensor) -> Tensor:
+        """Conditioning vectors (B, C) with the droppable part dropped."""
+        kept = self.encoder.cond_dim if self.modes else 0
+        return torch.cat([cond[:, :kept], torch.zeros_like(cond[:, kept:])], dim=-1)
 
-        `observations`: raw {key: (B, To, ...)}; `actions`: raw (B, T, A); `generator` draws levels and noise, on
-        the CPU.
+    def loss(
+        self,
+        observations: Mapping[str, Tensor],
+        actions: Tensor,
+        generator: torch.Generator,
+        modes: Tensor | None = None,
+    ) -> Tensor:
+        """Mean squared error of the prediction at random levels, (); see `Diffusion.loss`.
+
+        `observations`: raw {key: (B, To, ...)}; `actions`: raw (B, T, A); `generator` draws levels, noise and which
+        rows lose their condition, on the CPU; `modes`: (B,) int64, see `encode`.
         """
-        x0 = self.normalizer.normalize("action", actions)
-        level = torch.randint(self.config.levels, x0.shape[:1], generator=generator).to(x0.device)
-        eps = torch.randn(x0.shape, generator=generator).to(x0)
-        alpha, sigma = (self.get_buffer(name)[level, None, None] for name in ("alpha", "sigma"))  # (B, 1, 1)
-        output = self.network(alpha * x0 + sigma * eps, level, self.encode(observations))
-        return nn.functional.mse_loss(output, self.prediction.target(x0, eps, alpha, sigma))
+        cond = self.encode(observations, modes)
+        if self.config.condition_dropout:
+            dropped = torch.rand(len(cond), 1, generator=generator) < self.config.condition_dropout
+            cond = torch.where(dropped.to(cond.device), self.unconditional(cond), cond)
+        return self.diffusion.loss(self.network, self.normalizer.normalize("action", actions), cond, generator)
 
     @torch.no_grad()
     def sample(
@@ -98,33 +132,51 @@ class DiffusionPolicy(nn.Module):
         """Draw N action sequences for each observation: raw {key: (B, To, ...)} → raw (B, N, T, A).
 
         One CPU generator a row draws that row's noise: a row's result does not depend on its neighbours. Raises
-        ValueError for more sampling steps than noise levels.
+        ValueError where `require` does.
         """
         config = config or SampleConfig()
-        sampler = SAMPLERS[config.sampler]
-        levels = choose_levels(self.schedule, config.sampling_steps)
-        draws = 1 + len(levels) if sampler.needs_noise else 1
+        sampler, levels = self.require(config)
+        draws = count_draws(sampler, levels, config.corrector_steps)
         shape = (draws, num_samples, self.config.prediction_horizon, *self.shapes.action)
         rows = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         noise = rearrange(rows, "b draws n t a -> draws (b n) t a").to(self.device)
-        cond = repeat(self.encode(observations), "b c -> (b n) c", n=num_samples)
-        x0 = self.denoise_from(noise[0], cond, levels, noise[1:] if sampler.needs_noise else None, config.sampler)
+        mode = -1 if config.mode is None else self.modes.index(config.mode)
+        cond = self.encode(observations, torch.full((len(generators),), mode, device=self.device))
+        x0 = self.denoise_from(noise, repeat(cond, "b c -> (b n) c", n=num_samples), levels, config)
         actions = self.normalizer.unnormalize("action", x0)
         return rearrange(actions, "(b n) t a -> b n t a", n=num_samples)
 
-    def denoise_from(
-        self, xT: Tensor, cond: Tensor, levels: Sequence[int], noise: Tensor | None, sampler: str
-    ) -> Tensor:
-        """The sampling loop alone, on normalized sequences (B, T, A): no random numbers and no synchronisation inside,
-        so it compiles as one graph."""
+    def require(self, config: SampleConfig) -> tuple[Sampler, list[int]]:
+        """The sampler and the levels that these options mean. Raises ValueError for more steps than noise levels, for
+        guidance without condition dropout in training, and for a mode that the policy was not trained on."""
+        if config.guidance and not self.config.condition_dropout:
+            raise ValueError(
+                f"guidance {config.guidance} needs a policy trained with --condition-dropout above 0; "
+                "this one was trained without"
+            )
+        if config.mode is not None and config.mode not in self.modes:
+            known = f"choose from {', '.join(self.modes)}" if self.modes else "it was trained without condition-on-mode"
+            raise ValueError(f"this policy cannot be steered to mode {config.mode!r}; {known}")
+        if self.modes and config.mode is None and not self.config.condition_dropout:
+            raise ValueError(f"this policy must be told a mode, one of {', '.join(self.modes)}")
+        sampler = SAMPLERS[config.sampler]
+        if config.eta:
+            sampler = Sampler(partial(ddim, eta=config.eta), needs_noise=True)
+        return sampler, self.diffusion.choose_levels(sampler, config.sampling_steps, config.spacing)
 
-        def denoise(xt: Tensor, level: int) -> Tensor:
-            rows = torch.full(xt.shape[:1], level, device=xt.device)
-            alpha, sigma = self.get_buffer("alpha")[level], self.get_buffer("sigma")[level]
-            x0, _ = self.prediction.decode(self.network(xt, rows, cond), xt, alpha, sigma)
-            return x0.clamp(-1, 1) if self.config.clip else x0
+    def denoiser(self, cond: Tensor, config: SampleConfig) -> Denoise:
+        """The network under these conditions (B, C), guided and clipped: (xt (B, T, A), level) → x0."""
+        if config.guidance:
+            both = self.diffusion.denoiser(self.network, torch.cat([cond, self.unconditional(cond)]))
+            weights = config.guidance * GUIDANCE_SCHEDULES[config.guidance_schedule](self.config.levels)
+            return CLIPS[config.clip](classifier_free(both, weights))
+        return CLIPS[config.clip](self.diffusion.denoiser(self.network, cond))
 
-        return SAMPLERS[sampler].function(denoise, xT, self.schedule, levels, noise)
+    def denoise_from(self, noise: Tensor, cond: Tensor, levels: Levels, config: SampleConfig) -> Tensor:
+        """The sampling loop alone: noise (draws, B, T, A) → normalized sequences (B, T, A). No random numbers and no
+        synchronisation inside, so it compiles as one graph."""
+        sampler, _ = self.require(config)
+        return self.diffusion.sample(self.denoiser(cond, config), noise, sampler, levels, config.corrector_size)
 
 
 def derive_generator(*entropy: int) -> torch.Generator:

@@ -1,14 +1,19 @@
-"""Noise schedules: how much signal and how much noise each level holds.
+"""Noise schedules: how much signal and how much noise each level holds, and which levels a sampler visits.
 
-A schedule is two arrays, with `xt = alpha[level] * x0 + sigma[level] * eps`. A new one is a function that makes them.
+A schedule is two arrays, with `xt = alpha[level] * x0 + sigma[level] * eps`. A new one is a function that makes them
+and a line in `SCHEDULES`.
 """
 
+import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+BETA_MAX = 0.999
+"""No level adds more variance (Nichol & Dhariwal 2021, section 3.2)."""
 
 
 @dataclass(frozen=True)
@@ -16,16 +21,40 @@ class Schedule:
     """K noise levels of decreasing signal; level 0 is the least noised one."""
 
     alpha: Tensor
-    """Share of the clean sequence, (K,) float64 on the CPU."""
+    """Share of the clean sequence, (K,) float64 on the CPU; it may end at 0, a level without signal."""
     sigma: Tensor
     """Share of the noise, (K,) float64 on the CPU."""
+    scale: Tensor = field(init=False)
+    """What xt is divided by so that it moves along a straight line while (x0, eps) stay the same, (K,): 1 where
+    alpha + sigma = 1 (flow: it does so already), else alpha (Karras et al. 2022, arXiv 2206.00364, section 3)."""
+    ends_silent: bool = field(init=False)
+    """Whether the last level holds no signal, alpha = 0."""
 
     def __post_init__(self) -> None:
+        if self.alpha.ndim != 1 or self.alpha.shape != self.sigma.shape or len(self.alpha) == 0:
+            shapes = f"{tuple(self.alpha.shape)} and {tuple(self.sigma.shape)}"
+            raise ValueError(f"a schedule needs one alpha and one sigma for each level, (K,) both; got {shapes}")
+        if not (torch.isfinite(self.alpha).all() and torch.isfinite(self.sigma).all()):
+            raise ValueError("a schedule must be finite; it has NaN or infinity")
         if not (self.alpha.diff() < 0).all():
-            raise ValueError("a schedule's signal must decrease from level to level")
+            level = int((~(self.alpha.diff() < 0)).nonzero()[0]) + 1
+            raise ValueError(
+                f"a schedule's signal must decrease from level to level; alpha goes from {self.alpha[level - 1]:.6g} "
+                f"to {self.alpha[level]:.6g} at level {level}"
+            )
+        if self.alpha[-1] < 0 or (self.sigma <= 0).any():
+            raise ValueError("a schedule's alpha must be at least 0 and its sigma above 0 at every level")
+        straight = torch.allclose(self.alpha + self.sigma, torch.ones_like(self.alpha))
+        object.__setattr__(self, "scale", torch.ones_like(self.alpha) if straight else self.alpha)
+        object.__setattr__(self, "ends_silent", bool(self.alpha[-1] == 0))
 
     def __len__(self) -> int:
         return len(self.alpha)
+
+    @property
+    def log_snr(self) -> Tensor:
+        """log(alpha² / sigma²), (K,), decreasing; −∞ at a level without signal. DPM-Solver's λ is half of it."""
+        return 2 * (self.alpha.log() - self.sigma.log())
 
 
 def from_betas(betas: Tensor) -> Schedule:
@@ -38,16 +67,98 @@ def from_betas(betas: Tensor) -> Schedule:
 def linear(levels: int, beta_start: float | None = None, beta_end: float | None = None) -> Schedule:
     """Evenly spaced β (Ho et al. 2020, section 4): 1e-4 to 0.02 at K = 1000; the default range grows as 1000 / K, so
     that the last level is noise for any K."""
-    start = 1e-4 * 1000 / levels if beta_start is None else beta_start
-    end = 0.02 * 1000 / levels if beta_end is None else beta_end
-    return from_betas(torch.linspace(start, end, levels, dtype=torch.float64).clamp(max=0.999))
+    start, end = _beta_range(levels, beta_start, beta_end)
+    return from_betas(torch.linspace(start, end, levels, dtype=torch.float64).clamp(max=BETA_MAX))
+
+
+def sigmoid(levels: int, beta_start: float | None = None, beta_end: float | None = None) -> Schedule:
+    """β along a sigmoid from −6 to 6 (Xu et al. 2022, GeoDiff, arXiv 2203.02923); its default range is that of
+    `linear`."""
+    start, end = _beta_range(levels, beta_start, beta_end)
+    rise = torch.sigmoid(torch.linspace(-6, 6, levels, dtype=torch.float64))
+    return from_betas((start + (end - start) * rise).clamp(max=BETA_MAX))
+
+
+def constant(levels: int, beta: float | None = None) -> Schedule:
+    """The same β at every level: alpha² = (1 − β)^(level + 1). By default 10 / K, so that the last level is noise."""
+    beta = min(10 / levels, BETA_MAX) if beta is None else beta
+    return from_betas(torch.full((levels,), beta, dtype=torch.float64))
 
 
 def cosine(levels: int, offset: float = 0.008) -> Schedule:
     """ᾱ(t) = cos²((t + s) / (1 + s) · π / 2), with β ≤ 0.999 (Nichol & Dhariwal 2021, eq. 17; s = `offset`)."""
     t = torch.linspace(0, 1, levels + 1, dtype=torch.float64)
     signal_power = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
-    return from_betas((1 - signal_power[1:] / signal_power[:-1]).clamp(max=0.999))
+    return from_betas((1 - signal_power[1:] / signal_power[:-1]).clamp(max=BETA_MAX))
 
 
-SCHEDULES: dict[str, Callable[[int], Schedule]] = {"cosine": cosine, "linear": linear}
+def flow(levels: int) -> Schedule:
+    """alpha = 1 − t, sigma = t with t = 1/K, 2/K ... 1: straight lines from data to noise (Liu et al. 2022, rectified
+    flow, arXiv 2209.03003; Lipman et al. 2022, arXiv 2210.02747). The last level holds no signal."""
+    t = torch.arange(1, levels + 1, dtype=torch.float64) / levels
+    return Schedule(1 - t, t)
+
+
+def _beta_range(levels: int, start: float | None, end: float | None) -> tuple[float, float]:
+    default = 1000 / levels
+    return 1e-4 * default if start is None else start, 0.02 * default if end is None else end
+
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "cosine": cosine,
+    "linear": linear,
+    "sigmoid": sigmoid,
+    "constant": constant,
+    "flow": flow,
+}
+
+
+def make_schedule(name: str, levels: int, options: Sequence[float] = ()) -> Schedule:
+    """A schedule by name; `options` are its numbers after `levels`, in order (β's range, the cosine's offset).
+
+    Raises ValueError for an unknown name, too many options, or numbers that make no schedule.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}; choose from {', '.join(SCHEDULES)}")
+    takes = list(inspect.signature(SCHEDULES[name]).parameters)[1:]
+    if len(options) > len(takes):
+        known = ", ".join(takes) or "none"
+        raise ValueError(f"the schedule {name} takes the options {known}; got {len(options)} numbers")
+    return SCHEDULES[name](levels, *options)
+
+
+SPACINGS = ("trailing", "leading", "even", "log-snr")
+
+
+def choose_levels(schedule: Schedule, steps: int, spacing: str = "trailing", with_signal: bool = False) -> list[int]:
+    """`steps` distinct levels, from the noisiest in use to the least noised.
+
+    trailing: the last level first, then in equal strides; leading: 0 last, in equal strides; even: both ends, evenly
+    between (Lin et al. 2024, arXiv 2305.08891, table 2); log-snr: both ends, evenly in log-SNR between (Lu et al. 2022,
+    DPM-Solver, section 3.4). `with_signal` leaves out a last level of alpha 0, where noise prediction and log-SNR are
+    undefined; log-snr always does.
+
+    Raises ValueError for an unknown spacing, for more steps than levels, and where log-snr's levels coincide.
+    """
+    if spacing not in SPACINGS:
+        raise ValueError(f"unknown spacing {spacing!r}; choose from {', '.join(SPACINGS)}")
+    silent = schedule.ends_silent and (with_signal or spacing == "log-snr")
+    count = len(schedule) - silent
+    if not 1 <= steps <= count:
+        which = " that hold signal" if silent else ""
+        raise ValueError(f"sampling steps must be from 1 to the {count} noise levels{which}; got {steps}")
+    if spacing == "trailing":
+        return [round(count - i * count / steps) - 1 for i in range(steps)]
+    if spacing == "leading":
+        return [i * (count // steps) for i in reversed(range(steps))]
+    if spacing == "even":
+        return [round(level) for level in torch.linspace(count - 1, 0, steps, dtype=torch.float64).tolist()]
+    log_snr = schedule.log_snr[:count]
+    wanted = torch.linspace(float(log_snr[-1]), float(log_snr[0]), steps, dtype=torch.float64)
+    levels = sorted({int((log_snr - value).abs().argmin()) for value in wanted}, reverse=True)
+    if len(levels) < steps:
+        raise ValueError(
+            f"{steps} steps evenly spaced in log-SNR fall on only {len(levels)} distinct levels of this schedule; "
+            "choose fewer steps or another spacing"
+        )
+    return levels

@@ -104,7 +104,7 @@ class Trainer:
 
     def _train_step(self) -> tuple[Tensor, Tensor]:
         batch = next(self._batches)
-        loss = self._policy.loss(batch.observations, batch.actions, self._generator)
+        loss = self._policy.loss(batch.observations, batch.actions, self._generator, batch.modes)
         self._optimizer.zero_grad()
         loss.backward()
         gradient_norm = torch.nn.utils.clip_grad_norm_(self._policy.parameters(), self.config.gradient_clip)
@@ -124,7 +124,7 @@ class Trainer:
         total = 0.0
         for indices in chosen.split(self.config.batch_size):
             batch = self._validation.gather(indices.to(self._policy.device))
-            total += len(indices) * self.averaged.loss(batch.observations, batch.actions, generator).item()
+            total += len(indices) * self.averaged.loss(batch.observations, batch.actions, generator, batch.modes).item()
         return total / len(chosen)
 
     def _average(self, averaged: Tensor, current: Tensor, _count: Tensor | int) -> Tensor:

@@ -15,11 +15,14 @@ FILES = sorted(
     if not (folder == "diffusion_policy" and path.relative_to(ROOT / folder).parts[0] in ("envs", "datasets"))
 )
 
-LEARNING = {"config", "schedules", "prediction", "samplers", "networks", "normalizer", "policy"}
+LEARNING = {"config", "diffusion", "guidance", "networks", "normalizer", "prediction", "samplers", "schedules"}
 OURS_ALLOWED = {
     "config": set(),
     "schedules": set(),
     "prediction": set(),
+    "guidance": set(),
+    "diffusion": {"prediction", "samplers", "schedules"},
+    "likelihood": {"samplers", "schedules"},
     "samplers": {"schedules"},
     "networks": {"networks"},
     "normalizer": set(),

@@ -119,10 +119,9 @@ def load_with_environment(
 
     from diffusion_policy import checkpoint, envs
     from diffusion_policy.policy import choose_device
-    from diffusion_policy.samplers import choose_levels
 
     loaded = checkpoint.load(path, choose_device(device))
-    choose_levels(loaded.policy.schedule, sampling.sampling_steps)
+    loaded.policy.require(sampling)
     recorded = loaded.environment
     env_id = env or recorded.id
     if env_id is None:

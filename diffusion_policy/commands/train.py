@@ -60,9 +60,10 @@ class Train:
 
         torch.manual_seed(self.training.seed)
         horizons = self.policy.observation_horizon, self.policy.prediction_horizon
-        windows = Windows(data, ends, training_episodes, *horizons, device)
-        validation = Windows(data, ends, held_out, *horizons, device) if len(held_out) else None
-        policy = DiffusionPolicy.for_data(self.policy, windows.rows()).to(device)
+        modes = store.mode_indices() if self.policy.condition_on_mode else None
+        windows = Windows(data, ends, training_episodes, *horizons, device, modes)
+        validation = Windows(data, ends, held_out, *horizons, device, modes) if len(held_out) else None
+        policy = DiffusionPolicy.for_data(self.policy, windows.rows(), store.modes).to(device)
         trainer = Trainer(policy, windows, validation, self.training)
         environment, dataset = describe(store, keys)
         parameters = sum(weight.numel() for weight in policy.parameters())
@@ -122,7 +123,7 @@ def describe(store: EpisodeStore, observation_keys: Sequence[str]) -> tuple[Envi
     modes = [mode or NONE for mode in store.episode_modes()]
     seeds = store.read_meta("seed")
     local = Path(store.location)
-    environment = Environment(recorded.get("id"), recorded.get("arguments", {}), tuple(attributes.get("modes", ())))
+    environment = Environment(recorded.get("id"), recorded.get("arguments", {}), store.modes)
     dataset = Dataset(
         location=str(local.resolve()) if local.exists() else store.location,
         fingerprint=store.fingerprint(observation_keys),

@@ -1,0 +1,76 @@
+"""Guidance and clipping: wrappers of a denoiser (`samplers.Denoise`) that return another one.
+
+Two conventions of the guidance weight are about. Here w = 0 is the plain conditional policy; where others write 1 for
+that, their weight is 1 + w.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Denoise = Callable[[Tensor, int], Tensor]
+
+
+def classifier_free(denoise: Denoise, weights: Tensor) -> Denoise:
+    """eps = (1 + w) · eps_cond − w · eps_uncond (Ho & Salimans 2022, arXiv 2207.12598, eq. 6), in one doubled batch.
+
+    `denoise` takes two copies of xt, (2 B, ...), and conditions the first half only. `weights`: w of each level, (K,).
+    """
+
+    def guided(xt: Tensor, level: int) -> Tensor:
+        x0_cond, x0_uncond = denoise(torch.cat([xt, xt]), level).chunk(2)
+        w = weights[level]
+        return (1 + w) * x0_cond - w * x0_uncond  # xt is the same for both, so x0 mixes as eps does
+
+    return guided
+
+
+def constant(levels: int) -> Tensor:
+    """The full weight at every level, (K,)."""
+    return torch.ones(levels, dtype=torch.float64)
+
+
+def falling(levels: int) -> Tensor:
+    """The full weight at the noisiest level, where sampling starts, none at the least noised one, (K,)."""
+    return torch.linspace(0, 1, levels, dtype=torch.float64)
+
+
+def rising(levels: int) -> Tensor:
+    """No weight at the noisiest level, where sampling starts, the full one at the least noised level, (K,)."""
+    return torch.linspace(1, 0, levels, dtype=torch.float64)
+
+
+def middle(levels: int) -> Tensor:
+    """The full weight at the middle three fifths of the levels, none elsewhere, (K,) (Kynkäänniemi et al. 2024, arXiv
+    2404.07724)."""
+    share = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
+    return ((share > 0.2) & (share < 0.8)).double()
+
+
+GUIDANCE_SCHEDULES = {"constant": constant, "falling": falling, "rising": rising, "middle": middle}
+
+
+def unclipped(denoise: Denoise) -> Denoise:
+    """The denoiser as it is."""
+    return denoise
+
+
+def static_clip(denoise: Denoise) -> Denoise:
+    """x0 within [−1, 1], the range of the demonstrations under the normalizer's limits."""
+    return lambda xt, level: denoise(xt, level).clamp(-1, 1)
+
+
+def dynamic_clip(denoise: Denoise, share: float = 0.995) -> Denoise:
+    """Dynamic thresholding (Saharia et al. 2022, arXiv 2205.11487, section 2.3): each row's x0 is clipped to the
+    quantile `share` of its own |x0| where that exceeds 1, and divided by it."""
+
+    def clipped(xt: Tensor, level: int) -> Tensor:
+        x0 = denoise(xt, level)
+        limit = torch.quantile(x0.flatten(1).abs(), share, dim=1).clamp(min=1).reshape(-1, *[1] * (x0.ndim - 1))
+        return x0.clamp(-limit, limit) / limit
+
+    return clipped
+
+
+CLIPS: dict[str, Callable[[Denoise], Denoise]] = {"static": static_clip, "dynamic": dynamic_clip, "none": unclipped}
