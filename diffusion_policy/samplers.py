@@ -135,8 +135,8 @@ def euler(
 def heun(
     denoise: Denoise, xT: Tensor, schedule: Schedule, levels: Levels, noise: Noise, *, correct: Correct = None
 ) -> Tensor:
-    """Heun's second-order method on the same ODE (Karras et al. 2022, arXiv 2206.00364, algorithm 1): Euler's step, then
-    half the change of slope that it met. Two denoisings a step, one in the last.
+    """Heun's second-order method on the same ODE (Karras et al. 2022, arXiv 2206.00364, algorithm 1): Euler's step,
+    then half the change of slope that it met. Two denoisings a step, one in the last.
 
     x / scale moves along straight lines; its slope changes with x0 alone, since Euler's step keeps eps.
     """

@@ -54,10 +54,10 @@ def test_guidance_schedules_are_shares_of_the_weight(levels: int) -> None:
     assert (tables["constant"] == 1).all()
     assert tables["falling"][-1] == tables["rising"][0] == 1
     assert tables["falling"][0] == tables["rising"][-1] == 0
-    assert tables["middle"][[0, -1]].sum() == 0
 
 
 def test_the_middle_is_three_fifths() -> None:
+    assert GUIDANCE_SCHEDULES["middle"](100)[[0, -1]].sum() == 0
     assert GUIDANCE_SCHEDULES["middle"](100).mean() == pytest.approx(0.6)
 
 
