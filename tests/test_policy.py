@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,11 @@ from torch import nn
 
 from diffusion_policy.config import PolicyConfig, SampleConfig
 from diffusion_policy.controller import planning_generator
+from diffusion_policy.diffusion import count_draws
 from diffusion_policy.policy import DiffusionPolicy, Shapes, choose_device
+from diffusion_policy.prediction import PREDICTIONS
+from diffusion_policy.samplers import SAMPLERS
+from diffusion_policy.schedules import SCHEDULES
 
 CONFIG = PolicyConfig(widths=(16, 32), level_dim=32, levels=20)
 RNG = np.random.default_rng(0)
@@ -16,16 +22,22 @@ DATA = {
 }
 
 
+GUIDABLE = replace(CONFIG, condition_dropout=0.1)
+ONE_RESOLUTION = replace(GUIDABLE, widths=(16,))  # compiles faster
+STEERABLE = replace(GUIDABLE, condition_on_mode=True)
+MODES = ("left", "middle", "right")
+
+
 def new_policy(config: PolicyConfig = CONFIG) -> DiffusionPolicy:
     torch.manual_seed(0)
-    return DiffusionPolicy.for_data(config, DATA)
+    return DiffusionPolicy.for_data(config, DATA, MODES)
 
 
 def observe(batch: int, horizon: int = 2) -> dict[str, torch.Tensor]:
     return {"state": torch.randn(batch, horizon, 4), "goal": torch.randn(batch, horizon, 2)}
 
 
-@pytest.mark.parametrize("sampler, steps", [("ddim", 4), ("ddim", 20), ("ddpm", 1), ("ddpm", 7)])
+@pytest.mark.parametrize("sampler, steps", [("ddim", 4), ("ddim", 20), ("ddpm", 1), ("ddpm", 7), ("unipc", 5)])
 @pytest.mark.parametrize("horizons", [(2, 16, 8), (1, 2, 1), (3, 4, 2)])
 def test_samples_are_raw_actions_within_the_demonstrated_range(sampler: str, steps: int, horizons) -> None:
     policy = new_policy(PolicyConfig(*horizons, widths=(16, 32), level_dim=32, levels=20))
@@ -56,8 +68,92 @@ def test_other_noise_and_other_observations_give_other_plans() -> None:
 
 
 def test_more_sampling_steps_than_levels_are_refused() -> None:
-    with pytest.raises(ValueError, match="sampling steps must be from 1 to the 20 noise levels of the policy; got 21"):
+    with pytest.raises(ValueError, match="sampling steps must be from 1 to the 20 noise levels; got 21"):
         new_policy().sample(observe(1), [planning_generator(0)], config=SampleConfig("ddim", 21))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_every_schedule_and_prediction_trains_and_samples_with_every_sampler(schedule, prediction) -> None:
+    policy = new_policy(replace(CONFIG, schedule=schedule, prediction=prediction, snr_gamma=5.0))
+    loss = policy.loss(observe(4), torch.full((4, 16, 2), 7.0), torch.Generator().manual_seed(0))
+    loss.backward()
+    assert torch.isfinite(loss)
+    for sampler in SAMPLERS:
+        actions = policy.sample(observe(1), [planning_generator(0)], config=SampleConfig(sampler, 3))
+        assert torch.isfinite(actions).all()
+
+
+def test_langevin_steps_and_noise_change_a_plan() -> None:
+    policy, observations = new_policy(), observe(1)
+    plain = policy.sample(observations, [planning_generator(0)])
+    for config in (SampleConfig(corrector_steps=1), SampleConfig(eta=1.0), SampleConfig(clip="none")):
+        assert not torch.allclose(policy.sample(observations, [planning_generator(0)], config=config), plain)
+
+
+def test_a_dropped_condition_leaves_the_observations_only_where_there_is_a_mode() -> None:
+    policy, observations = new_policy(GUIDABLE), observe(3)
+    cond = policy.encode(observations)
+    assert (cond[:, -1] == 1).all()
+    assert (policy.unconditional(cond) == 0).all()
+    policy = new_policy(STEERABLE)
+    cond = policy.encode(observations, torch.tensor([2, 0, -1]))
+    assert cond[:, -3:].tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 0]]
+    unconditional = policy.unconditional(cond)
+    assert torch.equal(unconditional, policy.encode(observations))
+    assert torch.equal(unconditional[:, :-3], cond[:, :-3])
+
+
+def test_conditions_are_dropped_as_often_as_asked() -> None:
+    policy = new_policy(replace(GUIDABLE, condition_dropout=0.3))
+    seen = []
+    policy.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
+    policy.loss(observe(4000), torch.full((4000, 16, 2), 7.0), torch.Generator().manual_seed(0))
+    (cond,) = seen
+    assert (cond[:, -1] == 0).float().mean().item() == pytest.approx(0.3, abs=0.03)
+    assert ((cond == 0).all(dim=1) == (cond[:, -1] == 0)).all()
+
+
+def test_guidance_of_zero_is_the_plain_policy_and_more_of_it_another() -> None:
+    policy, observations = new_policy(GUIDABLE).eval(), observe(2)
+
+    def plan(**options) -> torch.Tensor:
+        generators = [planning_generator(0), planning_generator(1)]
+        return policy.sample(observations, generators, config=SampleConfig(sampling_steps=4, clip="none", **options))
+
+    assert torch.equal(plan(), plan(guidance=0.0))
+    assert not torch.allclose(plan(), plan(guidance=3.0))
+    assert not torch.allclose(plan(guidance=3.0), plan(guidance=3.0, guidance_schedule="falling"))
+
+
+def test_a_policy_is_steered_to_the_mode_that_is_asked() -> None:
+    policy, observations = new_policy(STEERABLE).eval(), observe(1)
+
+    def plan(mode: str | None) -> torch.Tensor:
+        return policy.sample(observations, [planning_generator(0)], config=SampleConfig(mode=mode))
+
+    plans = [plan(mode) for mode in (None, *MODES)]
+    assert all(not torch.allclose(a, b) for i, a in enumerate(plans) for b in plans[:i])
+
+
+@pytest.mark.parametrize(
+    "config, options, message",
+    [
+        (CONFIG, {"guidance": 1.0}, "guidance 1.0 needs a policy trained with --condition-dropout above 0"),
+        (CONFIG, {"mode": "left"}, "cannot be steered to mode 'left'; it was trained without condition-on-mode"),
+        (STEERABLE, {"mode": "up"}, "cannot be steered to mode 'up'; choose from left, middle, right"),
+        (replace(CONFIG, condition_on_mode=True), {}, "must be told a mode, one of left, middle, right"),
+        (replace(CONFIG, schedule="flow"), {"sampling_steps": 20}, "from 1 to the 19 noise levels that hold signal"),
+    ],
+)
+def test_options_that_a_policy_cannot_follow_are_refused(config, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        new_policy(config).sample(observe(1), [planning_generator(0)], config=SampleConfig(**options))
+
+
+def test_modes_to_condition_on_must_be_there() -> None:
+    with pytest.raises(ValueError, match="condition-on-mode needs data with at least two modes; it has 0"):
+        DiffusionPolicy.for_data(STEERABLE, DATA)
 
 
 def test_the_loss_of_a_network_that_says_nothing_is_the_power_of_the_noise() -> None:
@@ -81,16 +177,28 @@ def test_actions_must_be_one_row_of_numbers() -> None:
         DiffusionPolicy(CONFIG, Shapes({"state": (4,)}, (2, 3)))
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_the_sampling_loop_compiles_as_one_graph_and_gives_the_same(sampler: str) -> None:
-    policy = new_policy().eval()
-    xT, noise = torch.randn(2, 16, 2), torch.randn(3, 2, 16, 2)
+SAMPLINGS = [SampleConfig(name, 3) for name in SAMPLERS] + [
+    SampleConfig("ddim", 3, eta=0.5, guidance=2.0, guidance_schedule="falling", clip="dynamic"),
+    SampleConfig("unipc", 3, corrector_steps=2),
+]
+
+
+def sampling_id(config: SampleConfig) -> str:
+    return f"{config.sampler}, eta {config.eta}, guidance {config.guidance}, {config.corrector_steps} Langevin steps"
+
+
+@pytest.mark.parametrize("config", SAMPLINGS, ids=sampling_id)
+def test_the_sampling_loop_compiles_as_one_graph_and_gives_the_same(config: SampleConfig) -> None:
+    policy = new_policy(ONE_RESOLUTION).eval()
+    noise = torch.randn(1 + 3 * 3, 2, 16, 2)
     cond = policy.encode(observe(2))
     levels = [19, 10, 3]
+    torch.compiler.reset()
     compiled = torch.compile(policy.denoise_from, fullgraph=True, backend="eager")
+    noise = noise[: count_draws(policy.require(config)[0], levels, config.corrector_steps)]
     with torch.no_grad():
-        eager = policy.denoise_from(xT, cond, levels, noise, sampler)
-        torch.testing.assert_close(compiled(xT, cond, levels, noise, sampler), eager, rtol=1e-4, atol=1e-5)
+        eager = policy.denoise_from(noise, cond, levels, config)
+        torch.testing.assert_close(compiled(noise, cond, levels, config), eager, rtol=1e-4, atol=1e-5)
 
 
 def test_an_absent_device_is_refused() -> None:
@@ -100,15 +208,16 @@ def test_an_absent_device_is_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_the_sampling_loop_never_waits_for_the_gpu(sampler: str) -> None:
-    policy = new_policy().cuda().eval()
-    xT, noise = torch.randn(2, 16, 2, device="cuda"), torch.randn(3, 2, 16, 2, device="cuda")
+@pytest.mark.parametrize("config", SAMPLINGS, ids=sampling_id)
+def test_the_sampling_loop_never_waits_for_the_gpu(config: SampleConfig) -> None:
+    policy = new_policy(GUIDABLE).cuda().eval()
+    levels = [19, 10, 3]
+    noise = torch.randn(count_draws(policy.require(config)[0], levels, config.corrector_steps), 2, 16, 2, device="cuda")
     cond = policy.encode({key: value.cuda() for key, value in observe(2).items()})
-    policy.denoise_from(xT, cond, [19, 10, 3], noise, sampler)  # warm up
+    policy.denoise_from(noise, cond, levels, config)  # warm up
     torch.cuda.set_sync_debug_mode("error")
     try:
-        policy.denoise_from(xT, cond, [19, 10, 3], noise, sampler)
+        policy.denoise_from(noise, cond, levels, config)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
