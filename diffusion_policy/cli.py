@@ -19,6 +19,7 @@ from diffusion_policy.commands.common import Interrupted
 from diffusion_policy.commands.demo import Demo
 from diffusion_policy.commands.evaluate import Evaluate
 from diffusion_policy.commands.rollout import Rollout
+from diffusion_policy.commands.study import Study
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, from_dict
 
@@ -53,13 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(arguments: Sequence[str]) -> Collect | Train | Evaluate | Rollout | Demo:
+def parse(arguments: Sequence[str]) -> Collect | Train | Evaluate | Rollout | Study | Demo:
     """The command that arguments mean; raises ConfigError when they mean none."""
     commands: Any = (
         Annotated[Collect, tyro.conf.subcommand("collect")]
         | Annotated[Train, tyro.conf.subcommand("train", default=_train_defaults(arguments))]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Rollout, tyro.conf.subcommand("rollout")]
+        | Annotated[Study, tyro.conf.subcommand("study")]
         | Annotated[Demo, tyro.conf.subcommand("demo")]
     )
     said = io.StringIO()

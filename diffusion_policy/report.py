@@ -172,7 +172,7 @@ def draw_modes(results: Mapping[str, Any], colors: Mapping[str, str]) -> Figure:
     axis.invert_yaxis()
     axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.set_xlabel("coloured: successful rollouts, grey: demonstrations", color=MUTED)
-    _clean(axis)
+    clean(axis)
     return figure
 
 
@@ -186,16 +186,17 @@ def draw_training(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         steps, losses = [row["step"] for row in validated], [row["validation_loss"] for row in validated]
         axis.plot(steps, losses, color=FEW_COLORS[3], marker="o", markersize=4, label="validation, averaged weights")
     axis.set(yscale="log", xlabel="training step")
-    axis.set_title("noise prediction loss", loc="left", color=INK, fontsize=11)
+    axis.set_title("loss of the prediction", loc="left", color=INK, fontsize=11)
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("")
     axis.legend(frameon=False)
-    _clean(axis)
+    clean(axis)
     return figure
 
 
-def _clean(axis: Axes) -> None:
+def clean(axis: Axes) -> None:
+    """Thin frame, light grid."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(GRID)
     axis.tick_params(colors=INK, labelsize=10)

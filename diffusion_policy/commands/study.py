@@ -1,0 +1,143 @@
+"""diffusion-policy study: one checkpoint under every sampler."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import tyro
+from rich.table import Table
+
+from diffusion_policy import __version__
+from diffusion_policy.commands.common import (
+    Interrupted,
+    Loaded,
+    available_cores,
+    console,
+    load_with_environment,
+    require_fresh,
+)
+from diffusion_policy.commands.evaluate import (
+    FIRST_TEST_SEED,
+    PLANNING_BATCH,
+    measure_latency,
+    refuse_seen_seeds,
+    run_episodes,
+)
+from diffusion_policy.config import SampleConfig, SamplerName, require_at_least, require_seed
+
+STEPS = (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Roll one checkpoint out under each sampler at several numbers of steps: success, mode entropy and milliseconds,
+    as a table, results.json and samplers.png. Ctrl-C keeps what is done in results.json."""
+
+    what: tyro.conf.Positional[Literal["samplers"]]
+    """What is varied."""
+    checkpoint: Path
+    """Folder of a run (its newest checkpoint) or of one checkpoint."""
+    output: Path
+    """Folder of this study."""
+    samplers: tuple[SamplerName, ...] = get_args(SamplerName)
+    """Samplers to try."""
+    steps: tuple[int, ...] = ()
+    """Numbers of sampling steps to try; by default 1, 2, 4, 8, 16, 32 and all noise levels of the policy."""
+    episodes: int = 100
+    """Episodes for each sampler and number of steps, the same seeds each time."""
+    seed: int = FIRST_TEST_SEED
+    """Seed of the first episode; seeds of the demonstrations are refused."""
+    env: str | None = None
+    """Gymnasium id, if not the environment that the policy was trained for."""
+    env_kwargs: str | None = None
+    """Arguments of the environment, as JSON, if not those it was trained with."""
+    workers: int = dataclasses.field(default_factory=available_cores)
+    """Processes that simulate; the result is the same for any number."""
+    device: str = "auto"
+    """auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, ("episodes", "workers"))
+        require_seed(self)
+        for steps in self.steps:
+            SampleConfig(sampling_steps=steps)
+
+    def run(self) -> dict[str, Any]:
+        """Study; returns what results.json holds. Raises ValueError where `evaluate` does."""
+        from diffusion_policy.figures import draw_study
+
+        require_fresh(self.output)
+        loaded = load_with_environment(self.checkpoint, self.env, self.env_kwargs, SampleConfig(), self.device)
+        refuse_seen_seeds(loaded, range(self.seed, self.seed + self.episodes))
+        levels = loaded.checkpoint.policy.config.levels
+        steps = self.steps or (*(n for n in STEPS if n < levels), levels)
+        self.output.mkdir(parents=True, exist_ok=True)
+        cells: dict[str, dict[str, Any]] = {}
+        results = {
+            "environment": loaded.env_id,
+            "env_kwargs": loaded.env_kwargs,
+            "checkpoint": str(self.checkpoint),
+            "training_steps": loaded.checkpoint.step,
+            "noise_levels": levels,
+            "episodes": self.episodes,
+            "first_seed": self.seed,
+            "device": str(loaded.checkpoint.policy.device),
+            "package_version": __version__,
+            "samplers": cells,
+        }
+        for name in self.samplers:
+            cells[name] = {}
+            for count in steps:
+                console.print(f"{name}, {count} steps")
+                try:
+                    cells[name][str(count)] = self._cell(loaded, SampleConfig(name, count))
+                except Interrupted:
+                    raise Interrupted(f"stopped at {name}, {count} steps; the others are in {self.output}") from None
+                (self.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        draw_study(results).savefig(self.output / "samplers.png", dpi=150)
+        print_table(results)
+        console.print(f"results in {self.output}/results.json, picture in {self.output}/samplers.png")
+        return results
+
+    def _cell(self, loaded: Loaded, sampling: SampleConfig) -> dict[str, Any]:
+        """What one sampler does at one number of steps; why not, where it cannot."""
+        from diffusion_policy import metrics
+
+        try:
+            loaded.checkpoint.policy.require(sampling)
+            seeds = range(self.seed, self.seed + self.episodes)
+            episodes = run_episodes(loaded, seeds, sampling, PLANNING_BATCH, self.workers)
+        except (ValueError, FloatingPointError) as error:
+            return {"refused": str(error)}
+        modes = loaded.env.get_wrapper_attr("modes")
+        solved = metrics.successes_by_mode(episodes)
+        latencies = measure_latency(loaded.checkpoint.policy, episodes[0], sampling)
+        return {
+            "success_rate": dataclasses.asdict(metrics.success_rate(episodes)),
+            "mode_entropy": dataclasses.asdict(metrics.Metric(metrics.mode_entropy(solved, modes))),
+            "mode_coverage": dataclasses.asdict(metrics.Metric(metrics.mode_coverage(solved, modes))),
+            "modes": {mode: solved.get(mode, 0) for mode in modes},
+            "milliseconds": metrics.percentiles(latencies, (50,))["p50"],
+        }
+
+
+def print_table(results: Mapping[str, Any]) -> None:
+    """One row a sampler, one column a number of steps: success, entropy, milliseconds."""
+    columns = list(dict.fromkeys(steps for cells in results["samplers"].values() for steps in cells))
+    table = Table("sampler", *columns, title="success rate / mode entropy / milliseconds of one plan, by steps")
+    for name, cells in results["samplers"].items():
+        table.add_row(name, *(_text(cells.get(steps)) for steps in columns))
+    console.print(table)
+
+
+def _text(cell: Mapping[str, Any] | None) -> str:
+    if cell is None or "refused" in cell:
+        return "-"
+    entropy = cell["mode_entropy"]["value"]
+    shown = "-" if entropy is None else f"{entropy:.2f}"
+    return f"{cell['success_rate']['value']:.2f} / {shown} / {cell['milliseconds']:.0f}"
