@@ -15,11 +15,13 @@ import tyro
 
 from diffusion_policy import __version__
 from diffusion_policy.commands.collect import Collect
-from diffusion_policy.commands.common import Interrupted
+from diffusion_policy.commands.common import Failed, Interrupted
 from diffusion_policy.commands.demo import Demo
+from diffusion_policy.commands.doctor import Doctor
 from diffusion_policy.commands.evaluate import Evaluate
 from diffusion_policy.commands.rollout import Rollout
 from diffusion_policy.commands.study import Study
+from diffusion_policy.commands.toy import Toy
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, from_dict
 
@@ -30,7 +32,8 @@ A mistake is answered with one line and exit status 2; --debug, anywhere, shows 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 (a user's mistake), 130 (interrupted). A fault of ours is
+    """Run the command line; returns the exit status: 0, 1 (a check failed), 2 (a user's mistake), 130
+    (interrupted). A fault of ours is
     raised."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
@@ -45,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Failed as finding:
+        print(finding, file=sys.stderr)
+        return 1
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 130
@@ -54,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(arguments: Sequence[str]) -> Collect | Train | Evaluate | Rollout | Study | Demo:
+def parse(arguments: Sequence[str]) -> Collect | Train | Evaluate | Rollout | Study | Doctor | Toy | Demo:
     """The command that arguments mean; raises ConfigError when they mean none."""
     commands: Any = (
         Annotated[Collect, tyro.conf.subcommand("collect")]
@@ -62,6 +68,8 @@ def parse(arguments: Sequence[str]) -> Collect | Train | Evaluate | Rollout | St
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Rollout, tyro.conf.subcommand("rollout")]
         | Annotated[Study, tyro.conf.subcommand("study")]
+        | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+        | Annotated[Toy, tyro.conf.subcommand("toy")]
         | Annotated[Demo, tyro.conf.subcommand("demo")]
     )
     said = io.StringIO()

@@ -1,13 +1,21 @@
 """Figures of the toy problems, the sampler study and the doctor. Knows plain numbers and arrays only."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from diffusion_policy.report import FEW_COLORS, INK, clean
+from diffusion_policy.report import FEW_COLORS, GRID, INK, MUTED, clean
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from diffusion_policy.toy import Shown
 
 STYLES = ("-", "--", ":")
 
@@ -49,3 +57,93 @@ def show_steps(axis: Axes, steps: Sequence[int]) -> None:
     axis.xaxis.set_major_locator(FixedLocator(steps))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter("{x:g}")
+
+
+def draw_toy(results: Mapping[str, Any], shown: Shown) -> Figure:
+    """Above: data, the data noised to a low, a middle and a high level, samples. Below: distance to the data over the
+    steps, and what is particular to the problem."""
+    figure = Figure(figsize=(16, 7.6), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    panels = [("data", shown.data.x)]
+    panels += [
+        (f"noised, {name} level {level}", x)
+        for name, (level, x) in zip(("low", "middle", "high"), shown.noised, strict=True)
+    ]
+    panels.append((f"samples, ddpm, {results['noise_levels']} steps", shown.samples))
+    limit = 1.15 * max(float(x.abs().max()) for _, x in panels)
+    for axis, (title, x) in zip(above.subplots(1, len(panels)), panels, strict=True):
+        _draw_points(axis, x, shown.data.label if len(x) == len(shown.data.label) else None, limit)
+        axis.set_title(title, loc="left", color=INK, fontsize=11)
+        clean(axis)
+    axes = below.subplots(1, 2, width_ratios=(1.6, 1))
+    for i, (name, cells) in enumerate(results["samplers"].items()):
+        distances = {int(steps): cell["energy_distance"] for steps, cell in cells.items()}
+        known = {steps: max(value, 1e-5) for steps, value in distances.items() if value is not None}
+        axes[0].plot(list(known), list(known.values()), label=name, **line_style(i))
+    floor = abs(results["energy_distance_of_data_to_data"])
+    axes[0].axhline(max(floor, 1e-5), color=MUTED, linewidth=1, linestyle=":", label="data to data")
+    axes[0].set(xscale="log", yscale="log", xlabel="sampling steps")
+    axes[0].set_title("energy distance of samples to data", loc="left", color=INK, fontsize=11)
+    show_steps(axes[0], [int(steps) for steps in next(iter(results["samplers"].values()))])
+    clean(axes[0])
+    axes[0].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    _draw_particular(axes[1], results)
+    return figure
+
+
+def _draw_points(axis: Axes, x: Tensor, label: Tensor | None, limit: float) -> None:
+    if x.shape[1] == 1:
+        axis.hist(x[:, 0].numpy(), bins=80, range=(-limit, limit), color=FEW_COLORS[0])
+        axis.set_yticks([])
+        return
+    colors = FEW_COLORS[0] if label is None else [FEW_COLORS[int(i)] for i in label]
+    axis.scatter(*x.T.numpy(), s=3, c=colors, alpha=0.5, linewidths=0)
+    axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+
+
+def _draw_particular(axis: Axes, results: Mapping[str, Any]) -> None:
+    """The sectors of the ring, the weights of the mixture, the shares of the two classes; else the fastest samplers."""
+    title = "milliseconds for 2000 points, all steps"
+    if "sector_shares" in results:
+        axis.bar(range(8), results["sector_shares"], color=FEW_COLORS[0])
+        axis.axhline(1 / 8, color=MUTED, linestyle=":")
+        title = "share of samples in eight sectors"
+    elif "sweep" in results:
+        for i, prediction in enumerate(("noise", "velocity")):
+            rows = [row for row in results["sweep"] if row["prediction"] == prediction]
+            levels, weights = [row["levels"] for row in rows], [row["weights"][0] for row in rows]
+            axis.plot(levels, weights, label=f"{prediction} prediction", **line_style(i))
+            lost = [(row["levels"], row["weights"][0]) for row in rows if row["collapsed"]]
+            if lost:
+                axis.plot(*zip(*lost, strict=True), "x", color=INK, markersize=10, label=None if i else "collapsed")
+        axis.axhline(0.3, color=MUTED, linestyle=":", label="true weight")
+        axis.set(xlabel="noise levels K, beta up to 0.25", ylim=(0, 1))
+        axis.legend(frameon=False)
+        title = "weight of the smaller mode"
+    elif "share_in_asked_class" in results:
+        shares = results["share_in_asked_class"]
+        axis.plot([float(w) for w in shares], list(shares.values()), **line_style(0))
+        axis.set(xlabel="guidance weight w", ylim=(0.7, 1.01))
+        title = "share of samples in the asked class"
+    else:
+        last = [list(cells.values())[-1]["milliseconds"] for cells in results["samplers"].values()]
+        axis.barh(list(results["samplers"]), last, color=FEW_COLORS[0])
+        axis.invert_yaxis()
+    axis.set_title(title, loc="left", color=INK, fontsize=11)
+    clean(axis)
+
+
+def draw_noised(sequence: np.ndarray, noised: Sequence[tuple[int, np.ndarray]]) -> Figure:
+    """A normalized action sequence (T, A) and the same at a low, a middle and a high level."""
+    figure = Figure(figsize=(14, 3.4), layout="constrained")
+    panels = [("clean", sequence), *((f"level {level}", rows) for level, rows in noised)]
+    for axis, (title, rows) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
+        for i, column in enumerate(rows.T):
+            axis.plot(column, label=f"action {i}", **line_style(i))
+        axis.axhspan(-1, 1, color=GRID, alpha=0.5, linewidth=0)
+        axis.set_title(title, loc="left", color=INK, fontsize=11)
+        axis.set_xlabel("step")
+        clean(axis)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    return figure

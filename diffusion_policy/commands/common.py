@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import gymnasium
 
     from diffusion_policy.checkpoint import Checkpoint
+    from diffusion_policy.datasets.store import EpisodeStore
 
 DEFAULT_ENV = "diffusion_policy/Avoid-v0"
 
@@ -31,6 +32,24 @@ console = Console(stderr=True, highlight=False)
 
 class Interrupted(Exception):
     """The user stopped the work (Ctrl-C); the message says what was kept."""
+
+
+class Failed(Exception):
+    """What was checked is not as it should be; the message says what. Exit status 1."""
+
+
+def choose_observation_keys(store: EpisodeStore, wanted: Sequence[str]) -> tuple[str, ...]:
+    """Keys of a store that a policy observes: those wanted, else those that the store names, else all but action.
+
+    Raises ConfigError for keys that it does not have, and when none are left.
+    """
+    keys = tuple(wanted) or tuple(store.attributes.get("observation_keys", ()))
+    keys = keys or tuple(key for key in store.keys if key != "action")
+    wrong = [key for key in keys if key not in store.keys or key == "action"]
+    if wrong or not keys:
+        sought = f"no observation {wrong[0]!r}" if wrong else "no observations"
+        raise ConfigError(f"{store.location} has {sought}; it has {', '.join(store.keys)}")
+    return keys
 
 
 def parse_env_kwargs(text: str) -> dict[str, Any]:

@@ -11,8 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from diffusion_policy.commands.common import Interrupted, console, progress_bar, require_fresh, stop_on_signal
-from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig
+from diffusion_policy.commands.common import (
+    Interrupted,
+    choose_observation_keys,
+    console,
+    progress_bar,
+    require_fresh,
+    stop_on_signal,
+)
+from diffusion_policy.config import PolicyConfig, TrainConfig
 
 if TYPE_CHECKING:
     from diffusion_policy.checkpoint import Dataset, Environment
@@ -53,7 +60,7 @@ class Train:
         require_fresh(self.output)
         device = choose_device(self.device)
         store = EpisodeStore.open(self.dataset)
-        keys = self._observation_keys(store)
+        keys = choose_observation_keys(store, self.observation)
         data = {key: store.read(key) for key in (*keys, "action")}
         ends = store.episode_ends
         training_episodes, held_out = split_episodes(len(ends), self.training.validation_share, self.training.seed)
@@ -83,15 +90,6 @@ class Train:
         if trainer.step < self.training.steps:
             raise Interrupted(f"stopped after step {trainer.step} of {self.training.steps}; checkpoint in {folder}")
         console.print(f"checkpoint in {folder}")
-
-    def _observation_keys(self, store: EpisodeStore) -> tuple[str, ...]:
-        keys = self.observation or tuple(store.attributes.get("observation_keys", ()))
-        keys = keys or tuple(key for key in store.keys if key != "action")
-        wrong = [key for key in keys if key not in store.keys or key == "action"]
-        if wrong or not keys:
-            sought = f"no observation {wrong[0]!r}" if wrong else "no observations"
-            raise ConfigError(f"{self.dataset} has {sought}; it has {', '.join(store.keys)}")
-        return keys
 
     def _train(self, trainer: Trainer, should_stop: Callable[[], bool], save: Callable[[], object]) -> None:
         """Train with a bar, a line at each validation, metrics.jsonl, and a checkpoint from time to time."""

@@ -1,0 +1,221 @@
+"""diffusion-policy doctor: why a policy misbehaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.markup import escape
+
+from diffusion_policy import __version__
+from diffusion_policy.commands.common import (
+    Failed,
+    choose_observation_keys,
+    console,
+    progress_bar,
+    require_fresh,
+)
+from diffusion_policy.config import ConfigError, PolicyConfig, SampleConfig, require_at_least, require_seed
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from diffusion_policy.checkpoint import Checkpoint
+    from diffusion_policy.datasets.store import EpisodeStore
+    from diffusion_policy.datasets.windows import Windows
+    from diffusion_policy.doctor import Check
+    from diffusion_policy.policy import DiffusionPolicy
+
+PROBED = 512
+"""Windows that a trained policy is looked at with."""
+PLANNED = 64
+"""Windows that plans are sampled for."""
+COLORS = {"pass": "green", "warn": "yellow", "fail": "red"}
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Check a data set, a trained policy, or both, and say what to do. Exit status 1 when a check fails.
+
+    With a data set alone the options of the policy are those given here; with a checkpoint they are its own. Without
+    --dataset a checkpoint's own data set is looked for where it was.
+    """
+
+    dataset: str | None = None
+    """Store of demonstrations: a path or URL."""
+    checkpoint: Path | None = None
+    """Folder of a run (its newest checkpoint) or of one checkpoint."""
+    output: Path | None = None
+    """Folder for doctor.json and noised.png, an action sequence at a low, a middle and a high noise level."""
+    observation: tuple[str, ...] = ()
+    """Keys of the store that the policy observes; by default those that the store names, else all but action."""
+    overfit_steps: int = 2000
+    """Training steps of the test that a new network can learn 32 windows by heart; 0 leaves it out."""
+    seed: int = 0
+    """Seed of windows, noise and weights."""
+    device: str = "auto"
+    """auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps."""
+    sampling: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
+    policy: Annotated[PolicyConfig, tyro.conf.arg(name="")] = field(default_factory=PolicyConfig)
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, ("overfit_steps",))
+        require_seed(self)
+        if self.dataset is None and self.checkpoint is None:
+            raise ConfigError("the doctor needs a --dataset, a --checkpoint, or both")
+
+    def run(self) -> list[Check]:
+        """Check; returns all checks. Raises ValueError for a data set or checkpoint that cannot be opened, and Failed
+        when a check fails."""
+        from diffusion_policy import checkpoint
+        from diffusion_policy.doctor import draw_timeline
+        from diffusion_policy.policy import choose_device
+
+        if self.output:
+            require_fresh(self.output)
+            self.output.mkdir(parents=True, exist_ok=True)
+        device = choose_device(self.device)
+        loaded = checkpoint.load(self.checkpoint, device) if self.checkpoint else None
+        config = loaded.policy.config if loaded else self.policy
+        checks = []
+        for check in self._checks(config, loaded, device):
+            checks.append(check)
+            console.print(f"[{COLORS[check.status]}]{check.status}[/]  [bold]{check.name}[/]: {escape(check.figure)}")
+            if check.advice:
+                console.print(f"      -> {escape(check.advice)}")
+        console.print(f"\n{draw_timeline(config)}\n", soft_wrap=True)
+        if self.output:
+            rows = [dataclasses.asdict(check) for check in checks]
+            report = {"package_version": __version__, "dataset": self.dataset, "checkpoint": str(self.checkpoint)}
+            (self.output / "doctor.json").write_text(json.dumps({**report, "checks": rows}, indent=2) + "\n")
+            console.print(f"checks in {self.output}/doctor.json")
+        failed = [check.name for check in checks if check.status == "fail"]
+        if failed:
+            raise Failed(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
+        return checks
+
+    def _checks(self, config: PolicyConfig, loaded: Checkpoint | None, device: torch.device) -> Iterator[Check]:
+        """All checks, one after the other, as far as what they need is there."""
+        import numpy as np
+        import torch
+
+        from diffusion_policy import doctor
+        from diffusion_policy.datasets.windows import Windows
+        from diffusion_policy.policy import DiffusionPolicy
+        from diffusion_policy.schedules import make_schedule
+
+        check, schedule = doctor.check_decreasing(
+            lambda: make_schedule(config.schedule, config.levels, config.schedule_options)
+        )
+        yield check
+        if schedule is None:
+            return
+        yield doctor.check_first_level(schedule)
+        store, keys, missing = self._find_data(loaded)
+        data = {}
+        if store is not None:
+            data, missing = _read(store, keys)
+        if store is None or missing:
+            yield doctor.check_last_level(schedule)
+            yield from missing
+            return
+        ends, modes = store.episode_ends, store.mode_indices() if config.condition_on_mode else None
+        lengths = np.diff(ends, prepend=0)
+        horizons = config.observation_horizon, config.prediction_horizon
+        windows = Windows(data, ends, range(len(ends)), *horizons, device, modes)
+        torch.manual_seed(self.seed)
+        untrained = DiffusionPolicy.for_data(config, data, store.modes).to(device)
+        policy = loaded.policy if loaded else untrained
+        normalized = policy.normalizer.normalize("action", torch.as_tensor(data["action"], device=device).float())
+        yield doctor.check_last_level(schedule, float(normalized.std()))
+        yield doctor.check_constant(data)
+        yield doctor.check_horizons(lengths, config)
+        yield doctor.check_padding(lengths, config)
+        yield doctor.check_clipping(normalized, self.sampling.clip)
+        if self.output:
+            self._draw(policy, windows)
+        if loaded:
+            yield from self._check_policy(policy, windows)
+        if self.overfit_steps:
+            with progress_bar("steps") as bar:
+                task = bar.add_task("overfitting", total=self.overfit_steps, note="")
+                check = doctor.check_overfit(
+                    untrained, windows, self.overfit_steps, self.seed, lambda step: bar.update(task, completed=step)
+                )
+            yield check
+
+    def _find_data(self, loaded: Checkpoint | None) -> tuple[EpisodeStore | None, tuple[str, ...], list[Check]]:
+        """The data set to look at and the keys to observe; a warning where a checkpoint's own has gone or changed."""
+        from diffusion_policy.datasets.store import EpisodeStore, StoreError
+        from diffusion_policy.doctor import Check
+
+        if self.dataset is not None:
+            store = EpisodeStore.open(self.dataset)
+            known = tuple(loaded.policy.shapes.observations) if loaded else ()
+            return store, choose_observation_keys(store, self.observation or known), []
+        assert loaded is not None
+        keys = tuple(loaded.policy.shapes.observations)
+        try:
+            store = EpisodeStore.open(loaded.dataset.location)
+            if store.fingerprint(keys) == loaded.dataset.fingerprint:
+                return store, keys, []
+            found = f"{loaded.dataset.location} is no longer what the policy was trained on"
+        except (StoreError, OSError) as error:
+            found = str(error)
+        return None, keys, [Check("data set is there", "warn", found, "name one with --dataset for all checks")]
+
+    def _check_policy(self, policy: DiffusionPolicy, windows: Windows) -> Iterator[Check]:
+        """What needs a trained policy."""
+        import torch
+
+        from diffusion_policy import doctor
+        from diffusion_policy.policy import derive_generator
+
+        order = torch.randperm(len(windows), generator=derive_generator(self.seed, 1)).to(policy.device)
+        batch, few = windows.gather(order[:PROBED]), windows.gather(order[:PLANNED])
+        probes = doctor.probe(policy, batch, self.seed)
+        yield doctor.check_noise_scale(probes)
+        yield doctor.check_one_step(probes)
+        yield doctor.check_conditioning(policy, batch, self.seed)
+        yield doctor.check_copying(policy, batch, self.seed)
+        yield doctor.check_bound(policy, batch, self.seed)
+        yield doctor.check_jumps(policy, few, self.sampling, self.seed)
+
+    def _draw(self, policy: DiffusionPolicy, windows: Windows) -> None:
+        """noised.png: one action sequence, clean and at three levels."""
+        import torch
+
+        from diffusion_policy.figures import draw_noised
+        from diffusion_policy.policy import derive_generator
+
+        assert self.output is not None
+        middle = torch.tensor([len(windows) // 2], device=policy.device)
+        x0 = policy.normalizer.normalize("action", windows.gather(middle).actions)
+        eps = torch.randn(x0.shape, generator=derive_generator(self.seed, 2)).to(x0)
+        count = len(policy.diffusion.schedule)
+        noised = []
+        for level in (count // 10, count // 2, count - 1):
+            alpha, sigma = policy.diffusion.tables(level, x0)
+            noised.append((level, (alpha * x0 + sigma * eps)[0].cpu().numpy()))
+        draw_noised(x0[0].cpu().numpy(), noised).savefig(self.output / "noised.png", dpi=150)
+        console.print(f"a noised action sequence in {self.output}/noised.png")
+
+
+def _read(store: EpisodeStore, keys: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[Check]]:
+    """All rows of these keys and of the actions; a failed check for each that cannot be read."""
+    from diffusion_policy.datasets.store import StoreError
+    from diffusion_policy.doctor import Check
+
+    data, problems = {}, []
+    for key in (*keys, "action"):
+        try:
+            data[key] = store.read(key)
+        except StoreError as error:
+            problems.append(Check("data is readable and finite", "fail", str(error), "remove the damaged episodes"))
+    return data, problems

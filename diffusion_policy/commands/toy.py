@@ -1,0 +1,123 @@
+"""diffusion-policy toy: diffusion on problems small enough to see."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.table import Table
+
+from diffusion_policy import __version__
+from diffusion_policy.commands.common import console, progress_bar, require_fresh
+from diffusion_policy.config import require_seed
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Train a small network on a toy problem, within a minute; write results.json and toy.png.
+
+    ring: a circle; mixture: two modes of weights 0.3 and 0.7 on a line, also with too little noise and fewer levels;
+    moons: two half circles; two-class: overlapping classes, with guidance.
+    """
+
+    problem: tyro.conf.Positional[Literal["ring", "mixture", "moons", "two-class"]]
+    """Which problem."""
+    output: Path
+    """Folder for results.json and toy.png."""
+    prediction: Literal["noise", "sample", "velocity", "flow"] = "noise"
+    """What the network predicts."""
+    seed: int = 0
+    """Seed of the weights, the points and the noise."""
+
+    def __post_init__(self) -> None:
+        require_seed(self)
+
+    def run(self) -> dict[str, Any]:
+        """Train and measure; returns what results.json holds. Raises ConfigError when the output holds something."""
+        import torch
+
+        from diffusion_policy import toy
+        from diffusion_policy.doctor import check_last_level
+        from diffusion_policy.figures import draw_toy
+
+        require_fresh(self.output)
+        self.output.mkdir(parents=True, exist_ok=True)
+        problem = toy.PROBLEMS[self.problem]
+        with progress_bar("steps") as bar:
+            task = bar.add_task("training", total=problem.training_steps, note="")
+            fitted = toy.fit(
+                problem, self.prediction, seed=self.seed, on_step=lambda step: bar.update(task, completed=step)
+            )
+        data = problem.draw(toy.COUNT, torch.Generator().manual_seed(4))
+        other = problem.draw(toy.COUNT, torch.Generator().manual_seed(5))
+        with console.status("sampling"):
+            samplers = toy.compare_samplers(fitted, data.x)
+            measures = toy.MEASURES[self.problem](fitted) if self.problem in toy.MEASURES else {}
+        if "too_little_noise" in measures:
+            schedule = toy.linear(40, 1e-4, 0.02)
+            measures["too_little_noise"]["doctor"] = dataclasses.asdict(check_last_level(schedule, data.x.std().item()))
+        results = {
+            "problem": self.problem,
+            "prediction": self.prediction,
+            "seed": self.seed,
+            "package_version": __version__,
+            "noise_levels": len(problem.schedule),
+            "training": {
+                "steps": len(fitted.losses),
+                "seconds": fitted.seconds,
+                "loss_of_first_10_steps": sum(fitted.losses[:10]) / 10,
+                "loss_of_last_500_steps": sum(fitted.losses[-500:]) / 500,
+            },
+            "variational_bound": toy.measure_bound(fitted, problem.draw(500, torch.Generator().manual_seed(6))),
+            "energy_distance_of_data_to_data": toy.energy_distance(data.x, other.x),
+            "samplers": samplers,
+            **measures,
+        }
+        (self.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        draw_toy(results, toy.show(fitted, problem)).savefig(self.output / "toy.png", dpi=150)
+        print_results(results)
+        console.print(f"results in {self.output}/results.json, picture in {self.output}/toy.png")
+        return results
+
+
+def print_results(results: Mapping[str, Any]) -> None:
+    """The table of samplers, then what is particular to the problem."""
+    columns = list(next(iter(results["samplers"].values())))
+    table = Table("sampler", *columns, title="energy distance of samples to data / milliseconds, by steps")
+    for name, cells in results["samplers"].items():
+        table.add_row(name, *(_text(cells[steps]) for steps in columns))
+    console.print(table)
+    training = results["training"]
+    console.print(
+        f"loss {training['loss_of_first_10_steps']:.3f} -> {training['loss_of_last_500_steps']:.3f} in "
+        f"{training['seconds']:.0f} s; data against other data: {results['energy_distance_of_data_to_data']:.4f}; "
+        f"bound on -log p: {results['variational_bound']['nats']:.2f} nats"
+    )
+    if "radius_mean" in results:
+        sectors = ", ".join(f"{share:.1%}" for share in results["sector_shares"])
+        console.print(f"radius {results['radius_mean']:.3f}, {results['share_within_0.3']:.1%} within 0.3 of 2.0")
+        console.print(f"eight sectors: {sectors}")
+    if "share_in_asked_class" in results:
+        shares = ", ".join(f"{share:.3f} at w = {w}" for w, share in results["share_in_asked_class"].items())
+        console.print(f"samples in the asked class: {shares}")
+    if "too_little_noise" in results:
+        few = results["too_little_noise"]
+        console.print(f"weights {_weights(results)} of 0.30 / 0.70")
+        console.print(f"beta only up to 0.02: weights {_weights(few)}; doctor says: {few['doctor']['figure']}")
+        for row in results["sweep"]:
+            mark = "  COLLAPSED" if row["collapsed"] else ""
+            console.print(f"K = {row['levels']:2d}, {row['prediction']:8s}: weights {_weights(row)}{mark}")
+
+
+def _weights(row: Mapping[str, Any]) -> str:
+    return " / ".join(f"{weight:.2f}" for weight in row["weights"])
+
+
+def _text(cell: Mapping[str, Any]) -> str:
+    distance = cell["energy_distance"]
+    return f"{'-' if distance is None else f'{distance:.3f}'} / {cell['milliseconds']:.0f}"

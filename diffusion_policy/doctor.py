@@ -1,0 +1,353 @@
+"""Checks that tell why a policy misbehaves: of the noise schedule, of the data, and of a trained policy.
+
+Each check is a function that returns a `Check`: pass, warn or fail, with the figure and what to do. The thresholds are
+stated where they are used; those of trained policies were set beside healthy and broken ones. Knows no simulator.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_policy.config import PolicyConfig, SampleConfig
+from diffusion_policy.datasets.windows import Batch, Windows
+from diffusion_policy.likelihood import variational_bound
+from diffusion_policy.normalizer import CONSTANT
+from diffusion_policy.policy import DiffusionPolicy, derive_generator
+from diffusion_policy.schedules import Schedule
+
+OVERFIT_WINDOWS = 32
+OVERFIT_LOSS = 0.02
+"""A healthy network comes below this on 32 windows in 2000 steps."""
+LEVELS_SHOWN = 8
+"""Levels at which a trained policy is looked at."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found."""
+
+    name: str
+    status: Literal["pass", "warn", "fail"]
+    figure: str
+    advice: str = ""
+    """What to do; empty when it passed."""
+
+
+def judge(name: str, figure: str, advice: str, *, passes: bool, fails: bool = True) -> Check:
+    """Pass, else fail or, where that is not `fails`, warn."""
+    if passes:
+        return Check(name, "pass", figure)
+    return Check(name, "fail" if fails else "warn", figure, advice)
+
+
+# The noise schedule
+
+
+def check_last_level(schedule: Schedule, deviation: float = 1.0) -> Check:
+    """Sampling starts from standard normal noise, so the last level must be that. `deviation`: of the normalized data,
+    whose share alpha · deviation must be at most 0.05 (warn) or 0.15 (fail) of what is there."""
+    alpha, sigma = float(schedule.alpha[-1]), float(schedule.sigma[-1])
+    kept = alpha * deviation
+    return judge(
+        "last level is standard normal",
+        f"alpha {alpha:.4f}, sigma {sigma:.4f}: {alpha**2:.2%} of the signal's power is left",
+        "more noise levels, or a larger last beta: sampling starts from noise that this network never saw",
+        passes=kept <= 0.05 and abs(sigma - 1) <= 0.02,
+        fails=kept > 0.15 or abs(sigma - 1) > 0.1,
+    )
+
+
+def check_first_level(schedule: Schedule) -> Check:
+    """The last sampling step jumps from level 0 to the clean sequence, so level 0 must be nearly the data: sigma at
+    most 0.1 (warn) or 0.3 (fail)."""
+    sigma = float(schedule.sigma[0])
+    return judge(
+        "level 0 is nearly the data",
+        f"sigma {sigma:.4f}, alpha {float(schedule.alpha[0]):.4f}",
+        "more noise levels, or a smaller first beta: the last step has to guess what the noise hides",
+        passes=sigma <= 0.1,
+        fails=sigma > 0.3,
+    )
+
+
+def check_decreasing(make: Callable[[], Schedule]) -> tuple[Check, Schedule | None]:
+    """Whether the options make a schedule at all, and that schedule."""
+    name = "alpha decreases"
+    try:
+        schedule = make()
+    except ValueError as error:
+        return Check(name, "fail", str(error), "other schedule options"), None
+    smallest = float(-schedule.alpha.diff().max())
+    return Check(name, "pass", f"{len(schedule)} levels, at least {smallest:.1e} from one to the next"), schedule
+
+
+# The data
+
+
+def check_constant(data: Mapping[str, np.ndarray]) -> Check:
+    """Columns whose range is below the normalizer's CONSTANT: they are shifted, not stretched."""
+    constant = []
+    for key, rows in data.items():
+        flat = rows.reshape(len(rows), -1)
+        half_range = (flat.max(axis=0) - flat.min(axis=0)) / 2
+        constant += [f"{key}[{column}]" for column in np.flatnonzero(half_range < CONSTANT)]
+    columns = sum(rows[0].size for rows in data.values())
+    return judge(
+        "no constant dimensions",
+        ", ".join(constant) if constant else f"all {columns} columns vary",
+        "leave them out, or check how they were recorded; they teach nothing",
+        passes=not constant,
+        fails=False,
+    )
+
+
+def check_padding(lengths: np.ndarray, config: PolicyConfig) -> Check:
+    """Share of predicted steps that lie outside their episode, where its first or last action is repeated; above 0.3
+    the policy learns to stand still."""
+    before, ahead = config.observation_horizon - 1, config.prediction_horizon - config.observation_horizon
+    outside = sum(
+        int(np.minimum(np.arange(1, reach + 1), length).sum()) for length in lengths for reach in (before, ahead)
+    )
+    share = outside / (int(lengths.sum()) * config.prediction_horizon)
+    return judge(
+        "little padding",
+        f"{share:.1%} of the predicted steps repeat an episode's first or last action",
+        "a shorter prediction horizon, or longer episodes",
+        passes=share <= 0.3,
+        fails=False,
+    )
+
+
+def check_horizons(lengths: np.ndarray, config: PolicyConfig) -> Check:
+    """Episodes should be at least as long as the prediction; the configuration itself has made sure of the rest."""
+    short = int((lengths < config.prediction_horizon).sum())
+    horizons = f"To {config.observation_horizon}, T {config.prediction_horizon}, Ta {config.action_horizon}"
+    return judge(
+        "horizons fit",
+        f"{horizons}; {short} of {len(lengths)} episodes are shorter than T (shortest {lengths.min()})",
+        "a shorter prediction horizon",
+        passes=short == 0,
+        fails=short > len(lengths) / 2,
+    )
+
+
+def draw_timeline(config: PolicyConfig) -> str:
+    """Which steps are observed, predicted and executed, as text."""
+    now, rows = config.observation_horizon - 1, []
+    spans = {
+        "observed": (0, config.observation_horizon),
+        "predicted": (0, config.prediction_horizon),
+        "executed": (now, now + config.action_horizon),
+    }
+    rows.append("step       " + "".join(f"{step - now:>4}" for step in range(config.prediction_horizon)))
+    for name, (first, end) in spans.items():
+        marks = ("   x" if first <= step < end else "    " for step in range(config.prediction_horizon))
+        rows.append(f"{name:11}" + "".join(marks).rstrip())
+    return "\n".join(rows)
+
+
+# Learning
+
+
+def check_overfit(
+    policy: DiffusionPolicy,
+    windows: Windows,
+    steps: int,
+    seed: int,
+    on_step: Callable[[int], None] = lambda _: None,
+) -> Check:
+    """Train this new policy on 32 windows: whatever cannot learn those by heart cannot learn."""
+    generator = derive_generator(seed)
+    chosen = torch.randperm(len(windows), generator=generator)[:OVERFIT_WINDOWS].to(policy.device)
+    batch = windows.gather(chosen)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    last: list[Tensor] = []
+    policy.train()
+    for step in range(steps):
+        loss = policy.loss(batch.observations, batch.actions, generator, batch.modes)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        if step >= steps - max(1, steps // 20):
+            last.append(loss.detach())
+        on_step(step + 1)
+    found = float(torch.stack(last).mean())
+    return judge(
+        f"overfits {len(chosen)} windows",
+        f"loss {found:.4f} after {steps} steps; {OVERFIT_LOSS} is asked",
+        "a wider network, or look at the data: two equal observations with different actions cannot be told apart",
+        passes=found <= OVERFIT_LOSS,
+        fails=found > 5 * OVERFIT_LOSS,
+    )
+
+
+# A trained policy
+
+
+class Probe(NamedTuple):
+    """What a policy predicts at one level for windows whose noise is known."""
+
+    level: int
+    scale: float
+    """Root mean square of the predicted noise."""
+    noise_error: float
+    """Mean squared error of the predicted noise."""
+
+    @property
+    def expected_scale(self) -> float:
+        """Of a predictor that says the mean: |E[eps]|² + variance left = 1."""
+        return max(0.0, 1 - self.noise_error) ** 0.5
+
+
+@torch.no_grad()
+def probe(policy: DiffusionPolicy, batch: Batch, seed: int) -> list[Probe]:
+    """The policy at some levels, from the lowest to the highest that holds signal."""
+    generator = derive_generator(seed)
+    x0 = policy.normalizer.normalize("action", batch.actions)
+    denoise = policy.diffusion.denoiser(policy.network, policy.encode(batch.observations, batch.modes))
+    probes = []
+    for level in _levels(policy.diffusion.schedule):
+        eps = torch.randn(x0.shape, generator=generator).to(x0)
+        alpha, sigma = policy.diffusion.tables(level, x0)
+        xt = alpha * x0 + sigma * eps
+        predicted = (xt - alpha * denoise(xt, level)) / sigma
+        error = float((predicted - eps).square().mean())
+        probes.append(Probe(level, float(predicted.square().mean().sqrt()), error))
+    return probes
+
+
+def check_noise_scale(probes: Sequence[Probe]) -> Check:
+    """A network that predicts the mean of the noise has the scale sqrt(1 − its error); off by more than 0.1 (warn) or
+    0.3 (fail) it is not trained, or trained with another schedule."""
+    off = [abs(probe.scale - probe.expected_scale) for probe in probes]
+    scales = ", ".join(f"{probe.scale:.2f} at {probe.level}" for probe in probes)
+    return judge(
+        "predicted noise has the right scale",
+        f"scale of the true noise is 1; predicted {scales}",
+        "train longer; check that training and sampling use one schedule and one prediction",
+        passes=max(off) <= 0.1,
+        fails=max(off) > 0.3,
+    )
+
+
+def check_one_step(probes: Sequence[Probe]) -> Check:
+    """One denoising step must bring x0 nearer than the noised input (divided by alpha) is: noise error below 1."""
+    worst = max(probes, key=lambda probe: probe.noise_error)
+    bad = [probe.level for probe in probes if probe.noise_error >= 1]
+    return judge(
+        "one denoising step improves on its input",
+        f"remaining error at most {worst.noise_error:.2f} of the input's, at level {worst.level}",
+        f"train longer; at levels {bad} the policy makes its input worse",
+        passes=not bad,
+        fails=len(bad) > 1,
+    )
+
+
+def check_conditioning(policy: DiffusionPolicy, batch: Batch, seed: int) -> Check:
+    """The error must rise when each window is given the observations of another: by a fifth at least."""
+    plain = _error(policy, batch, batch.observations, seed)
+    swapped = {key: rows.roll(1, dims=0) for key, rows in batch.observations.items()}
+    ratio = _error(policy, batch, swapped, seed) / plain
+    return judge(
+        "observations are used",
+        f"error {ratio:.2f} times as high with observations swapped between windows",
+        "train longer; check that observations and actions belong to the same steps",
+        passes=ratio >= 1.2,
+        fails=ratio < 1.05,
+    )
+
+
+def check_copying(policy: DiffusionPolicy, batch: Batch, seed: int) -> Check:
+    """A policy that only goes on with its last motion is lost without it: its error when every observed step shows the
+    last one, so that nothing moves, should be below that of swapped observations, half way at most."""
+    name = "does not merely repeat its last motion"
+    if policy.config.observation_horizon == 1:
+        return Check(name, "pass", "one observed step holds no motion")
+    plain = _error(policy, batch, batch.observations, seed)
+    still = {key: rows[:, -1:].expand_as(rows) for key, rows in batch.observations.items()}
+    swapped = {key: rows.roll(1, dims=0) for key, rows in batch.observations.items()}
+    without, lost = _error(policy, batch, still, seed), _error(policy, batch, swapped, seed)
+    share = (without - plain) / max(lost - plain, 1e-12)
+    return judge(
+        name,
+        f"error {without / plain:.2f} times as high without observed motion ({share:.0%} of what no observation costs)",
+        "observe one step only, or add noise to the executed actions when collecting: it copies instead of looking",
+        passes=share <= 0.5,
+        fails=share > 1.0,
+    )
+
+
+@torch.no_grad()
+def _error(policy: DiffusionPolicy, batch: Batch, observations: Mapping[str, Tensor], seed: int) -> float:
+    """Error of x0 under these observations, at the noisier half of the levels, where conditions count."""
+    generator = derive_generator(seed)
+    x0 = policy.normalizer.normalize("action", batch.actions)
+    denoise = policy.diffusion.denoiser(policy.network, policy.encode(observations, batch.modes))
+    levels = _levels(policy.diffusion.schedule)
+    total = 0.0
+    for level in levels[len(levels) // 2 :]:
+        alpha, sigma = policy.diffusion.tables(level, x0)
+        xt = alpha * x0 + sigma * torch.randn(x0.shape, generator=generator).to(x0)
+        total += float((denoise(xt, level).clamp(-1, 1) - x0).square().mean())
+    return total
+
+
+def _levels(schedule: Schedule) -> list[int]:
+    """Some levels, from the lowest to the highest that holds signal."""
+    highest = len(schedule) - 1 - schedule.ends_silent
+    return sorted({round(level) for level in np.linspace(0, highest, LEVELS_SHOWN)})
+
+
+def check_clipping(normalized: Tensor, clip: str) -> Check:
+    """Static clipping to [-1, 1] must not cut demonstrated actions off, here normalized, (steps, A): at most 0.1 %."""
+    share = float((normalized.abs() > 1 + 1e-4).double().mean())
+    return judge(
+        "clipping fits the normalizer",
+        f"{share:.2%} of the demonstrated numbers lie beyond [-1, 1], at most {float(normalized.abs().max()):.2f}",
+        "normalize actions by their limits, or sample with --clip none or dynamic",
+        passes=share <= 0.001 or clip != "static",
+        fails=share > 0.01,
+    )
+
+
+def check_jumps(policy: DiffusionPolicy, batch: Batch, sampling: SampleConfig, seed: int) -> Check:
+    """Sampled actions should not jump from step to step further than the demonstrated ones ever do."""
+    generators = [derive_generator(seed, row) for row in range(len(batch.actions))]
+    plans = policy.sample(batch.observations, generators, config=sampling)[:, 0]
+    largest = batch.actions.diff(dim=1).abs().amax(dim=(0, 1))  # (A,)
+    sampled = plans.diff(dim=1).abs()
+    share = float((sampled > 1.2 * largest + 1e-6).double().mean())
+    worst = float((sampled.amax(dim=(0, 1)) / largest.clamp(min=1e-9)).max())
+    return judge(
+        "actions jump no further than demonstrated",
+        f"{share:.2%} of the sampled steps are over 1.2 times the largest demonstrated one; at most {worst:.2f} times",
+        "train longer, more sampling steps, or another sampler (study samplers)",
+        passes=share <= 0.001,
+        fails=share > 0.02,
+    )
+
+
+@torch.no_grad()
+def check_bound(policy: DiffusionPolicy, batch: Batch, seed: int) -> Check:
+    """The variational bound on -log p of the normalized sequences given their observations: a figure to compare
+    policies on the same data with, lower is better."""
+    schedule = policy.diffusion.schedule
+    levels = list(range(len(schedule) - 1 - schedule.ends_silent, -1, -1))
+    x0 = policy.normalizer.normalize("action", batch.actions).double()
+    noise = torch.randn((len(levels), *x0.shape), generator=derive_generator(seed)).to(x0)
+    network = policy.diffusion.denoiser(policy.network, policy.encode(batch.observations, batch.modes))
+    bound = variational_bound(lambda xt, level: network(xt.float(), level).double(), x0, schedule, levels, noise)
+    bits, nats = float(bound.bits_per_dimension.mean()), float(bound.nats.mean())
+    return judge(
+        "likelihood is finite",
+        f"variational bound {bits:.3f} bits per dimension, {nats:.1f} nats a sequence",
+        "the policy predicts NaN or infinity; train again with a lower learning rate",
+        passes=bool(np.isfinite(bits)),
+    )

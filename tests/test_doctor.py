@@ -1,0 +1,229 @@
+"""The doctor passes what is healthy and names what is not."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from torch import Tensor
+
+from diffusion_policy import doctor
+from diffusion_policy.cli import main
+from diffusion_policy.config import PolicyConfig, SampleConfig
+from diffusion_policy.datasets.windows import Batch, Windows
+from diffusion_policy.policy import DiffusionPolicy
+from diffusion_policy.schedules import SCHEDULES, constant, linear, make_schedule
+
+CONFIG = PolicyConfig(widths=(16, 32), level_dim=32, levels=20)
+ENDS = np.array([60, 130, 200])
+
+
+def walk() -> dict[str, np.ndarray]:
+    """Three episodes of a random walk whose steps turn slowly, and the steps as actions."""
+    rng = np.random.default_rng(0)
+    angle = np.cumsum(rng.normal(0, 0.2, 200))
+    action = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+    return {"position": np.cumsum(action, axis=0).astype(np.float32), "action": action}
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    windows = Windows(walk(), ENDS, range(3), 2, 16)
+    return windows.gather(torch.arange(0, 200, 2))
+
+
+def policy_that_says(answer: Callable[[Tensor, Tensor, int], Tensor]) -> DiffusionPolicy:
+    """A policy whose denoiser is `answer(cond, xt, level) -> x0`."""
+    policy = DiffusionPolicy.for_data(CONFIG, walk())
+    policy.diffusion.denoiser = lambda network, cond: lambda xt, level: answer(cond, xt, level)  # pyright: ignore
+    return policy
+
+
+def oracle(batch: Batch) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """Finds the right answer for the observations of a batch, and a wrong one for others."""
+    policy = DiffusionPolicy.for_data(CONFIG, walk())
+    known, answers = policy.encode(batch.observations), policy.normalizer.normalize("action", batch.actions)
+    return lambda cond, xt, level: answers[torch.cdist(cond, known).argmin(dim=1)]
+
+
+def test_schedules_that_end_in_noise_pass_and_others_fail() -> None:
+    for make in SCHEDULES.values():
+        assert doctor.check_last_level(make(100)).status == "pass"
+        assert doctor.check_first_level(make(100)).status == "pass"
+    short = doctor.check_last_level(linear(40, 1e-4, 0.02))
+    assert short.status == "fail"
+    assert "66." in short.figure or "67." in short.figure
+    assert "larger last beta" in short.advice
+    assert doctor.check_first_level(constant(10, 0.3)).status == "fail"
+
+
+def test_a_schedule_that_does_not_decrease_is_a_finding() -> None:
+    check, schedule = doctor.check_decreasing(lambda: make_schedule("linear", 10, (0.0, 0.0)))
+    assert check.status == "fail"
+    assert "must decrease" in check.figure
+    assert schedule is None
+    assert doctor.check_decreasing(lambda: linear(10))[0].status == "pass"
+
+
+def test_constant_columns_are_named() -> None:
+    data = walk()
+    assert doctor.check_constant(data).status == "pass"
+    data["position"][:, 1] = 3.0
+    check = doctor.check_constant(data)
+    assert check.status == "warn"
+    assert check.figure == "position[1]"
+
+
+def test_padding_is_counted_as_windows_pad() -> None:
+    check = doctor.check_padding(np.array([60, 70, 70]), CONFIG)
+    steps = torch.arange(16) - 1
+    outside = sum(
+        int(((now + steps < 0) | (now + steps >= length)).sum()) for length in (60, 70, 70) for now in range(length)
+    )
+    assert check.figure.startswith(f"{outside / (200 * 16):.1%} ")
+    assert check.status == "pass"
+    assert doctor.check_padding(np.array([8, 9]), CONFIG).status == "warn"
+
+
+def test_episodes_shorter_than_the_prediction_are_counted() -> None:
+    assert doctor.check_horizons(np.array([60, 70]), CONFIG).status == "pass"
+    assert doctor.check_horizons(np.array([10, 60, 70]), CONFIG).status == "warn"
+    assert doctor.check_horizons(np.array([10, 11, 70]), CONFIG).status == "fail"
+
+
+def test_the_timeline_is_drawn() -> None:
+    config = PolicyConfig(widths=(16, 32), prediction_horizon=4, action_horizon=2)
+    assert doctor.draw_timeline(config).splitlines() == [
+        "step         -1   0   1   2",
+        "observed      x   x",
+        "predicted     x   x   x   x",
+        "executed          x   x",
+    ]
+
+
+def test_clipping_must_fit_the_normalizer() -> None:
+    inside, outside = torch.linspace(-1, 1, 1000), torch.linspace(-2, 2, 1000)
+    assert doctor.check_clipping(inside[:, None], "static").status == "pass"
+    assert doctor.check_clipping(outside[:, None], "static").status == "fail"
+    assert doctor.check_clipping(outside[:, None], "none").status == "pass"
+
+
+def test_an_oracle_passes_every_check_of_a_policy(batch: Batch) -> None:
+    policy = policy_that_says(oracle(batch))
+    probes = doctor.probe(policy, batch, 0)
+    assert probes[0].level == 0
+    assert probes[-1].level == 19
+    for check in (
+        doctor.check_noise_scale(probes),
+        doctor.check_one_step(probes),
+        doctor.check_conditioning(policy, batch, 0),
+        doctor.check_copying(policy, batch, 0),
+        doctor.check_jumps(policy, batch, SampleConfig(sampling_steps=4), 0),
+        doctor.check_bound(policy, batch, 0),
+    ):
+        assert check.status == "pass", check
+
+
+def test_noise_of_the_wrong_scale_is_found(batch: Batch) -> None:
+    def half(cond: Tensor, xt: Tensor, level: int) -> Tensor:
+        alpha, sigma = policy.diffusion.tables(level, xt)
+        eps = (xt - alpha * right(cond, xt, level)) / sigma
+        return (xt - 0.5 * sigma * eps) / alpha
+
+    right = oracle(batch)
+    policy = policy_that_says(half)
+    assert doctor.check_noise_scale(doctor.probe(policy, batch, 0)).status == "fail"
+
+
+def test_a_step_that_makes_things_worse_is_found(batch: Batch) -> None:
+    policy = policy_that_says(lambda cond, xt, level: 100 * torch.ones_like(xt))
+    check = doctor.check_one_step(doctor.probe(policy, batch, 0))
+    assert check.status == "fail"
+    assert "makes its input worse" in check.advice
+
+
+def test_a_policy_that_ignores_its_observations_is_found(batch: Batch) -> None:
+    policy = policy_that_says(lambda cond, xt, level: torch.zeros_like(xt))
+    check = doctor.check_conditioning(policy, batch, 0)
+    assert check.status == "fail"
+    assert "1.00 times" in check.figure
+
+
+def test_a_policy_that_goes_on_with_its_last_motion_is_found(batch: Batch) -> None:
+    def copier(cond: Tensor, xt: Tensor, level: int) -> Tensor:
+        first, last = cond.unflatten(1, (2, 2)).unbind(dim=1)  # normalized positions
+        scale = policy.normalizer.get_buffer("position_scale") / policy.normalizer.get_buffer("action_scale")
+        return ((last - first) * scale)[:, None].expand_as(xt)
+
+    policy = policy_that_says(copier)
+    assert doctor.check_conditioning(policy, batch, 0).status == "pass"
+    assert doctor.check_copying(policy, batch, 0).status in ("warn", "fail")
+    one = DiffusionPolicy.for_data(replace(CONFIG, observation_horizon=1), walk())
+    assert doctor.check_copying(one, batch, 0).status == "pass"
+
+
+def test_jumps_beyond_the_demonstrated_range_are_found(batch: Batch) -> None:
+    signs = torch.tensor([1.0, -1.0]).repeat(8)[:, None]
+    policy = policy_that_says(lambda cond, xt, level: signs.expand_as(xt))
+    check = doctor.check_jumps(policy, batch, SampleConfig(sampling_steps=4), 0)
+    assert check.status == "fail"
+
+
+def test_overfitting_needs_a_network_that_learns() -> None:
+    windows = Windows(walk(), ENDS, range(3), 2, 16)
+    torch.manual_seed(0)
+    seen = []
+    check = doctor.check_overfit(DiffusionPolicy.for_data(CONFIG, walk()), windows, 20, 0, seen.append)
+    assert check.status == "fail"
+    assert seen == list(range(1, 21))
+    assert check.name == "overfits 32 windows"
+
+
+@pytest.mark.slow
+def test_a_healthy_network_overfits_32_windows() -> None:
+    torch.manual_seed(0)
+    windows = Windows(walk(), ENDS, range(3), 2, 16)
+    policy = DiffusionPolicy.for_data(PolicyConfig(widths=(32, 64, 128)), walk())
+    assert doctor.check_overfit(policy, windows, 2000, 0).status == "pass"
+
+
+def test_the_command_looks_at_a_checkpoint_and_its_data(run: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "doctor"
+    arguments = ["doctor", "--checkpoint", run, "--output", out, "--overfit-steps", 3, "--sampling-steps", 4]
+    assert main([str(argument) for argument in arguments]) == 1
+    assert "checks failed: " in capsys.readouterr().err
+    checks = {check["name"]: check for check in json.loads((out / "doctor.json").read_text())["checks"]}
+    assert len(checks) >= 15
+    assert checks["overfits 32 windows"]["status"] == "fail"
+    assert checks["clipping fits the normalizer"]["status"] == "pass"
+    assert (out / "noised.png").stat().st_size > 10_000
+
+
+def test_the_command_looks_at_data_alone(demonstrations: Path, capsys) -> None:
+    options = ["--overfit-steps", "0", "--widths", "16", "32", "--level-dim", "32"]
+    assert main(["doctor", "--dataset", str(demonstrations), *options]) == 0
+    text = " ".join(capsys.readouterr().err.split())
+    assert "pass last level is standard normal" in text
+    assert "observed x x" in text
+    too_clean = ["--schedule", "linear", "--levels", "40", "--schedule-options", "1e-4", "0.02"]
+    assert main(["doctor", "--dataset", str(demonstrations), *options, *too_clean]) == 1
+    assert "checks failed: last level is standard normal" in " ".join(capsys.readouterr().err.split())
+
+
+def test_data_that_cannot_be_read_is_a_finding(tmp_path: Path, capsys) -> None:
+    group = zarr.create_group(tmp_path / "nan.zarr")
+    group.create_array("data/state", data=np.full((40, 1), np.nan))
+    group.create_array("data/action", data=np.zeros((40, 1)))
+    group.create_array("meta/episode_ends", data=np.array([20, 40]))
+    assert main(["doctor", "--dataset", str(tmp_path / "nan.zarr")]) == 1
+    text = " ".join(capsys.readouterr().err.split())
+    assert "data/state has NaN or infinity in 40 rows" in text
+
+
+def test_nothing_to_look_at_is_refused(capsys) -> None:
+    assert main(["doctor"]) == 2
+    assert "needs a --dataset, a --checkpoint, or both" in capsys.readouterr().err
