@@ -254,7 +254,7 @@ def check_conditioning(policy: DiffusionPolicy, batch: Batch, seed: int) -> Chec
     """The error must rise when each window is given the observations of another: by a fifth at least."""
     plain = _error(policy, batch, batch.observations, seed)
     swapped = {key: rows.roll(1, dims=0) for key, rows in batch.observations.items()}
-    ratio = _error(policy, batch, swapped, seed) / plain
+    ratio = _error(policy, batch, swapped, seed) / max(plain, 1e-12)
     return judge(
         "observations are used",
         f"error {ratio:.2f} times as high with observations swapped between windows",
@@ -277,7 +277,7 @@ def check_copying(policy: DiffusionPolicy, batch: Batch, seed: int) -> Check:
     share = (without - plain) / max(lost - plain, 1e-12)
     return judge(
         name,
-        f"error {without / plain:.2f} times as high without observed motion ({share:.0%} of what no observation costs)",
+        f"error {without / max(plain, 1e-12):.2f} times as high without motion, {share:.0%} of what swapping costs",
         "observe one step only, or add noise to the executed actions when collecting: it copies instead of looking",
         passes=share <= 0.5,
         fails=share > 1.0,

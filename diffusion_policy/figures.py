@@ -63,7 +63,8 @@ def draw_toy(results: Mapping[str, Any], shown: Shown) -> Figure:
     """Above: data, the data noised to a low, a middle and a high level, samples. Below: distance to the data over the
     steps, and what is particular to the problem."""
     figure = Figure(figsize=(16, 7.6), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    above, below = halves
     panels = [("data", shown.data.x)]
     panels += [
         (f"noised, {name} level {level}", x)

@@ -132,8 +132,25 @@ def euler(
     return xt
 
 
+def flow_scale(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """alpha + sigma: x / scale is a rectified flow's x, on any schedule; finite without signal too."""
+    return alpha + sigma
+
+
+def karras_scale(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """alpha: x / scale is x0 + noise (Karras et al. 2022, section 3). It grows beyond measure as the signal ends."""
+    return alpha
+
+
 def heun(
-    denoise: Denoise, xT: Tensor, schedule: Schedule, levels: Levels, noise: Noise, *, correct: Correct = None
+    denoise: Denoise,
+    xT: Tensor,
+    schedule: Schedule,
+    levels: Levels,
+    noise: Noise,
+    *,
+    correct: Correct = None,
+    scale: Callable[[Tensor, Tensor], Tensor] = flow_scale,
 ) -> Tensor:
     """Heun's second-order method on the same ODE (Karras et al. 2022, arXiv 2206.00364, algorithm 1): Euler's step,
     then half the change of slope that it met. Two denoisings a step, one in the last.
@@ -147,7 +164,7 @@ def heun(
         xt = step.next_alpha * x0 + step.next_sigma * (xt - step.alpha * x0) / step.sigma
         if not step.last:
             x0_change = denoise(xt, levels[i + 1]) - x0
-            ratio = schedule.scale[levels[i + 1]] / schedule.scale[step.level]
+            ratio = scale(step.next_alpha, step.next_sigma) / scale(step.alpha, step.sigma)
             xt = xt + ratio * (step.sigma * step.next_alpha / step.next_sigma - step.alpha) * x0_change / 2
     return xt
 

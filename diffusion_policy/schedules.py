@@ -24,9 +24,6 @@ class Schedule:
     """Share of the clean sequence, (K,) float64 on the CPU; it may end at 0, a level without signal."""
     sigma: Tensor
     """Share of the noise, (K,) float64 on the CPU."""
-    scale: Tensor = field(init=False)
-    """What xt is divided by so that it moves along a straight line while (x0, eps) stay the same, (K,): 1 where
-    alpha + sigma = 1 (flow: it does so already), else alpha (Karras et al. 2022, arXiv 2206.00364, section 3)."""
     ends_silent: bool = field(init=False)
     """Whether the last level holds no signal, alpha = 0."""
 
@@ -44,8 +41,6 @@ class Schedule:
             )
         if self.alpha[-1] < 0 or (self.sigma <= 0).any():
             raise ValueError("a schedule's alpha must be at least 0 and its sigma above 0 at every level")
-        straight = torch.allclose(self.alpha + self.sigma, torch.ones_like(self.alpha))
-        object.__setattr__(self, "scale", torch.ones_like(self.alpha) if straight else self.alpha)
         object.__setattr__(self, "ends_silent", bool(self.alpha[-1] == 0))
 
     def __len__(self) -> int:

@@ -18,7 +18,7 @@ from diffusion_policy.likelihood import variational_bound
 from diffusion_policy.networks.blocks import LevelEmbedding
 from diffusion_policy.prediction import PREDICTIONS
 from diffusion_policy.samplers import SAMPLERS, Denoise
-from diffusion_policy.schedules import Schedule, cosine, linear
+from diffusion_policy.schedules import Schedule, linear
 
 COUNT = 2000
 """Points in each set of samples."""
@@ -90,8 +90,8 @@ class Problem:
 PROBLEMS = {
     "ring": Problem(draw_ring, linear(400, 1e-4, 0.04), training_steps=3000),
     "mixture": Problem(draw_mixture, linear(40, 1e-3, 0.25)),
-    "moons": Problem(draw_moons, cosine(100), training_steps=4000),
-    "two-class": Problem(draw_two_class, cosine(100), training_steps=3000, classes=2),
+    "moons": Problem(draw_moons, linear(100, 1e-3, 0.12), training_steps=4000),
+    "two-class": Problem(draw_two_class, linear(100, 1e-3, 0.12), training_steps=3000, classes=2),
 }
 
 
@@ -269,8 +269,10 @@ def measure_mixture(fitted: Fitted) -> dict[str, Any]:
 def measure_guidance(fitted: Fitted) -> dict[str, Any]:
     """Share of samples on the side of the class that was asked, at each guidance weight."""
 
+    levels = len(fitted.diffusion.schedule)
+
     def share(weight: float) -> float:
-        sides = [(sample(fitted, "ddim", 50, label=label, weight=weight)[:, 0] > 0) == label for label in (0, 1)]
+        sides = [(sample(fitted, "ddim", levels, label=label, weight=weight)[:, 0] > 0) == label for label in (0, 1)]
         return float(torch.cat(sides).double().mean())
 
     return {"share_in_asked_class": {f"{weight:g}": share(weight) for weight in WEIGHTS}}

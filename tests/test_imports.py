@@ -34,6 +34,9 @@ OURS_ALLOWED = {
     "metrics": set(),
     "rollout": {"controller", "engines", "metrics"},
     "report": {"metrics"},
+    "figures": {"report", "toy"},
+    "toy": {"diffusion", "guidance", "likelihood", "networks", "prediction", "samplers", "schedules"},
+    "doctor": {"config", "datasets.windows", "likelihood", "normalizer", "policy", "schedules"},
     "video": set(),
 }
 """Modules of ours that each module may import. Commands and cli may import everything."""
@@ -44,6 +47,7 @@ LIBRARIES = {
     "datasets": {"numpy", "zarr", "fsspec"},
     "diffusion_policy": {"torch", "numpy", "einops", "safetensors", "gymnasium", "scipy"},
     "report.py": {"matplotlib", "jinja2", "numpy"},
+    "figures.py": {"matplotlib", "numpy", "torch"},
     "video.py": {"imageio", "gymnasium", "numpy"},
     "config.py": set(),
     "windows.py": {"numpy", "torch"},

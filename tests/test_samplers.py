@@ -33,6 +33,7 @@ from diffusion_policy.samplers import (
     dpm_solver_pp_sde,
     euler,
     heun,
+    karras_scale,
     langevin,
     unipc,
 )
@@ -79,14 +80,15 @@ def assert_equal_trajectories(sampler: Callable[..., Tensor], dtype, denoise, xT
     assert error <= (1e-10 if dtype == torch.float64 else 1e-5)
 
 
-def prepare(reference, schedule: Schedule, levels: list[int]) -> None:
+def prepare(reference, schedule: Schedule, levels: list[int], flows: bool = False) -> None:
     """Give a scheduler of diffusers our levels and float64 tables; its own are float32."""
     reference.alphas_cumprod = schedule.alpha**2
     reference.one = reference.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
     reference.num_inference_steps = len(levels)
     reference.timesteps = torch.tensor(levels)
     if hasattr(reference, "sigmas"):
-        reference.sigmas = torch.cat([(schedule.sigma / schedule.scale)[levels], torch.zeros(1)])
+        alphas = torch.ones(K) if flows else schedule.alpha
+        reference.sigmas = torch.cat([(schedule.sigma / alphas)[levels], torch.zeros(1)])
     if isinstance(reference, HeunDiscreteScheduler | FlowMatchHeunDiscreteScheduler):  # it counts each step twice
         sigmas, times = reference.sigmas, reference.timesteps
         reference.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
@@ -173,7 +175,7 @@ def check_log_snr_solver(solver: str, schedule: Schedule, prediction: str, dtype
         levels = choose_levels(schedule, steps, with_signal=True)
         reference = kind(K, prediction_type=TYPES[prediction], final_sigmas_type="zero", **more, **options)
         reference.set_timesteps(steps)
-        prepare(reference, schedule, levels)
+        prepare(reference, schedule, levels, flows=prediction == "flow")
         xT, noise = draw(steps, dtype)
         x = xT
         for i, level in enumerate(levels):
@@ -210,7 +212,7 @@ def test_ode_samplers_equal_diffusers(name, prediction, dtype, kind, monkeypatch
             sigma = reference.sigmas[reference.step_index if i else 0]
             network = fake_network(x / (1 + sigma**2) ** 0.5, int(level))
             x = reference.step(network, level.double(), x).prev_sample
-        function = euler if kind is EulerDiscreteScheduler else heun
+        function = euler if kind is EulerDiscreteScheduler else partial(heun, scale=karras_scale)
         assert_equal_trajectories(function, dtype, denoiser(schedule, prediction), xT, schedule, levels, noise, x)
 
 
@@ -223,7 +225,7 @@ def test_flow_samplers_equal_diffusers(dtype: torch.dtype, kind: type, monkeypat
         levels = choose_levels(schedule, steps)
         reference = kind(K)
         reference.set_timesteps(steps)
-        prepare(reference, schedule, levels)
+        prepare(reference, schedule, levels, flows=True)
         xT, noise = draw(steps, dtype)
         x = xT
         for level in reference.timesteps:
@@ -267,7 +269,13 @@ FIRST_ORDER = {
     "sde-1": partial(dpm_solver_pp_sde, order=1),
     "euler": euler,
 }
-SECOND_ORDER = {"2m": dpm_solver_pp, "sde-2m": dpm_solver_pp_sde, "unipc": unipc, "heun": heun}
+SECOND_ORDER = {
+    "2m": dpm_solver_pp,
+    "sde-2m": dpm_solver_pp_sde,
+    "unipc": unipc,
+    "heun": heun,
+    "heun of Karras": partial(heun, scale=karras_scale),
+}
 
 
 @pytest.mark.parametrize("solver", [*FIRST_ORDER, *SECOND_ORDER])

@@ -52,7 +52,6 @@ def test_flow_is_a_straight_line_that_ends_without_signal() -> None:
     assert schedule.sigma.tolist() == [0.25, 0.5, 0.75, 1.0]
     assert schedule.alpha.tolist() == [0.75, 0.5, 0.25, 0.0]
     assert schedule.log_snr[-1] == -math.inf
-    assert schedule.scale.tolist() == [1.0] * 4
     assert schedule.ends_silent
     assert not cosine(4).ends_silent
 

@@ -36,6 +36,7 @@ PROBED = 512
 """Windows that a trained policy is looked at with."""
 PLANNED = 64
 """Windows that plans are sampled for."""
+READABLE = "data is readable and finite"
 COLORS = {"pass": "green", "warn": "yellow", "fail": "red"}
 
 
@@ -134,6 +135,7 @@ class Doctor:
         policy = loaded.policy if loaded else untrained
         normalized = policy.normalizer.normalize("action", torch.as_tensor(data["action"], device=device).float())
         yield doctor.check_last_level(schedule, float(normalized.std()))
+        yield doctor.Check(READABLE, "pass", f"{ends[-1]} steps of {', '.join(data)}, no NaN, no infinity")
         yield doctor.check_constant(data)
         yield doctor.check_horizons(lengths, config)
         yield doctor.check_padding(lengths, config)
@@ -217,5 +219,5 @@ def _read(store: EpisodeStore, keys: tuple[str, ...]) -> tuple[dict[str, np.ndar
         try:
             data[key] = store.read(key)
         except StoreError as error:
-            problems.append(Check("data is readable and finite", "fail", str(error), "remove the damaged episodes"))
+            problems.append(Check(READABLE, "fail", str(error), "remove the damaged episodes"))
     return data, problems
