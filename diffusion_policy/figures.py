@@ -9,13 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from diffusion_policy.report import FEW_COLORS, GRID, INK, MUTED, clean
+from diffusion_policy.report import FEW_COLORS, GRID, INK, clean
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
 
-    from diffusion_policy.toy import Shown
+    from diffusion_policy.toy import Points, Shown
 
 STYLES = ("-", "--", ":")
 
@@ -35,7 +34,7 @@ def draw_study(results: Mapping[str, Any]) -> Figure:
     titles = ("success over steps", "mode entropy over steps", "success over time of a plan [ms]")
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, loc="left", color=INK, fontsize=11)
-        axis.set(xscale="log", ylim=(-0.03, 1.03))
+        axis.set(xscale="log")
         clean(axis)
     for axis in axes[:2]:
         show_steps(axis, steps)
@@ -65,73 +64,89 @@ def draw_toy(results: Mapping[str, Any], shown: Shown) -> Figure:
     figure = Figure(figsize=(16, 7.6), layout="constrained")
     halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.15))
     above, below = halves
-    panels = [("data", shown.data.x)]
+    panels = [("data", shown.data)]
     panels += [
-        (f"noised, {name} level {level}", x)
+        (f"noised, {name} level {level}", shown.data._replace(x=x))
         for name, (level, x) in zip(("low", "middle", "high"), shown.noised, strict=True)
     ]
     panels.append((f"samples, ddpm, {results['noise_levels']} steps", shown.samples))
-    limit = 1.15 * max(float(x.abs().max()) for _, x in panels)
-    for axis, (title, x) in zip(above.subplots(1, len(panels)), panels, strict=True):
-        _draw_points(axis, x, shown.data.label if len(x) == len(shown.data.label) else None, limit)
+    limit = 1.15 * max(float(points.x.abs().max()) for _, points in panels)
+    for axis, (title, points) in zip(above.subplots(1, len(panels)), panels, strict=True):
+        _draw_points(axis, points, limit)
         axis.set_title(title, loc="left", color=INK, fontsize=11)
         clean(axis)
     axes = below.subplots(1, 2, width_ratios=(1.6, 1))
-    for i, (name, cells) in enumerate(results["samplers"].items()):
-        distances = {int(steps): cell["energy_distance"] for steps, cell in cells.items()}
-        known = {steps: max(value, 1e-5) for steps, value in distances.items() if value is not None}
-        axes[0].plot(list(known), list(known.values()), label=name, **line_style(i))
-    floor = abs(results["energy_distance_of_data_to_data"])
-    axes[0].axhline(max(floor, 1e-5), color=MUTED, linewidth=1, linestyle=":", label="data to data")
-    axes[0].set(xscale="log", yscale="log", xlabel="sampling steps")
-    axes[0].set_title("energy distance of samples to data", loc="left", color=INK, fontsize=11)
-    show_steps(axes[0], [int(steps) for steps in next(iter(results["samplers"].values()))])
-    clean(axes[0])
-    axes[0].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    _draw_particular(axes[1], results)
+    _draw_distances(axes[0], results)
+    PARTICULAR.get(results["problem"], _draw_times)(axes[1], results)
+    for axis in axes:
+        clean(axis)
     return figure
 
 
-def _draw_points(axis: Axes, x: Tensor, label: Tensor | None, limit: float) -> None:
-    if x.shape[1] == 1:
-        axis.hist(x[:, 0].numpy(), bins=80, range=(-limit, limit), color=FEW_COLORS[0])
+def _draw_points(axis: Axes, points: Points, limit: float) -> None:
+    if points.x.shape[1] == 1:
+        axis.hist(points.x[:, 0].numpy(), bins=80, range=(-limit, limit), color=FEW_COLORS[0])
         axis.set_yticks([])
         return
-    colors = FEW_COLORS[0] if label is None else [FEW_COLORS[int(i)] for i in label]
-    axis.scatter(*x.T.numpy(), s=3, c=colors, alpha=0.5, linewidths=0)
+    axis.scatter(*points.x.T.numpy(), s=3, c=[FEW_COLORS[int(i)] for i in points.label], alpha=0.5, linewidths=0)
     axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
 
 
-def _draw_particular(axis: Axes, results: Mapping[str, Any]) -> None:
-    """The sectors of the ring, the weights of the mixture, the shares of the two classes; else the fastest samplers."""
-    title = "milliseconds for 2000 points, all steps"
-    if "sector_shares" in results:
-        axis.bar(range(8), results["sector_shares"], color=FEW_COLORS[0])
-        axis.axhline(1 / 8, color=MUTED, linestyle=":")
-        title = "share of samples in eight sectors"
-    elif "sweep" in results:
-        for i, prediction in enumerate(("noise", "velocity")):
-            rows = [row for row in results["sweep"] if row["prediction"] == prediction]
-            levels, weights = [row["levels"] for row in rows], [row["weights"][0] for row in rows]
-            axis.plot(levels, weights, label=f"{prediction} prediction", **line_style(i))
-            lost = [(row["levels"], row["weights"][0]) for row in rows if row["collapsed"]]
-            if lost:
-                axis.plot(*zip(*lost, strict=True), "x", color=INK, markersize=10, label=None if i else "collapsed")
-        axis.axhline(0.3, color=MUTED, linestyle=":", label="true weight")
-        axis.set(xlabel="noise levels K, beta up to 0.25", ylim=(0, 1))
-        axis.legend(frameon=False)
-        title = "weight of the smaller mode"
-    elif "share_in_asked_class" in results:
-        shares = results["share_in_asked_class"]
-        axis.plot([float(w) for w in shares], list(shares.values()), **line_style(0))
-        axis.set(xlabel="guidance weight w", ylim=(0.7, 1.01))
-        title = "share of samples in the asked class"
-    else:
-        last = [list(cells.values())[-1]["milliseconds"] for cells in results["samplers"].values()]
-        axis.barh(list(results["samplers"]), last, color=FEW_COLORS[0])
-        axis.invert_yaxis()
-    axis.set_title(title, loc="left", color=INK, fontsize=11)
-    clean(axis)
+def _draw_distances(axis: Axes, results: Mapping[str, Any]) -> None:
+    """Distances below that of data to data tell nothing; they lie on one line at a third of it."""
+    floor = results["energy_distance_of_data_to_data"]
+    for i, (name, cells) in enumerate(results["samplers"].items()):
+        distances = {int(steps): cell["energy_distance"] for steps, cell in cells.items()}
+        known = {steps: max(value, floor / 3) for steps, value in distances.items() if value is not None}
+        axis.plot(list(known), list(known.values()), label=name, **line_style(i))
+    axis.axhspan(floor / 3, floor, color=GRID, alpha=0.7, linewidth=0, label="as near as\nother data")
+    axis.set(xscale="log", yscale="log", xlabel="sampling steps")
+    axis.set_title("energy distance of samples to data", loc="left", color=INK, fontsize=11)
+    show_steps(axis, [int(steps) for steps in next(iter(results["samplers"].values()))])
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _draw_sectors(axis: Axes, results: Mapping[str, Any]) -> None:
+    axis.bar(range(8), results["sector_shares"], color=FEW_COLORS[0])
+    axis.axhline(1 / 8, color=INK, linestyle=":")
+    axis.set_title("share of samples in each of eight sectors", loc="left", color=INK, fontsize=11)
+
+
+def _draw_weights(axis: Axes, results: Mapping[str, Any]) -> None:
+    axis.axhspan(0.25, 0.35, color=GRID, alpha=0.7, linewidth=0, label="true weight ± 0.05")
+    for i, prediction in enumerate(("noise", "velocity")):
+        rows = [row for row in results["sweep"] if row["prediction"] == prediction]
+        axis.plot(
+            [row["levels"] for row in rows],
+            [row["weights"][0] for row in rows],
+            label=f"{prediction} prediction, beta up to 0.25",
+            **line_style(i),
+        )
+    lost = [(row["levels"], row["weights"][0]) for row in results["sweep"] if row["collapsed"]]
+    if lost:
+        axis.plot(*zip(*lost, strict=True), "x", color=INK, markersize=10, label="collapsed")
+    few = results["too_little_noise"]["weights"][0]
+    axis.plot(40, few, "s", color=FEW_COLORS[3], markersize=7, label="beta up to 0.02: too little noise")
+    axis.set(xlabel="noise levels K", ylim=(0.15, 0.65))
+    axis.set_title("weight of the smaller mode", loc="left", color=INK, fontsize=11)
+    axis.legend(frameon=False, loc="upper center")
+
+
+def _draw_guidance(axis: Axes, results: Mapping[str, Any]) -> None:
+    shares = results["share_in_asked_class"]
+    axis.plot([float(w) for w in shares], list(shares.values()), **line_style(0))
+    axis.set(xlabel="guidance weight w", ylim=(0.7, 1.01))
+    axis.set_title("share of samples in the asked class", loc="left", color=INK, fontsize=11)
+
+
+def _draw_times(axis: Axes, results: Mapping[str, Any]) -> None:
+    last = [list(cells.values())[-1]["milliseconds"] for cells in results["samplers"].values()]
+    axis.barh(list(results["samplers"]), last, color=FEW_COLORS[0])
+    axis.invert_yaxis()
+    axis.set_title("milliseconds for all points, all steps", loc="left", color=INK, fontsize=11)
+
+
+PARTICULAR = {"ring": _draw_sectors, "mixture": _draw_weights, "two-class": _draw_guidance}
 
 
 def draw_noised(sequence: np.ndarray, noised: Sequence[tuple[int, np.ndarray]]) -> Figure:

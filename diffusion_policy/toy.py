@@ -194,6 +194,12 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
     return float(2 * torch.cdist(x, y).mean() - mean_within(x) - mean_within(y))
 
 
+def noise_floor(problem: Problem) -> float:
+    """Energy distance, without its sign, between two sets of data; averaged over five pairs."""
+    sets = [problem.draw(COUNT, torch.Generator().manual_seed(100 + i)).x for i in range(10)]
+    return sum(abs(energy_distance(x, y)) for x, y in zip(sets[::2], sets[1::2], strict=True)) / 5
+
+
 def compare_samplers(fitted: Fitted, data: Tensor, on_cell: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """{sampler: {steps: {"energy_distance", "milliseconds"}}} at 1, 2, 4 ... and all steps."""
     levels = len(fitted.diffusion.schedule)
@@ -292,7 +298,7 @@ class Shown(NamedTuple):
     data: Points
     noised: Sequence[tuple[int, Tensor]]
     """A low, a middle and a high level, with the data noised to it."""
-    samples: Tensor
+    samples: Points
 
 
 @torch.no_grad()
@@ -305,4 +311,5 @@ def show(fitted: Fitted, problem: Problem) -> Shown:
     for level in (len(schedule) // 10, len(schedule) // 2, len(schedule) - 1):
         eps = torch.randn(data.x.shape, generator=generator)
         noised.append((level, schedule.alpha[level] * data.x + schedule.sigma[level] * eps))
-    return Shown(data, noised, sample(fitted, "ddpm", len(schedule)))
+    samples = sample(fitted, "ddpm", len(schedule))
+    return Shown(data, noised, Points(samples, torch.arange(COUNT) % fitted.classes))

@@ -8,13 +8,14 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from diffusion_policy.config import ConfigError, SampleConfig
 
@@ -85,6 +86,18 @@ def progress_bar(unit: str) -> Progress:
         TextColumn("left  {task.fields[note]}"),
         console=console,
     )
+
+
+def print_by_steps(title: str, samplers: Mapping[str, Mapping[str, Any]], figure: str, form: str) -> None:
+    """A table of one figure: a row a sampler, a column a number of steps. Cells are {figure: number or None, or
+    {"value": ...}}; a dash where there is none."""
+    columns = list(dict.fromkeys(steps for cells in samplers.values() for steps in cells))
+    table = Table("sampler", *columns, title=f"{title}, by steps", title_justify="left")
+    for name, cells in samplers.items():
+        found = [cells.get(steps, {}).get(figure) for steps in columns]
+        values = [value["value"] if isinstance(value, dict) else value for value in found]
+        table.add_row(name, *("-" if value is None else form.format(value) for value in values))
+    console.print(table)
 
 
 @contextlib.contextmanager

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import tyro
-from rich.table import Table
 
 from diffusion_policy import __version__
 from diffusion_policy.commands.common import (
@@ -19,6 +17,7 @@ from diffusion_policy.commands.common import (
     available_cores,
     console,
     load_with_environment,
+    print_by_steps,
     require_fresh,
 )
 from diffusion_policy.commands.evaluate import (
@@ -100,7 +99,9 @@ class Study:
                     raise Interrupted(f"stopped at {name}, {count} steps; the others are in {self.output}") from None
                 (self.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         draw_study(results).savefig(self.output / "samplers.png", dpi=150)
-        print_table(results)
+        print_by_steps("success rate", cells, "success_rate", "{:.2f}")
+        print_by_steps("mode entropy", cells, "mode_entropy", "{:.2f}")
+        print_by_steps("milliseconds of one plan", cells, "milliseconds", "{:.0f}")
         console.print(f"results in {self.output}/results.json, picture in {self.output}/samplers.png")
         return results
 
@@ -124,20 +125,3 @@ class Study:
             "modes": {mode: solved.get(mode, 0) for mode in modes},
             "milliseconds": metrics.percentiles(latencies, (50,))["p50"],
         }
-
-
-def print_table(results: Mapping[str, Any]) -> None:
-    """One row a sampler, one column a number of steps: success, entropy, milliseconds."""
-    columns = list(dict.fromkeys(steps for cells in results["samplers"].values() for steps in cells))
-    table = Table("sampler", *columns, title="success rate / mode entropy / milliseconds of one plan, by steps")
-    for name, cells in results["samplers"].items():
-        table.add_row(name, *(_text(cells.get(steps)) for steps in columns))
-    console.print(table)
-
-
-def _text(cell: Mapping[str, Any] | None) -> str:
-    if cell is None or "refused" in cell:
-        return "-"
-    entropy = cell["mode_entropy"]["value"]
-    shown = "-" if entropy is None else f"{entropy:.2f}"
-    return f"{cell['success_rate']['value']:.2f} / {shown} / {cell['milliseconds']:.0f}"

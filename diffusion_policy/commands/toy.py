@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from rich.table import Table
 
 from diffusion_policy import __version__
-from diffusion_policy.commands.common import console, progress_bar, require_fresh
+from diffusion_policy.commands.common import console, print_by_steps, progress_bar, require_fresh
 from diffusion_policy.config import require_seed
 
 
@@ -54,7 +53,6 @@ class Toy:
                 problem, self.prediction, seed=self.seed, on_step=lambda step: bar.update(task, completed=step)
             )
         data = problem.draw(toy.COUNT, torch.Generator().manual_seed(4))
-        other = problem.draw(toy.COUNT, torch.Generator().manual_seed(5))
         with console.status("sampling"):
             samplers = toy.compare_samplers(fitted, data.x)
             measures = toy.MEASURES[self.problem](fitted) if self.problem in toy.MEASURES else {}
@@ -74,7 +72,7 @@ class Toy:
                 "loss_of_last_500_steps": sum(fitted.losses[-500:]) / 500,
             },
             "variational_bound": toy.measure_bound(fitted, problem.draw(500, torch.Generator().manual_seed(6))),
-            "energy_distance_of_data_to_data": toy.energy_distance(data.x, other.x),
+            "energy_distance_of_data_to_data": toy.noise_floor(problem),
             "samplers": samplers,
             **measures,
         }
@@ -86,12 +84,9 @@ class Toy:
 
 
 def print_results(results: Mapping[str, Any]) -> None:
-    """The table of samplers, then what is particular to the problem."""
-    columns = list(next(iter(results["samplers"].values())))
-    table = Table("sampler", *columns, title="energy distance of samples to data / milliseconds, by steps")
-    for name, cells in results["samplers"].items():
-        table.add_row(name, *(_text(cells[steps]) for steps in columns))
-    console.print(table)
+    """The tables of samplers, then what is particular to the problem."""
+    print_by_steps("energy distance of samples to data", results["samplers"], "energy_distance", "{:.3f}")
+    print_by_steps("milliseconds for all points", results["samplers"], "milliseconds", "{:.0f}")
     training = results["training"]
     console.print(
         f"loss {training['loss_of_first_10_steps']:.3f} -> {training['loss_of_last_500_steps']:.3f} in "
@@ -116,8 +111,3 @@ def print_results(results: Mapping[str, Any]) -> None:
 
 def _weights(row: Mapping[str, Any]) -> str:
     return " / ".join(f"{weight:.2f}" for weight in row["weights"])
-
-
-def _text(cell: Mapping[str, Any]) -> str:
-    distance = cell["energy_distance"]
-    return f"{'-' if distance is None else f'{distance:.3f}'} / {cell['milliseconds']:.0f}"
