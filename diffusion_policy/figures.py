@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from diffusion_policy.report import FEW_COLORS, GRID, INK, clean
 
@@ -159,6 +159,7 @@ def draw_noised(sequence: np.ndarray, noised: Sequence[tuple[int, np.ndarray]]) 
         axis.axhspan(-1, 1, color=GRID, alpha=0.5, linewidth=0)
         axis.set_title(title, loc="left", color=INK, fontsize=11)
         axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         clean(axis)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False)

@@ -34,7 +34,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return text
 
 
-@pytest.mark.parametrize("command", ["collect", "train", "evaluate", "rollout", "demo"])
+@pytest.mark.parametrize("command", ["collect", "train", "evaluate", "rollout", "study", "doctor", "toy", "demo"])
 def test_every_command_explains_itself(command: str) -> None:
     done = subprocess.run([*CLI, command, "--help"], capture_output=True, text=True, check=True)
     assert "--output" in done.stdout or "--video" in done.stdout
@@ -42,7 +42,7 @@ def test_every_command_explains_itself(command: str) -> None:
 
 def test_help_lists_the_commands() -> None:
     done = subprocess.run([*CLI, "--help"], capture_output=True, text=True, check=True)
-    for command in ("collect", "train", "evaluate", "rollout", "demo", "--debug"):
+    for command in ("collect", "train", "evaluate", "rollout", "study", "doctor", "toy", "demo", "--debug"):
         assert command in done.stdout
 
 
@@ -77,8 +77,12 @@ def test_collect_refuses(tmp_path: Path, capsys, arguments: list[str], message: 
         (["--action-horizon", "99"], "action-horizon must be at most 15"),
         (
             ["--schedule", "cubic"],
-            "invalid choice 'cubic' for argument '--schedule'. Expected one of ('cosine', 'linear')",
+            "invalid choice 'cubic' for argument '--schedule'. Expected one of ('cosine', 'linear', 'sigmoid',",
         ),
+        (["--schedule-options", "1", "2", "3"], "the schedule cosine takes the options offset; got 3 numbers"),
+        (["--schedule", "linear", "--schedule-options", "0", "0"], "a schedule's signal must decrease"),
+        (["--condition-dropout", "1"], "condition-dropout must be from 0 to below 1; got 1.0"),
+        (["--snr-gamma", "-1"], "snr-gamma must be at least 0; got -1.0"),
         (["--steps", "0"], "steps must be at least 1; got 0"),
         (["--observation", "pose"], "has no observation 'pose'; it has action, actual_xy, desired_xy"),
         (["--device", "warp"], "no device 'warp' here"),
@@ -112,8 +116,15 @@ def test_train_refuses_bad_data(demonstrations: Path, tmp_path: Path, capsys) ->
     [
         (["--env", "Nope-v0"], "unknown environment 'Nope-v0'"),
         (["--env", "CartPole-v1"], "CartPole-v1 says nothing of modes"),
-        (["--sampler", "dmp"], "invalid choice 'dmp' for argument '--sampler'. Expected one of ('ddim', 'ddpm')"),
-        (["--sampling-steps", "21"], "sampling steps must be from 1 to the 20 noise levels of the policy; got 21"),
+        (["--sampler", "dmp"], "invalid choice 'dmp' for argument '--sampler'. Expected one of ('ddim', 'ddpm',"),
+        (["--sampling-steps", "21"], "sampling steps must be from 1 to the 20 noise levels; got 21"),
+        (["--sampling-steps", "0"], "sampling-steps must be at least 1; got 0"),
+        (["--sampling-steps", "15", "--spacing", "log-snr"], "15 steps evenly spaced in log-SNR fall on only"),
+        (["--guidance", "2"], "guidance 2.0 needs a policy trained with --condition-dropout above 0"),
+        (["--guidance", "nan"], "guidance must be at least -1; got nan"),
+        (["--mode", "left"], "cannot be steered to mode 'left'; it was trained without condition-on-mode"),
+        (["--eta", "2"], "eta must be from 0 to 1; got 2.0"),
+        (["--sampler", "ddpm", "--eta", "0.5"], "eta must be 0 with the sampler ddpm; got 0.5"),
         (["--seed", "5"], "overlap the demonstrations' seeds 0 to 11; choose a --seed of at least 12"),
         (["--episodes", "-1"], "episodes must be at least 1; got -1"),
     ],
