@@ -173,7 +173,7 @@ def denoiser(fitted: Fitted, label: Tensor, weight: float = 0.0) -> Denoise:
 
 @torch.no_grad()
 def sample(
-    fitted: Fitted, sampler: str, steps: int, count: int = COUNT, label: int | None = None, weight: float = 0.0
+    fitted: Fitted, sampler: str, steps: int, count: int, label: int | None = None, weight: float = 0.0
 ) -> Tensor:
     """Draw points, (count, dimensions): of one class, or of all classes equally often."""
     chosen = SAMPLERS[sampler]
@@ -278,7 +278,7 @@ def measure_guidance(fitted: Fitted) -> dict[str, Any]:
     levels = len(fitted.diffusion.schedule)
 
     def share(weight: float) -> float:
-        sides = [(sample(fitted, "ddim", levels, label=label, weight=weight)[:, 0] > 0) == label for label in (0, 1)]
+        sides = [(sample(fitted, "ddim", levels, COUNT, label, weight)[:, 0] > 0) == label for label in (0, 1)]
         return float(torch.cat(sides).double().mean())
 
     return {"share_in_asked_class": {f"{weight:g}": share(weight) for weight in WEIGHTS}}
@@ -311,5 +311,5 @@ def show(fitted: Fitted, problem: Problem) -> Shown:
     for level in (len(schedule) // 10, len(schedule) // 2, len(schedule) - 1):
         eps = torch.randn(data.x.shape, generator=generator)
         noised.append((level, schedule.alpha[level] * data.x + schedule.sigma[level] * eps))
-    samples = sample(fitted, "ddpm", len(schedule))
+    samples = sample(fitted, "ddpm", len(schedule), COUNT)
     return Shown(data, noised, Points(samples, torch.arange(COUNT) % fitted.classes))
