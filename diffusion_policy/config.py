@@ -63,6 +63,8 @@ class PolicyConfig:
     eps - x0."""
     snr_gamma: float = 0.0
     """Weigh the loss of each level by min(SNR, this) (min-SNR-gamma; 5 is usual); 0 weighs all levels alike."""
+    learn_variance: bool = False
+    """Learn the variance of the sampler ddpm's steps too (Nichol & Dhariwal), which then calls the network twice."""
     condition_dropout: float = 0.0
     """Share of training windows that lose their condition, so that the policy can be guided; 0.1 is usual. What is
     lost is the mode with condition-on-mode, else the observations."""
@@ -147,8 +149,9 @@ class SampleConfig:
     """How action sequences are drawn."""
 
     sampler: SamplerName = "ddim"
-    """Sampler. Deterministic after their first noise: ddim, dpm-solver-1, dpm-solver-2m, unipc, euler, heun; with noise
-    at every step: ddpm, ddpm-large (the larger variance), dpm-solver-sde. heun denoises twice a step."""
+    """Sampler. Deterministic after their first noise: ddim, dpm-solver-1, dpm-solver-2m, unipc, euler, heun (denoises
+    twice a step); with noise at every step: ddpm (the learned variance, else the posterior's), ddpm-large (the forward
+    step's variance), dpm-solver-sde."""
     sampling_steps: int = 16
     """Denoising steps, at most the policy's noise levels."""
     spacing: SpacingName = "trailing"

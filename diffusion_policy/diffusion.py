@@ -11,22 +11,32 @@ from torch import Tensor, nn
 from diffusion_policy.prediction import Prediction, loss_weight
 from diffusion_policy.samplers import Denoise, Levels, Sampler, langevin
 from diffusion_policy.schedules import Schedule, choose_levels
+from diffusion_policy.variance import LearnedVariance
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(xt (B, ...), level (B,), cond (B, C)) → output like xt."""
+"""(xt (B, ..., A), level (B,), cond (B, C)) → output like xt, or (B, ..., 2 A) where a variance is learned."""
 
 
 class Diffusion(nn.Module):
     """A schedule and a prediction, with their tables on the device. It has no weights and saves nothing."""
 
-    def __init__(self, schedule: Schedule, prediction: Prediction, snr_gamma: float = 0.0) -> None:
-        """`snr_gamma`: γ of the min-SNR loss weights; 0 weighs all levels alike."""
+    def __init__(
+        self, schedule: Schedule, prediction: Prediction, snr_gamma: float = 0.0, learn_variance: bool = False
+    ) -> None:
+        """`snr_gamma`: γ of the min-SNR loss weights; 0 weighs all levels alike. `learn_variance`: the network's last
+        axis is twice as long, prediction first, then what says the variance of a step.
+
+        Raises ValueError for a learned variance where a level without signal cannot be decoded.
+        """
         super().__init__()
+        if learn_variance and prediction.needs_signal and schedule.ends_silent:
+            raise ValueError("learn-variance with noise prediction needs a schedule that holds signal at every level")
         self.schedule = schedule
         self.prediction = prediction
         weight = loss_weight(prediction, schedule.alpha, schedule.sigma, snr_gamma)
         for name, table in (("alpha", schedule.alpha), ("sigma", schedule.sigma), ("weight", weight)):
             self.register_buffer(name, table.float(), persistent=False)  # (K,)
+        self.variance = LearnedVariance(schedule) if learn_variance else None
 
     def tables(self, level: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma at one level, (), or at a level for each row (B,) of `like`, (B, 1, ...)."""
@@ -35,24 +45,48 @@ class Diffusion(nn.Module):
         return alpha.reshape(shape), sigma.reshape(shape)
 
     def loss(self, network: Network, x0: Tensor, cond: Tensor, generator: torch.Generator) -> Tensor:
-        """Mean squared error of the prediction at random levels (Ho et al. 2020, eq. 14), (); `generator` draws levels
-        and noise, on the CPU."""
+        """Mean squared error of the prediction at random levels (Ho et al. 2020, eq. 14), with the bound where a
+        variance is learned, (); `generator` draws levels and noise, on the CPU."""
         level = torch.randint(len(self.schedule), x0.shape[:1], generator=generator).to(x0.device)
         eps = torch.randn(x0.shape, generator=generator).to(x0)
         alpha, sigma = self.tables(level, x0)
-        output = network(alpha * x0 + sigma * eps, level, cond)
+        xt = alpha * x0 + sigma * eps
+        output, share = self._split(network(xt, level, cond))
         errors = (output - self.prediction.target(x0, eps, alpha, sigma)).square().flatten(1).mean(dim=1)  # (B,)
-        return (self.get_buffer("weight")[level] * errors).mean()
+        losses = self.get_buffer("weight")[level] * errors
+        if self.variance is not None and share is not None:
+            predicted_x0, _ = self.prediction.decode(output, xt, alpha, sigma)
+            losses = losses + self.variance.hybrid_term(share, x0, predicted_x0, level)
+        return losses.mean()
+
+    def _split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the network says: the prediction, and the share of the larger variance where that is learned."""
+        if self.variance is None:
+            return output, None
+        prediction, raw = output.chunk(2, dim=-1)
+        return prediction, (raw + 1) / 2
 
     def denoiser(self, network: Network, cond: Tensor) -> Denoise:
         """The network under these conditions, as a function (xt, level) → x0."""
 
         def denoise(xt: Tensor, level: int) -> Tensor:
             rows = torch.full(xt.shape[:1], level, device=xt.device)
-            output = network(xt, rows, cond)
+            output, _ = self._split(network(xt, rows, cond))
             return self.prediction.decode(output, xt, *self.tables(level, xt))[0]
 
         return denoise
+
+    def learned_share(self, network: Network, cond: Tensor) -> Denoise | None:
+        """What `ddpm` takes as `share`, which calls the network again; None where no variance is learned."""
+        if self.variance is None:
+            return None
+
+        def share(xt: Tensor, level: int) -> Tensor:
+            found = self._split(network(xt, torch.full(xt.shape[:1], level, device=xt.device), cond))[1]
+            assert found is not None
+            return found
+
+        return share
 
     def choose_levels(self, sampler: Sampler, steps: int, spacing: str = "trailing") -> list[int]:
         """Levels to sample on: without a last level that holds no signal where prediction or sampler need some."""

@@ -69,9 +69,10 @@ class DiffusionPolicy(nn.Module):
             config.kernel_size,
             config.groups,
             config.level_dim,
+            outputs=(2 if config.learn_variance else 1) * shapes.action[0],
         )
         schedule = make_schedule(config.schedule, config.levels, config.schedule_options)
-        self.diffusion = Diffusion(schedule, PREDICTIONS[config.prediction], config.snr_gamma)
+        self.diffusion = Diffusion(schedule, PREDICTIONS[config.prediction], config.snr_gamma, config.learn_variance)
 
     @classmethod
     def for_data(
@@ -176,6 +177,9 @@ class DiffusionPolicy(nn.Module):
         """The sampling loop alone: noise (draws, B, T, A) → normalized sequences (B, T, A). No random numbers and no
         synchronisation inside, so it compiles as one graph."""
         sampler, _ = self.require(config)
+        if self.config.learn_variance and config.sampler == "ddpm":
+            share = self.diffusion.learned_share(self.network, cond)
+            sampler = sampler._replace(function=partial(sampler.function, share=share))
         return self.diffusion.sample(self.denoiser(cond, config), noise, sampler, levels, config.corrector_size)
 
 

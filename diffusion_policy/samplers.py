@@ -93,9 +93,11 @@ def ddpm(
     *,
     correct: Correct = None,
     large_variance: bool = False,
+    share: Denoise | None = None,
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, algorithm 2) on any levels: x ~ q(x_next | x_t, x0), eq. 6 and 7. The
-    variance is the posterior's, or the forward step's (`large_variance`); the last step adds no noise."""
+    variance is the posterior's, or the forward step's (`large_variance`), or lies between them at `share(xt, level)`,
+    which a network has learned (`variance.py`); the last step adds no noise."""
     xt = xT
     for i, step in enumerate(_steps(schedule, levels, xT)):
         xt = correct(xt, i) if i and correct else xt
@@ -104,6 +106,8 @@ def ddpm(
         added = added_variance(step.alpha, step.sigma, step.next_alpha, step.next_sigma)
         mean = (ratio * step.next_sigma**2 * xt + step.next_alpha * added * x0) / step.sigma**2
         deviation = added.sqrt() if large_variance else _posterior_deviation(step)
+        if share is not None and not step.last:
+            deviation = interpolated_variance(share(xt, step.level), added, deviation**2).sqrt()
         xt = mean if step.last else mean + deviation * _given(noise)[i]
     return xt
 
@@ -111,6 +115,11 @@ def ddpm(
 def added_variance(alpha: Tensor, sigma: Tensor, next_alpha: Tensor, next_sigma: Tensor) -> Tensor:
     """Variance of q(x_t | x_next), which the forward step adds: β of neighbouring variance-preserving levels."""
     return sigma**2 - (alpha / next_alpha) ** 2 * next_sigma**2
+
+
+def interpolated_variance(share: Tensor, large: Tensor, small: Tensor) -> Tensor:
+    """exp(v log β + (1 − v) log β̃) (Nichol & Dhariwal 2021, eq. 15), with v = `share`."""
+    return torch.exp(share * large.log() + (1 - share) * small.log())
 
 
 def _posterior_deviation(step: Step) -> Tensor:

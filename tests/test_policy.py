@@ -177,6 +177,26 @@ def test_actions_must_be_one_row_of_numbers() -> None:
         DiffusionPolicy(CONFIG, Shapes({"state": (4,)}, (2, 3)))
 
 
+def test_a_policy_that_learns_its_variance_samples_with_it() -> None:
+    policy = new_policy(replace(CONFIG, learn_variance=True))
+    loss = policy.loss(observe(4), torch.full((4, 16, 2), 7.0), torch.Generator().manual_seed(0))
+    loss.backward()
+    last = policy.network.out[-1]
+    assert isinstance(last, nn.Conv1d)
+    assert last.weight.grad is not None
+    assert (last.weight.grad.abs().flatten(1).sum(dim=1) > 0).all()  # of prediction and variance alike
+    plans = {
+        name: policy.sample(observe(1), [planning_generator(0)], config=SampleConfig(name, 5, clip="none"))
+        for name in SAMPLERS
+    }
+    assert all(torch.isfinite(plan).all() for plan in plans.values())
+    observations = observe(1)
+    config, generators = SampleConfig("ddpm", 5, clip="none"), [planning_generator(0)]
+    own = policy.sample(observations, generators, config=config)
+    fixed = policy.sample(observations, [planning_generator(0)], config=replace(config, sampler="ddim", eta=1.0))
+    assert not torch.allclose(own, fixed)
+
+
 SAMPLINGS = [SampleConfig(name, 3) for name in SAMPLERS] + [
     SampleConfig("ddim", 3, eta=0.5, guidance=2.0, guidance_schedule="falling", clip="dynamic"),
     SampleConfig("unipc", 3, corrector_steps=2),

@@ -150,6 +150,28 @@ def test_ddpm_equals_diffusers(name, prediction, dtype, clip, large, monkeypatch
         assert_equal_trajectories(sampler, dtype, denoiser(schedule, prediction, clip), xT, schedule, levels, noise, x)
 
 
+def test_ddpm_with_a_learned_variance_equals_diffusers(name, dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = SCHEDULES[name]
+
+    def share(xt: Tensor, level: int) -> Tensor:
+        return torch.sigmoid(xt + 0.02 * level)
+
+    for steps in STEPS:
+        levels = choose_levels(schedule, steps, "leading")
+        reference = DDPMScheduler(K, clip_sample=False, variance_type="learned_range")
+        reference.set_timesteps(steps)
+        prepare(reference, schedule, levels)
+        xT, noise = draw(steps, dtype)
+        rows = iter(noise)
+        monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(rows))  # noqa: B023
+        x = xT
+        for level in levels:
+            output = torch.cat([fake_network(x, level), 2 * share(x, level) - 1], dim=1)
+            x = reference.step(output, level, x).prev_sample
+        sampler = partial(ddpm, share=share)
+        assert_equal_trajectories(sampler, dtype, denoiser(schedule), xT, schedule, levels, noise, x)
+
+
 LOG_SNR_SOLVERS = {
     "1": (partial(dpm_solver_pp, order=1), DPMSolverMultistepScheduler, {"solver_order": 1}),
     "2m": (dpm_solver_pp, DPMSolverMultistepScheduler, {"solver_order": 2}),

@@ -95,6 +95,8 @@ def test_the_bound_lies_above_the_entropy_of_the_mixture(mixture: toy.Fitted) ->
     centers, shares = torch.tensor([-1.0, 1.0]), torch.tensor(toy.SHARES)
     entropy = -float((shares * torch.distributions.Normal(centers, 0.2).log_prob(points.x).exp()).sum(1).log().mean())
     assert bound["nats"] > entropy
+    assert bound["nats"] == pytest.approx(bound["prior_nats"] + sum(bound["terms_nats"]), rel=1e-5)
+    assert len(bound["terms_nats"]) == 40
     assert 0 <= bound["prior_nats"] < 0.01
 
     schedule = mixture.diffusion.schedule  # with 40 levels even the exact denoiser has a bound far above the entropy

@@ -44,7 +44,7 @@ class Study:
     output: Path
     """Folder of this study."""
     samplers: tuple[SamplerName, ...] = get_args(SamplerName)
-    """Samplers to try."""
+    """Samplers to try; by default all."""
     steps: tuple[int, ...] = ()
     """Numbers of sampling steps to try; by default 1, 2, 4, 8, 16, 32 and all noise levels of the policy."""
     episodes: int = 100

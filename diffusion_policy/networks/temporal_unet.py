@@ -12,7 +12,7 @@ from diffusion_policy.networks.blocks import BlockPair, ConvBlock, LevelEmbeddin
 
 
 class TemporalUnet(nn.Module):
-    """(xt (B, T, A), level (B,), cond (B, C)) → (B, T, A). T is a multiple of `stride`, 2^(resolutions − 1)."""
+    """(xt (B, T, A), level (B,), cond (B, C)) → (B, T, outputs). T is a multiple of `stride`, 2^(resolutions − 1)."""
 
     def __init__(
         self,
@@ -22,8 +22,10 @@ class TemporalUnet(nn.Module):
         kernel_size: int = 5,
         groups: int = 8,
         level_dim: int = 128,
+        outputs: int | None = None,
     ) -> None:
-        """`widths`: channels at each resolution; each is half as long in time as the one before."""
+        """`widths`: channels at each resolution; each is half as long in time as the one before. `outputs`: numbers for
+        each step, by default as many as an action has."""
         super().__init__()
         self.stride = 2 ** (len(widths) - 1)
         self.embed_level = LevelEmbedding(level_dim)
@@ -39,7 +41,7 @@ class TemporalUnet(nn.Module):
         )
         self.up = nn.ModuleList(blocks(2 * width, width) for width in reversed(widths[:-1]))
         self.out = nn.Sequential(
-            ConvBlock(widths[0], widths[0], kernel_size, groups), nn.Conv1d(widths[0], action_dim, 1)
+            ConvBlock(widths[0], widths[0], kernel_size, groups), nn.Conv1d(widths[0], outputs or action_dim, 1)
         )
 
     def forward(self, xt: Tensor, level: Tensor, cond: Tensor) -> Tensor:
