@@ -125,6 +125,10 @@ class EpisodeStore:
             )
         return rows
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of one step of an array."""
+        return tuple(self._array(f"data/{key}").shape[1:])
+
     def read_meta(self, name: str) -> np.ndarray | None:
         """One value an episode, (episodes,), or None where the store has no such array."""
         path = f"meta/episode_{name}"

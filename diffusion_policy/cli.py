@@ -32,9 +32,8 @@ A mistake is answered with one line and exit status 2; --debug, anywhere, shows 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 (a check failed), 2 (a user's mistake), 130
-    (interrupted). A fault of ours is
-    raised."""
+    """Run the command line; returns the exit status: 0, 1 (a check failed), 2 (a user's mistake), 130 (interrupted). A
+    fault of ours is raised."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]

@@ -185,6 +185,8 @@ class SampleConfig:
             check_choice(name.replace("_", "-"), getattr(self, name), get_args(choices))
         require_at_least(self, 1, ("sampling_steps",))
         require_at_least(self, 0, ("corrector_steps",))
+        if self.corrector_steps and self.sampling_steps == 1:
+            raise ConfigError("corrector-steps act between sampling steps, so sampling-steps must be at least 2; got 1")
         _require(0 <= self.eta <= 1, "eta", "from 0 to 1", self.eta)
         _require(self.eta == 0 or self.sampler == "ddim", "eta", f"0 with the sampler {self.sampler}", self.eta)
         _require(-1 <= self.guidance < math.inf, "guidance", "at least -1", self.guidance)

@@ -69,7 +69,11 @@ class Diffusion(nn.Module):
     def denoiser(self, network: Network, cond: Tensor) -> Denoise:
         """The network under these conditions, as a function (xt, level) → x0."""
 
+        silent = len(self.schedule) - 1 if self.prediction.needs_signal and self.schedule.ends_silent else None
+
         def denoise(xt: Tensor, level: int) -> Tensor:
+            if level == silent:
+                raise ValueError(f"level {level} holds no signal, so noise prediction cannot tell x0 there")
             rows = torch.full(xt.shape[:1], level, device=xt.device)
             output, _ = self._split(network(xt, rows, cond))
             return self.prediction.decode(output, xt, *self.tables(level, xt))[0]
@@ -88,20 +92,39 @@ class Diffusion(nn.Module):
 
         return share
 
+    def most_steps(self, sampler: Sampler) -> int:
+        """Levels that this sampler can start from: not a last one without signal where it or the prediction needs
+        some."""
+        needs_signal = self.prediction.needs_signal or sampler.needs_signal
+        return len(self.schedule) - (needs_signal and self.schedule.ends_silent)
+
     def choose_levels(self, sampler: Sampler, steps: int, spacing: str = "trailing") -> list[int]:
         """Levels to sample on: without a last level that holds no signal where prediction or sampler need some."""
-        return choose_levels(self.schedule, steps, spacing, self.prediction.needs_signal or sampler.needs_signal)
+        return choose_levels(self.schedule, steps, spacing, self.most_steps(sampler) < len(self.schedule))
 
-    def sample(self, denoise: Denoise, noise: Tensor, sampler: Sampler, levels: Levels, size: float = 0.05) -> Tensor:
-        """Run a sampler. `noise` (draws, B, ...): xT, then len(levels) rows if the sampler needs noise, then
-        len(levels) rows for each Langevin step; `size`: step size of those."""
-        count = len(levels)
-        xT, rest = noise[0], noise[1:]
-        own, rest = (rest[:count], rest[count:]) if sampler.needs_noise else (None, rest)
+    def sample(
+        self,
+        denoise: Denoise,
+        noise: Tensor,
+        sampler: Sampler,
+        levels: Levels,
+        corrector_steps: int = 0,
+        corrector_size: float = 0.05,
+    ) -> Tensor:
+        """Run a sampler, with Langevin steps after each of its steps if asked.
+
+        `noise` (draws, B, ...): xT, then len(levels) rows if the sampler needs noise, then len(levels) rows for each
+        Langevin step; raises ValueError unless there are as many as `count_draws` says.
+        """
+        draws = count_draws(sampler, levels, corrector_steps)
+        if len(noise) != draws:
+            raise ValueError(f"this needs {draws} draws of noise; got {len(noise)}")
+        own = noise[1 : 1 + len(levels)] if sampler.needs_noise else None
         correct = None
-        if len(rest):
-            correct = langevin(denoise, self.schedule, levels, rest.unflatten(0, (-1, count)), size)
-        return sampler.function(denoise, xT, self.schedule, levels, own, correct=correct)
+        if corrector_steps:
+            rows = noise[-corrector_steps * len(levels) :].unflatten(0, (corrector_steps, len(levels)))
+            correct = langevin(denoise, self.schedule, levels, rows, corrector_size)
+        return sampler.function(denoise, noise[0], self.schedule, levels, own, correct=correct)
 
 
 def count_draws(sampler: Sampler, levels: Levels, corrector_steps: int = 0) -> int:

@@ -38,7 +38,7 @@ def variational_bound(denoise: Denoise, x0: Tensor, schedule: Schedule, levels: 
 
     `noise` (len(levels), *x0.shape), drawn beforehand, one draw for each term. Both Gaussians of a term have the same
     variance, so a term is ½ (SNR_next − SNR) |x0 − denoised|² (Kingma et al. 2021, arXiv 2107.00630, eq. 14). The last
-    step has the variance (sigma / alpha)² of the forward step, as its posterior has none.
+    step's posterior has no variance; it takes (sigma / alpha)², the width of x0 in q(xt | x0).
     """
     alpha, sigma = schedule.alpha[list(levels)], schedule.sigma[list(levels)]  # (levels,)
     snr = (alpha / sigma) ** 2

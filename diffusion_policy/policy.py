@@ -114,8 +114,11 @@ class DiffusionPolicy(nn.Module):
         """Mean squared error of the prediction at random levels, (); see `Diffusion.loss`.
 
         `observations`: raw {key: (B, To, ...)}; `actions`: raw (B, T, A); `generator` draws levels, noise and which
-        rows lose their condition, on the CPU; `modes`: (B,) int64, see `encode`.
+        rows lose their condition, on the CPU; `modes`: (B,) int64, see `encode`. Raises ValueError for a policy that is
+        conditioned on modes when there are none.
         """
+        if self.modes and modes is None:
+            raise ValueError("a policy with condition-on-mode is trained with the modes of its windows; got none")
         cond = self.encode(observations, modes)
         if self.config.condition_dropout:
             dropped = torch.rand(len(cond), 1, generator=generator) < self.config.condition_dropout
@@ -137,6 +140,9 @@ class DiffusionPolicy(nn.Module):
         """
         config = config or SampleConfig()
         sampler, levels = self.require(config)
+        for key, rows in observations.items():
+            if not torch.isfinite(rows).all():
+                raise ValueError(f"the observation {key} holds NaN or infinity")
         draws = count_draws(sampler, levels, config.corrector_steps)
         shape = (draws, num_samples, self.config.prediction_horizon, *self.shapes.action)
         rows = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
@@ -149,7 +155,8 @@ class DiffusionPolicy(nn.Module):
 
     def require(self, config: SampleConfig) -> tuple[Sampler, list[int]]:
         """The sampler and the levels that these options mean. Raises ValueError for more steps than noise levels, for
-        guidance without condition dropout in training, and for a mode that the policy was not trained on."""
+        guidance without condition dropout in training or without a mode to guide to, and for a mode that the policy was
+        not trained on."""
         if config.guidance and not self.config.condition_dropout:
             raise ValueError(
                 f"guidance {config.guidance} needs a policy trained with --condition-dropout above 0; "
@@ -160,9 +167,9 @@ class DiffusionPolicy(nn.Module):
             raise ValueError(f"this policy cannot be steered to mode {config.mode!r}; {known}")
         if self.modes and config.mode is None and not self.config.condition_dropout:
             raise ValueError(f"this policy must be told a mode, one of {', '.join(self.modes)}")
-        sampler = SAMPLERS[config.sampler]
-        if config.eta:
-            sampler = Sampler(partial(ddim, eta=config.eta), needs_noise=True)
+        if self.modes and config.mode is None and config.guidance:
+            raise ValueError(f"guidance needs a mode to guide to, one of {', '.join(self.modes)}")
+        sampler = find_sampler(config)
         return sampler, self.diffusion.choose_levels(sampler, config.sampling_steps, config.spacing)
 
     def denoiser(self, cond: Tensor, config: SampleConfig) -> Denoise:
@@ -176,11 +183,17 @@ class DiffusionPolicy(nn.Module):
     def denoise_from(self, noise: Tensor, cond: Tensor, levels: Levels, config: SampleConfig) -> Tensor:
         """The sampling loop alone: noise (draws, B, T, A) → normalized sequences (B, T, A). No random numbers and no
         synchronisation inside, so it compiles as one graph."""
-        sampler, _ = self.require(config)
+        sampler = find_sampler(config)
         if self.config.learn_variance and config.sampler == "ddpm":
             share = self.diffusion.learned_share(self.network, cond)
             sampler = sampler._replace(function=partial(sampler.function, share=share))
-        return self.diffusion.sample(self.denoiser(cond, config), noise, sampler, levels, config.corrector_size)
+        denoise = self.denoiser(cond, config)
+        return self.diffusion.sample(denoise, noise, sampler, levels, config.corrector_steps, config.corrector_size)
+
+
+def find_sampler(config: SampleConfig) -> Sampler:
+    """The sampler that these options name."""
+    return Sampler(partial(ddim, eta=config.eta), needs_noise=True) if config.eta else SAMPLERS[config.sampler]
 
 
 def derive_generator(*entropy: int) -> torch.Generator:

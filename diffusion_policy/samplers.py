@@ -7,6 +7,7 @@ distinct levels (`schedules.choose_levels`); `noise` (len(levels), *xT.shape) wa
 sampler that needs none. There is no state and no hidden random number. The noise in xt is always derived from x0, so it
 stays consistent where `denoise` clips. Every sampler ends with one step from the last level to the clean sequence
 (alpha 1, sigma 0), without noise, and takes `correct`, which may change xt at each level that is reached (`langevin`).
+An xT with NaN is refused on the CPU; on a GPU, and in a compiled graph, looking would mean waiting.
 
 In the formulas, "next" is the level after a step: the less noised one. λ = log(alpha / sigma), h = λ_next − λ.
 """
@@ -72,6 +73,8 @@ def ddim(
 ) -> Tensor:
     """DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16). eta = 0 is deterministic and needs no noise; eta = 1 is
     DDPM with the posterior variance on the same levels."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be from 0 to 1; got {eta}")
     xt = xT
     for i, step in enumerate(_steps(schedule, levels, xT)):
         xt = correct(xt, i) if i and correct else xt
@@ -317,8 +320,6 @@ class Sampler(NamedTuple):
     needs_noise: bool = False
     needs_signal: bool = False
     """Whether it cannot start from a level without signal."""
-    denoisings: int = 1
-    """Calls of the denoiser a step."""
 
 
 SAMPLERS = {
@@ -330,5 +331,5 @@ SAMPLERS = {
     "dpm-solver-sde": Sampler(dpm_solver_pp_sde, needs_noise=True, needs_signal=True),
     "unipc": Sampler(unipc, needs_signal=True),
     "euler": Sampler(euler),
-    "heun": Sampler(heun, denoisings=2),
+    "heun": Sampler(heun),
 }

@@ -41,6 +41,8 @@ class Schedule:
             )
         if self.alpha[-1] < 0 or (self.sigma <= 0).any():
             raise ValueError("a schedule's alpha must be at least 0 and its sigma above 0 at every level")
+        if not ((self.alpha / self.sigma).diff() < 0).all():
+            raise ValueError("a schedule's signal-to-noise ratio, alpha / sigma, must decrease from level to level")
         object.__setattr__(self, "ends_silent", bool(self.alpha[-1] == 0))
 
     def __len__(self) -> int:
@@ -54,7 +56,10 @@ class Schedule:
 
 def from_betas(betas: Tensor) -> Schedule:
     """The variance-preserving schedule of the variances β added by each level, (K,) float64:
-    alpha² = ᾱ = ∏ (1 − β) (Ho et al. 2020, eq. 4)."""
+    alpha² = ᾱ = ∏ (1 − β) (Ho et al. 2020, eq. 4). Raises ValueError for a β outside (0, 1)."""
+    wrong = betas[~((betas > 0) & (betas < 1))]
+    if len(wrong):
+        raise ValueError(f"every beta must be above 0 and below 1; got {wrong[0]:g}")
     signal_power = torch.cumprod(1 - betas, dim=0)
     return Schedule(signal_power.sqrt(), (1 - signal_power).sqrt())
 
@@ -63,7 +68,7 @@ def linear(levels: int, beta_start: float | None = None, beta_end: float | None 
     """Evenly spaced β (Ho et al. 2020, section 4): 1e-4 to 0.02 at K = 1000; the default range grows as 1000 / K, so
     that the last level is noise for any K."""
     start, end = _beta_range(levels, beta_start, beta_end)
-    return from_betas(torch.linspace(start, end, levels, dtype=torch.float64).clamp(max=BETA_MAX))
+    return from_betas(torch.linspace(start, end, levels, dtype=torch.float64))
 
 
 def sigmoid(levels: int, beta_start: float | None = None, beta_end: float | None = None) -> Schedule:
@@ -71,7 +76,7 @@ def sigmoid(levels: int, beta_start: float | None = None, beta_end: float | None
     `linear`."""
     start, end = _beta_range(levels, beta_start, beta_end)
     rise = torch.sigmoid(torch.linspace(-6, 6, levels, dtype=torch.float64))
-    return from_betas((start + (end - start) * rise).clamp(max=BETA_MAX))
+    return from_betas(start + (end - start) * rise)
 
 
 def constant(levels: int, beta: float | None = None) -> Schedule:
@@ -95,8 +100,9 @@ def flow(levels: int) -> Schedule:
 
 
 def _beta_range(levels: int, start: float | None, end: float | None) -> tuple[float, float]:
-    default = 1000 / levels
-    return 1e-4 * default if start is None else start, 0.02 * default if end is None else end
+    """The range that is given; where it is not, that of 1000 levels, scaled, but never beyond BETA_MAX."""
+    default_start, default_end = (min(beta * 1000 / levels, BETA_MAX) for beta in (1e-4, 0.02))
+    return default_start if start is None else start, default_end if end is None else end
 
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
@@ -122,18 +128,23 @@ def make_schedule(name: str, levels: int, options: Sequence[float] = ()) -> Sche
     return SCHEDULES[name](levels, *options)
 
 
+def low_middle_high(schedule: Schedule) -> tuple[int, int, int]:
+    """Three levels to look at: a tenth up, half way, and the last."""
+    return len(schedule) // 10, len(schedule) // 2, len(schedule) - 1
+
+
 SPACINGS = ("trailing", "leading", "even", "log-snr")
 
 
 def choose_levels(schedule: Schedule, steps: int, spacing: str = "trailing", with_signal: bool = False) -> list[int]:
-    """`steps` distinct levels, from the noisiest in use to the least noised.
+    """`steps` distinct levels, from the noisiest in use to the least noised; each is visited once.
 
     trailing: the last level first, then in equal strides; leading: 0 last, in equal strides; even: both ends, evenly
     between (Lin et al. 2024, arXiv 2305.08891, table 2); log-snr: both ends, evenly in log-SNR between (Lu et al. 2022,
-    DPM-Solver, section 3.4). `with_signal` leaves out a last level of alpha 0, where noise prediction and log-SNR are
-    undefined; log-snr always does.
+    DPM-Solver, section 3.4), with the next free level where two of them would coincide. `with_signal` leaves out a last
+    level of alpha 0, where noise prediction and log-SNR are undefined; log-snr always does.
 
-    Raises ValueError for an unknown spacing, for more steps than levels, and where log-snr's levels coincide.
+    Raises ValueError for an unknown spacing, and for more steps than there are distinct levels, which it counts.
     """
     if spacing not in SPACINGS:
         raise ValueError(f"unknown spacing {spacing!r}; choose from {', '.join(SPACINGS)}")
@@ -149,11 +160,8 @@ def choose_levels(schedule: Schedule, steps: int, spacing: str = "trailing", wit
     if spacing == "even":
         return [round(level) for level in torch.linspace(count - 1, 0, steps, dtype=torch.float64).tolist()]
     log_snr = schedule.log_snr[:count]
-    wanted = torch.linspace(float(log_snr[-1]), float(log_snr[0]), steps, dtype=torch.float64)
-    levels = sorted({int((log_snr - value).abs().argmin()) for value in wanted}, reverse=True)
-    if len(levels) < steps:
-        raise ValueError(
-            f"{steps} steps evenly spaced in log-SNR fall on only {len(levels)} distinct levels of this schedule; "
-            "choose fewer steps or another spacing"
-        )
-    return levels
+    levels = [count]
+    for i, target in enumerate(torch.linspace(float(log_snr[-1]), float(log_snr[0]), steps, dtype=torch.float64)):
+        nearest = int((log_snr - target).abs().argmin())
+        levels.append(max(min(nearest, levels[-1] - 1), steps - 1 - i))  # below the last one, with room for the rest
+    return levels[1:]

@@ -18,7 +18,7 @@ from diffusion_policy.likelihood import variational_bound
 from diffusion_policy.networks.blocks import LevelEmbedding
 from diffusion_policy.prediction import PREDICTIONS
 from diffusion_policy.samplers import SAMPLERS, Denoise
-from diffusion_policy.schedules import Schedule, linear
+from diffusion_policy.schedules import Schedule, linear, low_middle_high
 
 COUNT = 2000
 """Points in each set of samples."""
@@ -30,6 +30,8 @@ SHARES = (0.3, 0.7)
 """Weights of the modes of the mixture, at -1 and 1."""
 DROPOUT = 0.15
 """Share of the points whose class is dropped in training."""
+TOO_CLEAN = linear(40, 1e-4, 0.02)
+"""A schedule with too little noise for the mixture."""
 SWEEP_STEPS = 1000
 """Training steps of each network in the sweep of the mixture."""
 OFF = 0.05
@@ -202,11 +204,11 @@ def noise_floor(problem: Problem) -> float:
 
 def compare_samplers(fitted: Fitted, data: Tensor, on_cell: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """{sampler: {steps: {"energy_distance", "milliseconds"}}} at 1, 2, 4 ... and all steps."""
-    levels = len(fitted.diffusion.schedule)
     table: dict[str, Any] = {}
     for name in SAMPLERS:
         table[name] = {}
-        for steps in (*(n for n in STEPS if n < levels), levels):
+        most = fitted.diffusion.most_steps(SAMPLERS[name])
+        for steps in (*(n for n in STEPS if n < most), most):
             started = time.perf_counter()
             points = sample(fitted, name, steps, len(data))
             milliseconds = 1000 * (time.perf_counter() - started)
@@ -253,7 +255,6 @@ def measure_weights(fitted: Fitted) -> dict[str, Any]:
 def measure_mixture(fitted: Fitted) -> dict[str, Any]:
     """The mixture's weights; also with too little noise (β up to 0.02), and with fewer levels for two predictions."""
     problem = PROBLEMS["mixture"]
-    too_clean = linear(40, 1e-4, 0.02)
     sweep = [
         {"levels": levels, "prediction": prediction, "last_alpha": float(schedule.alpha[-1])}
         | measure_weights(fit(problem, prediction, schedule, training_steps=SWEEP_STEPS))
@@ -264,9 +265,9 @@ def measure_mixture(fitted: Fitted) -> dict[str, Any]:
     return {
         **measure_weights(fitted),
         "too_little_noise": {
-            "last_alpha": float(too_clean.alpha[-1]),
-            "last_signal_power": float(too_clean.alpha[-1] ** 2),
-            **measure_weights(fit(problem, schedule=too_clean)),
+            "last_alpha": float(TOO_CLEAN.alpha[-1]),
+            "last_signal_power": float(TOO_CLEAN.alpha[-1] ** 2),
+            **measure_weights(fit(problem, schedule=TOO_CLEAN)),
         },
         "sweep": sweep,
     }
@@ -308,7 +309,7 @@ def show(fitted: Fitted, problem: Problem) -> Shown:
     data = problem.draw(COUNT, generator)
     schedule = problem.schedule
     noised = []
-    for level in (len(schedule) // 10, len(schedule) // 2, len(schedule) - 1):
+    for level in low_middle_high(schedule):
         eps = torch.randn(data.x.shape, generator=generator)
         noised.append((level, schedule.alpha[level] * data.x + schedule.sigma[level] * eps))
     samples = sample(fitted, "ddpm", len(schedule), COUNT)

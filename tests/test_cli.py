@@ -80,7 +80,7 @@ def test_collect_refuses(tmp_path: Path, capsys, arguments: list[str], message: 
             "invalid choice 'cubic' for argument '--schedule'. Expected one of ('cosine', 'linear', 'sigmoid',",
         ),
         (["--schedule-options", "1", "2", "3"], "the schedule cosine takes the options offset; got 3 numbers"),
-        (["--schedule", "linear", "--schedule-options", "0", "0"], "a schedule's signal must decrease"),
+        (["--schedule", "linear", "--schedule-options", "0", "0"], "every beta must be above 0 and below 1; got 0"),
         (["--condition-dropout", "1"], "condition-dropout must be from 0 to below 1; got 1.0"),
         (["--snr-gamma", "-1"], "snr-gamma must be at least 0; got -1.0"),
         (["--steps", "0"], "steps must be at least 1; got 0"),
@@ -119,7 +119,6 @@ def test_train_refuses_bad_data(demonstrations: Path, tmp_path: Path, capsys) ->
         (["--sampler", "dmp"], "invalid choice 'dmp' for argument '--sampler'. Expected one of ('ddim', 'ddpm',"),
         (["--sampling-steps", "21"], "sampling steps must be from 1 to the 20 noise levels; got 21"),
         (["--sampling-steps", "0"], "sampling-steps must be at least 1; got 0"),
-        (["--sampling-steps", "15", "--spacing", "log-snr"], "15 steps evenly spaced in log-SNR fall on only"),
         (["--guidance", "2"], "guidance 2.0 needs a policy trained with --condition-dropout above 0"),
         (["--guidance", "nan"], "guidance must be at least -1; got nan"),
         (["--mode", "left"], "cannot be steered to mode 'left'; it was trained without condition-on-mode"),
@@ -190,6 +189,21 @@ def test_an_option_file_with_an_unknown_key_names_the_nearest(tmp_path: Path, ca
         path.write_text(content)
         text = fails(capsys, "train", "--dataset", "d", "--output", "o", "--config", path)
         assert "must be a JSON object with `policy` or `training`" in text
+
+
+def test_a_policy_trained_on_modes_is_steered_to_one(demonstrations: Path, tmp_path: Path, capsys) -> None:
+    run, out = tmp_path / "run", tmp_path / "evaluation"
+    options = [*SMALL, "--steps", "30", "--condition-on-mode", "--condition-dropout", "0.1"]
+    assert main(["train", "--dataset", str(demonstrations), "--output", str(run), *options]) == 0
+    assert checkpoint.load(run).policy.modes == ("left", "right")
+    steer = ["--mode", "right", "--guidance", "2", "--sampling-steps", "4", "--episodes", "2", "--workers", "1"]
+    assert main(["evaluate", "--checkpoint", str(run), "--output", str(out), *steer]) == 0
+    sampling = json.loads((out / "results.json").read_text())["sampling"]
+    assert (sampling["mode"], sampling["guidance"]) == ("right", 2.0)
+    text = fails(capsys, "rollout", "--checkpoint", run, "--mode", "up", "--sampling-steps", 4)
+    assert "cannot be steered to mode 'up'; choose from left, right" in text
+    text = fails(capsys, "rollout", "--checkpoint", run, "--guidance", 2, "--sampling-steps", 4)
+    assert "guidance needs a mode to guide to, one of left, right" in text
 
 
 def interrupt_when(command: list[str], ready, timeout: float = 60) -> tuple[int, str]:

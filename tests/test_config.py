@@ -5,18 +5,22 @@ from typing import get_args
 import pytest
 
 from diffusion_policy.config import (
+    ClipName,
     ConfigError,
+    GuidanceScheduleName,
     PolicyConfig,
     PredictionName,
     SampleConfig,
     SamplerName,
     ScheduleName,
+    SpacingName,
     TrainConfig,
     from_dict,
 )
+from diffusion_policy.guidance import CLIPS, GUIDANCE_SCHEDULES
 from diffusion_policy.prediction import PREDICTIONS
 from diffusion_policy.samplers import SAMPLERS
-from diffusion_policy.schedules import SCHEDULES
+from diffusion_policy.schedules import SCHEDULES, SPACINGS
 
 
 @pytest.mark.parametrize(
@@ -39,6 +43,12 @@ from diffusion_policy.schedules import SCHEDULES
         (TrainConfig, {"validation_share": 1.0}, "validation-share must be from 0 to below 1"),
         (SampleConfig, {"sampler": "dmp"}, "unknown sampler 'dmp'; choose from ddim, ddpm"),
         (SampleConfig, {"sampling_steps": 0}, "sampling-steps must be at least 1; got 0"),
+        (SampleConfig, {"eta": 1.5}, "eta must be from 0 to 1; got 1.5"),
+        (SampleConfig, {"spacing": "odd"}, "unknown spacing 'odd'; choose from trailing, leading, even, log-snr"),
+        (SampleConfig, {"clip": "hard"}, "unknown clip 'hard'; choose from static, dynamic, none"),
+        (SampleConfig, {"corrector_steps": 1, "sampling_steps": 1}, "sampling-steps must be at least 2; got 1"),
+        (SampleConfig, {"guidance": float("inf")}, "guidance must be at least -1; got inf"),
+        (PolicyConfig, {"schedule_options": (float("nan"),)}, "schedule-options must be finite numbers"),
     ],
 )
 def test_impossible_options_are_refused_in_one_sentence(kind, options, message) -> None:
@@ -80,3 +90,6 @@ def test_the_names_that_options_allow_are_those_that_exist() -> None:
     assert set(get_args(ScheduleName)) == set(SCHEDULES)
     assert set(get_args(PredictionName)) == set(PREDICTIONS)
     assert set(get_args(SamplerName)) == set(SAMPLERS)
+    assert set(get_args(SpacingName)) == set(SPACINGS)
+    assert set(get_args(ClipName)) == set(CLIPS)
+    assert set(get_args(GuidanceScheduleName)) == set(GUIDANCE_SCHEDULES)

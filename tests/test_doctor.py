@@ -1,6 +1,7 @@
 """The doctor passes what is healthy and names what is not."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -64,7 +65,7 @@ def test_schedules_that_end_in_noise_pass_and_others_fail() -> None:
 def test_a_schedule_that_does_not_decrease_is_a_finding() -> None:
     check, schedule = doctor.check_decreasing(lambda: make_schedule("linear", 10, (0.0, 0.0)))
     assert check.status == "fail"
-    assert "must decrease" in check.figure
+    assert "every beta must be above 0" in check.figure
     assert schedule is None
     assert doctor.check_decreasing(lambda: linear(10))[0].status == "pass"
 
@@ -117,12 +118,13 @@ def test_an_oracle_passes_every_check_of_a_policy(batch: Batch) -> None:
     probes = doctor.probe(policy, batch, 0)
     assert probes[0].level == 0
     assert probes[-1].level == 19
+    jumps = doctor.largest_jumps(walk()["action"], ENDS)
     for check in (
         doctor.check_noise_scale(probes),
         doctor.check_one_step(probes),
         doctor.check_conditioning(policy, batch, 0),
         doctor.check_copying(policy, batch, 0),
-        doctor.check_jumps(policy, batch, SampleConfig(sampling_steps=4), 0),
+        doctor.check_jumps(policy, batch, jumps, SampleConfig(sampling_steps=4), 0),
         doctor.check_bound(policy, batch, 0),
     ):
         assert check.status == "pass", check
@@ -143,7 +145,7 @@ def test_a_step_that_makes_things_worse_is_found(batch: Batch) -> None:
     policy = policy_that_says(lambda cond, xt, level: 100 * torch.ones_like(xt))
     check = doctor.check_one_step(doctor.probe(policy, batch, 0))
     assert check.status == "fail"
-    assert "makes its input worse" in check.advice
+    assert "does not make its input better" in check.advice
 
 
 def test_a_policy_that_ignores_its_observations_is_found(batch: Batch) -> None:
@@ -167,10 +169,38 @@ def test_a_policy_that_goes_on_with_its_last_motion_is_found(batch: Batch) -> No
 
 
 def test_jumps_beyond_the_demonstrated_range_are_found(batch: Batch) -> None:
+    jumps = doctor.largest_jumps(walk()["action"], ENDS)
     signs = torch.tensor([1.0, -1.0]).repeat(8)[:, None]
     policy = policy_that_says(lambda cond, xt, level: signs.expand_as(xt))
-    check = doctor.check_jumps(policy, batch, SampleConfig(sampling_steps=4), 0)
+    check = doctor.check_jumps(policy, batch, jumps, SampleConfig(sampling_steps=4), 0)
     assert check.status == "fail"
+
+
+def test_jumps_between_episodes_do_not_count() -> None:
+    actions = np.array([[0.0], [0.1], [9.0], [9.3], [9.4]])
+    assert doctor.largest_jumps(actions, np.array([2, 5])) == pytest.approx([0.3])
+
+
+def test_a_network_that_says_nothing_is_found(batch: Batch) -> None:
+    policy = policy_that_says(lambda cond, xt, level: xt / policy.diffusion.tables(level, xt)[0])  # eps = 0
+    probes = doctor.probe(policy, batch, 0)
+    assert doctor.check_noise_scale(probes).status == "fail"
+    assert doctor.check_one_step(probes).status == "fail"
+
+
+def test_nan_fails_every_check_of_a_policy(batch: Batch) -> None:
+    policy = policy_that_says(lambda cond, xt, level: torch.full_like(xt, torch.nan))
+    probes = doctor.probe(policy, batch, 0)
+    jumps = doctor.largest_jumps(walk()["action"], ENDS)
+    for check in (
+        doctor.check_noise_scale(probes),
+        doctor.check_one_step(probes),
+        doctor.check_conditioning(policy, batch, 0),
+        doctor.check_copying(policy, batch, 0),
+        doctor.check_bound(policy, batch, 0),
+        doctor.check_jumps(policy, batch, jumps, SampleConfig("ddim", 1, clip="none"), 0),
+    ):
+        assert check.status == "fail", check
 
 
 def test_overfitting_needs_a_network_that_learns() -> None:
@@ -222,6 +252,47 @@ def test_data_that_cannot_be_read_is_a_finding(tmp_path: Path, capsys) -> None:
     assert main(["doctor", "--dataset", str(tmp_path / "nan.zarr")]) == 1
     text = " ".join(capsys.readouterr().err.split())
     assert "data/state has NaN or infinity in 40 rows" in text
+
+
+def test_a_checkpoint_whose_data_has_gone_is_still_looked_at(run: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (path,) = (tmp_path / "run").glob("step-*/config.json")
+    config = json.loads(path.read_text())
+    config["dataset"]["location"] = "/nowhere.zarr"
+    path.write_text(json.dumps(config))
+    arguments = ["doctor", "--checkpoint", tmp_path / "run", "--sampling-steps", 4, "--output", tmp_path / "doctor"]
+    assert main([str(argument) for argument in arguments]) == 0
+    report = json.loads((tmp_path / "doctor" / "doctor.json").read_text())
+    assert report["dataset"] is None
+    assert "warn" in {check["status"] for check in report["checks"]}
+    assert "name one with --dataset" in " ".join(capsys.readouterr().err.split())
+
+
+def test_data_that_does_not_fit_the_checkpoint_is_refused(run: Path, tmp_path: Path, capsys) -> None:
+    group = zarr.create_group(tmp_path / "other.zarr")
+    group.create_array("data/desired_xy", data=np.zeros((40, 3)))
+    group.create_array("data/action", data=np.zeros((40, 2)))
+    group.create_array("meta/episode_ends", data=np.array([20, 40]))
+    arguments = ["doctor", "--checkpoint", run, "--sampling-steps", 4, "--dataset", tmp_path / "other.zarr"]
+    assert main([str(argument) for argument in arguments]) == 2
+    assert "the policy needs" in capsys.readouterr().err
+
+
+def test_sampling_that_the_policy_cannot_do_is_refused_before_any_check(run: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["doctor", "--checkpoint", run, "--sampling-steps", 99, "--output", tmp_path / "doctor"]
+    assert main([str(argument) for argument in arguments]) == 2
+    assert "from 1 to the 20 noise levels; got 99" in capsys.readouterr().err
+    assert not (tmp_path / "doctor").exists()
+
+
+def test_an_interrupted_doctor_keeps_its_checks(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "check_overfit", stop)
+    arguments = ["doctor", "--checkpoint", run, "--sampling-steps", 4, "--output", tmp_path / "doctor"]
+    assert main([str(argument) for argument in arguments]) == 130
+    assert len(json.loads((tmp_path / "doctor" / "doctor.json").read_text())["checks"]) >= 14
 
 
 def test_nothing_to_look_at_is_refused(capsys) -> None:

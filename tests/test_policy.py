@@ -143,12 +143,33 @@ def test_a_policy_is_steered_to_the_mode_that_is_asked() -> None:
         (CONFIG, {"mode": "left"}, "cannot be steered to mode 'left'; it was trained without condition-on-mode"),
         (STEERABLE, {"mode": "up"}, "cannot be steered to mode 'up'; choose from left, middle, right"),
         (replace(CONFIG, condition_on_mode=True), {}, "must be told a mode, one of left, middle, right"),
+        (STEERABLE, {"guidance": 1.0}, "guidance needs a mode to guide to, one of left, middle, right"),
         (replace(CONFIG, schedule="flow"), {"sampling_steps": 20}, "from 1 to the 19 noise levels that hold signal"),
     ],
 )
 def test_options_that_a_policy_cannot_follow_are_refused(config, options, message) -> None:
     with pytest.raises(ValueError, match=message):
         new_policy(config).sample(observe(1), [planning_generator(0)], config=SampleConfig(**options))
+
+
+def test_observations_with_nan_are_refused() -> None:
+    observations = observe(2)
+    observations["goal"][1, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the observation goal holds NaN or infinity"):
+        new_policy().sample(observations, [planning_generator(0), planning_generator(1)])
+
+
+def test_training_on_modes_needs_modes() -> None:
+    with pytest.raises(ValueError, match="trained with the modes of its windows; got none"):
+        new_policy(STEERABLE).loss(observe(2), torch.zeros(2, 16, 2), torch.Generator())
+
+
+def test_a_level_without_signal_is_never_decoded_to_garbage() -> None:
+    policy = new_policy(replace(CONFIG, schedule="flow"))
+    with pytest.raises(ValueError, match="level 19 holds no signal, so noise prediction cannot tell x0 there"):
+        policy.denoise_from(torch.randn(1, 1, 16, 2), policy.encode(observe(1)), [19, 5], SampleConfig())
+    with pytest.raises(ValueError, match="needs 3 draws of noise; got 1"):
+        policy.denoise_from(torch.randn(1, 1, 16, 2), policy.encode(observe(1)), [9, 5], SampleConfig("ddpm"))
 
 
 def test_modes_to_condition_on_must_be_there() -> None:
@@ -169,7 +190,7 @@ def test_the_loss_of_a_network_that_says_nothing_is_the_power_of_the_noise() -> 
 def test_the_normalizer_is_among_the_saved_weights_and_the_schedule_is_not() -> None:
     names = new_policy().state_dict()
     assert {"normalizer.action_scale", "normalizer.state_offset"} <= names.keys()
-    assert not {"alpha", "sigma"} & names.keys()
+    assert not any(name.startswith("diffusion.") for name in names)
 
 
 def test_actions_must_be_one_row_of_numbers() -> None:
@@ -200,11 +221,14 @@ def test_a_policy_that_learns_its_variance_samples_with_it() -> None:
 SAMPLINGS = [SampleConfig(name, 3) for name in SAMPLERS] + [
     SampleConfig("ddim", 3, eta=0.5, guidance=2.0, guidance_schedule="falling", clip="dynamic"),
     SampleConfig("unipc", 3, corrector_steps=2),
+    SampleConfig("dpm-solver-2m", 3, spacing="log-snr"),
 ]
 
 
 def sampling_id(config: SampleConfig) -> str:
-    return f"{config.sampler}, eta {config.eta}, guidance {config.guidance}, {config.corrector_steps} Langevin steps"
+    return (
+        f"{config.sampler} {config.spacing}, eta {config.eta}, w {config.guidance}, {config.corrector_steps} Langevin"
+    )
 
 
 @pytest.mark.parametrize("config", SAMPLINGS, ids=sampling_id)

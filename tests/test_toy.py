@@ -80,6 +80,7 @@ def test_too_little_noise_loses_the_weights_of_the_mixture() -> None:
     assert schedule.alpha[-1] ** 2 == pytest.approx(0.67, abs=0.01)
     fitted = toy.fit(toy.PROBLEMS["mixture"], schedule=schedule, training_steps=600)
     assert toy.measure_weights(fitted)["collapsed"]
+    assert not toy.measure_weights(toy.fit(toy.PROBLEMS["mixture"], training_steps=600))["collapsed"]
 
 
 def test_guidance_brings_samples_into_the_asked_class(two_class: toy.Fitted) -> None:

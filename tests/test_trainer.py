@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -99,3 +100,20 @@ def test_the_state_names_every_weight_and_its_moments() -> None:
     state = trainer.state()
     assert {"weights.network.out.1.bias", "optimizer.network.out.1.bias.exp_avg"} <= state.keys()
     assert state["optimizer.network.out.1.bias.step"].item() == 2
+
+
+def test_the_modes_of_the_windows_reach_the_network() -> None:
+    config = replace(CONFIG, condition_on_mode=True)
+    horizons = config.observation_horizon, config.prediction_horizon
+    modes = np.array([1, 0, 1])
+    windows, validation = (Windows(DATA, ENDS, episodes, *horizons, modes=modes) for episodes in ([0, 1], [2]))
+    policy = DiffusionPolicy.for_data(config, DATA, ("a", "b"))
+    seen = []
+    policy.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2][:, -2:]))
+    trainer = Trainer(policy, windows, validation, TrainConfig(steps=1, batch_size=40))
+    trainer.run()
+    assert seen[0].sum(dim=0).tolist() == [20, 20]
+    seen.clear()
+    trainer.averaged.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2][:, -2:]))
+    trainer.validate()
+    assert torch.cat(seen).unique(dim=0).tolist() == [[0.0, 1.0]]

@@ -77,3 +77,9 @@ def test_nothing_is_held_out_without_a_share() -> None:
 def test_one_episode_cannot_be_split() -> None:
     with pytest.raises(ValueError, match="cannot hold out 5% of 1 episodes"):
         split_episodes(1, 0.05, 0)
+
+
+def test_windows_carry_the_mode_of_their_episode() -> None:
+    windows = Windows(DATA, ENDS, [0, 2], 2, 4, modes=np.array([1, 0, -1]))
+    assert windows.gather(torch.tensor([0, 3, 4, 10])).modes.tolist() == [1, 1, -1, -1]
+    assert Windows(DATA, ENDS, [0, 2], 2, 4).gather(torch.tensor([0])).modes is None

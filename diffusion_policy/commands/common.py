@@ -140,12 +140,12 @@ class Loaded(NamedTuple):
 
 
 def load_with_environment(
-    path: Path, env: str | None, env_kwargs: str | None, sampling: SampleConfig, device: str
+    path: Path, env: str | None, env_kwargs: str | None, sampling: SampleConfig | None, device: str
 ) -> Loaded:
     """Load a checkpoint and make its environment, or the one named instead.
 
-    Raises ValueError when there is no environment, when its spaces do not fit the policy, or when the policy has fewer
-    noise levels than sampling steps.
+    Raises ValueError when there is no environment, when its spaces do not fit the policy, or when the policy cannot
+    sample as `sampling` says.
     """
     import gymnasium
 
@@ -153,7 +153,8 @@ def load_with_environment(
     from diffusion_policy.policy import choose_device
 
     loaded = checkpoint.load(path, choose_device(device))
-    loaded.policy.require(sampling)
+    if sampling is not None:
+        loaded.policy.require(sampling)
     recorded = loaded.environment
     env_id = env or recorded.id
     if env_id is None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,9 +54,10 @@ class Doctor:
     checkpoint: Path | None = None
     """Folder of a run (its newest checkpoint) or of one checkpoint."""
     output: Path | None = None
-    """Folder for doctor.json and noised.png, an action sequence at a low, a middle and a high noise level."""
+    """Folder for doctor.json and noised.png, a picture of an action sequence at a low, a middle and a high noise level;
+    without it neither is written."""
     observation: tuple[str, ...] = ()
-    """Keys of the store that the policy observes; by default those that the store names, else all but action."""
+    """Keys of the store to observe where no checkpoint says; by default those that it names, else all but action."""
     overfit_steps: int = 2000
     """Training steps of the test that a new network can learn 32 windows by heart; 0 leaves it out."""
     seed: int = 0
@@ -80,34 +82,55 @@ class Doctor:
 
         if self.output:
             require_fresh(self.output)
-            self.output.mkdir(parents=True, exist_ok=True)
         device = choose_device(self.device)
         loaded = checkpoint.load(self.checkpoint, device) if self.checkpoint else None
+        if loaded:
+            loaded.policy.require(self.sampling)
+        store, keys, missing = self._find_data(loaded)
         config = loaded.policy.config if loaded else self.policy
-        checks = []
-        for check in self._checks(config, loaded, device):
-            checks.append(check)
-            console.print(f"[{COLORS[check.status]}]{check.status}[/]  [bold]{check.name}[/]: {escape(check.figure)}")
-            if check.advice:
-                console.print(f"      -> {escape(check.advice)}")
-        console.print(f"\n{draw_timeline(config)}\n", soft_wrap=True)
         if self.output:
-            rows = [dataclasses.asdict(check) for check in checks]
-            report = {"package_version": __version__, "dataset": self.dataset, "checkpoint": str(self.checkpoint)}
-            (self.output / "doctor.json").write_text(json.dumps({**report, "checks": rows}, indent=2) + "\n")
-            console.print(f"checks in {self.output}/doctor.json")
+            self.output.mkdir(parents=True, exist_ok=True)
+        checks: list[Check] = []
+        try:
+            for check in chain(missing, self._checks(config, loaded, store, keys, device)):
+                checks.append(check)
+                color = COLORS[check.status]
+                console.print(f"[{color}]{check.status}[/]  [bold]{check.name}[/]: {escape(check.figure)}")
+                if check.advice:
+                    console.print(f"      -> {escape(check.advice)}")
+        finally:  # whatever ends it, the checks that were made are kept
+            if self.output:
+                self._write(checks, store)
+        console.print(f"\n{draw_timeline(config)}\n", soft_wrap=True)
         failed = [check.name for check in checks if check.status == "fail"]
         if failed:
             raise Failed(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
         return checks
 
-    def _checks(self, config: PolicyConfig, loaded: Checkpoint | None, device: torch.device) -> Iterator[Check]:
+    def _write(self, checks: Sequence[Check], store: EpisodeStore | None) -> None:
+        assert self.output is not None
+        report = {
+            "package_version": __version__,
+            "dataset": store.location if store else None,
+            "checkpoint": str(self.checkpoint) if self.checkpoint else None,
+            "checks": [dataclasses.asdict(check) for check in checks],
+        }
+        (self.output / "doctor.json").write_text(json.dumps(report, indent=2) + "\n")
+        console.print(f"checks in {self.output}/doctor.json")
+
+    def _checks(
+        self,
+        config: PolicyConfig,
+        loaded: Checkpoint | None,
+        store: EpisodeStore | None,
+        keys: tuple[str, ...],
+        device: torch.device,
+    ) -> Iterator[Check]:
         """All checks, one after the other, as far as what they need is there."""
-        import numpy as np
         import torch
 
         from diffusion_policy import doctor
-        from diffusion_policy.datasets.windows import Windows
+        from diffusion_policy.figures import draw_noised
         from diffusion_policy.policy import DiffusionPolicy
         from diffusion_policy.schedules import make_schedule
 
@@ -118,32 +141,30 @@ class Doctor:
         if schedule is None:
             return
         yield doctor.check_first_level(schedule)
-        store, keys, missing = self._find_data(loaded)
-        data = {}
-        if store is not None:
-            data, missing = _read(store, keys)
-        if store is None or missing:
+        data, problems = _read(store, keys) if store else ({}, [])
+        yield from problems
+        if store is None or problems:
             yield doctor.check_last_level(schedule)
-            yield from missing
             return
-        ends, modes = store.episode_ends, store.mode_indices() if config.condition_on_mode else None
-        lengths = np.diff(ends, prepend=0)
-        horizons = config.observation_horizon, config.prediction_horizon
-        windows = Windows(data, ends, range(len(ends)), *horizons, device, modes)
+        yield doctor.Check(READABLE, "pass", f"{len(data['action'])} steps of {', '.join(data)}, no NaN, no infinity")
         torch.manual_seed(self.seed)
-        untrained = DiffusionPolicy.for_data(config, data, store.modes).to(device)
+        untrained = DiffusionPolicy.for_data(
+            dataclasses.replace(config, snr_gamma=0.0, condition_dropout=0.0),
+            data,
+            loaded.policy.modes if loaded else store.modes,
+        ).to(device)
         policy = loaded.policy if loaded else untrained
-        normalized = policy.normalizer.normalize("action", torch.as_tensor(data["action"], device=device).float())
-        yield doctor.check_last_level(schedule, float(normalized.std()))
-        yield doctor.Check(READABLE, "pass", f"{ends[-1]} steps of {', '.join(data)}, no NaN, no infinity")
-        yield doctor.check_constant(data)
-        yield doctor.check_horizons(lengths, config)
-        yield doctor.check_padding(lengths, config)
-        yield doctor.check_clipping(normalized, self.sampling.clip)
+        yield from self._check_data(policy, data, store.episode_ends)
+        windows = _windows(policy, store, data)
         if self.output:
-            self._draw(policy, windows)
+            middle = windows.gather(torch.tensor([len(windows) // 2], device=device)).actions[0]
+            clean = policy.normalizer.normalize("action", middle).cpu().numpy()
+            figure = draw_noised(clean, doctor.noised(policy, middle, self.seed))
+            figure.savefig(self.output / "noised.png", dpi=150)
+            console.print(f"a noised action sequence in {self.output}/noised.png")
         if loaded:
-            yield from self._check_policy(policy, windows)
+            jumps = doctor.largest_jumps(data["action"], store.episode_ends)
+            yield from self._check_policy(policy, windows, jumps)
         if self.overfit_steps:
             with progress_bar("steps") as bar:
                 task = bar.add_task("overfitting", total=self.overfit_steps, note="")
@@ -152,6 +173,24 @@ class Doctor:
                 )
             yield check
 
+    def _check_data(
+        self, policy: DiffusionPolicy, data: Mapping[str, np.ndarray], episode_ends: np.ndarray
+    ) -> Iterator[Check]:
+        """What needs no training: the data, and how schedule, normalizer and horizons fit it."""
+        import numpy as np
+        import torch
+
+        from diffusion_policy import doctor
+
+        actions = torch.from_numpy(data["action"].astype(np.float32)).to(policy.device)
+        normalized = policy.normalizer.normalize("action", actions)
+        lengths = np.diff(episode_ends, prepend=0)
+        yield doctor.check_last_level(policy.diffusion.schedule, float(normalized.square().mean().sqrt()))
+        yield doctor.check_constant(data)
+        yield doctor.check_horizons(lengths, policy.config)
+        yield doctor.check_padding(lengths, policy.config)
+        yield doctor.check_clipping(normalized, self.sampling.clip)
+
     def _find_data(self, loaded: Checkpoint | None) -> tuple[EpisodeStore | None, tuple[str, ...], list[Check]]:
         """The data set to look at and the keys to observe; a warning where a checkpoint's own has gone or changed."""
         from diffusion_policy.datasets.store import EpisodeStore, StoreError
@@ -159,8 +198,14 @@ class Doctor:
 
         if self.dataset is not None:
             store = EpisodeStore.open(self.dataset)
-            known = tuple(loaded.policy.shapes.observations) if loaded else ()
-            return store, choose_observation_keys(store, self.observation or known), []
+            if loaded is None:
+                return store, choose_observation_keys(store, self.observation), []
+            known = {**loaded.policy.shapes.observations, "action": loaded.policy.shapes.action}
+            for key, shape in known.items():
+                found = store.shape(key) if key in store.keys else "nothing"
+                if found != shape:
+                    raise ConfigError(f"the policy needs {key} of shape {shape} a step; {self.dataset} has {found}")
+            return store, tuple(loaded.policy.shapes.observations), []
         assert loaded is not None
         keys = tuple(loaded.policy.shapes.observations)
         try:
@@ -172,7 +217,7 @@ class Doctor:
             found = str(error)
         return None, keys, [Check("data set is there", "warn", found, "name one with --dataset for all checks")]
 
-    def _check_policy(self, policy: DiffusionPolicy, windows: Windows) -> Iterator[Check]:
+    def _check_policy(self, policy: DiffusionPolicy, windows: Windows, jumps: np.ndarray) -> Iterator[Check]:
         """What needs a trained policy."""
         import torch
 
@@ -187,26 +232,21 @@ class Doctor:
         yield doctor.check_conditioning(policy, batch, self.seed)
         yield doctor.check_copying(policy, batch, self.seed)
         yield doctor.check_bound(policy, batch, self.seed)
-        yield doctor.check_jumps(policy, few, self.sampling, self.seed)
+        yield doctor.check_jumps(policy, few, jumps, self.sampling, self.seed)
 
-    def _draw(self, policy: DiffusionPolicy, windows: Windows) -> None:
-        """noised.png: one action sequence, clean and at three levels."""
-        import torch
 
-        from diffusion_policy.figures import draw_noised
-        from diffusion_policy.policy import derive_generator
+def _windows(policy: DiffusionPolicy, store: EpisodeStore, data: Mapping[str, np.ndarray]) -> Windows:
+    """All windows of a store, with the modes as the policy numbers them."""
+    import numpy as np
 
-        assert self.output is not None
-        middle = torch.tensor([len(windows) // 2], device=policy.device)
-        x0 = policy.normalizer.normalize("action", windows.gather(middle).actions)
-        eps = torch.randn(x0.shape, generator=derive_generator(self.seed, 2)).to(x0)
-        count = len(policy.diffusion.schedule)
-        noised = []
-        for level in (count // 10, count // 2, count - 1):
-            alpha, sigma = policy.diffusion.tables(level, x0)
-            noised.append((level, (alpha * x0 + sigma * eps)[0].cpu().numpy()))
-        draw_noised(x0[0].cpu().numpy(), noised).savefig(self.output / "noised.png", dpi=150)
-        console.print(f"a noised action sequence in {self.output}/noised.png")
+    from diffusion_policy.datasets.windows import Windows
+
+    modes = None
+    if policy.modes:
+        labels = store.episode_modes()
+        modes = np.array([policy.modes.index(label) if label in policy.modes else -1 for label in labels])
+    horizons = policy.config.observation_horizon, policy.config.prediction_horizon
+    return Windows(data, store.episode_ends, range(len(store.episode_ends)), *horizons, policy.device, modes)
 
 
 def _read(store: EpisodeStore, keys: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[Check]]:

@@ -93,8 +93,6 @@ class Evaluate:
 
     def _results(self, loaded: Loaded, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Everything that the report shows as a number."""
-        import torch
-
         from diffusion_policy import metrics
 
         modes = loaded.env.get_wrapper_attr("modes")
@@ -121,17 +119,26 @@ class Evaluate:
             "planning_latency_ms": metrics.percentiles(latencies, (50, 95)),
             "sampling": dataclasses.asdict(self.sampling),
             "planning_batch": self.parallel,
-            "backend": {
-                "device": str(loaded.checkpoint.policy.device),
-                "threads": torch.get_num_threads(),
-                "machine": platform.machine(),
-            },
-            "versions": {"package": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            **describe_machine(loaded.checkpoint.policy),
             "outcomes": [
                 {"seed": episode.seed, "success": episode.success, "mode": episode.mode, "steps": len(episode.actions)}
                 for episode in episodes
             ],
         }
+
+
+def describe_machine(policy: DiffusionPolicy) -> dict[str, Any]:
+    """Where the numbers were made."""
+    import torch
+
+    return {
+        "backend": {
+            "device": str(policy.device),
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+        },
+        "versions": {"package": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
 
 
 def refuse_seen_seeds(loaded: Loaded, seeds: range) -> None:
@@ -148,32 +155,32 @@ def refuse_seen_seeds(loaded: Loaded, seeds: range) -> None:
 
 
 def run_episodes(loaded: Loaded, seeds: range, sampling: SampleConfig, parallel: int, workers: int) -> list[Episode]:
-    """The episodes of these seeds, behind a progress bar."""
-    from diffusion_policy.controller import Controller
-    from diffusion_policy.rollout import rollout
+    """The episodes of these seeds, behind a progress bar; raises Interrupted on Ctrl-C."""
+    finished = successes = 0
+    try:
+        from diffusion_policy.controller import Controller
+        from diffusion_policy.rollout import rollout
 
-    policy = loaded.checkpoint.policy
-    successes = 0
-    with progress_bar("episodes") as bar:
-        task = bar.add_task("rolling out", total=len(seeds), note="")
+        with progress_bar("episodes") as bar:
+            task = bar.add_task("rolling out", total=len(seeds), note="")
 
-        def show(episode: Episode) -> None:
-            nonlocal successes
-            successes += episode.success
-            bar.update(task, advance=1, note=f"{successes} successful")
+            def show(episode: Episode) -> None:
+                nonlocal finished, successes
+                finished += 1
+                successes += episode.success
+                bar.update(task, completed=finished, note=f"{successes} successful")
 
-        try:
             return rollout(
                 loaded.make_env,
-                partial(Controller, policy, sampling=sampling, plan_batch=parallel),
+                partial(Controller, loaded.checkpoint.policy, sampling=sampling, plan_batch=parallel),
                 seeds,
                 loaded.env.get_wrapper_attr("mode"),
                 parallel,
                 workers,
                 show,
             )
-        except KeyboardInterrupt:
-            raise Interrupted(f"stopped after {bar.tasks[task].completed:.0f} episodes; nothing was written") from None
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped after {finished} episodes; nothing was written") from None
 
 
 def measure_latency(policy: DiffusionPolicy, episode: Episode, sampling: SampleConfig) -> list[float]:

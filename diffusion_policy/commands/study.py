@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import tyro
 
-from diffusion_policy import __version__
 from diffusion_policy.commands.common import (
     Interrupted,
     Loaded,
@@ -23,11 +23,12 @@ from diffusion_policy.commands.common import (
 from diffusion_policy.commands.evaluate import (
     FIRST_TEST_SEED,
     PLANNING_BATCH,
+    describe_machine,
     measure_latency,
     refuse_seen_seeds,
     run_episodes,
 )
-from diffusion_policy.config import SampleConfig, SamplerName, require_at_least, require_seed
+from diffusion_policy.config import ConfigError, SampleConfig, SamplerName, require_at_least, require_seed
 
 STEPS = (1, 2, 4, 8, 16, 32)
 
@@ -46,7 +47,11 @@ class Study:
     samplers: tuple[SamplerName, ...] = get_args(SamplerName)
     """Samplers to try; by default all."""
     steps: tuple[int, ...] = ()
-    """Numbers of sampling steps to try; by default 1, 2, 4, 8, 16, 32 and all noise levels of the policy."""
+    """Numbers of sampling steps to try; by default 1, 2, 4, 8, 16, 32 and all noise levels that a sampler can use."""
+    mode: str | None = None
+    """Steer a policy that was trained with --condition-on-mode to this mode."""
+    guidance: float = 0.0
+    """Weight of classifier-free guidance, as in evaluate."""
     episodes: int = 100
     """Episodes for each sampler and number of steps, the same seeds each time."""
     seed: int = FIRST_TEST_SEED
@@ -63,18 +68,19 @@ class Study:
     def __post_init__(self) -> None:
         require_at_least(self, 1, ("episodes", "workers"))
         require_seed(self)
-        for steps in self.steps:
-            SampleConfig(sampling_steps=steps)
+        if not self.samplers:
+            raise ConfigError(f"name at least one of the samplers {', '.join(get_args(SamplerName))}")
+        for name in self.samplers:
+            for steps in self.steps or (1,):
+                self._sampling(name, steps)
 
     def run(self) -> dict[str, Any]:
         """Study; returns what results.json holds. Raises ValueError where `evaluate` does."""
         from diffusion_policy.figures import draw_study
 
         require_fresh(self.output)
-        loaded = load_with_environment(self.checkpoint, self.env, self.env_kwargs, SampleConfig(), self.device)
+        loaded = load_with_environment(self.checkpoint, self.env, self.env_kwargs, None, self.device)
         refuse_seen_seeds(loaded, range(self.seed, self.seed + self.episodes))
-        levels = loaded.checkpoint.policy.config.levels
-        steps = self.steps or (*(n for n in STEPS if n < levels), levels)
         self.output.mkdir(parents=True, exist_ok=True)
         cells: dict[str, dict[str, Any]] = {}
         results = {
@@ -82,22 +88,26 @@ class Study:
             "env_kwargs": loaded.env_kwargs,
             "checkpoint": str(self.checkpoint),
             "training_steps": loaded.checkpoint.step,
-            "noise_levels": levels,
+            "noise_levels": loaded.checkpoint.policy.config.levels,
             "episodes": self.episodes,
             "first_seed": self.seed,
-            "device": str(loaded.checkpoint.policy.device),
-            "package_version": __version__,
+            "mode": self.mode,
+            "guidance": self.guidance,
+            "planning_batch": PLANNING_BATCH,
+            **describe_machine(loaded.checkpoint.policy),
             "samplers": cells,
         }
         for name in self.samplers:
             cells[name] = {}
-            for count in steps:
+            for count in self._steps(loaded, name):
                 console.print(f"{name}, {count} steps")
                 try:
-                    cells[name][str(count)] = self._cell(loaded, SampleConfig(name, count))
-                except Interrupted:
+                    cells[name][str(count)] = cell = self._cell(loaded, self._sampling(name, count))
+                except (Interrupted, KeyboardInterrupt):
                     raise Interrupted(f"stopped at {name}, {count} steps; the others are in {self.output}") from None
-                (self.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+                if "refused" in cell:
+                    console.print(f"  not possible: {cell['refused']}")
+                self._write(results)
         draw_study(results).savefig(self.output / "samplers.png", dpi=150)
         print_by_steps("success rate", cells, "success_rate", "{:.2f}")
         print_by_steps("mode entropy", cells, "mode_entropy", "{:.2f}")
@@ -105,15 +115,33 @@ class Study:
         console.print(f"results in {self.output}/results.json, picture in {self.output}/samplers.png")
         return results
 
+    def _sampling(self, name: SamplerName, steps: int) -> SampleConfig:
+        return SampleConfig(name, steps, mode=self.mode, guidance=self.guidance)
+
+    def _steps(self, loaded: Loaded, name: SamplerName) -> Sequence[int]:
+        from diffusion_policy.samplers import SAMPLERS
+
+        most = loaded.checkpoint.policy.diffusion.most_steps(SAMPLERS[name])
+        return self.steps or (*(n for n in STEPS if n < most), most)
+
+    def _write(self, results: Mapping[str, Any]) -> None:
+        """Under another name first, so that a kill leaves the last whole results."""
+        temporary = self.output / ".results.json"
+        temporary.write_text(json.dumps(results, indent=2) + "\n")
+        temporary.replace(self.output / "results.json")
+
     def _cell(self, loaded: Loaded, sampling: SampleConfig) -> dict[str, Any]:
         """What one sampler does at one number of steps; why not, where it cannot."""
         from diffusion_policy import metrics
 
         try:
             loaded.checkpoint.policy.require(sampling)
-            seeds = range(self.seed, self.seed + self.episodes)
+        except ValueError as error:
+            return {"refused": str(error)}
+        seeds = range(self.seed, self.seed + self.episodes)
+        try:
             episodes = run_episodes(loaded, seeds, sampling, PLANNING_BATCH, self.workers)
-        except (ValueError, FloatingPointError) as error:
+        except FloatingPointError as error:
             return {"refused": str(error)}
         modes = loaded.env.get_wrapper_attr("modes")
         solved = metrics.successes_by_mode(episodes)

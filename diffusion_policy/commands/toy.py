@@ -13,7 +13,7 @@ import tyro
 
 from diffusion_policy import __version__
 from diffusion_policy.commands.common import console, print_by_steps, progress_bar, require_fresh
-from diffusion_policy.config import require_seed
+from diffusion_policy.config import PredictionName, require_seed
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Toy:
     """Which problem."""
     output: Path
     """Folder for results.json and toy.png."""
-    prediction: Literal["noise", "sample", "velocity", "flow"] = "noise"
+    prediction: PredictionName = "noise"
     """What the network predicts."""
     seed: int = 0
     """Seed of the weights, the points and the noise."""
@@ -57,8 +57,8 @@ class Toy:
             samplers = toy.compare_samplers(fitted, data.x)
             measures = toy.MEASURES[self.problem](fitted) if self.problem in toy.MEASURES else {}
         if "too_little_noise" in measures:
-            schedule = toy.linear(40, 1e-4, 0.02)
-            measures["too_little_noise"]["doctor"] = dataclasses.asdict(check_last_level(schedule, data.x.std().item()))
+            spread = float(data.x.square().mean().sqrt())
+            measures["too_little_noise"]["doctor"] = dataclasses.asdict(check_last_level(toy.TOO_CLEAN, spread))
         results = {
             "problem": self.problem,
             "prediction": self.prediction,
@@ -68,7 +68,7 @@ class Toy:
             "training": {
                 "steps": len(fitted.losses),
                 "seconds": fitted.seconds,
-                "loss_of_first_10_steps": sum(fitted.losses[:10]) / 10,
+                "loss_of_first_100_steps": sum(fitted.losses[:100]) / 100,
                 "loss_of_last_500_steps": sum(fitted.losses[-500:]) / 500,
             },
             "variational_bound": toy.measure_bound(fitted, problem.draw(500, torch.Generator().manual_seed(6))),
@@ -89,7 +89,7 @@ def print_results(results: Mapping[str, Any]) -> None:
     print_by_steps("milliseconds for all points", results["samplers"], "milliseconds", "{:.0f}")
     training = results["training"]
     console.print(
-        f"loss {training['loss_of_first_10_steps']:.3f} -> {training['loss_of_last_500_steps']:.3f} in "
+        f"loss {training['loss_of_first_100_steps']:.3f} -> {training['loss_of_last_500_steps']:.3f} in "
         f"{training['seconds']:.0f} s; data against other data: {results['energy_distance_of_data_to_data']:.4f}; "
         f"bound on -log p: {results['variational_bound']['nats']:.2f} nats"
     )
