@@ -56,16 +56,22 @@ def ordered_map(make_function: Callable[[], Callable[[T], R]], items: Iterable[T
 
 @contextlib.contextmanager
 def _no_interrupts() -> Iterator[None]:
-    """Processes started within the context never hear Ctrl-C, not even while they import (where signals have masks)."""
-    if not hasattr(signal, "pthread_sigmask"):
+    """Processes started within the context never hear Ctrl-C, not even while they import (where signals have masks);
+    here it acts once the context ends, so that no process is started by half."""
+    if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
         yield
         return
     resource_tracker.ensure_running()  # starting it, as the first worker would, unblocks the signal again
+    heard = []  # another thread of ours may take the signal, and Python handles it in this one
+    handler = signal.signal(signal.SIGINT, lambda *signal_and_frame: heard.append(signal_and_frame))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+        if heard and callable(handler):
+            handler(*heard[0])
 
 
 def _prepare(make_function: Callable[[], Callable[[Any], Any]]) -> None:

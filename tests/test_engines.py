@@ -1,12 +1,15 @@
 import itertools
 import os
+import signal
+import threading
+import time
 from functools import partial
 
 import gymnasium
 import numpy as np
 import pytest
 
-from diffusion_policy.engines import EnvironmentPool, ordered_map
+from diffusion_policy.engines import EnvironmentPool, _no_interrupts, ordered_map
 
 
 def square(x: int) -> int:
@@ -82,3 +85,24 @@ def test_a_worker_that_dies_is_noticed() -> None:
         pool.reset({0: 0, 1: 65})
         with pytest.raises(RuntimeError, match="worker process died"):
             pool.step({0: np.zeros(1), 1: np.zeros(1)})
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="signals have no masks here")
+@pytest.mark.parametrize("to_another_thread", [False, True])
+def test_ctrl_c_waits_until_a_process_has_started(to_another_thread: bool) -> None:
+    ending = threading.Event()
+    other = threading.Thread(target=ending.wait, daemon=True)
+    other.start()
+    target = other.ident if to_another_thread else threading.main_thread().ident
+    assert target is not None
+    started = False
+    try:
+        with pytest.raises(KeyboardInterrupt), _no_interrupts():  # noqa: PT012
+            signal.pthread_kill(target, signal.SIGINT)
+            time.sleep(0.05)
+            started = True
+    finally:
+        ending.set()
+        other.join()
+    assert started
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
