@@ -1,11 +1,13 @@
 """What the README shows is what runs."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 from diffusion_policy.cli import parse
+from diffusion_policy.samplers import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -23,7 +25,7 @@ def test_the_python_runs_as_it_stands_there(tmp_path: Path) -> None:
 
 
 def test_the_commands_are_understood() -> None:
-    commands = re.findall(r"^diffusion-policy (.*)$", README, re.MULTILINE)
+    commands = re.findall(r"^diffusion-policy (.*)$", README.replace("\\\n", " "), re.MULTILINE)
     assert len(commands) >= 5
     for command in commands:
         parse(command.split())
@@ -36,6 +38,18 @@ def test_the_tree_names_every_module() -> None:
             assert path.stem == "__init__" or path.name in tree, path
 
 
-def test_the_picture_exists() -> None:
+def test_the_table_of_samplers_is_the_committed_study() -> None:
+    study = json.loads((ROOT / ".github" / "studies" / "demo_samplers.json").read_text())
+    rows = dict(re.findall(r"^\| `([a-z0-9-]+)` \| (\d.*) \|$", README, re.MULTILINE))
+    assert rows.keys() == study["samplers"].keys() == SAMPLERS.keys()
+    for name, cells in study["samplers"].items():
+        shown = [
+            f"{cell['success_rate']['value']:.2f} · {cell['mode_entropy']['value']:.2f} · {cell['milliseconds']:.0f}"
+            for cell in cells.values()
+        ]
+        assert rows[name].split(" | ") == shown
+
+
+def test_the_pictures_exist() -> None:
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
         assert (ROOT / picture).is_file()
