@@ -1,5 +1,6 @@
 """Real miniatures that several tests share: demonstrations from the simulator, and a checkpoint trained on them."""
 
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,11 @@ from diffusion_policy.commands.collect import Collect
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import PolicyConfig, TrainConfig
 from diffusion_policy.datasets.store import EpisodeStore
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as after `make test &`: the commands under test would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 AVOID = "diffusion_policy/Avoid-v0"
 TINY = PolicyConfig(widths=(16, 32), level_dim=32, levels=20)
