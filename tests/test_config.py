@@ -58,7 +58,8 @@ def test_impossible_options_are_refused_in_one_sentence(kind, options, message) 
 
 @pytest.mark.parametrize("widths, horizon", [((64,), 1), ((64,), 7), ((64, 128), 6), ((64, 128, 256), 12)])
 def test_only_the_real_down_samplings_bind_the_horizon(widths, horizon) -> None:
-    PolicyConfig(widths=widths, prediction_horizon=horizon, observation_horizon=1, action_horizon=1)
+    config = PolicyConfig(widths=widths, prediction_horizon=horizon, observation_horizon=1, action_horizon=1)
+    assert (config.widths, config.prediction_horizon) == (widths, horizon)
 
 
 @pytest.mark.parametrize("config", [PolicyConfig(widths=(32, 64)), TrainConfig(steps=7), SampleConfig("ddpm", 3)])

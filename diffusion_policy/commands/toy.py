@@ -68,7 +68,7 @@ class Toy:
             "training": {
                 "steps": len(fitted.losses),
                 "seconds": fitted.seconds,
-                "loss_of_first_100_steps": sum(fitted.losses[:100]) / 100,
+                "loss_of_first_50_steps": sum(fitted.losses[:50]) / 50,
                 "loss_of_last_500_steps": sum(fitted.losses[-500:]) / 500,
             },
             "variational_bound": toy.measure_bound(fitted, problem.draw(500, torch.Generator().manual_seed(6))),
@@ -89,7 +89,7 @@ def print_results(results: Mapping[str, Any]) -> None:
     print_by_steps("milliseconds for all points", results["samplers"], "milliseconds", "{:.0f}")
     training = results["training"]
     console.print(
-        f"loss {training['loss_of_first_100_steps']:.3f} -> {training['loss_of_last_500_steps']:.3f} in "
+        f"loss {training['loss_of_first_50_steps']:.3f} -> {training['loss_of_last_500_steps']:.3f} in "
         f"{training['seconds']:.0f} s; data against other data: {results['energy_distance_of_data_to_data']:.4f}; "
         f"bound on -log p: {results['variational_bound']['nats']:.2f} nats"
     )
