@@ -6,6 +6,7 @@ Knows seeds, modes and noise. Knows no simulator.
 import contextlib
 import itertools
 from collections.abc import Callable, Generator, Iterable, Mapping
+from time import monotonic
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,7 +40,7 @@ class Demonstrator:
         env = self._env
         modes = env.unwrapped.modes
         expert = self._make_expert(modes[seed % len(modes)])
-        rng = np.random.default_rng([seed, 1])  # apart from the environment's own numbers
+        rng = disturbance_generator(seed)
         observation, info = env.reset(seed=seed)
         observations, actions = [], []
         done = False
@@ -47,13 +48,23 @@ class Demonstrator:
             action = expert.act(observation)
             observations.append(observation)
             actions.append(action)
-            disturbance = self._noise * np.linalg.norm(action) * rng.standard_normal(action.shape)
-            observation, _, terminated, truncated, info = env.step((action + disturbance).astype(action.dtype))
+            observation, _, terminated, truncated, info = env.step(disturb(action, self._noise, rng))
             done = terminated or truncated
         data = {key: np.stack([row[key] for row in observations]) for key in observation}
         path = {key: np.concatenate([rows, observation[key][None]]) for key, rows in data.items()}
         data["action"] = np.stack(actions)
         return Demonstration(data, seed, env.unwrapped.mode(path), bool(info["is_success"]))
+
+
+def disturbance_generator(seed: int) -> np.random.Generator:
+    """Where the noise of an episode comes from, apart from the environment's own numbers."""
+    return np.random.default_rng([seed, 1])
+
+
+def disturb(action: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
+    """The action that is executed: with normal noise of `noise` times its length."""
+    disturbance = noise * np.linalg.norm(action) * rng.standard_normal(action.shape)
+    return (action + disturbance).astype(action.dtype)
 
 
 OrderedMap = Callable[[Callable[[], Callable[[int], Demonstration]], Iterable[int]], Generator[Demonstration]]
@@ -75,25 +86,33 @@ def collect(
     ordered_map: OrderedMap = in_this_process,
     on_episode: Callable[[Demonstration], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
-    commit_every: int = 16,
+    writing_share: float = 0.03,
 ) -> None:
-    """Add to an empty store the first `episodes` successes of the seeds from `first_seed` on, in their order.
+    """Add successes of the seeds from `first_seed` on, in their order, until the store holds `episodes`.
 
-    Failures are left out. It ends early when `should_stop`; that, or an error, keeps what has finished. Raises
-    ValueError when, after a hundred attempts, fewer than one in ten has succeeded.
+    Failures are left out. Finished episodes are committed as soon as that keeps the time spent on writing at about
+    `writing_share` of all: slow episodes one by one, fast ones some at a time. It ends early when `should_stop`; that,
+    or an error, keeps what has finished. Raises ValueError when, after a hundred attempts, fewer than one in ten has
+    succeeded.
     """
     finished: list[Demonstration] = []
+    missing = episodes - len(store.episode_ends)
+    successes, due = 0, monotonic()
     try:
         with contextlib.closing(ordered_map(make_demonstrator, itertools.count(first_seed))) as demonstrations:
             for attempts, demonstration in enumerate(demonstrations, start=1):
                 on_episode(demonstration)
                 if demonstration.success:
                     finished.append(demonstration)
-                if len(finished) == episodes or should_stop():
+                    successes += 1
+                if successes == missing or should_stop():
                     break
-                if attempts >= 100 and len(finished) < attempts / 10:
-                    raise ValueError(f"only {len(finished)} of {attempts} episodes succeeded; lower the noise")
-                if len(finished) % commit_every == 0:
-                    store.append(finished[len(store.episode_ends) :])
+                if attempts >= 100 and successes < attempts / 10:
+                    raise ValueError(f"only {successes} of {attempts} episodes succeeded; lower the noise")
+                if finished and monotonic() >= due:
+                    started = monotonic()
+                    store.append(finished)
+                    finished.clear()
+                    due = monotonic() + (monotonic() - started) / writing_share
     finally:
-        store.append(finished[len(store.episode_ends) :])
+        store.append(finished)

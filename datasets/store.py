@@ -1,49 +1,75 @@
 """Episodes in a zarr group: flat arrays of one row a step, and `meta/episode_ends` that cuts them into episodes.
 
-The layout is that of the published Push-T data set, which opens as it is (zarr v2 or v3, any fsspec URL). Writing
-`meta/episode_ends` last is the commit: rows beyond it belong to no episode and are never read.
+The layout is that of the published Push-T data set, which opens as it is: zarr v2 or v3, a folder, a `.zip`, or any
+fsspec URL. Writing `meta/episode_ends` last is the commit: rows beyond it belong to no episode and are never read.
+Every file is replaced whole, so a writer killed at any moment loses only what it had not committed.
 
 Knows arrays and files. Knows no environment and no policy.
 """
 
+import contextlib
 import hashlib
-import warnings
-from collections.abc import Mapping, Sequence
+import math
+import re
+import shutil
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import getpid
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.errors import ContainsArrayError, GroupNotFoundError, ZarrUserWarning
+
+from diffusion_policy.datasets.guard import refuse_unsafe
+from diffusion_policy.datasets.storage import (
+    NAME,
+    StoreError,
+    create_array,
+    list_names,
+    lock,
+    open_group,
+    row_bytes,
+    say,
+)
 
 FORMAT = "diffusion-policy episodes"
 FORMAT_VERSION = 1
-ROWS_PER_CHUNK = 4096
-"""Steps in one chunk: some dozen episodes, so that many small episodes do not become many small files."""
-
-
-class StoreError(ValueError):
-    """A data set cannot be read or written; the message says what is wrong and where."""
+KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+"""Names that are written."""
+BLOCK_BYTES = 2**23
+"""About so much is read at a time where a whole array is walked through."""
 
 
 class Demonstration(NamedTuple):
-    """One episode as it is stored."""
+    """One episode as it is stored. What is None is unknown; a store knows each either of all its episodes or of none
+    (but for the mode)."""
 
     data: dict[str, np.ndarray]
-    """Each observation key and `action`, (steps, ...)."""
-    seed: int
-    mode: str | None
-    success: bool
+    """Each observation key and the action, (steps, ...)."""
+    seed: int | None = None
+    mode: str | None = None
+    success: bool | None = None
+    final: dict[str, np.ndarray] | None = None
+    """The observation after the last action, by key, without the axis of steps."""
 
 
 class EpisodeStore:
-    """A zarr group of episodes. `create` makes one to append to, `open` reads one."""
+    """A zarr group of episodes. `create` and `append_to` give one to append to, which no one else can write until it is
+    closed; `open` reads one. A context manager."""
 
-    def __init__(self, group: zarr.Group, location: str) -> None:
+    def __init__(self, group: zarr.Group, location: str, lock: Callable[[], object] = lambda: None) -> None:
+        """`lock`: what lets other writers in. Raises StoreError for episodes that cannot be."""
         self._group = group
+        self._unlock = weakref.finalize(self, lock)
+        self._checked: dict[str, zarr.Array] = {}
         self.location = location
         """Path or URL."""
+        self.dropped: dict[str, int] = {}
+        """Rows of an interrupted append that `append_to` has dropped, by array."""
+        self._ends = self._read_ends()
+        if (np.diff(self._ends, prepend=0) <= 0).any():
+            raise StoreError(f"{location}: meta/episode_ends must increase from above 0; got {self._ends[:10]}...")
 
     @classmethod
     def create(cls, path: Path | str, attributes: Mapping[str, Any], modes: Sequence[str]) -> "EpisodeStore":
@@ -55,40 +81,51 @@ class EpisodeStore:
         if path.exists():
             raise StoreError(f"{path} already exists; choose another output or delete it first")
         path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.{getpid()}")
         header = {"format": FORMAT, "format_version": FORMAT_VERSION, "modes": list(modes), **attributes}
-        group = zarr.create_group(path, attributes=header)
-        _create_array(group, "meta/episode_ends", np.empty(0, np.int64), fill_value=-1)
-        return cls(group, str(path))
+        try:
+            group = zarr.create_group(unfinished, attributes=header)
+            group.create_group("data")
+            create_array(group, "meta/episode_ends", np.empty(0, np.int64), fill_value=-1)
+            unfinished.rename(path)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        return cls.append_to(path)
+
+    @classmethod
+    def append_to(cls, path: Path | str) -> "EpisodeStore":
+        """Open a store of ours to append to, whatever is left of an interrupted append dropped. Raises StoreError when
+        it is no folder of ours, is damaged, or when someone else is writing to it."""
+        path = Path(path)
+        if path.suffix == ".zip" or (path / ".zgroup").exists():
+            raise StoreError(f"{path} can only be read; make a copy to append to with: dataset convert {path} NEW.zarr")
+        store = cls(open_group(str(path), "r+"), str(path), lock(path))
+        if store.attributes.get("format") != FORMAT:
+            raise StoreError(f"{path} was not written by this toolkit; copy it with: dataset convert {path} NEW.zarr")
+        store._drop_uncommitted()
+        return store
 
     @classmethod
     def open(cls, location: Path | str) -> "EpisodeStore":
-        """Open a store to read; raises StoreError when it is missing, or holds no episodes or no such arrays."""
-        try:
-            group = zarr.open_group(str(location), mode="r")
-        except ImportError as error:
-            raise StoreError(f"cannot open {location}: {error}") from error
-        except (FileNotFoundError, GroupNotFoundError, ContainsArrayError) as error:
-            raise StoreError(f"no data set at {location}: there is no zarr group") from error
-        store = cls(group, str(location))
-        if "meta/episode_ends" not in group or "data" not in group:
-            found = ", ".join(_members(group)) or "nothing"
-            if "format" in group.attrs:
-                raise StoreError(f"{location} holds no episodes yet")
-            raise StoreError(
-                f"{location} is no data set of episodes: it needs data/ and meta/episode_ends; has {found}"
-            )
-        ends = store.episode_ends
-        if len(ends) == 0:
-            raise StoreError(f"{location} holds no episodes")
-        if (np.diff(ends, prepend=0) <= 0).any():
-            raise StoreError(f"{location}: meta/episode_ends must increase from above 0; got {ends[:10]}...")
-        for key in store.keys:
-            rows = store._array(f"data/{key}").shape[0]
-            if rows < ends[-1]:
-                raise StoreError(f"{location}: data/{key} has {rows} rows; meta/episode_ends needs {ends[-1]}")
+        """Open a store to read what is committed now. Raises StoreError when it is missing, holds no episodes, or is
+        cut into impossible ones; what is wrong with an array is said when it is read."""
+        store = cls(open_group(str(location), "r"), str(location))
+        if len(store.episode_ends) == 0:
+            raise StoreError(f"{location} holds no episodes yet")
         return store
 
-    # Reading
+    def close(self) -> None:
+        """Let other writers in."""
+        self._unlock()
+
+    def __enter__(self) -> "EpisodeStore":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # What there is
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -98,50 +135,78 @@ class EpisodeStore:
     @property
     def keys(self) -> tuple[str, ...]:
         """Names of the arrays of one row a step, sorted."""
-        group = self._group.get("data")
-        members = _members(group) if isinstance(group, zarr.Group) else {}
-        return tuple(name for name, member in members.items() if isinstance(member, zarr.Array))
+        return tuple(name for name in self._names("data") if self._is_array(f"data/{name}"))
+
+    @property
+    def action_key(self) -> str:
+        """The key that holds actions, as far as the store says."""
+        return str(self.attributes.get("action_key", "action"))
+
+    @property
+    def observation_keys(self) -> tuple[str, ...]:
+        """The keys that a policy observes: those that the store names, else all but the action."""
+        named = self.attributes.get("observation_keys")
+        return tuple(map(str, named)) if named else tuple(key for key in self.keys if key != self.action_key)
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """All mode labels that the store knows; empty in stores of other tools."""
+        return tuple(map(str, self.attributes.get("modes", ())))
 
     @property
     def episode_ends(self) -> np.ndarray:
         """Row after the last of each episode, (episodes,) int64."""
-        ends = np.asarray(self._array("meta/episode_ends")[:], dtype=np.int64)
-        return ends[: np.max(np.flatnonzero(ends != -1), initial=-1) + 1]  # a trailing -1 was never committed
-
-    def read(self, key: str) -> np.ndarray:
-        """All committed rows of one array, (steps, ...); raises StoreError for unknown keys and non-finite values."""
-        if key not in self.keys:
-            raise StoreError(f"{self.location} has no data/{key}; it has {', '.join(self.keys)}")
-        ends = self.episode_ends
-        rows = self._read_rows(key, 0, int(ends[-1]))
-        if not np.issubdtype(rows.dtype, np.number):
-            raise StoreError(f"{self.location}: data/{key} must hold numbers; got {rows.dtype}")
-        bad = np.flatnonzero(~np.isfinite(rows.reshape(len(rows), -1)).all(axis=1))
-        if len(bad):
-            episode = int(np.searchsorted(ends, bad[0], side="right"))
-            raise StoreError(
-                f"{self.location}: data/{key} has NaN or infinity in {len(bad)} rows, first in episode {episode} "
-                f"(row {bad[0]})"
-            )
-        return rows
+        return self._ends
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of one step of an array."""
         return tuple(self._array(f"data/{key}").shape[1:])
 
+    def dtype(self, key: str) -> np.dtype:
+        """Type of the numbers of an array."""
+        return self._array(f"data/{key}").dtype
+
+    def chunk_rows(self, key: str) -> int:
+        """Rows of an array that are stored together."""
+        array = self._array(f"data/{key}")
+        return (array.shards or array.chunks)[0]
+
+    # Reading
+
+    def read(self, key: str) -> np.ndarray:
+        """All committed rows of one array, (steps, ...); raises StoreError for unknown keys and non-finite values."""
+        return self.read_rows(key, 0, int(self.episode_ends[-1]))
+
+    def read_rows(self, key: str, start: int, stop: int) -> np.ndarray:
+        """Some rows of one array, (stop - start, ...); raises StoreError for unknown keys, damage and non-finite
+        values."""
+        array = self._array(f"data/{key}")
+        with self._foreign(f"data/{key}", " is damaged:"):
+            rows = np.asarray(array[start:stop])
+        bad = nonfinite_rows(rows)
+        if len(bad):
+            row = start + int(bad[0])
+            episode = int(np.searchsorted(self.episode_ends, row, side="right"))
+            raise StoreError(
+                f"{self.location}: data/{key} has NaN or infinity in {len(bad)} rows, first in episode {episode} "
+                f"(row {row})"
+            )
+        return rows
+
+    def blocks(self, key: str) -> Iterator[tuple[int, np.ndarray]]:
+        """All committed rows of one array, some whole chunks at a time: (first row, rows)."""
+        total, chunk_rows = int(self.episode_ends[-1]), self.chunk_rows(key)
+        step = chunk_rows * max(1, BLOCK_BYTES // (chunk_rows * row_bytes(self.shape(key), self.dtype(key))))
+        for start in range(0, total, step):
+            yield start, self.read_rows(key, start, min(start + step, total))
+
     def read_meta(self, name: str) -> np.ndarray | None:
-        """One value an episode, (episodes,), or None where the store has no such array."""
-        path = f"meta/episode_{name}"
-        return np.asarray(self._array(path)[: len(self.episode_ends)]) if path in self._group else None
-
-    def episode_modes(self) -> list[str | None]:
-        """Each episode's mode label; None where it is unknown."""
-        return [self.modes[i] if i >= 0 else None for i in self.mode_indices()]
-
-    @property
-    def modes(self) -> tuple[str, ...]:
-        """All mode labels that the store knows; empty in stores of other tools."""
-        return tuple(self.attributes.get("modes", ()))
+        """One value an episode, (episodes, ...), or None where the store has no such array."""
+        if f"episode_{name}" not in self._names("meta"):
+            return None
+        array = self._array(f"meta/episode_{name}")
+        with self._foreign(f"meta/episode_{name}", " is damaged:"):
+            return np.asarray(array[: len(self.episode_ends)])
 
     def mode_indices(self) -> np.ndarray:
         """Index of each episode's mode among `modes`, (episodes,) int64; −1 where it is unknown."""
@@ -150,72 +215,224 @@ class EpisodeStore:
             return np.full(len(self.episode_ends), -1)
         return np.where((indices >= 0) & (indices < len(self.modes)), indices, -1)
 
-    def fingerprint(self, observation_keys: Sequence[str]) -> str:
-        """SHA-256 of the committed rows of `action` and these keys, and of the episode ends: equal for equal data,
-        wherever and however it is stored."""
+    def episode_modes(self) -> list[str | None]:
+        """Each episode's mode label; None where it is unknown."""
+        return [self.modes[i] if i >= 0 else None for i in self.mode_indices()]
+
+    def episodes(self, indices: Sequence[int] | np.ndarray | None = None) -> Iterator[Demonstration]:
+        """The episodes, or those with these indices in the order given, one after the other."""
         ends = self.episode_ends
-        digest = hashlib.sha256(ends.tobytes())
-        for key in sorted({*observation_keys, "action"}):
-            array = self._array(f"data/{key}")
-            digest.update(f"{key} {array.dtype.str} {array.shape[1:]}".encode())
-            for start in range(0, int(ends[-1]), ROWS_PER_CHUNK):
-                digest.update(self._read_rows(key, start, min(start + ROWS_PER_CHUNK, int(ends[-1]))).tobytes())
+        starts = np.concatenate([[0], ends[:-1]])
+        keys, modes = self.keys, self.episode_modes()
+        seeds, successes = self.read_meta("seed"), self.read_meta("success")
+        names = [name.removeprefix("episode_") for name in self._names("meta") if name.startswith("episode_final_")]
+        finals = {name: rows for name in names if (rows := self.read_meta(name)) is not None}
+        most_rows = 2 * BLOCK_BYTES // sum(row_bytes(self.shape(key), self.dtype(key)) for key in keys)
+        chosen = np.arange(len(ends)) if indices is None else np.asarray(indices)
+        for run in _runs(chosen, ends - starts, most_rows):
+            first = int(starts[run[0]])
+            rows = {key: self.read_rows(key, first, int(ends[run[-1]])) for key in keys}
+            for i in run:
+                span = slice(starts[i] - first, ends[i] - first)
+                yield Demonstration(
+                    {key: array[span] for key, array in rows.items()},
+                    None if seeds is None else int(seeds[i]),
+                    modes[i],
+                    None if successes is None else bool(successes[i]),
+                    {name.removeprefix("final_"): array[i] for name, array in finals.items()} or None,
+                )
+
+    def fingerprint(
+        self,
+        observation_keys: Sequence[str],
+        action_key: str = "action",
+        on_rows: Callable[[str, int, np.ndarray], None] = lambda key, start, rows: None,
+    ) -> str:
+        """SHA-256 of the committed rows of the action and these keys, and of the episode ends: equal for equal data,
+        wherever and however it is stored. `on_rows` hears (key, first row, rows) of the same pass."""
+        digest = hashlib.sha256(self.episode_ends.tobytes())
+        for key in sorted({*observation_keys, action_key}):
+            digest.update(f"{key} {self.dtype(key).str} {self.shape(key)}".encode())
+            for start, rows in self.blocks(key):
+                digest.update(np.ascontiguousarray(rows).data)
+                on_rows(key, start, rows)
         return digest.hexdigest()
+
+    def uncommitted(self) -> dict[str, int]:
+        """Rows beyond the last commit, by array: what an interrupted append, or one under way, has left."""
+        ends = self.episode_ends
+        rows = {f"data/{name}": int(ends[-1]) if len(ends) else 0 for name in self.keys}
+        rows |= {f"meta/{name}": len(ends) for name in self._names("meta") if self._is_array(f"meta/{name}")}
+        beyond = {path: self._raw_array(path).shape[0] - committed for path, committed in rows.items()}
+        return {path: count for path, count in beyond.items() if count > 0}
 
     # Writing
 
     def append(self, episodes: Sequence[Demonstration]) -> None:
         """Add episodes: their rows, then what is known of each, then the commit. Raises StoreError, before anything is
-        written, for a mode that the store does not know."""
+        written, for episodes that do not fit the store."""
         if not episodes:
             return
-        labels = self.attributes["modes"]
-        unknown = {episode.mode for episode in episodes} - {*labels, None}
-        if unknown:
-            raise StoreError(f"{self.location} knows the modes {', '.join(labels)}; got {', '.join(map(str, unknown))}")
-        ends = self.episode_ends
-        start = int(ends[-1]) if len(ends) else 0
-        for key in episodes[0].data:
-            self._write(f"data/{key}", start, np.concatenate([episode.data[key] for episode in episodes]))
-        modes = [-1 if episode.mode is None else labels.index(episode.mode) for episode in episodes]
-        self._write("meta/episode_seed", len(ends), np.array([episode.seed for episode in episodes], np.int64))
-        self._write("meta/episode_mode", len(ends), np.array(modes, np.int64))
-        self._write("meta/episode_success", len(ends), np.array([episode.success for episode in episodes]))
-        lengths = [len(episode.data["action"]) for episode in episodes]
-        self._write("meta/episode_ends", len(ends), start + np.cumsum(lengths, dtype=np.int64))
+        columns = [self._columns(episode) for episode in episodes]
+        expected = self._layout() or {path: (rows.shape[1:], rows.dtype) for path, rows in columns[0].items()}
+        for episode, column in zip(episodes, columns, strict=True):
+            found = {path: (rows.shape[1:], rows.dtype) for path, rows in column.items()}
+            for path in sorted(found.keys() | expected.keys()):
+                if found.get(path) != expected.get(path):
+                    needs, has = (_say_layout(layout.get(path)) for layout in (expected, found))
+                    raise StoreError(
+                        f"{self.location} needs {needs} in {path}; an episode of seed {episode.seed} has {has}"
+                    )
+        start, count = int(self._ends[-1]) if len(self._ends) else 0, len(self._ends)
+        lengths = [len(next(iter(episode.data.values()))) for episode in episodes]
+        ends = start + np.cumsum(lengths, dtype=np.int64)
+        self._checked.clear()
+        for path in expected:
+            rows = np.concatenate([column[path] for column in columns])
+            self._write(path, start if path.startswith("data/") else count, rows)
+        self._write("meta/episode_ends", count, ends)
+        self._ends = np.concatenate([self._ends, ends])
+
+    def _columns(self, episode: Demonstration) -> dict[str, np.ndarray]:
+        """What an episode adds to each array, (steps or 1, ...); raises StoreError for an episode that cannot be."""
+        name = f"{self.location}: an episode of seed {episode.seed}"
+        if episode.mode is not None and episode.mode not in self.modes:
+            raise StoreError(f"{self.location} knows the modes {', '.join(self.modes)}; got {episode.mode}")
+        columns = {f"data/{key}": np.asarray(rows) for key, rows in episode.data.items()}
+        lengths = {rows.shape[:1] for rows in columns.values()}
+        if len(lengths) != 1 or lengths & {(), (0,)}:
+            counts = ", ".join(f"{len(np.atleast_1d(rows))} of {path}" for path, rows in columns.items()) or "no arrays"
+            raise StoreError(f"{name} must have as many rows of each array, at least one; got {counts}")
+        for key, value in (episode.final or {}).items():
+            columns[f"meta/episode_final_{key}"] = np.asarray(value)[None]
+        for path, rows in columns.items():
+            if not KEY.fullmatch(path.partition("/")[2]):
+                raise StoreError(f"{name}: a key is made of letters, digits, '_', '-' and '.'; got {path[5:]!r}")
+            if rows.dtype.kind not in "biuf" or len(nonfinite_rows(rows)):
+                got = "NaN or infinity" if rows.dtype.kind == "f" else rows.dtype
+                raise StoreError(f"{name}: {path} must hold finite numbers; got {got}")
+        mode = -1 if episode.mode is None else self.modes.index(episode.mode)
+        columns["meta/episode_mode"] = np.array([mode], np.int64)
+        if episode.seed is not None:
+            columns["meta/episode_seed"] = np.array([episode.seed], np.int64)
+        if episode.success is not None:
+            columns["meta/episode_success"] = np.array([episode.success])
+        return columns
+
+    def _layout(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and type of one row of each array that an append must add to."""
+        paths = [f"data/{name}" for name in self._names("data")]
+        paths += [f"meta/{name}" for name in self._names("meta") if name != "episode_ends"]
+        return {path: (array.shape[1:], array.dtype) for path in paths for array in [self._raw_array(path)]}
+
+    def _drop_uncommitted(self) -> None:
+        """Make the store as if what was never committed had never been written."""
+        self.dropped = self.uncommitted()
+        for path, beyond in self.dropped.items():
+            array = self._raw_array(path)
+            committed, chunk = array.shape[0] - beyond, array.chunks[0]
+            with zarr.config.set({"array.write_empty_chunks": True}):
+                array[committed : math.ceil(committed / chunk) * chunk] = (
+                    array.fill_value
+                )  # the last chunk's other rows
+            array.resize((committed, *array.shape[1:]))
+        if len(self._ends) == 0:
+            for path in self._layout():
+                del self._group[path]
+        for file in Path(self.location).rglob("*.partial"):
+            if re.fullmatch(r".*\.[0-9a-f]{32}\.partial", file.name):  # zarr's temporary files
+                file.unlink()
+
+    # Zarr
+
+    def _read_ends(self) -> np.ndarray:
+        if "meta" not in self._group or "meta/episode_ends" not in self._group:
+            with self._foreign("the group"):
+                found = ", ".join(self._names("")) or "nothing"
+            raise StoreError(
+                f"{self.location} is no data set of episodes: it needs data/ and meta/episode_ends; has {found}"
+            )
+        array = self._raw_array("meta/episode_ends")
+        with self._foreign("meta/episode_ends"):
+            if array.ndim != 1 or array.dtype.kind not in "iu":
+                raise ValueError(f"must be one row of whole numbers; got {array.shape} of {array.dtype}")
+            refuse_unsafe(array, array.shape[0], complete=False)
+            ends = np.asarray(array[:]).astype(np.int64)
+        return ends[: np.max(np.flatnonzero(ends != -1), initial=-1) + 1]  # a trailing -1 was never committed
 
     def _array(self, path: str) -> zarr.Array:
-        array = self._group[path]
+        """An array whose committed rows can be decoded without fear."""
+        if path not in self._checked:
+            array = self._raw_array(path)
+            with self._foreign(path):
+                rows = int(self._ends[-1]) if path.startswith("data/") else len(self._ends)
+                refuse_unsafe(array, rows, complete=self.attributes.get("format") == FORMAT)
+            self._checked[path] = array
+        return self._checked[path]
+
+    def _raw_array(self, path: str) -> zarr.Array:
+        folder, _, name = path.partition("/")
+        with self._foreign(path):
+            array = self._group[path] if NAME.fullmatch(name) and path in self._group else None
         if not isinstance(array, zarr.Array):
-            raise StoreError(f"{self.location}: {path} must be an array; it is a group")
+            raise StoreError(f"{self.location} has no {path}; it has {', '.join(self._names(folder)) or 'nothing'}")
         return array
 
-    def _read_rows(self, key: str, start: int, stop: int) -> np.ndarray:
+    def _is_array(self, path: str) -> bool:
         try:
-            return np.asarray(self._array(f"data/{key}")[start:stop])
-        except (ValueError, RuntimeError) as error:  # what zarr's codecs raise
-            raise StoreError(f"{self.location}: data/{key} is damaged: {error}") from error
+            return isinstance(self._group[path], zarr.Array)
+        except Exception:
+            return True  # what cannot be opened is said where it is read
+
+    def _names(self, folder: str) -> list[str]:
+        """Names in a folder of the store, sorted."""
+        names = list_names(self._group, folder)
+        if names:
+            return names
+        attributes = self.attributes  # a place that lists no folders
+        known = {
+            "data": [*attributes.get("observation_keys", ()), attributes.get("action_key", "action")],
+            "meta": [f"episode_{name}" for name in ("ends", "mode", "seed", "success")],
+        }
+        return sorted(name for name in known.get(folder, ()) if f"{folder}/{name}" in self._group)
+
+    @contextlib.contextmanager
+    def _foreign(self, path: str, what: str = "") -> Iterator[None]:
+        """Whatever a stranger's files make zarr raise becomes a StoreError; nothing else does."""
+        try:
+            yield
+        except StoreError:
+            raise
+        except Exception as error:
+            raise StoreError(f"{self.location}: {path}{what} {say(error)}") from error
 
     def _write(self, path: str, start: int, rows: np.ndarray) -> None:
         if path not in self._group:
-            _create_array(self._group, path, rows[:0])
-        array = self._array(path)
+            create_array(self._group, path, rows[:0])
+        array = self._raw_array(path)
         array.resize((start + len(rows), *array.shape[1:]))
-        array[start:] = rows
+        with zarr.config.set({"array.write_empty_chunks": True}):  # a chunk that is missing is damage
+            self._raw_array(path)[start:] = rows
 
 
-def _members(group: zarr.Group) -> dict[str, zarr.Array | zarr.Group]:
-    """Arrays and groups in a group by name, sorted; silent about the half-written files that a killed writer leaves."""
-    with warnings.catch_warnings(action="ignore", category=ZarrUserWarning):
-        return dict(sorted(group.members()))
+def nonfinite_rows(rows: np.ndarray) -> np.ndarray:
+    """Indices of the rows (steps, ...) that hold NaN or infinity."""
+    if rows.dtype.kind != "f" or rows.size == 0:
+        return np.empty(0, np.int64)
+    return np.flatnonzero(~np.isfinite(rows.reshape(len(rows), -1)).all(axis=1))
 
 
-def _create_array(group: zarr.Group, path: str, like: np.ndarray, fill_value: int = 0) -> None:
-    group.create_array(
-        path,
-        shape=like.shape,
-        dtype=like.dtype,
-        chunks=(ROWS_PER_CHUNK, *like.shape[1:]),
-        compressors=[BloscCodec(cname="zstd", clevel=5), Crc32cCodec()],
-        fill_value=fill_value,
-    )
+def _runs(indices: np.ndarray, lengths: np.ndarray, most_rows: int) -> Iterator[np.ndarray]:
+    """Cut indices into runs i, i + 1, ... of at most so many rows, or of one episode."""
+    run: list[int] = []
+    for i in indices:
+        if run and (i != run[-1] + 1 or lengths[run].sum() + lengths[i] > most_rows):
+            yield np.array(run)
+            run = []
+        run.append(int(i))
+    if run:
+        yield np.array(run)
+
+
+def _say_layout(layout: tuple[tuple[int, ...], np.dtype] | None) -> str:
+    return "nothing" if layout is None else f"{layout[1]} of shape {layout[0]}"

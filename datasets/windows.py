@@ -1,14 +1,27 @@
-"""Windows of To observations and T actions, cut from episodes and gathered a batch at a time.
+"""Windows of To observations and T actions, cut from episodes and gathered a batch at a time: from arrays in memory (or
+on the GPU), or streamed from a store in shuffled blocks with bounded memory.
 
-Knows arrays in memory. Knows no file and no policy.
+Knows arrays and stores. Knows no policy.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import math
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from diffusion_policy.datasets.store import EpisodeStore
+
+POOL_BYTES = 2**26
+"""Memory of the rows that a stream shuffles at a time; the next ones are read meanwhile into as much again."""
+POOL_BLOCKS = 16
+"""From so many places of the store at once, so that a batch is mixed."""
+INDEX_BYTES = 32
+"""What a window costs beside its rows."""
 
 
 class Batch(NamedTuple):
@@ -43,18 +56,19 @@ class Windows:
         episodes = np.asarray(episodes)
         starts = np.concatenate([[0], episode_ends[:-1]])
         lengths = (episode_ends - starts)[episodes]
-        spans = [np.arange(start, start + length) for start, length in zip(starts[episodes], lengths, strict=True)]
+        before = np.cumsum(lengths) - lengths  # windows of the episodes before
 
         def to_device(array: np.ndarray) -> Tensor:
             return torch.as_tensor(array, device=device)
 
-        self._now = to_device(np.concatenate(spans))  # (windows,) row of *now*
+        now = np.arange(lengths.sum()) + np.repeat(starts[episodes] - before, lengths)
+        self._now = to_device(now)  # (windows,) row of *now*
         self._first = to_device(np.repeat(starts[episodes], lengths))  # (windows,) first row of its episode
         self._last = to_device(np.repeat(episode_ends[episodes] - 1, lengths))  # (windows,) last row of its episode
         self._observations = {
-            key: to_device(array.astype(np.float32)) for key, array in data.items() if key != "action"
+            key: to_device(array.astype(np.float32, copy=False)) for key, array in data.items() if key != "action"
         }
-        self._actions = to_device(data["action"].astype(np.float32))
+        self._actions = to_device(data["action"].astype(np.float32, copy=False))
         self._modes = None if modes is None else to_device(np.repeat(modes[episodes].astype(np.int64), lengths))
         self._observed = torch.arange(1 - observation_horizon, 1, device=device)  # (To,) steps from now
         self._predicted = torch.arange(prediction_horizon, device=device) + 1 - observation_horizon  # (T,)
@@ -76,19 +90,210 @@ class Windows:
         modes = None if self._modes is None else self._modes[indices]
         return Batch(observations, self._actions[predicted], modes)
 
-    def shuffled_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """Batches for ever: each pass over the windows in a new order; an incomplete last batch is left out, unless
-        there are fewer windows than `batch_size`."""
+    def batches(self, batch_size: int, seed: int, first_step: int = 0) -> Iterator[Batch]:
+        """Batches for ever, from the one of step `first_step` on: each pass over the windows in a new order that the
+        seed fixes; an incomplete last batch is left out, unless there are fewer windows than `batch_size`."""
         batch_size = min(batch_size, len(self))
+        number, done = divmod(first_step, len(self) // batch_size)
         while True:
-            order = torch.randperm(len(self), generator=generator).to(self._now.device)
-            for indices in order.split(batch_size):
-                if len(indices) == batch_size:
-                    yield self.gather(indices)
+            order = np.random.default_rng([seed, number]).permutation(len(self))
+            indices = torch.from_numpy(order).to(self._now.device)
+            for chosen in indices[done * batch_size :].split(batch_size):
+                if len(chosen) == batch_size:
+                    yield self.gather(chosen)
+            number, done = number + 1, 0
 
 
-def split_episodes(count: int, validation_share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of training and of validation episodes, each sorted; at least one of each unless the share is 0.
+class StreamedWindows:
+    """The windows of a store that is too large for memory, in nearly random order: blocks of rows come in random order,
+    and as many as fit the pool are shuffled together."""
+
+    def __init__(
+        self,
+        store: EpisodeStore,
+        keys: Mapping[str, str],
+        episodes: Sequence[int] | np.ndarray,
+        observation_horizon: int,
+        prediction_horizon: int,
+        device: torch.device | str = "cpu",
+        modes: np.ndarray | None = None,
+        pool_bytes: int = POOL_BYTES,
+    ) -> None:
+        """`keys`: name of each key of the store in a batch, one of them `action`; the others as in `Windows`."""
+        self._store, self._keys, self._device, self._modes = store, keys, device, modes
+        self._horizons = observation_horizon, prediction_horizon
+        self._ends = store.episode_ends
+        self._chosen = np.zeros(len(self._ends), bool)
+        self._chosen[episodes] = True
+        sizes = {key: 4 * math.prod(store.shape(key)) for key in keys}
+        aligned = store.chunk_rows(max(sizes, key=lambda key: sizes[key]))  # few chunks are read for two blocks
+        block_bytes = aligned * (sum(sizes.values()) + INDEX_BYTES)
+        self._block_rows = aligned * max(1, pool_bytes // POOL_BLOCKS // block_bytes)
+        self._blocks_together = max(1, pool_bytes // (block_bytes * (self._block_rows // aligned)))
+        edges = np.minimum(np.arange(0, int(self._ends[-1]) + self._block_rows, self._block_rows), int(self._ends[-1]))
+        lengths = np.diff(self._ends, prepend=0)
+        used_before = np.concatenate([[0], np.cumsum(np.where(self._chosen, lengths, 0))])
+        at_edges = np.interp(edges, np.concatenate([[0], self._ends]), used_before)  # linear within an episode
+        self._windows_in_block = np.diff(np.rint(at_edges).astype(np.int64))
+
+    def __len__(self) -> int:
+        return int(self._windows_in_block.sum())
+
+    def batches(self, batch_size: int, seed: int, first_step: int = 0) -> Iterator[Batch]:
+        """As `Windows.batches`; only the rows of the pool and of the next one are in memory."""
+        batch_size = min(batch_size, len(self))
+        number, done = divmod(first_step, len(self) // batch_size)
+        while True:
+            yield from self._one_pass(batch_size, seed, number, done * batch_size)
+            number, done = number + 1, 0
+
+    def _one_pass(self, batch_size: int, seed: int, number: int, skipped: int) -> Iterator[Batch]:
+        """The batches of one pass over the windows, after the first `skipped` windows."""
+        blocks = np.flatnonzero(self._windows_in_block)
+        order = np.random.default_rng([seed, number]).permutation(blocks)
+        pools = [order[i : i + self._blocks_together] for i in range(0, len(order), self._blocks_together)]
+        first = 0
+        while skipped >= (count := int(self._windows_in_block[pools[first]].sum())):
+            first, skipped = first + 1, skipped - count
+        parts: list[Batch] = []
+        missing = batch_size
+        with contextlib.closing(self._load_ahead(pools[first:])) as loaded:
+            for i, (windows, indices) in enumerate(loaded, start=first):
+                shuffled = np.random.default_rng([seed, number, i]).permutation(indices)[skipped:]
+                skipped = 0
+                while len(shuffled):
+                    taken, shuffled = np.split(shuffled, [missing])
+                    parts.append(windows.gather(torch.from_numpy(taken).to(self._device)))
+                    missing -= len(taken)
+                    if missing == 0:
+                        yield _join(parts)
+                        parts, missing = [], batch_size
+
+    def _load_ahead(self, pools: Iterable[np.ndarray]) -> Generator[tuple[Windows, np.ndarray]]:
+        """Each pool's rows as windows, and the indices of those to use; the next pool is read meanwhile."""
+        with ThreadPoolExecutor(1) as executor:
+            waiting = None
+            for blocks in pools:
+                coming = executor.submit(self._load, blocks)
+                if waiting is not None:
+                    yield waiting.result()
+                waiting = coming
+            if waiting is not None:
+                yield waiting.result()
+
+    def _load(self, blocks: np.ndarray) -> tuple[Windows, np.ndarray]:
+        """Rows of some blocks, each with what its windows need before and after it. Every stretch of an episode within
+        a block becomes an episode of its own; no window that is used reaches its ends."""
+        observation_horizon, prediction_horizon = self._horizons
+        total = int(self._ends[-1])
+        inner = [(int(b) * self._block_rows, min((int(b) + 1) * self._block_rows, total)) for b in blocks]
+        outer = [
+            (max(0, start - observation_horizon + 1), min(total, stop + prediction_horizon - observation_horizon))
+            for start, stop in inner
+        ]
+        offsets = np.cumsum([0, *(stop - start for start, stop in outer)])
+        data = {name: np.empty((offsets[-1], *self._store.shape(key)), np.float32) for key, name in self._keys.items()}
+        ends, episodes, indices = [], [], []
+        for (start, stop), (first, last), offset in zip(inner, outer, offsets[:-1], strict=True):
+            for key, name in self._keys.items():
+                data[name][offset : offset + last - first] = self._store.read_rows(key, first, last)
+            first_held, last_held = np.searchsorted(self._ends, [first, last - 1], side="right")
+            held = np.arange(first_held, last_held + 1)
+            ends.append(np.minimum(self._ends[held], last) - first + offset)
+            episodes.append(held)
+            indices.append(np.flatnonzero(self._usable(start, stop)) + start - first + offset)
+        modes = None if self._modes is None else self._modes[np.concatenate(episodes)]
+        joined = np.concatenate(ends)
+        windows = Windows(data, joined, np.arange(len(joined)), *self._horizons, self._device, modes)
+        return windows, np.concatenate(indices)
+
+    def _usable(self, start: int, stop: int) -> np.ndarray:
+        """Whether each row belongs to a chosen episode, (stop - start,) bool."""
+        return self._chosen[np.searchsorted(self._ends, np.arange(start, stop), side="right")]
+
+
+def load_windows(
+    store: EpisodeStore,
+    keys: Mapping[str, str],
+    episodes: Sequence[int] | np.ndarray,
+    observation_horizon: int,
+    prediction_horizon: int,
+    device: torch.device | str,
+    modes: np.ndarray | None,
+    memory_bytes: float,
+) -> Windows | StreamedWindows:
+    """The windows of some episodes of a store: held in memory where they fit, else streamed. Arguments as in
+    `StreamedWindows`."""
+    horizons = observation_horizon, prediction_horizon
+    if memory_needed(store, keys, episodes) > memory_bytes:
+        return StreamedWindows(store, keys, episodes, *horizons, device, modes)
+    return hold_windows(store, keys, episodes, *horizons, device, modes)
+
+
+def hold_windows(
+    store: EpisodeStore,
+    keys: Mapping[str, str],
+    episodes: Sequence[int] | np.ndarray,
+    observation_horizon: int,
+    prediction_horizon: int,
+    device: torch.device | str = "cpu",
+    modes: np.ndarray | None = None,
+) -> Windows:
+    """The windows of some episodes of a store, in memory. Arguments as in `StreamedWindows`."""
+    episodes = np.sort(np.asarray(episodes))
+    data, ends = read_episodes(store, keys, episodes)
+    modes = None if modes is None else modes[episodes]
+    return Windows(data, ends, np.arange(len(ends)), observation_horizon, prediction_horizon, device, modes)
+
+
+def memory_needed(store: EpisodeStore, keys: Iterable[str], episodes: Sequence[int] | np.ndarray) -> int:
+    """Bytes that the windows of some episodes take in memory."""
+    rows = int(np.diff(store.episode_ends, prepend=0)[episodes].sum())
+    return rows * (sum(4 * math.prod(store.shape(key)) for key in keys) + INDEX_BYTES)
+
+
+def episodes_within(
+    store: EpisodeStore, keys: Iterable[str], episodes: Sequence[int] | np.ndarray, memory_bytes: float
+) -> np.ndarray:
+    """The first of some episodes whose windows fit, at least one."""
+    rows = np.cumsum(np.diff(store.episode_ends, prepend=0)[episodes])
+    needed = rows * (memory_needed(store, keys, [0]) / int(store.episode_ends[0]))
+    return np.asarray(episodes)[: max(1, np.count_nonzero(needed <= memory_bytes))]
+
+
+def read_episodes(
+    store: EpisodeStore, keys: Mapping[str, str], episodes: Sequence[int] | np.ndarray
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Rows of some episodes, in the order of the store: {name: (steps, ...) float32}, and where each episode ends among
+    them."""
+    ends = store.episode_ends
+    lengths = np.diff(ends, prepend=0)
+    chosen = np.zeros(len(ends), bool)
+    chosen[episodes] = True
+    used = np.repeat(chosen, lengths)
+    data = {name: np.empty((int(used.sum()), *store.shape(key)), np.float32) for key, name in keys.items()}
+    for key, name in keys.items():
+        filled = 0
+        for start, rows in store.blocks(key):
+            wanted = rows[used[start : start + len(rows)]]
+            data[name][filled : filled + len(wanted)] = wanted
+            filled += len(wanted)
+    return data, np.cumsum(lengths[chosen])
+
+
+def _join(parts: Sequence[Batch]) -> Batch:
+    if len(parts) == 1:
+        return parts[0]
+    observations = {key: torch.cat([part.observations[key] for part in parts]) for key in parts[0].observations}
+    modes = None if parts[0].modes is None else torch.cat([part.modes for part in parts if part.modes is not None])
+    return Batch(observations, torch.cat([part.actions for part in parts]), modes)
+
+
+def split_episodes(
+    count: int, validation_share: float, seed: int, most: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of training (at most so many) and of validation episodes, each sorted; at least one of each unless the
+    share is 0.
 
     Raises ValueError when there are too few episodes to split.
     """
@@ -99,4 +304,4 @@ def split_episodes(count: int, validation_share: float, seed: int) -> tuple[np.n
             "take more episodes or a validation share of 0"
         )
     order = np.random.default_rng(seed).permutation(count)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+    return np.sort(order[held_out:][:most]), np.sort(order[:held_out])

@@ -62,6 +62,10 @@ class Dataset:
     """Episodes of each mode; `none` for those without."""
     seeds: tuple[int, int] | None
     """First and last seed of the episodes."""
+    action_key: str = "action"
+    """Key of the actions in the store."""
+    statistics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of the training episodes, by key: count, minimum, maximum, mean, std, low and high (quantiles 0.01, 0.99)."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
         shapes = Shapes(
             {key: tuple(shape) for key, shape in config["shapes"]["observations"].items()},
             tuple(config["shapes"]["action"]),
+            {key: tuple(columns) for key, columns in config["shapes"].get("angles", {}).items()},
         )
         environment = Environment(**{**config["environment"], "modes": tuple(config["environment"]["modes"])})
         seeds = config["dataset"]["seeds"]

@@ -14,6 +14,7 @@ SamplerName = Literal[
     "ddim", "ddpm", "ddpm-large", "dpm-solver-1", "dpm-solver-2m", "dpm-solver-sde", "unipc", "euler", "heun"
 ]
 SpacingName = Literal["trailing", "leading", "even", "log-snr"]
+NormalizationName = Literal["limits", "moments", "quantiles"]
 ClipName = Literal["static", "dynamic", "none"]
 GuidanceScheduleName = Literal["constant", "falling", "rising", "middle"]
 
@@ -68,6 +69,9 @@ class PolicyConfig:
     condition_dropout: float = 0.0
     """Share of training windows that lose their condition, so that the policy can be guided; 0.1 is usual. What is
     lost is the mode with condition-on-mode, else the observations."""
+    normalization: NormalizationName = "limits"
+    """How each column becomes a number of about one: its limits become -1 and 1; or its mean 0 and its deviation 1; or
+    its quantiles 0.01 and 0.99 become -1 and 1 (clip none or dynamic then, else what lies beyond is cut off)."""
     condition_on_mode: bool = False
     """Give the demonstration's mode label to the network too, so that the policy can be steered with --mode."""
 
@@ -99,6 +103,7 @@ class PolicyConfig:
         _require(not wrong, "widths", f"multiples of the {self.groups} groups", wrong)
         check_choice("schedule", self.schedule, get_args(ScheduleName))
         check_choice("prediction", self.prediction, get_args(PredictionName))
+        check_choice("normalization", self.normalization, get_args(NormalizationName))
         _require(0 <= self.snr_gamma < math.inf, "snr_gamma", "at least 0", self.snr_gamma)
         _require(0 <= self.condition_dropout < 1, "condition_dropout", "from 0 to below 1", self.condition_dropout)
         finite = all(math.isfinite(number) for number in self.schedule_options)
@@ -127,6 +132,10 @@ class TrainConfig:
     """... but never more than this share."""
     validation_share: float = 0.05
     """Share of the episodes held out; 0 trains on all."""
+    max_episodes: int | None = None
+    """Use only so many episodes, drawn by the seed; those held out come on top."""
+    memory_gb: float = 4.0
+    """Windows that need more memory than this are streamed from the store in shuffled blocks, in some 0.2 GB."""
     validate_every: int = 250
     """Steps between two validations."""
     checkpoint_every: int = 1000
@@ -141,6 +150,8 @@ class TrainConfig:
         for name in ("learning_rate", "gradient_clip", "average_power"):
             _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
         _require(0 <= self.average_limit < 1, "average_limit", "from 0 to below 1", self.average_limit)
+        _require(self.max_episodes is None or self.max_episodes >= 1, "max_episodes", "at least 1", self.max_episodes)
+        require_at_least(self, 0, ("memory_gb",))
         _require(0 <= self.validation_share < 1, "validation_share", "from 0 to below 1", self.validation_share)
 
 

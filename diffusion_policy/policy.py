@@ -21,11 +21,12 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from diffusion_policy.config import PolicyConfig, SampleConfig
+from diffusion_policy.datasets.statistics import Statistics, measure
 from diffusion_policy.diffusion import Diffusion, count_draws
 from diffusion_policy.guidance import CLIPS, GUIDANCE_SCHEDULES, classifier_free
 from diffusion_policy.networks.encoders import StateEncoder
 from diffusion_policy.networks.temporal_unet import TemporalUnet
-from diffusion_policy.normalizer import Normalizer
+from diffusion_policy.normalizer import NORMALIZATIONS, Normalizer
 from diffusion_policy.prediction import PREDICTIONS
 from diffusion_policy.samplers import SAMPLERS, Denoise, Levels, Sampler, ddim
 from diffusion_policy.schedules import make_schedule
@@ -38,6 +39,8 @@ class Shapes(NamedTuple):
     """Shape of each observation key."""
     action: tuple[int, ...]
     """(A,)"""
+    angles: dict[str, tuple[int, ...]] = {}  # noqa: RUF012  (never changed)
+    """Columns of a key, `action` among them, that are angles [rad]; the network sees their cosine and sine."""
 
 
 class DiffusionPolicy(nn.Module):
@@ -50,7 +53,8 @@ class DiffusionPolicy(nn.Module):
 
     def __init__(self, config: PolicyConfig, shapes: Shapes, modes: Sequence[str] = ()) -> None:
         """`modes`: labels to condition on, when `config.condition_on_mode`. Raises ValueError when an action is not one
-        row of numbers, when there are no labels to condition on, or when the schedule's options make none."""
+        row of numbers, when there are no labels to condition on, for angles in columns that are not there, or when the
+        schedule's options make none."""
         super().__init__()
         if len(shapes.action) != 1:
             raise ValueError(f"an action must be one row of numbers, (A,); got shape {shapes.action}")
@@ -59,30 +63,49 @@ class DiffusionPolicy(nn.Module):
         self.config = config
         self.shapes = shapes
         self.modes = tuple(modes) if config.condition_on_mode else ()
-        self.normalizer = Normalizer({**shapes.observations, "action": shapes.action})
-        self.encoder = StateEncoder(shapes.observations, config.observation_horizon)
+        self.normalizer = Normalizer({**shapes.observations, "action": shapes.action}, shapes.angles)
+        self.encoder = StateEncoder(
+            {key: self.normalizer.shapes[key] for key in shapes.observations}, config.observation_horizon
+        )
+        (action_dim,) = self.normalizer.shapes["action"]
         marks = len(self.modes) or (1 if config.condition_dropout else 0)
         self.network = TemporalUnet(
-            shapes.action[0],
+            action_dim,
             self.encoder.cond_dim + marks,
             config.widths,
             config.kernel_size,
             config.groups,
             config.level_dim,
-            outputs=(2 if config.learn_variance else 1) * shapes.action[0],
+            outputs=(2 if config.learn_variance else 1) * action_dim,
         )
         schedule = make_schedule(config.schedule, config.levels, config.schedule_options)
         self.diffusion = Diffusion(schedule, PREDICTIONS[config.prediction], config.snr_gamma, config.learn_variance)
 
     @classmethod
+    def for_statistics(
+        cls,
+        config: PolicyConfig,
+        statistics: Mapping[str, Statistics],
+        modes: Sequence[str] = (),
+        angles: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> "DiffusionPolicy":
+        """A new policy with shapes and normalizer taken from the statistics of `action` and each observation key."""
+        shapes = {key: part.mean.shape for key, part in statistics.items()}
+        action = shapes.pop("action")
+        policy = cls(config, Shapes(shapes, action, dict(angles or {})), modes)
+        policy.normalizer.fit(statistics, NORMALIZATIONS[config.normalization])
+        return policy
+
+    @classmethod
     def for_data(
-        cls, config: PolicyConfig, data: Mapping[str, np.ndarray], modes: Sequence[str] = ()
+        cls,
+        config: PolicyConfig,
+        data: Mapping[str, np.ndarray],
+        modes: Sequence[str] = (),
+        angles: Mapping[str, tuple[int, ...]] | None = None,
     ) -> "DiffusionPolicy":
         """A new policy with shapes and normalizer taken from rows {`action` and each observation key: (steps, ...)}."""
-        observations = {key: rows.shape[1:] for key, rows in data.items() if key != "action"}
-        policy = cls(config, Shapes(observations, data["action"].shape[1:]), modes)
-        policy.normalizer.fit(data)
-        return policy
+        return cls.for_statistics(config, {key: measure(rows) for key, rows in data.items()}, modes, angles)
 
     @property
     def device(self) -> torch.device:
@@ -144,7 +167,7 @@ class DiffusionPolicy(nn.Module):
             if not torch.isfinite(rows).all():
                 raise ValueError(f"the observation {key} holds NaN or infinity")
         draws = count_draws(sampler, levels, config.corrector_steps)
-        shape = (draws, num_samples, self.config.prediction_horizon, *self.shapes.action)
+        shape = (draws, num_samples, self.config.prediction_horizon, *self.normalizer.shapes["action"])
         rows = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         noise = rearrange(rows, "b draws n t a -> draws (b n) t a").to(self.device)
         mode = -1 if config.mode is None else self.modes.index(config.mode)

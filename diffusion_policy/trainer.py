@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from diffusion_policy.config import TrainConfig
-from diffusion_policy.datasets.windows import Windows
+from diffusion_policy.datasets.windows import StreamedWindows, Windows
 from diffusion_policy.policy import DiffusionPolicy, derive_generator
 
 VALIDATION_WINDOWS = 2048
@@ -40,7 +40,11 @@ class Trainer:
     """Trains a policy. `averaged` holds the weights to act with."""
 
     def __init__(
-        self, policy: DiffusionPolicy, windows: Windows, validation: Windows | None, config: TrainConfig
+        self,
+        policy: DiffusionPolicy,
+        windows: Windows | StreamedWindows,
+        validation: Windows | None,
+        config: TrainConfig,
     ) -> None:
         """`validation`: windows of held-out episodes, or None."""
         self.config = config
@@ -52,7 +56,7 @@ class Trainer:
         self._scheduler = LambdaLR(self._optimizer, lambda step: learning_rate_factor(step, config))
         self._averaged = AveragedModel(policy, avg_fn=self._average)
         self._generator = derive_generator(config.seed, 0)  # levels and noise
-        self._batches = windows.shuffled_batches(config.batch_size, derive_generator(config.seed, 1))
+        self._batches = windows.batches(config.batch_size, config.seed)
         self.step = 0
 
     @property

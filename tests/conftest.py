@@ -4,6 +4,7 @@ import signal
 from functools import partial
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from diffusion_policy import envs
@@ -16,6 +17,9 @@ if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 ):  # as after `make test &`: the commands under test would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+hypothesis.settings.register_profile("ours", deadline=None)  # a first call may import and compile
+hypothesis.settings.load_profile("ours")
 
 AVOID = "diffusion_policy/Avoid-v0"
 TINY = PolicyConfig(widths=(16, 32), level_dim=32, levels=20)

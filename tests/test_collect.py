@@ -42,7 +42,7 @@ def test_any_number_of_processes_gives_the_same_bytes(tmp_path: Path, make_env: 
     make_demonstrator = partial(Demonstrator, make_env, AvoidExpert, 0.4)
     for workers in (1, 2):
         spread = partial(ordered_map, workers=workers)
-        collect(new_store(tmp_path / f"{workers}.zarr"), make_demonstrator, 8, 3, spread, commit_every=3)
+        collect(new_store(tmp_path / f"{workers}.zarr"), make_demonstrator, 8, 3, spread)
     assert files_of(tmp_path / "1.zarr") == files_of(tmp_path / "2.zarr")
 
 
@@ -59,7 +59,7 @@ def test_episodes_take_the_modes_in_turn_and_record_the_clean_action(store: Epis
 def test_the_first_successes_are_stored_in_the_order_of_their_seeds(tmp_path: Path) -> None:
     store = new_store(tmp_path / "store.zarr")
     seen: list[int] = []
-    collect(store, make_fake, 5, 0, on_episode=lambda demonstration: seen.append(demonstration.seed), commit_every=2)
+    collect(store, make_fake, 5, 0, on_episode=lambda demonstration: seen.append(demonstration.seed))
     seeds = store.read_meta("seed")
     assert seeds is not None
     assert seeds.tolist() == [1, 2, 4, 5, 7]
@@ -69,7 +69,7 @@ def test_the_first_successes_are_stored_in_the_order_of_their_seeds(tmp_path: Pa
 def test_an_interrupt_keeps_what_has_finished(tmp_path: Path) -> None:
     store = new_store(tmp_path / "store.zarr")
     with pytest.raises(KeyboardInterrupt):
-        collect(store, lambda: interrupted_at_seven, 50, 0, commit_every=3)
+        collect(store, lambda: interrupted_at_seven, 50, 0)
     seeds = EpisodeStore.open(tmp_path / "store.zarr").read_meta("seed")
     assert seeds is not None
     assert seeds.tolist() == [1, 2, 4, 5]

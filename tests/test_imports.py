@@ -26,8 +26,8 @@ OURS_ALLOWED = {
     "likelihood": {"samplers", "schedules"},
     "samplers": {"schedules"},
     "networks": {"networks"},
-    "normalizer": set(),
-    "policy": LEARNING,
+    "normalizer": {"datasets.statistics"},
+    "policy": LEARNING | {"datasets.statistics"},
     "controller": {"config", "policy"},
     "trainer": {"config", "policy", "datasets.windows"},
     "checkpoint": {"config", "policy"},
@@ -52,6 +52,9 @@ LIBRARIES = {
     "video.py": {"imageio", "gymnasium", "numpy"},
     "config.py": set(),
     "windows.py": {"numpy", "torch"},
+    "robomimic.py": {"numpy", "h5py"},
+    "lerobot.py": {"numpy", "pyarrow"},
+    "minari.py": {"numpy", "minari", "gymnasium"},
     "recorder.py": {"numpy", "zarr", "gymnasium"},
 }
 """Libraries that each room may use; some files have a list of their own."""

@@ -42,7 +42,7 @@ def test_only_the_chosen_episodes_are_seen() -> None:
 
 def test_each_pass_sees_every_window_once_in_a_new_order() -> None:
     windows = Windows(DATA, ENDS, [0, 1, 2], 1, 1)
-    batches = windows.shuffled_batches(4, torch.Generator().manual_seed(0))
+    batches = windows.batches(4, seed=0)
     passes = [torch.cat([next(batches).actions.flatten() for _ in range(3)]).tolist() for _ in range(2)]
     assert sorted(passes[0]) == sorted(passes[1]) == list(range(12))
     assert passes[0] != passes[1]
@@ -50,13 +50,13 @@ def test_each_pass_sees_every_window_once_in_a_new_order() -> None:
 
 def test_the_seed_fixes_the_order() -> None:
     windows = Windows(DATA, ENDS, [0, 1, 2], 1, 1)
-    a, b, c = (windows.shuffled_batches(5, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    a, b, c = (windows.batches(5, seed) for seed in (1, 1, 2))
     first = [[batch.actions.tolist() for batch in itertools.islice(batches, 6)] for batches in (a, b, c)]
     assert first[0] == first[1] != first[2]
 
 
 def test_fewer_windows_than_a_batch_still_give_batches() -> None:
-    batches = Windows(DATA, ENDS, [1], 2, 4).shuffled_batches(256, torch.Generator())
+    batches = Windows(DATA, ENDS, [1], 2, 4).batches(256, seed=0)
     assert next(batches).actions.shape == (1, 4, 1)
 
 

@@ -1,10 +1,13 @@
 """diffusion-policy collect: demonstrations from scripted experts."""
 
+from __future__ import annotations
+
 import dataclasses
 import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffusion_policy.commands.common import (
     DEFAULT_ENV,
@@ -17,73 +20,143 @@ from diffusion_policy.commands.common import (
 )
 from diffusion_policy.config import ConfigError, require_at_least, require_seed
 
+if TYPE_CHECKING:
+    import gymnasium
+
+    from diffusion_policy.datasets.store import Demonstration, EpisodeStore
+
+
+class Settings(NamedTuple):
+    """What decides the course of a collection; a store keeps it, so that an interrupted collection can go on."""
+
+    env: str = DEFAULT_ENV
+    env_kwargs: dict[str, Any] = {}  # noqa: RUF012  (never changed)
+    episodes: int = 240
+    seed: int = 0
+    noise: float = 0.4
+
 
 @dataclass(frozen=True)
 class Collect:
     """Collect demonstrations with the environment's scripted experts, every mode in turn, into a zarr store.
 
-    Only successful episodes are stored. Ctrl-C keeps the episodes that have finished.
+    Only successful episodes are stored. Whatever ends it, Ctrl-C or a crash, the episodes committed so far are kept;
+    --resume STORE goes on with the next seed, and ends with the same store as if it had never stopped.
     """
 
-    output: Path
+    output: Path | None = None
     """Store to create, such as demonstrations.zarr."""
-    env: str = DEFAULT_ENV
-    """Gymnasium id of the environment."""
-    env_kwargs: str = "{}"
+    resume: Path | None = None
+    """Store of an interrupted collection to go on with, instead of --output."""
+    env: str | None = None
+    """Gymnasium id of the environment; by default diffusion_policy/Avoid-v0."""
+    env_kwargs: str | None = None
     """Arguments of the environment, as JSON: '{"rows": 3}'."""
-    episodes: int = 240
-    """Successful episodes to store."""
-    seed: int = 0
-    """Seed of the first episode; the next episode has the next seed."""
-    noise: float = 0.4
-    """Standard deviation of the noise on each executed action, as a share of its length. The clean action is recorded,
-    so the policy learns to come back from where the noise leads."""
+    episodes: int | None = None
+    """Successful episodes to store; by default 240, or what the interrupted collection was asked for."""
+    seed: int | None = None
+    """Seed of the first episode, by default 0; the next episode has the next seed."""
+    noise: float | None = None
+    """Standard deviation of the noise on each executed action, as a share of its length; by default 0.4. The clean
+    action is recorded, so the policy learns to come back from where the noise leads."""
     workers: int = dataclasses.field(default_factory=available_cores)
     """Worker processes; the result is the same for any number."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, ("episodes", "workers"))
-        require_at_least(self, 0, ("noise",))
-        require_seed(self)
-        parse_env_kwargs(self.env_kwargs)
+        if (self.output is None) == (self.resume is None):
+            raise ConfigError("collect needs either --output, a store to create, or --resume, one to go on with")
+        require_at_least(self, 1, ("workers",))
+        if self.episodes is not None:
+            require_at_least(self, 1, ("episodes",))
+        if self.noise is not None:
+            require_at_least(self, 0, ("noise",))
+        if self.seed is not None:
+            require_seed(self)
+        if self.env_kwargs is not None:
+            parse_env_kwargs(self.env_kwargs)
 
     def run(self) -> None:
-        """Collect; raises ValueError for an environment that is unknown or has no expert, or an output that exists."""
+        """Collect; raises ValueError for an environment that is unknown or has no expert, an output that exists, and a
+        store that cannot be gone on with."""
         from diffusion_policy import envs
         from diffusion_policy.datasets.collect import Demonstrator, collect
-        from diffusion_policy.datasets.store import Demonstration, EpisodeStore
+        from diffusion_policy.datasets.store import EpisodeStore
         from diffusion_policy.engines import ordered_map
         from diffusion_policy.envs.experts import EXPERTS
 
-        arguments = parse_env_kwargs(self.env_kwargs)
-        make_env = partial(envs.make, self.env, **arguments)
+        store = EpisodeStore.append_to(self.resume) if self.resume else None
+        settings = self._settings(store)
+        make_env = partial(envs.make, settings.env, **settings.env_kwargs)
         env = make_env()
-        if self.env not in EXPERTS:
-            raise ConfigError(f"no expert for {self.env!r}; experts exist for {', '.join(EXPERTS)}")
-        attributes = {
-            "environment": {"id": self.env, "arguments": arguments},
-            "control_frequency": env.metadata["render_fps"],
-            "observation_keys": sorted(env.observation_space.keys()),  # pyright: ignore[reportAttributeAccessIssue]
-            "action_key": "action",
-            "noise": self.noise,
-        }
-        make_demonstrator = partial(Demonstrator, make_env, EXPERTS[self.env], self.noise)
+        if settings.env not in EXPERTS:
+            raise ConfigError(f"no expert for {settings.env!r}; experts exist for {', '.join(EXPERTS)}")
+        make_demonstrator = partial(Demonstrator, make_env, EXPERTS[settings.env], settings.noise)
 
         with stop_on_signal() as stop:
-            store = EpisodeStore.create(self.output, attributes, env.get_wrapper_attr("modes"))
-            with progress_bar("episodes") as bar:
-                task = bar.add_task("collecting", total=self.episodes, note="")
+            if store is None:
+                assert self.output is not None
+                store = EpisodeStore.create(self.output, describe(env, settings), env.get_wrapper_attr("modes"))
+            with store, progress_bar("episodes") as bar:
+                kept = len(store.episode_ends)
+                seeds = store.read_meta("seed")
+                first_seed = settings.seed if seeds is None else int(seeds[-1]) + 1
+                task = bar.add_task("collecting", total=settings.episodes, completed=kept, note="")
 
                 def show(demonstration: Demonstration) -> None:
-                    bar.advance(task, demonstration.success)
+                    bar.advance(task, bool(demonstration.success))
 
                 spread = partial(ordered_map, workers=self.workers)
-                collect(store, make_demonstrator, self.episodes, self.seed, spread, show, stop.is_set)
+                try:
+                    if kept < settings.episodes:
+                        collect(store, make_demonstrator, settings.episodes, first_seed, spread, show, stop.is_set)
+                except OSError as error:
+                    held = f"{len(store.episode_ends)} of {settings.episodes} episodes are safe in {store.location}"
+                    raise OSError(f"{error.strerror or error}; {held}, go on with --resume {store.location}") from error
         env.close()
+        self._conclude(store, settings.episodes)
+
+    def _settings(self, store: EpisodeStore | None) -> Settings:
+        """What was asked for, completed by what the store says; raises ConfigError where the two differ."""
+        asked = {name: getattr(self, name) for name in Settings._fields if getattr(self, name) is not None}
+        if self.env_kwargs is not None:
+            asked["env_kwargs"] = parse_env_kwargs(self.env_kwargs)
+        if store is None:
+            return Settings(**asked)
+        attributes = store.attributes
+        if "collection" not in attributes:
+            raise ConfigError(f"{store.location} was not made by collect, so it cannot be gone on with")
+        environment = attributes["environment"]
+        stored = {"env": environment["id"], "env_kwargs": environment["arguments"], **attributes["collection"]}
+        different = [name for name in asked if name != "episodes" and asked[name] != stored[name]]
+        if different:
+            name = different[0]
+            raise ConfigError(
+                f"{store.location} was begun with --{name.replace('_', '-')} {stored[name]}; got {asked[name]}"
+            )
+        for array, rows in store.dropped.items():
+            console.print(f"{store.location}: dropped {rows} uncommitted rows of {array}")
+        return Settings(**{**stored, "episodes": asked.get("episodes", stored["episodes"])})
+
+    def _conclude(self, store: EpisodeStore, wanted: int) -> None:
+        """Say what there is now; raises Interrupted when it is less than was wanted."""
         ends = store.episode_ends
         if len(ends) == 0:
-            shutil.rmtree(self.output)  # nothing is lost, and the same command can be given again
+            shutil.rmtree(store.location)  # nothing is lost, and the same command can be given again
             raise Interrupted("stopped before the first episode had finished")
-        if len(ends) < self.episodes:
-            raise Interrupted(f"stopped: {len(ends)} of {self.episodes} episodes are in {self.output}")
-        console.print(f"{len(ends)} episodes, {ends[-1]} steps in {self.output}")
+        if len(ends) < wanted:
+            raise Interrupted(
+                f"stopped: {len(ends)} of {wanted} episodes are in {store.location}; go on with: "
+                f"diffusion-policy collect --resume {store.location}"
+            )
+        console.print(f"{len(ends)} episodes, {ends[-1]} steps in {store.location}")
+
+
+def describe(env: gymnasium.Env, settings: Settings) -> dict[str, Any]:
+    """Attributes of a store of this environment's episodes."""
+    return {
+        "environment": {"id": settings.env, "arguments": settings.env_kwargs},
+        "control_frequency": env.metadata["render_fps"],
+        "observation_keys": sorted(env.observation_space.keys()),  # pyright: ignore[reportAttributeAccessIssue]
+        "action_key": "action",
+        "collection": {name: getattr(settings, name) for name in ("episodes", "seed", "noise")},
+    }

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,18 +40,62 @@ class Failed(Exception):
     """What was checked is not as it should be; the message says what. Exit status 1."""
 
 
-def choose_observation_keys(store: EpisodeStore, wanted: Sequence[str]) -> tuple[str, ...]:
-    """Keys of a store that a policy observes: those wanted, else those that the store names, else all but action.
+class Keys(NamedTuple):
+    """What is read of a store."""
 
-    Raises ConfigError for keys that it does not have, and when none are left.
-    """
-    keys = tuple(wanted) or tuple(store.attributes.get("observation_keys", ()))
-    keys = keys or tuple(key for key in store.keys if key != "action")
-    wrong = [key for key in keys if key not in store.keys or key == "action"]
+    observations: tuple[str, ...]
+    action: str
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What each key is called once it is read: the action is `action`."""
+        return {key: key for key in self.observations} | {self.action: "action"}
+
+
+def open_store(location: str | Path) -> EpisodeStore:
+    """Open a data set to read, saying what in it was never committed; raises StoreError."""
+    from diffusion_policy.datasets.store import EpisodeStore
+
+    store = EpisodeStore.open(location)
+    rows = max(store.uncommitted().values(), default=0)
+    if rows:
+        console.print(f"{location} has {rows} rows beyond its last complete episode; they are not read")
+    return store
+
+
+def choose_keys(store: EpisodeStore, observations: Sequence[str] = (), action: str | None = None) -> Keys:
+    """Keys of a store that a policy learns from: those wanted, else those that the store names, else `action` and all
+    others. Raises ConfigError for keys that it does not have, and when none are left to observe."""
+    action = action or store.action_key
+    keys = tuple(observations) or tuple(key for key in store.observation_keys if key != action)
+    has = f"it has {', '.join(store.keys)}"
+    if action not in store.keys:
+        raise ConfigError(f"{store.location} has no action key {action!r}; {has}; choose one with --action")
+    wrong = [key for key in keys if key not in store.keys or key == action]
     if wrong or not keys:
         sought = f"no observation {wrong[0]!r}" if wrong else "no observations"
-        raise ConfigError(f"{store.location} has {sought}; it has {', '.join(store.keys)}")
-    return keys
+        raise ConfigError(f"{store.location} has {sought}; {has}")
+    if action != "action" and "action" in keys:
+        raise ConfigError(f"an observation cannot be called 'action'; choose others with --observation; {has}")
+    return Keys(keys, action)
+
+
+def choose_angles(store: EpisodeStore, wanted: Sequence[str], keys: Keys) -> dict[str, tuple[int, ...]]:
+    """--angles, such as `state:4` or `pose:3,4,5`, else what the store says, for the keys that are read. Raises
+    ConfigError for other forms and for keys that are not read."""
+    angles: dict[str, tuple[int, ...]] = {}
+    for text in wanted:
+        key, _, columns = text.rpartition(":")
+        if not re.fullmatch(r"\d+(,\d+)*", columns) or key not in keys.names:
+            raise ConfigError(
+                f"--angles must name one of the keys {', '.join(keys.names)} and its columns, as in state:4 or "
+                f"pose:3,4,5; got {text!r}"
+            )
+        angles[keys.names[key]] = tuple(int(column) for column in columns.split(","))
+    if wanted:
+        return angles
+    stored = store.attributes.get("angles") or {}
+    return {keys.names[key]: tuple(columns) for key, columns in stored.items() if key in keys.names}
 
 
 def parse_env_kwargs(text: str) -> dict[str, Any]:

@@ -16,8 +16,11 @@ from rich.markup import escape
 from diffusion_policy import __version__
 from diffusion_policy.commands.common import (
     Failed,
-    choose_observation_keys,
+    Keys,
+    choose_angles,
+    choose_keys,
     console,
+    open_store,
     progress_bar,
     require_fresh,
 )
@@ -37,6 +40,8 @@ PROBED = 512
 """Windows that a trained policy is looked at with."""
 PLANNED = 64
 """Windows that plans are sampled for."""
+MEMORY_BYTES = 1e9
+"""Of a larger data set only the first episodes are looked at."""
 READABLE = "data is readable and finite"
 COLORS = {"pass": "green", "warn": "yellow", "fail": "red"}
 
@@ -57,7 +62,11 @@ class Doctor:
     """Folder for doctor.json and noised.png, a picture of an action sequence at a low, a middle and a high noise level;
     without it neither is written."""
     observation: tuple[str, ...] = ()
-    """Keys of the store to observe where no checkpoint says; by default those that it names, else all but action."""
+    """Keys of the store to observe where no checkpoint says; by default those that it names, else all others."""
+    action: str | None = None
+    """Key of the actions where no checkpoint says; by default the one that the store names, else action."""
+    angles: tuple[str, ...] = ()
+    """Columns that are angles [rad] where no checkpoint says, as state:4; by default those that the store names."""
     overfit_steps: int = 2000
     """Training steps of the test that a new network can learn 32 windows by heart; 0 leaves it out."""
     seed: int = 0
@@ -123,10 +132,11 @@ class Doctor:
         config: PolicyConfig,
         loaded: Checkpoint | None,
         store: EpisodeStore | None,
-        keys: tuple[str, ...],
+        keys: Keys,
         device: torch.device,
     ) -> Iterator[Check]:
         """All checks, one after the other, as far as what they need is there."""
+        import numpy as np
         import torch
 
         from diffusion_policy import doctor
@@ -141,7 +151,7 @@ class Doctor:
         if schedule is None:
             return
         yield doctor.check_first_level(schedule)
-        data, problems = _read(store, keys) if store else ({}, [])
+        data, ends, problems = _read(store, keys) if store else ({}, np.empty(0), [])
         yield from problems
         if store is None or problems:
             yield doctor.check_last_level(schedule)
@@ -152,10 +162,11 @@ class Doctor:
             dataclasses.replace(config, snr_gamma=0.0, condition_dropout=0.0),
             data,
             loaded.policy.modes if loaded else store.modes,
+            loaded.policy.shapes.angles if loaded else choose_angles(store, self.angles, keys),
         ).to(device)
         policy = loaded.policy if loaded else untrained
-        yield from self._check_data(policy, data, store.episode_ends)
-        windows = _windows(policy, store, data)
+        yield from self._check_data(policy, data, ends)
+        windows = _windows(policy, store, data, ends)
         if self.output:
             middle = windows.gather(torch.tensor([len(windows) // 2], device=device)).actions[0]
             clean = policy.normalizer.normalize("action", middle).cpu().numpy()
@@ -163,7 +174,7 @@ class Doctor:
             figure.savefig(self.output / "noised.png", dpi=150)
             console.print(f"a noised action sequence in {self.output}/noised.png")
         if loaded:
-            jumps = doctor.largest_jumps(data["action"], store.episode_ends)
+            jumps = doctor.largest_jumps(data["action"], ends)
             yield from self._check_policy(policy, windows, jumps)
         if self.overfit_steps:
             with progress_bar("steps") as bar:
@@ -191,26 +202,27 @@ class Doctor:
         yield doctor.check_padding(lengths, policy.config)
         yield doctor.check_clipping(normalized, self.sampling.clip)
 
-    def _find_data(self, loaded: Checkpoint | None) -> tuple[EpisodeStore | None, tuple[str, ...], list[Check]]:
+    def _find_data(self, loaded: Checkpoint | None) -> tuple[EpisodeStore | None, Keys, list[Check]]:
         """The data set to look at and the keys to observe; a warning where a checkpoint's own has gone or changed."""
-        from diffusion_policy.datasets.store import EpisodeStore, StoreError
+        from diffusion_policy.datasets.store import StoreError
         from diffusion_policy.doctor import Check
 
         if self.dataset is not None:
-            store = EpisodeStore.open(self.dataset)
+            store = open_store(self.dataset)
             if loaded is None:
-                return store, choose_observation_keys(store, self.observation), []
-            known = {**loaded.policy.shapes.observations, "action": loaded.policy.shapes.action}
+                return store, choose_keys(store, self.observation, self.action), []
+            keys = Keys(tuple(loaded.policy.shapes.observations), loaded.dataset.action_key)
+            known = {**loaded.policy.shapes.observations, keys.action: loaded.policy.shapes.action}
             for key, shape in known.items():
                 found = store.shape(key) if key in store.keys else "nothing"
                 if found != shape:
                     raise ConfigError(f"the policy needs {key} of shape {shape} a step; {self.dataset} has {found}")
-            return store, tuple(loaded.policy.shapes.observations), []
+            return store, keys, []
         assert loaded is not None
-        keys = tuple(loaded.policy.shapes.observations)
+        keys = Keys(tuple(loaded.policy.shapes.observations), loaded.dataset.action_key)
         try:
-            store = EpisodeStore.open(loaded.dataset.location)
-            if store.fingerprint(keys) == loaded.dataset.fingerprint:
+            store = open_store(loaded.dataset.location)
+            if store.fingerprint(*keys) == loaded.dataset.fingerprint:
                 return store, keys, []
             found = f"{loaded.dataset.location} is no longer what the policy was trained on"
         except (StoreError, OSError) as error:
@@ -235,29 +247,40 @@ class Doctor:
         yield doctor.check_jumps(policy, few, jumps, self.sampling, self.seed)
 
 
-def _windows(policy: DiffusionPolicy, store: EpisodeStore, data: Mapping[str, np.ndarray]) -> Windows:
-    """All windows of a store, with the modes as the policy numbers them."""
+def _windows(
+    policy: DiffusionPolicy, store: EpisodeStore, data: Mapping[str, np.ndarray], episode_ends: np.ndarray
+) -> Windows:
+    """All windows of what was read of a store, with the modes as the policy numbers them."""
     import numpy as np
 
     from diffusion_policy.datasets.windows import Windows
 
     modes = None
     if policy.modes:
-        labels = store.episode_modes()
+        labels = store.episode_modes()[: len(episode_ends)]
         modes = np.array([policy.modes.index(label) if label in policy.modes else -1 for label in labels])
     horizons = policy.config.observation_horizon, policy.config.prediction_horizon
-    return Windows(data, store.episode_ends, range(len(store.episode_ends)), *horizons, policy.device, modes)
+    return Windows(data, episode_ends, range(len(episode_ends)), *horizons, policy.device, modes)
 
 
-def _read(store: EpisodeStore, keys: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[Check]]:
-    """All rows of these keys and of the actions; a failed check for each that cannot be read."""
+def _read(store: EpisodeStore, keys: Keys) -> tuple[dict[str, np.ndarray], np.ndarray, list[Check]]:
+    """All rows of these keys, or of the first episodes that fit the memory, and where the episodes end among them; a
+    failed check for each key that cannot be read."""
+    import numpy as np
+
     from diffusion_policy.datasets.store import StoreError
+    from diffusion_policy.datasets.windows import episodes_within, read_episodes
     from diffusion_policy.doctor import Check
 
-    data, problems = {}, []
-    for key in (*keys, "action"):
+    data, ends, problems = {}, np.empty(0), []
+    try:
+        episodes = episodes_within(store, keys.names, np.arange(len(store.episode_ends)), MEMORY_BYTES)
+    except StoreError as error:
+        return {}, ends, [Check(READABLE, "fail", str(error), "see what else is wrong: dataset validate")]
+    for key, name in keys.names.items():
         try:
-            data[key] = store.read(key)
+            rows, ends = read_episodes(store, {key: name}, episodes)
+            data |= rows
         except StoreError as error:
-            problems.append(Check(READABLE, "fail", str(error), "remove the damaged episodes"))
-    return data, problems
+            problems.append(Check(READABLE, "fail", str(error), "see what else is wrong: dataset validate"))
+    return data, ends, problems

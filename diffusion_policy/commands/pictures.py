@@ -63,7 +63,7 @@ def _demonstrated_paths(loaded: Loaded, plane: Any) -> list[PlanePath]:
     keys = tuple(loaded.checkpoint.policy.shapes.observations)
     try:
         store = EpisodeStore.open(recorded.location)
-        if store.fingerprint(keys) != recorded.fingerprint:
+        if store.fingerprint(keys, recorded.action_key) != recorded.fingerprint:
             return []
         data = {key: store.read(key) for key in keys}
     except (StoreError, OSError):

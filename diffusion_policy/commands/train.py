@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,16 +13,22 @@ import tyro
 
 from diffusion_policy.commands.common import (
     Interrupted,
-    choose_observation_keys,
+    Keys,
+    choose_angles,
+    choose_keys,
     console,
+    open_store,
     progress_bar,
     require_fresh,
     stop_on_signal,
 )
-from diffusion_policy.config import PolicyConfig, TrainConfig
+from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from diffusion_policy.checkpoint import Dataset, Environment
+    from diffusion_policy.datasets.statistics import Summary
     from diffusion_policy.datasets.store import EpisodeStore
     from diffusion_policy.trainer import Progress, Trainer
 
@@ -41,7 +47,12 @@ class Train:
     config: Path | None = None
     """Take policy and training options from this JSON, such as a checkpoint's config.json; flags override it."""
     observation: tuple[str, ...] = ()
-    """Keys of the store that the policy observes; by default those that the store names, else all but action."""
+    """Keys of the store that the policy observes; by default those that the store names, else all but the action."""
+    action: str | None = None
+    """Key of the store that holds the actions; by default the one that the store names, else action."""
+    angles: tuple[str, ...] = ()
+    """Columns that are angles [rad], as state:4 or pose:3,4,5: the network sees their cosine and sine. By default those
+    that the store names."""
     device: str = "auto"
     """auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps."""
     policy: Annotated[PolicyConfig, tyro.conf.arg(name="")] = field(default_factory=PolicyConfig)
@@ -49,33 +60,50 @@ class Train:
 
     def run(self) -> None:
         """Train; raises ValueError for bad data, a bad device, or an output folder that holds something."""
+        import numpy as np
         import torch
 
         from diffusion_policy import checkpoint
-        from diffusion_policy.datasets.store import EpisodeStore
-        from diffusion_policy.datasets.windows import Windows, split_episodes
+        from diffusion_policy.datasets.statistics import summarize
+        from diffusion_policy.datasets.windows import (
+            Windows,
+            episodes_within,
+            hold_windows,
+            load_windows,
+            split_episodes,
+        )
         from diffusion_policy.policy import DiffusionPolicy, choose_device
         from diffusion_policy.trainer import Trainer
 
         require_fresh(self.output)
         device = choose_device(self.device)
-        store = EpisodeStore.open(self.dataset)
-        keys = choose_observation_keys(store, self.observation)
-        data = {key: store.read(key) for key in (*keys, "action")}
-        ends = store.episode_ends
-        training_episodes, held_out = split_episodes(len(ends), self.training.validation_share, self.training.seed)
+        store = open_store(self.dataset)
+        keys = choose_keys(store, self.observation, self.action)
+        angles = choose_angles(store, self.angles, keys)
+        lengths = np.diff(store.episode_ends, prepend=0)
+        settings = self.training
+        chosen, held_out = split_episodes(len(lengths), settings.validation_share, settings.seed, settings.max_episodes)
+        self._look_at_lengths(lengths[chosen])
 
-        torch.manual_seed(self.training.seed)
+        torch.manual_seed(settings.seed)
+        with console.status("measuring the data"):
+            summary = summarize(store, keys.observations, keys.action, chosen)
+        policy = DiffusionPolicy.for_statistics(self.policy, summary.statistics, store.modes, angles).to(device)
         horizons = self.policy.observation_horizon, self.policy.prediction_horizon
         modes = store.mode_indices() if self.policy.condition_on_mode else None
-        windows = Windows(data, ends, training_episodes, *horizons, device, modes)
-        validation = Windows(data, ends, held_out, *horizons, device, modes) if len(held_out) else None
-        policy = DiffusionPolicy.for_data(self.policy, windows.rows(), store.modes).to(device)
-        trainer = Trainer(policy, windows, validation, self.training)
-        environment, dataset = describe(store, keys)
+        memory = settings.memory_gb * 1e9
+        with console.status("reading the data"):
+            windows = load_windows(store, keys.names, chosen, *horizons, device, modes, memory)
+            validation = None
+            if len(held_out):
+                few = held_out if isinstance(windows, Windows) else episodes_within(store, keys.names, held_out, 2**24)
+                validation = hold_windows(store, keys.names, few, *horizons, device, modes)
+        trainer = Trainer(policy, windows, validation, settings)
+        environment, dataset = describe(store, keys, summary)
         parameters = sum(weight.numel() for weight in policy.parameters())
         console.print(
-            f"{len(training_episodes)} training and {len(held_out)} validation episodes, {len(windows)} windows, "
+            f"{len(chosen)} training and {len(held_out)} validation episodes, {len(windows)} windows"
+            f"{'' if isinstance(windows, Windows) else ' streamed from the store'}, "
             f"{parameters / 1e6:.1f} M parameters, on {device}"
         )
 
@@ -90,6 +118,21 @@ class Train:
         if trainer.step < self.training.steps:
             raise Interrupted(f"stopped after step {trainer.step} of {self.training.steps}; checkpoint in {folder}")
         console.print(f"checkpoint in {folder}")
+
+    def _look_at_lengths(self, lengths: np.ndarray) -> None:
+        """Raise ConfigError when no episode is as long as a window; say so when some are not."""
+        horizon = self.policy.prediction_horizon
+        short = int((lengths < horizon).sum())
+        if short == len(lengths):
+            raise ConfigError(
+                f"no episode of {self.dataset} is as long as a window: the longest has {lengths.max()} steps, the "
+                f"prediction-horizon is {horizon}; lower it"
+            )
+        if short:
+            console.print(
+                f"{short} of {len(lengths)} episodes are shorter than a window of {horizon} steps (the shortest has "
+                f"{lengths.min()}); their last action is repeated"
+            )
 
     def _train(self, trainer: Trainer, should_stop: Callable[[], bool], save: Callable[[], object]) -> None:
         """Train with a bar, a line at each validation, metrics.jsonl, and a checkpoint from time to time."""
@@ -110,9 +153,10 @@ class Train:
             trainer.run(show, should_stop)
 
 
-def describe(store: EpisodeStore, observation_keys: Sequence[str]) -> tuple[Environment, Dataset]:
+def describe(store: EpisodeStore, keys: Keys, summary: Summary) -> tuple[Environment, Dataset]:
     """What a checkpoint says of its data set."""
     from diffusion_policy.checkpoint import Dataset, Environment
+    from diffusion_policy.datasets.statistics import to_json
     from diffusion_policy.metrics import NONE
 
     attributes = store.attributes
@@ -124,10 +168,12 @@ def describe(store: EpisodeStore, observation_keys: Sequence[str]) -> tuple[Envi
     environment = Environment(recorded.get("id"), recorded.get("arguments", {}), store.modes)
     dataset = Dataset(
         location=str(local.resolve()) if local.exists() else store.location,
-        fingerprint=store.fingerprint(observation_keys),
+        fingerprint=summary.fingerprint,
         episodes=len(modes),
         steps=int(store.episode_ends[-1]),
         modes=dict(sorted(Counter(modes).items())),
         seeds=None if seeds is None else (int(seeds.min()), int(seeds.max())),
+        action_key=keys.action,
+        statistics=to_json(summary.statistics),
     )
     return environment, dataset
