@@ -49,7 +49,8 @@ class Measuring:
         """`seed`: of the random rows that quantiles are taken from when there are many."""
         self._rng = np.random.default_rng(seed)
         self._count = 0
-        self._sample = np.empty(0)
+        self.sample = np.empty(0)
+        """Rows drawn at random from all, or all while they are few."""
         self._places = np.empty(0)
 
     def add(self, rows: np.ndarray) -> None:
@@ -64,7 +65,7 @@ class Measuring:
         squares = ((block - mean) ** 2).sum(axis=0)
         if self._count == 0:
             self._minimum, self._maximum = block.min(axis=0), block.max(axis=0)
-            self._mean, self._squares, self._sample = mean, squares, rows[:0]
+            self._mean, self._squares, self.sample = mean, squares, rows[:0]
         else:
             self._minimum = np.minimum(self._minimum, block.min(axis=0))
             self._maximum = np.maximum(self._maximum, block.max(axis=0))
@@ -78,17 +79,17 @@ class Measuring:
         """Keep a uniform sample: every row draws a number, and the rows with the smallest ones stay."""
         most = max(1000, min(SAMPLE_ROWS, SAMPLE_BYTES // max(1, rows[:1].nbytes)))
         places = np.concatenate([self._places, self._rng.random(len(rows))])
-        sample = np.concatenate([self._sample, rows])
+        sample = np.concatenate([self.sample, rows])
         if len(sample) > most:
             kept = np.argpartition(places, most)[:most]
             places, sample = places[kept], sample[kept]
-        self._places, self._sample = places, sample
+        self._places, self.sample = places, sample
 
     def result(self) -> Statistics:
         """Statistics of all rows so far; raises ValueError when there are none."""
         if self._count == 0:
             raise ValueError("statistics need at least one row")
-        low, high = np.quantile(self._sample.astype(np.float64), QUANTILES, axis=0)
+        low, high = np.quantile(self.sample.astype(np.float64), QUANTILES, axis=0)
         std = np.sqrt(self._squares / self._count)
         return Statistics(self._count, self._minimum, self._maximum, self._mean, std, low, high)
 

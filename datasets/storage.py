@@ -6,6 +6,7 @@ Knows zarr and files. Knows no episodes.
 import math
 import os
 import re
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,10 @@ from typing import Literal
 import fsspec
 import numpy as np
 import zarr
-from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.sync import sync
 from zarr.errors import ContainsArrayError, GroupNotFoundError
-from zarr.storage import FsspecStore
+from zarr.storage import ZipStore
 
 from diffusion_policy.datasets.guard import LARGEST_CHUNK, collect_async
 
@@ -27,7 +27,7 @@ try:
 except ImportError:  # Windows: nothing keeps a second writer away
     fcntl = None
 
-CHUNK_BYTES = 2**20
+CHUNK_BYTES = 2**19
 """Decoded size of a chunk of wide rows: large enough to read fast, small enough to hold several in memory."""
 CHUNK_ROWS = 16384
 """Most rows in a chunk: some hundred episodes, so that many small episodes do not become many small files."""
@@ -56,15 +56,15 @@ def open_group(location: str, mode: Literal["r", "r+"]) -> zarr.Group:
 
 
 def _open_zip(location: str) -> zarr.Group:
-    """The group in a zip file, which may lie in a folder of it."""
-    archive = fsspec.filesystem("zip", fo=fsspec.open(location, "rb"))
-    files = archive.find("", detail=True)
-    if any(file["size"] > LARGEST_CHUNK for file in files.values()):
+    """The group in a zip file, which may lie in a folder of it; a file behind a URL is fetched whole."""
+    path = fsspec.open_local(f"simplecache::{location}") if "://" in location else location
+    with zipfile.ZipFile(str(path)) as archive:
+        files = archive.infolist()
+    if any(file.file_size > LARGEST_CHUNK for file in files):
         raise StoreError(f"{location} holds a file of more than {LARGEST_CHUNK / 2**20:.0f} MB, which no store has")
-    ends = (re.fullmatch(r"(.*?)/?meta/episode_ends/(zarr\.json|\.zarray)", name) for name in files)
+    ends = (re.fullmatch(r"(.*?)/?meta/episode_ends/(zarr\.json|\.zarray)", file.filename) for file in files)
     root = next((match[1] for match in ends if match), "")
-    store = FsspecStore(AsyncFileSystemWrapper(archive, asynchronous=True), read_only=True, path=root)
-    return zarr.open_group(store, mode="r")
+    return zarr.open_group(ZipStore(str(path), mode="r"), mode="r", path=root)
 
 
 def lock(path: Path) -> Callable[[], object]:
@@ -95,7 +95,7 @@ def create_array(group: zarr.Group, path: str, like: np.ndarray, fill_value: flo
         dtype=like.dtype,
         chunks=(rows, *(max(1, n) for n in like.shape[1:])),
         chunk_key_encoding={"name": "default", "separator": "."},
-        compressors=[BloscCodec(cname="zstd", clevel=5), Crc32cCodec()],
+        compressors=[BloscCodec(cname="zstd", clevel=3), Crc32cCodec()],
         fill_value=fill_value,
     )
 
@@ -104,9 +104,10 @@ def list_names(group: zarr.Group, folder: str) -> list[str]:
     """Names of the members of a folder within a group, sorted, whether they can be opened or not; none where the place
     cannot be listed, as on most web servers."""
     try:
-        names = set(sync(collect_async(group.store.list_dir(f"{group.path}/{folder}".strip("/")))))
+        found = sync(collect_async(group.store.list_dir(f"{group.path}/{folder}".strip("/"))))
     except (NotImplementedError, OSError):
         return []
+    names = {name.rstrip("/") for name in found}
     return sorted(name for name in names if NAME.fullmatch(name) and name != "zarr.json" and ".partial" not in name)
 
 

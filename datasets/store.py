@@ -59,8 +59,9 @@ class EpisodeStore:
     closed; `open` reads one. A context manager."""
 
     def __init__(self, group: zarr.Group, location: str, lock: Callable[[], object] = lambda: None) -> None:
-        """`lock`: what lets other writers in. Raises StoreError for episodes that cannot be."""
-        self._group = group
+        """`lock`: what lets other writers in."""
+        self.group = group
+        """The zarr group, its contents not yet trusted."""
         self._unlock = weakref.finalize(self, lock)
         self._checked: dict[str, zarr.Array] = {}
         self.location = location
@@ -68,8 +69,6 @@ class EpisodeStore:
         self.dropped: dict[str, int] = {}
         """Rows of an interrupted append that `append_to` has dropped, by array."""
         self._ends = self._read_ends()
-        if (np.diff(self._ends, prepend=0) <= 0).any():
-            raise StoreError(f"{location}: meta/episode_ends must increase from above 0; got {self._ends[:10]}...")
 
     @classmethod
     def create(cls, path: Path | str, attributes: Mapping[str, Any], modes: Sequence[str]) -> "EpisodeStore":
@@ -103,6 +102,7 @@ class EpisodeStore:
         store = cls(open_group(str(path), "r+"), str(path), lock(path))
         if store.attributes.get("format") != FORMAT:
             raise StoreError(f"{path} was not written by this toolkit; copy it with: dataset convert {path} NEW.zarr")
+        store._check()
         store._drop_uncommitted()
         return store
 
@@ -111,6 +111,7 @@ class EpisodeStore:
         """Open a store to read what is committed now. Raises StoreError when it is missing, holds no episodes, or is
         cut into impossible ones; what is wrong with an array is said when it is read."""
         store = cls(open_group(str(location), "r"), str(location))
+        store._check()
         if len(store.episode_ends) == 0:
             raise StoreError(f"{location} holds no episodes yet")
         return store
@@ -130,7 +131,7 @@ class EpisodeStore:
     @property
     def attributes(self) -> dict[str, Any]:
         """Attributes of the group; empty in stores of other tools."""
-        return dict(self._group.attrs)
+        return dict(self.group.attrs)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -170,6 +171,10 @@ class EpisodeStore:
         """Rows of an array that are stored together."""
         array = self._array(f"data/{key}")
         return (array.shards or array.chunks)[0]
+
+    def stored_bytes(self, key: str) -> int | None:
+        """Size of the files of an array; None where they cannot be listed."""
+        return self._array(f"data/{key}").nbytes_stored() or None
 
     # Reading
 
@@ -263,7 +268,7 @@ class EpisodeStore:
         ends = self.episode_ends
         rows = {f"data/{name}": int(ends[-1]) if len(ends) else 0 for name in self.keys}
         rows |= {f"meta/{name}": len(ends) for name in self._names("meta") if self._is_array(f"meta/{name}")}
-        beyond = {path: self._raw_array(path).shape[0] - committed for path, committed in rows.items()}
+        beyond = {path: self.raw_array(path).shape[0] - committed for path, committed in rows.items()}
         return {path: count for path, count in beyond.items() if count > 0}
 
     # Writing
@@ -323,13 +328,13 @@ class EpisodeStore:
         """Shape and type of one row of each array that an append must add to."""
         paths = [f"data/{name}" for name in self._names("data")]
         paths += [f"meta/{name}" for name in self._names("meta") if name != "episode_ends"]
-        return {path: (array.shape[1:], array.dtype) for path in paths for array in [self._raw_array(path)]}
+        return {path: (array.shape[1:], array.dtype) for path in paths for array in [self.raw_array(path)]}
 
     def _drop_uncommitted(self) -> None:
         """Make the store as if what was never committed had never been written."""
         self.dropped = self.uncommitted()
         for path, beyond in self.dropped.items():
-            array = self._raw_array(path)
+            array = self.raw_array(path)
             committed, chunk = array.shape[0] - beyond, array.chunks[0]
             with zarr.config.set({"array.write_empty_chunks": True}):
                 array[committed : math.ceil(committed / chunk) * chunk] = (
@@ -338,21 +343,29 @@ class EpisodeStore:
             array.resize((committed, *array.shape[1:]))
         if len(self._ends) == 0:
             for path in self._layout():
-                del self._group[path]
+                del self.group[path]
         for file in Path(self.location).rglob("*.partial"):
             if re.fullmatch(r".*\.[0-9a-f]{32}\.partial", file.name):  # zarr's temporary files
                 file.unlink()
 
     # Zarr
 
+    def _check(self) -> None:
+        """Raise StoreError for episodes that cannot be, and for a store that a later version of ours has written."""
+        version = self.attributes.get("format_version", FORMAT_VERSION)
+        if self.attributes.get("format") == FORMAT and version != FORMAT_VERSION:
+            raise StoreError(f"{self.location} has format version {version}; this package reads {FORMAT_VERSION}")
+        if (np.diff(self._ends, prepend=0) <= 0).any():
+            raise StoreError(f"{self.location}: meta/episode_ends must increase from above 0; got {self._ends[:10]}...")
+
     def _read_ends(self) -> np.ndarray:
-        if "meta" not in self._group or "meta/episode_ends" not in self._group:
+        if "meta" not in self.group or "meta/episode_ends" not in self.group:
             with self._foreign("the group"):
                 found = ", ".join(self._names("")) or "nothing"
             raise StoreError(
                 f"{self.location} is no data set of episodes: it needs data/ and meta/episode_ends; has {found}"
             )
-        array = self._raw_array("meta/episode_ends")
+        array = self.raw_array("meta/episode_ends")
         with self._foreign("meta/episode_ends"):
             if array.ndim != 1 or array.dtype.kind not in "iu":
                 raise ValueError(f"must be one row of whole numbers; got {array.shape} of {array.dtype}")
@@ -363,30 +376,31 @@ class EpisodeStore:
     def _array(self, path: str) -> zarr.Array:
         """An array whose committed rows can be decoded without fear."""
         if path not in self._checked:
-            array = self._raw_array(path)
+            array = self.raw_array(path)
             with self._foreign(path):
                 rows = int(self._ends[-1]) if path.startswith("data/") else len(self._ends)
                 refuse_unsafe(array, rows, complete=self.attributes.get("format") == FORMAT)
             self._checked[path] = array
         return self._checked[path]
 
-    def _raw_array(self, path: str) -> zarr.Array:
+    def raw_array(self, path: str) -> zarr.Array:
+        """An array as zarr opens it, its contents not yet trusted; raises StoreError."""
         folder, _, name = path.partition("/")
         with self._foreign(path):
-            array = self._group[path] if NAME.fullmatch(name) and path in self._group else None
+            array = self.group[path] if NAME.fullmatch(name) and path in self.group else None
         if not isinstance(array, zarr.Array):
             raise StoreError(f"{self.location} has no {path}; it has {', '.join(self._names(folder)) or 'nothing'}")
         return array
 
     def _is_array(self, path: str) -> bool:
         try:
-            return isinstance(self._group[path], zarr.Array)
+            return isinstance(self.group[path], zarr.Array)
         except Exception:
             return True  # what cannot be opened is said where it is read
 
     def _names(self, folder: str) -> list[str]:
         """Names in a folder of the store, sorted."""
-        names = list_names(self._group, folder)
+        names = list_names(self.group, folder)
         if names:
             return names
         attributes = self.attributes  # a place that lists no folders
@@ -394,7 +408,7 @@ class EpisodeStore:
             "data": [*attributes.get("observation_keys", ()), attributes.get("action_key", "action")],
             "meta": [f"episode_{name}" for name in ("ends", "mode", "seed", "success")],
         }
-        return sorted(name for name in known.get(folder, ()) if f"{folder}/{name}" in self._group)
+        return sorted(name for name in known.get(folder, ()) if f"{folder}/{name}" in self.group)
 
     @contextlib.contextmanager
     def _foreign(self, path: str, what: str = "") -> Iterator[None]:
@@ -407,12 +421,12 @@ class EpisodeStore:
             raise StoreError(f"{self.location}: {path}{what} {say(error)}") from error
 
     def _write(self, path: str, start: int, rows: np.ndarray) -> None:
-        if path not in self._group:
-            create_array(self._group, path, rows[:0])
-        array = self._raw_array(path)
+        if path not in self.group:
+            create_array(self.group, path, rows[:0])
+        array = self.raw_array(path)
         array.resize((start + len(rows), *array.shape[1:]))
         with zarr.config.set({"array.write_empty_chunks": True}):  # a chunk that is missing is damage
-            self._raw_array(path)[start:] = rows
+            self.raw_array(path)[start:] = rows
 
 
 def nonfinite_rows(rows: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from diffusion_policy.datasets.store import EpisodeStore
 
 POOL_BYTES = 2**26
 """Memory of the rows that a stream shuffles at a time; the next ones are read meanwhile into as much again."""
-POOL_BLOCKS = 16
+POOL_BLOCKS = 8
 """From so many places of the store at once, so that a batch is mixed."""
 INDEX_BYTES = 32
 """What a window costs beside its rows."""
@@ -58,37 +58,34 @@ class Windows:
         lengths = (episode_ends - starts)[episodes]
         before = np.cumsum(lengths) - lengths  # windows of the episodes before
 
-        def to_device(array: np.ndarray) -> Tensor:
-            return torch.as_tensor(array, device=device)
-
-        now = np.arange(lengths.sum()) + np.repeat(starts[episodes] - before, lengths)
-        self._now = to_device(now)  # (windows,) row of *now*
-        self._first = to_device(np.repeat(starts[episodes], lengths))  # (windows,) first row of its episode
-        self._last = to_device(np.repeat(episode_ends[episodes] - 1, lengths))  # (windows,) last row of its episode
-        self._observations = {
-            key: to_device(array.astype(np.float32, copy=False)) for key, array in data.items() if key != "action"
+        before = np.cumsum(lengths) - lengths  # windows of the episodes before
+        self._now = np.arange(lengths.sum()) + np.repeat(starts[episodes] - before, lengths)  # (windows,) row of *now*
+        self._first = np.repeat(starts[episodes], lengths)  # (windows,) first row of its episode
+        self._last = np.repeat(episode_ends[episodes] - 1, lengths)  # (windows,) last row of its episode
+        self._modes = None if modes is None else np.repeat(modes[episodes].astype(np.int64), lengths)
+        self._horizons = observation_horizon, prediction_horizon
+        self._steps = np.arange(max(self._horizons)) + 1 - observation_horizon  # from now
+        self._device = torch.device(device)
+        self._data = {
+            key: torch.as_tensor(array.astype(np.float32, copy=False), device=device) for key, array in data.items()
         }
-        self._actions = to_device(data["action"].astype(np.float32, copy=False))
-        self._modes = None if modes is None else to_device(np.repeat(modes[episodes].astype(np.int64), lengths))
-        self._observed = torch.arange(1 - observation_horizon, 1, device=device)  # (To,) steps from now
-        self._predicted = torch.arange(prediction_horizon, device=device) + 1 - observation_horizon  # (T,)
 
     def __len__(self) -> int:
         return len(self._now)
 
     def rows(self) -> dict[str, np.ndarray]:
         """All rows of the chosen episodes: `action` and each observation key, (windows, ...)."""
-        arrays = {**self._observations, "action": self._actions}
-        return {key: array[self._now].cpu().numpy() for key, array in arrays.items()}
+        return {key: array.cpu().numpy()[self._now] for key, array in self._data.items()}
 
-    def gather(self, indices: Tensor) -> Batch:
-        """The windows with these indices, (B,) int64."""
+    def gather(self, indices: np.ndarray | Tensor) -> Batch:
+        """The windows with these indices, (B,) int64 on the CPU."""
+        indices = np.asarray(indices)
         now, first, last = (rows[indices, None] for rows in (self._now, self._first, self._last))  # (B, 1) each
-        observed = torch.clamp(now + self._observed, first, last)  # (B, To)
-        predicted = torch.clamp(now + self._predicted, first, last)  # (B, T)
-        observations = {key: array[observed] for key, array in self._observations.items()}
-        modes = None if self._modes is None else self._modes[indices]
-        return Batch(observations, self._actions[predicted], modes)
+        rows = np.minimum(np.maximum(now + self._steps, first), last)  # (B, the longer of To and T)
+        observed, predicted = (rows[:, :horizon] for horizon in self._horizons)
+        observations = {key: _take(array, observed) for key, array in self._data.items() if key != "action"}
+        modes = None if self._modes is None else torch.from_numpy(self._modes[indices]).to(self._device)
+        return Batch(observations, _take(self._data["action"], predicted), modes)
 
     def batches(self, batch_size: int, seed: int, first_step: int = 0) -> Iterator[Batch]:
         """Batches for ever, from the one of step `first_step` on: each pass over the windows in a new order that the
@@ -97,10 +94,8 @@ class Windows:
         number, done = divmod(first_step, len(self) // batch_size)
         while True:
             order = np.random.default_rng([seed, number]).permutation(len(self))
-            indices = torch.from_numpy(order).to(self._now.device)
-            for chosen in indices[done * batch_size :].split(batch_size):
-                if len(chosen) == batch_size:
-                    yield self.gather(chosen)
+            for start in range(done * batch_size, len(self) - batch_size + 1, batch_size):
+                yield self.gather(order[start : start + batch_size])
             number, done = number + 1, 0
 
 
@@ -163,7 +158,7 @@ class StreamedWindows:
                 skipped = 0
                 while len(shuffled):
                     taken, shuffled = np.split(shuffled, [missing])
-                    parts.append(windows.gather(torch.from_numpy(taken).to(self._device)))
+                    parts.append(windows.gather(taken))
                     missing -= len(taken)
                     if missing == 0:
                         yield _join(parts)
@@ -279,6 +274,13 @@ def read_episodes(
             data[name][filled : filled + len(wanted)] = wanted
             filled += len(wanted)
     return data, np.cumsum(lengths[chosen])
+
+
+def _take(array: Tensor, rows: np.ndarray) -> Tensor:
+    """Rows (B, horizon) of an array (steps, ...) → (B, horizon, ...)."""
+    if array.device.type == "cpu":  # NumPy needs a third of torch's time for so few rows
+        return torch.from_numpy(array.numpy().take(rows, axis=0))
+    return array[torch.from_numpy(rows).to(array.device)]
 
 
 def _join(parts: Sequence[Batch]) -> Batch:

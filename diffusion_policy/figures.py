@@ -1,15 +1,28 @@
-"""Figures of the toy problems, the sampler study and the doctor. Knows plain numbers and arrays only."""
+"""Figures of data sets, the toy problems, the sampler study and the doctor. Knows plain numbers and arrays only."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from diffusion_policy.report import FEW_COLORS, GRID, INK, clean
+from diffusion_policy.metrics import NONE
+from diffusion_policy.report import (
+    FEW_COLORS,
+    GRID,
+    INK,
+    PlanePath,
+    Scene,
+    clean,
+    draw_mode_paths,
+    draw_scene,
+    label_modes,
+    mode_colors,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -163,4 +176,61 @@ def draw_noised(sequence: np.ndarray, noised: Sequence[tuple[int, np.ndarray]]) 
         clean(axis)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    return figure
+
+
+def draw_trajectories(paths: Sequence[PlanePath], scene: Scene | None, labels: tuple[str, str]) -> Figure:
+    """Episodes from above, coloured by mode where there are modes; `labels`: of the two axes."""
+    modes = sorted({path.mode for path in paths if path.mode is not None})
+    colors = mode_colors(modes) if modes else {NONE: FEW_COLORS[0]}
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axis = figure.subplots()
+    title = f"{len(paths)} episodes"
+    if scene is None:
+        axis.set_title(title, color=INK, fontsize=12)
+        axis.set_aspect("equal", adjustable="datalim")
+        clean(axis)
+    else:
+        draw_scene(axis, scene, title)
+    axis.set(xlabel=labels[0], ylabel=labels[1])
+    draw_mode_paths(axis, paths, colors)
+    label_modes(figure, colors)
+    return figure
+
+
+def draw_columns(rows: np.ndarray, name: str) -> Figure:
+    """How the values of each column are spread: rows (steps, ...), at most 16 columns."""
+    flat = rows.reshape(len(rows), -1)[:, :16]
+    across = min(4, flat.shape[1])
+    down = -(-flat.shape[1] // across)
+    figure = Figure(figsize=(3.2 * across + 0.6, 2.4 * down + 0.4), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    for i, axis in enumerate(axes):
+        axis.set_visible(i < flat.shape[1])
+        if i < flat.shape[1]:
+            axis.hist(flat[:, i], bins=50, color=FEW_COLORS[0])
+            axis.set_title(f"{name}[{i}]", loc="left", color=INK, fontsize=11)
+            axis.set_yticks([])
+            axis.xaxis.set_major_locator(MaxNLocator(5))
+            clean(axis)
+    return figure
+
+
+def draw_lengths(episode_ends: np.ndarray, control_frequency: float | None) -> Figure:
+    """How long episodes are, in steps, and in seconds where the rate [Hz] is known."""
+    ends = [0, *episode_ends.tolist()]
+    lengths = [stop - start for start, stop in pairwise(ends)]
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axis = figure.subplots()
+    axis.hist(lengths, bins=min(40, max(1, max(lengths) - min(lengths) + 1)), color=FEW_COLORS[0])
+    axis.set(xlabel="steps of an episode", ylabel="episodes")
+    axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    clean(axis)
+    if control_frequency:
+        rate = float(control_frequency)
+        there_and_back = (lambda steps: steps / rate, lambda time: time * rate)
+        seconds = axis.secondary_xaxis("top", functions=there_and_back)  # pyright: ignore[reportArgumentType]
+        seconds.set_xlabel("seconds")
+        seconds.tick_params(colors=INK, labelsize=10)
     return figure

@@ -126,25 +126,38 @@ def draw_paths(pictures: Pictures, colors: Mapping[str, str]) -> Figure:
     figure = Figure(figsize=(4 * count, 4 * height / width + 0.5), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, count, sharey=True))
     for axis, (title, paths) in zip(axes, panels, strict=False):
-        _draw_scene(axis, scene, title)
-        for path in paths:
-            style = {"linewidth": 0.9, "alpha": 0.55} if path.success else {"linewidth": 1.2, "linestyle": ":"}
-            axis.plot(*path.xy.T, color=colors.get(path.mode or NONE, MUTED), **style)
-            if not path.success:
-                axis.plot(*path.xy[-1], marker="x", color=INK, markersize=6)
+        draw_scene(axis, scene, title)
+        draw_mode_paths(axis, paths, colors)
     if pictures.fan is not None:
-        _draw_scene(axes[-1], scene, f"{len(pictures.fan)} plans from one start state")
+        draw_scene(axes[-1], scene, f"{len(pictures.fan)} plans from one start state")
         for plan in pictures.fan:
             axes[-1].plot(*plan.T, color=FEW_COLORS[0], linewidth=1, alpha=0.5, marker=".", markersize=2)
         axes[-1].plot(*pictures.fan[0, 0], marker="o", color=INK, markersize=6)
     axes[0].set_ylabel("y [m]")
-    if len(colors) - 1 <= len(FEW_COLORS):
-        lines = [Line2D([], [], color=color, linewidth=3, label=mode) for mode, color in colors.items() if mode != NONE]
-        figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False)
+    label_modes(figure, colors)
     return figure
 
 
-def _draw_scene(axis: Axes, scene: Scene, title: str) -> None:
+def draw_mode_paths(axis: Axes, paths: Sequence[PlanePath], colors: Mapping[str, str]) -> None:
+    """Paths in the colours of their modes; a failure is dotted and ends in a cross."""
+    for path in paths:
+        style: dict[str, Any] = {"linewidth": 0.9, "alpha": 0.55}
+        if not path.success:
+            style = {"linewidth": 1.2, "linestyle": ":"}
+        axis.plot(*path.xy.T, color=colors.get(path.mode or NONE, MUTED), **style)
+        if not path.success:
+            axis.plot(*path.xy[-1], marker="x", color=INK, markersize=6)
+
+
+def label_modes(figure: Figure, colors: Mapping[str, str]) -> None:
+    """A legend of the modes below, while they are few."""
+    lines = [Line2D([], [], color=color, linewidth=3, label=mode) for mode, color in colors.items() if mode != NONE]
+    if 0 < len(lines) <= len(FEW_COLORS):
+        figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False)
+
+
+def draw_scene(axis: Axes, scene: Scene, title: str) -> None:
+    """Obstacles and finish line of a plane, in an axis of its ranges."""
     for x, y, radius in scene.circles:
         axis.add_patch(Circle((x, y), radius, facecolor="#c8402f", edgecolor="none", zorder=3))
     axis.axhline(scene.finish_y, color="#1a9850", linewidth=2)

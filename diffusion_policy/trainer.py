@@ -127,7 +127,7 @@ class Trainer:
         chosen = torch.randperm(len(self._validation), generator=generator)[:VALIDATION_WINDOWS]
         total = 0.0
         for indices in chosen.split(self.config.batch_size):
-            batch = self._validation.gather(indices.to(self._policy.device))
+            batch = self._validation.gather(indices)
             total += len(indices) * self.averaged.loss(batch.observations, batch.actions, generator, batch.modes).item()
         return total / len(chosen)
 

@@ -35,7 +35,7 @@ OURS_ALLOWED = {
     "metrics": set(),
     "rollout": {"controller", "engines", "metrics"},
     "report": {"metrics"},
-    "figures": {"report", "toy"},
+    "figures": {"metrics", "report", "toy"},
     "toy": {"diffusion", "guidance", "likelihood", "networks", "prediction", "samplers", "schedules"},
     "doctor": {"config", "datasets.windows", "likelihood", "normalizer", "policy", "schedules"},
     "video": set(),

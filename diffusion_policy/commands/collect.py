@@ -14,6 +14,7 @@ from diffusion_policy.commands.common import (
     Interrupted,
     available_cores,
     console,
+    describe_episodes,
     parse_env_kwargs,
     progress_bar,
     stop_on_signal,
@@ -21,8 +22,6 @@ from diffusion_policy.commands.common import (
 from diffusion_policy.config import ConfigError, require_at_least, require_seed
 
 if TYPE_CHECKING:
-    import gymnasium
-
     from diffusion_policy.datasets.store import Demonstration, EpisodeStore
 
 
@@ -95,7 +94,9 @@ class Collect:
         with stop_on_signal() as stop:
             if store is None:
                 assert self.output is not None
-                store = EpisodeStore.create(self.output, describe(env, settings), env.get_wrapper_attr("modes"))
+                attributes = describe_episodes(env, settings.env, settings.env_kwargs)
+                attributes["collection"] = {name: getattr(settings, name) for name in ("episodes", "seed", "noise")}
+                store = EpisodeStore.create(self.output, attributes, env.get_wrapper_attr("modes"))
             with store, progress_bar("episodes") as bar:
                 kept = len(store.episode_ends)
                 seeds = store.read_meta("seed")
@@ -149,14 +150,3 @@ class Collect:
                 f"diffusion-policy collect --resume {store.location}"
             )
         console.print(f"{len(ends)} episodes, {ends[-1]} steps in {store.location}")
-
-
-def describe(env: gymnasium.Env, settings: Settings) -> dict[str, Any]:
-    """Attributes of a store of this environment's episodes."""
-    return {
-        "environment": {"id": settings.env, "arguments": settings.env_kwargs},
-        "control_frequency": env.metadata["render_fps"],
-        "observation_keys": sorted(env.observation_space.keys()),  # pyright: ignore[reportAttributeAccessIssue]
-        "action_key": "action",
-        "collection": {name: getattr(settings, name) for name in ("episodes", "seed", "noise")},
-    }

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from diffusion_policy.datasets.store import EpisodeStore
 
 DEFAULT_ENV = "diffusion_policy/Avoid-v0"
+MOST_FILMED = 16
+"""Episodes in one video: they are tiles of one picture."""
 
 console = Console(stderr=True, highlight=False)
 """Progress and remarks; results go to standard output."""
@@ -107,6 +109,16 @@ def parse_env_kwargs(text: str) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise ConfigError(f"--env-kwargs must be a JSON object such as '{{\"rows\": 2}}'; got {text!r}")
     return arguments
+
+
+def describe_episodes(env: gymnasium.Env, env_id: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes of a store of an environment's episodes."""
+    return {
+        "environment": {"id": env_id, "arguments": dict(arguments)},
+        "control_frequency": env.metadata["render_fps"],
+        "observation_keys": sorted(env.observation_space.keys()),  # pyright: ignore[reportAttributeAccessIssue]
+        "action_key": "action",
+    }
 
 
 def available_cores() -> int:

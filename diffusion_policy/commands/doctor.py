@@ -168,7 +168,7 @@ class Doctor:
         yield from self._check_data(policy, data, ends)
         windows = _windows(policy, store, data, ends)
         if self.output:
-            middle = windows.gather(torch.tensor([len(windows) // 2], device=device)).actions[0]
+            middle = windows.gather(torch.tensor([len(windows) // 2])).actions[0]
             clean = policy.normalizer.normalize("action", middle).cpu().numpy()
             figure = draw_noised(clean, doctor.noised(policy, middle, self.seed))
             figure.savefig(self.output / "noised.png", dpi=150)
@@ -236,7 +236,7 @@ class Doctor:
         from diffusion_policy import doctor
         from diffusion_policy.policy import derive_generator
 
-        order = torch.randperm(len(windows), generator=derive_generator(self.seed, 1)).to(policy.device)
+        order = torch.randperm(len(windows), generator=derive_generator(self.seed, 1))
         batch, few = windows.gather(order[:PROBED]), windows.gather(order[:PLANNED])
         probes = doctor.probe(policy, batch, self.seed)
         yield doctor.check_noise_scale(probes)

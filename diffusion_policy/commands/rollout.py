@@ -1,19 +1,30 @@
 """diffusion-policy rollout: a few episodes to look at."""
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from diffusion_policy.commands.common import available_cores, console, load_with_environment, progress_bar
+from diffusion_policy.commands.common import (
+    MOST_FILMED,
+    Loaded,
+    available_cores,
+    console,
+    describe_episodes,
+    load_with_environment,
+    progress_bar,
+)
 from diffusion_policy.commands.evaluate import FIRST_TEST_SEED, PLANNING_BATCH, run_episodes
 from diffusion_policy.config import ConfigError, SampleConfig, require_at_least, require_seed
 
-MOST_FILMED = 16
-"""Episodes in one video: they are tiles of one picture."""
+if TYPE_CHECKING:
+    from diffusion_policy.metrics import Episode
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,8 @@ class Rollout:
     """Seed of the first episode."""
     video: Path | None = None
     """Film the episodes side by side into this .mp4 or .gif."""
+    record: Path | None = None
+    """Store to create with these episodes, observations and actions as they were; failures are stored too."""
     env: str | None = None
     """Gymnasium id, if not the environment that the policy was trained for."""
     env_kwargs: str | None = None
@@ -55,12 +68,17 @@ class Rollout:
 
         loaded = load_with_environment(self.checkpoint, self.env, self.env_kwargs, self.sampling, self.device)
         seeds = range(self.seed, self.seed + self.episodes)
+        if self.record and self.record.exists():
+            raise ConfigError(f"{self.record} already exists; choose another --record or delete it first")
         if self.video:
             self.video.parent.mkdir(parents=True, exist_ok=True)
         episodes = run_episodes(loaded, seeds, self.sampling, PLANNING_BATCH, self.workers)
         for episode in episodes:
             outcome = "success" if episode.success else "failure"
             print(f"seed {episode.seed}: {outcome} after {len(episode.actions)} steps, mode {episode.mode or 'none'}")
+        if self.record:
+            record_episodes(self.record, loaded, episodes)
+            console.print(f"{len(episodes)} episodes in {self.record}")
         if self.video:
             scripts = [Script(episode.seed, episode.actions) for episode in episodes]
             with progress_bar("episodes") as bar:
@@ -69,3 +87,15 @@ class Rollout:
                 filmed = list(bar.track(films, task_id=task))
             write_video(self.video, tile(filmed, columns=2), loaded.frames_per_second)
             console.print(f"video in {self.video}")
+
+
+def record_episodes(path: Path, loaded: Loaded, episodes: Sequence[Episode]) -> None:
+    """Make a store of rollouts; raises StoreError where something already lies at the path."""
+    from diffusion_policy.datasets.store import Demonstration, EpisodeStore
+
+    attributes = describe_episodes(loaded.env, loaded.env_id, loaded.env_kwargs)
+    with EpisodeStore.create(path, attributes, loaded.env.get_wrapper_attr("modes")) as store:
+        for episode in episodes:
+            data = {key: rows[:-1] for key, rows in episode.observations.items()} | {"action": episode.actions}
+            final = {key: rows[-1] for key, rows in episode.observations.items()}
+            store.append([Demonstration(data, episode.seed, episode.mode, episode.success, final)])

@@ -1,0 +1,69 @@
+"""Stores joined, and a store cut in two, episode by episode.
+
+Knows stores and conversion. Knows no environment and no policy.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffusion_policy.datasets.convert import Source, read, write
+from diffusion_policy.datasets.store import Demonstration, EpisodeStore, StoreError
+
+
+def merge(locations: Sequence[Path | str], target: Path) -> int:
+    """Write all episodes of some stores, one store after the other, into a new one; returns their number. Raises
+    StoreError for stores with other keys, shapes, types, environments or rates.
+
+    Attributes are those of the first store, its modes those of all.
+    """
+    stores = [EpisodeStore.open(location) for location in locations]
+    first = stores[0]
+    expected = _nature(first)
+    for store in stores[1:]:
+        for name, value in _nature(store).items():
+            if value != expected[name]:
+                raise StoreError(f"{store.location} has the {name} {value}; {first.location} has {expected[name]}")
+
+    def episodes() -> Iterator[Demonstration]:
+        for store in stores:
+            yield from store.episodes()
+
+    source = read(first.location)
+    modes = tuple(dict.fromkeys(mode for store in stores for mode in store.modes))
+    attributes = {name: value for name, value in source.attributes.items() if name != "collection"}
+    return write(source._replace(attributes=attributes, modes=modes, episodes=episodes()), target, "zarr")
+
+
+def split(location: Path | str, targets: tuple[Path, Path], share: float, seed: int) -> tuple[int, int]:
+    """Write a random share of the episodes into one new store and the others into another; returns their numbers.
+    Raises StoreError where one of the two would be empty, or something lies at a target."""
+    store = EpisodeStore.open(location)
+    count = len(store.episode_ends)
+    first = round(count * share)
+    if not 0 < first < count:
+        raise StoreError(f"a share of {share:g} of {count} episodes leaves one of the two stores empty")
+    for target in targets:
+        if target.exists():
+            raise StoreError(f"{target} already exists; choose another output or delete it first")
+    order = np.random.default_rng(seed).permutation(count)
+    for target, chosen in zip(targets, (order[:first], order[first:]), strict=True):
+        source: Source = read(location)._replace(episodes=store.episodes(np.sort(chosen)))
+        write(source, target, "zarr")
+    return first, count - first
+
+
+def _nature(store: EpisodeStore) -> dict[str, Any]:
+    """What must be the same in stores that are joined."""
+    attributes = store.attributes
+    return {
+        "arrays": {key: (store.dtype(key).str, store.shape(key)) for key in store.keys},
+        "environment": attributes.get("environment"),
+        "control frequency": attributes.get("control_frequency"),
+        "action key": store.action_key,
+        "observation keys": sorted(store.observation_keys),
+        "angles": attributes.get("angles"),
+        "known per episode": [name for name in ("seed", "success") if store.read_meta(name) is not None],
+    }

@@ -1,0 +1,357 @@
+"""diffusion-policy dataset: look at demonstrations, check them, bring them in and out, join, cut and mend them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from diffusion_policy.commands.common import Failed, choose_keys, console, open_store, progress_bar, require_fresh
+from diffusion_policy.commands.replay import Replay
+from diffusion_policy.config import ConfigError, require_seed
+
+if TYPE_CHECKING:
+    from diffusion_policy.datasets.store import Demonstration, EpisodeStore
+    from diffusion_policy.report import PlanePath, Scene
+
+MOST_DRAWN = 500
+"""Trajectories in a picture, evenly from all."""
+FormatName = Literal["zarr", "robomimic", "lerobot", "minari", "npz"]
+Store = tyro.conf.Positional[str]
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """What is in a data set: keys, shapes, ranges, lengths, modes, compression."""
+
+    store: Store
+    """Path or URL of the data set."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def run(self) -> dict[str, Any]:
+        """Print it; returns what --json prints."""
+        store = open_store(self.store)
+        with console.status("reading"):
+            found = inspect(store)
+        if self.json:
+            print(json.dumps(found, indent=2))
+            return found
+        out = Console(highlight=False)
+        table = Table("key", "role", "step", "type", "lowest", "highest", "chunk", "stored as", "MB", "smaller")
+        for key, part in found["keys"].items():
+            row = (part["role"], str(tuple(part["shape"])), part["dtype"], *map(_short, (part["min"], part["max"])))
+            stored = ("-", "-") if part["bytes"] is None else (f"{part['bytes'] / 1e6:.2f}", f"{part['ratio']:.1f} x")
+            table.add_row(key, *row, f"{part['chunk_rows']} rows", " ".join(part["codecs"]), *stored)
+        out.print(table)
+        lengths = found["lengths"]
+        out.print(
+            f"{found['episodes']} episodes, {found['steps']} steps; lengths {lengths['shortest']} to "
+            f"{lengths['longest']}, median {lengths['median']:g}"
+        )
+        if found["modes"]:
+            out.print("modes: " + ", ".join(f"{escape(mode)} {count}" for mode, count in found["modes"].items()))
+        for name, value in found["attributes"].items():
+            out.print(f"{escape(name)}: {escape(json.dumps(value))}", soft_wrap=True)
+        return found
+
+
+@dataclass(frozen=True)
+class Validate:
+    """Every problem of a data set, with episode and row. Exit status 1 when there is one."""
+
+    store: Store
+    """Path or URL of the data set."""
+    json: bool = False
+    """Print JSON, a list of findings."""
+
+    def run(self) -> list[dict[str, Any]]:
+        """Print the findings; raises Failed when one is serious."""
+        from diffusion_policy.datasets.validate import validate
+
+        with console.status("checking"):
+            findings = validate(self.store)
+        rows = [finding._asdict() for finding in findings]
+        if self.json:
+            print(json.dumps(rows, indent=2))
+        else:
+            for finding in findings:
+                print(f"{'problem' if finding.serious else 'note'}: {finding.path}: {finding.what}")
+        serious = sum(finding.serious for finding in findings)
+        if serious:
+            raise Failed(f"{self.store}: {serious} problem{'s' if serious > 1 else ''}")
+        console.print(f"{self.store}: no problems")
+        return rows
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Copy a data set into another format: zarr (and .zarr.zip), robomimic HDF5, LeRobot v3, Minari, npz."""
+
+    store: Store
+    """Data set to copy, of any of these formats; a zarr store may be a URL."""
+    output: tyro.conf.Positional[Path]
+    """Where the copy goes: NAME.zarr, .zarr.zip, .hdf5, .lerobot, .minari or .npz."""
+    source_format: FormatName | None = None
+    """Format of the data set, if it cannot be told from its content."""
+    output_format: FormatName | None = None
+    """Format of the copy, if its name does not say."""
+
+    def run(self) -> int:
+        """Copy; returns the number of episodes."""
+        from diffusion_policy.datasets.convert import read, write
+
+        source = read(self.store, self.source_format)
+        if source.left_out:
+            console.print(f"left out: {', '.join(source.left_out)}")
+        with progress_bar("episodes") as bar:
+            task = bar.add_task("copying", total=None, note="")
+
+            def show(_: Demonstration) -> None:
+                bar.advance(task)
+
+            count = write(source, self.output, self.output_format, show)
+        console.print(f"{count} episodes in {self.output}")
+        return count
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Join stores into a new one: those of several collectors, one after the other."""
+
+    stores: tyro.conf.Positional[tuple[str, ...]]
+    """Stores to join: the same keys, environment and rate."""
+    output: Path
+    """Store to create."""
+
+    def run(self) -> int:
+        """Join; returns the number of episodes."""
+        from diffusion_policy.datasets.combine import merge
+
+        if len(self.stores) < 2:
+            raise ConfigError(f"merge joins at least two stores; got {len(self.stores)}")
+        with console.status("joining"):
+            count = merge(self.stores, self.output)
+        console.print(f"{count} episodes in {self.output}")
+        return count
+
+
+@dataclass(frozen=True)
+class Split:
+    """Cut a store into two new ones, by episode, at random."""
+
+    store: Store
+    """Path or URL of the data set."""
+    output: tuple[Path, Path]
+    """The two stores to create."""
+    share: float = 0.9
+    """Share of the episodes that goes into the first."""
+    seed: int = 0
+    """Seed of the choice."""
+
+    def __post_init__(self) -> None:
+        require_seed(self)
+        if not 0 < self.share < 1:
+            raise ConfigError(f"share must be above 0 and below 1; got {self.share}")
+
+    def run(self) -> tuple[int, int]:
+        """Cut; returns the numbers of episodes."""
+        from diffusion_policy.datasets.combine import split
+
+        with console.status("cutting"):
+            counts = split(self.store, self.output, self.share, self.seed)
+        for path, count in zip(self.output, counts, strict=True):
+            console.print(f"{count} episodes in {path}")
+        return counts
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Drop what an interrupted collection has left behind its last complete episode. No complete episode is touched."""
+
+    store: tyro.conf.Positional[Path]
+    """Store to mend, in place."""
+
+    def run(self) -> dict[str, int]:
+        """Mend; returns the rows that were dropped, by array."""
+        from diffusion_policy.datasets.store import EpisodeStore
+
+        with EpisodeStore.append_to(self.store) as store:
+            for path, rows in store.dropped.items():
+                console.print(f"{path}: dropped {rows} uncommitted rows")
+            if not store.dropped:
+                console.print("nothing to drop")
+            console.print(f"{len(store.episode_ends)} episodes in {self.store}")
+            return store.dropped
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Pictures of a data set: trajectories.png by mode, actions.png and lengths.png."""
+
+    store: Store
+    """Path or URL of the data set."""
+    output: Path
+    """Folder for the pictures."""
+    plane: str | None = None
+    """Two columns of a key to draw trajectories in, as state:0,1; by default what the environment says, else the first
+    two of the first observation."""
+    action: str | None = None
+    """Key of the actions; by default the one that the store names, else action."""
+
+    def run(self) -> None:
+        """Draw; raises ConfigError for columns that are not there and a folder that holds something."""
+        from diffusion_policy.datasets.statistics import Measuring
+        from diffusion_policy.figures import draw_columns, draw_lengths, draw_trajectories
+
+        require_fresh(self.output)
+        store = open_store(self.store)
+        keys = choose_keys(store, action=self.action)
+        plane = self._plane(store)
+        actions = Measuring()
+        for _, rows in store.blocks(keys.action):
+            actions.add(rows)
+        self.output.mkdir(parents=True, exist_ok=True)
+        figures = {
+            "trajectories": draw_trajectories(*plane) if plane else None,
+            "actions": draw_columns(actions.sample, keys.action),
+            "lengths": draw_lengths(store.episode_ends, store.attributes.get("control_frequency")),
+        }
+        for name, figure in figures.items():
+            if figure is not None:
+                figure.savefig(self.output / f"{name}.png", dpi=150)
+                console.print(f"{self.output}/{name}.png")
+
+    def _plane(self, store: EpisodeStore) -> tuple[list[PlanePath], Scene | None, tuple[str, str]] | None:
+        """Episodes as paths in a plane, what stands in it, and what its axes are; None without two columns."""
+        import numpy as np
+
+        from diffusion_policy.report import PlanePath
+
+        count = len(store.episode_ends)
+        drawn = np.unique(np.linspace(0, count - 1, min(count, MOST_DRAWN)).astype(int))
+        task = self._task(store)
+        if task is not None:
+            paths = [PlanePath(e.mode, e.success is not False, task.path(e.data)) for e in store.episodes(drawn)]
+            return paths, task.scene, ("x [m]", "y [m]")
+        found = self._columns(store)
+        if found is None:
+            return None
+        key, columns = found
+        paths = [
+            PlanePath(e.mode, e.success is not False, e.data[key].reshape(len(e.data[key]), -1)[:, columns])
+            for e in store.episodes(drawn)
+        ]
+        return paths, None, (f"{key}[{columns[0]}]", f"{key}[{columns[1]}]")
+
+    def _task(self, store: EpisodeStore) -> Any:
+        """The environment that the store names, where it is here and says how its paths are drawn."""
+        from diffusion_policy import envs
+
+        recorded = store.attributes.get("environment")
+        if self.plane is not None or not isinstance(recorded, dict) or "id" not in recorded:
+            return None
+        try:
+            env = envs.make(recorded["id"], **recorded.get("arguments", {})).unwrapped
+        except ValueError:
+            return None
+        return env if hasattr(env, "path") and hasattr(env, "scene") else None
+
+    def _columns(self, store: EpisodeStore) -> tuple[str, list[int]] | None:
+        """Key and two of its columns to draw; raises ConfigError for others than there are."""
+        sizes = {key: math.prod(store.shape(key)) for key in store.keys}
+        if self.plane is None:
+            wide = [key for key in store.observation_keys if sizes[key] >= 2]
+            return (wide[0], [0, 1]) if wide else None
+        key, _, columns = self.plane.rpartition(":")
+        chosen = [int(column) for column in columns.split(",") if column.isdigit()]
+        if key not in sizes or len(chosen) != 2 or max(chosen) >= sizes[key]:
+            known = ", ".join(f"{name} ({size})" for name, size in sizes.items())
+            what = f"a key and two of its columns, as state:0,1, of {known}"
+            raise ConfigError(f"--plane must be {what}; got {self.plane!r}")
+        return key, chosen
+
+
+def inspect(store: EpisodeStore) -> dict[str, Any]:
+    """What `dataset inspect` says, as JSON."""
+    import numpy as np
+
+    from diffusion_policy.datasets.guard import codec_names
+    from diffusion_policy.metrics import NONE
+
+    lengths = np.diff(store.episode_ends, prepend=0)
+    keys: dict[str, Any] = {}
+    for key in store.keys:
+        lowest, highest = _limits(store, key)
+        size = store.stored_bytes(key)
+        raw = int(store.episode_ends[-1]) * int(np.prod(store.shape(key), dtype=np.int64)) * store.dtype(key).itemsize
+        keys[key] = {
+            "role": "action" if key == store.action_key else "observation" if key in store.observation_keys else "-",
+            "shape": store.shape(key),
+            "dtype": str(store.dtype(key)),
+            "min": lowest,
+            "max": highest,
+            "chunk_rows": store.chunk_rows(key),
+            "codecs": codec_names(store.raw_array(f"data/{key}")),
+            "bytes": size,
+            "ratio": raw / size if size else None,
+        }
+    modes = Counter(mode or NONE for mode in store.episode_modes())
+    return {
+        "location": store.location,
+        "episodes": len(lengths),
+        "steps": int(lengths.sum()),
+        "lengths": {
+            "shortest": int(lengths.min()),
+            "longest": int(lengths.max()),
+            "median": float(np.median(lengths)),
+        },
+        "modes": {mode: modes[mode] for mode in (*store.modes, NONE) if mode in modes} if store.modes else {},
+        "keys": keys,
+        "attributes": {name: value for name, value in store.attributes.items() if name != "modes"},
+    }
+
+
+def _limits(store: EpisodeStore, key: str) -> tuple[list[float], list[float]]:
+    """Smallest and largest value of each column, in the order of memory."""
+    import numpy as np
+
+    lowest, highest = np.inf, -np.inf
+    for _, rows in store.blocks(key):
+        flat = rows.reshape(len(rows), -1)
+        lowest, highest = np.minimum(lowest, flat.min(axis=0)), np.maximum(highest, flat.max(axis=0))
+    return np.asarray(lowest).tolist(), np.asarray(highest).tolist()
+
+
+def _short(values: list[float]) -> str:
+    """Some numbers in a cell of a table."""
+    shown = [f"{value:.4g}" for value in values[:6]]
+    return ", ".join([*shown, "..."] if len(values) > 6 else shown)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Look at demonstrations, check them, bring them in and out, join, cut and mend them."""
+
+    action: tyro.conf.OmitSubcommandPrefixes[
+        Annotated[Inspect, tyro.conf.subcommand("inspect")]
+        | Annotated[Validate, tyro.conf.subcommand("validate")]
+        | Annotated[Convert, tyro.conf.subcommand("convert")]
+        | Annotated[Merge, tyro.conf.subcommand("merge")]
+        | Annotated[Split, tyro.conf.subcommand("split")]
+        | Annotated[Repair, tyro.conf.subcommand("repair")]
+        | Annotated[Plot, tyro.conf.subcommand("plot")]
+        | Annotated[Replay, tyro.conf.subcommand("replay")]
+    ]
+
+    def run(self) -> Any:
+        """Do it."""
+        return self.action.run()

@@ -1,0 +1,130 @@
+"""diffusion-policy dataset replay: recorded episodes in their environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import tyro
+
+from diffusion_policy.commands.common import MOST_FILMED, Failed, console, open_store, parse_env_kwargs
+from diffusion_policy.config import ConfigError, require_at_least
+
+if TYPE_CHECKING:
+    import gymnasium
+    import numpy as np
+
+    from diffusion_policy.datasets.store import Demonstration, EpisodeStore
+
+
+class Replayed(NamedTuple):
+    """How far an episode went as it was recorded."""
+
+    differences: dict[str, np.ndarray]
+    """Largest difference of each observation key from its recorded row, step by step, (steps,)."""
+    frames: list[np.ndarray]
+    """(height, width, 3) uint8; empty when nothing is filmed."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Take the recorded actions again, from the recorded seeds, and compare what is observed with what was recorded;
+    film it if asked. Exit status 1 when the two differ.
+
+    Where the demonstrations were collected under noise on the executed action, the same noise is drawn again.
+    """
+
+    store: tyro.conf.Positional[str]
+    """Path or URL of the data set."""
+    episodes: int | None = None
+    """Replay only so many episodes, the first ones; a video shows 4 unless this says otherwise."""
+    video: Path | None = None
+    """Film the episodes side by side into this .mp4 or .gif."""
+    tolerance: float = 1e-4
+    """Largest difference of an observation from its record, in its own units."""
+    env: str | None = None
+    """Gymnasium id, if not the environment that the store names."""
+    env_kwargs: str | None = None
+    """Arguments of the environment, as JSON, if not those that the store names."""
+
+    def __post_init__(self) -> None:
+        if self.episodes is not None:
+            require_at_least(self, 1, ("episodes",))
+        require_at_least(self, 0, ("tolerance",))
+        if self.video and (self.episodes or 4) > MOST_FILMED:
+            raise ConfigError(f"a --video shows at most {MOST_FILMED} episodes; got {self.episodes}")
+        if self.video and self.video.suffix not in (".mp4", ".gif"):
+            raise ConfigError(f"--video must end in .mp4 or .gif; got {self.video}")
+        if self.video and self.video.exists():
+            raise ConfigError(f"{self.video} already exists; choose another --video or delete it first")
+
+    def run(self) -> dict[str, float]:
+        """Replay; returns the largest difference by key. Raises Failed when one is beyond the tolerance, and ValueError
+        for a store that does not say how its episodes began."""
+        import numpy as np
+
+        from diffusion_policy.video import tile, write_video
+
+        store = open_store(self.store)
+        if store.read_meta("seed") is None:
+            raise ConfigError(f"{self.store} does not say the seeds of its episodes, so they cannot be begun again")
+        env = self._make_env(store)
+        noise = (store.attributes.get("collection") or {}).get("noise", 0.0)
+        count = min(len(store.episode_ends), self.episodes or (4 if self.video else len(store.episode_ends)))
+        largest: dict[str, float] = {}
+        films, wrong = [], []
+        with console.status("replaying"):
+            for i, episode in enumerate(store.episodes(range(count))):
+                replayed = replay(env, episode, store.action_key, noise, film=self.video is not None)
+                for key, differences in replayed.differences.items():
+                    largest[key] = max(largest.get(key, 0.0), float(differences.max()))
+                    beyond = np.flatnonzero(~(differences <= self.tolerance))
+                    if len(beyond):
+                        wrong.append(f"episode {i}, step {beyond[0]}: {key} is off by {differences[beyond[0]]:.2g}")
+                films.append(np.stack(replayed.frames) if replayed.frames else None)
+        env.close()
+        for key, difference in largest.items():
+            print(f"{key}: off by {difference:.2g} at most, in {count} episodes")
+        if self.video:
+            self.video.parent.mkdir(parents=True, exist_ok=True)
+            write_video(self.video, tile(films, columns=2), env.metadata.get("render_fps") or 30)
+            console.print(f"video in {self.video}")
+        if wrong:
+            raise Failed(f"{wrong[0]}, more than {self.tolerance:g} ({len(wrong)} times in {count} episodes)")
+        return largest
+
+    def _make_env(self, store: EpisodeStore) -> gymnasium.Env:
+        from diffusion_policy import envs
+
+        recorded: dict[str, Any] = store.attributes.get("environment") or {}
+        env_id = self.env or recorded.get("id")
+        if env_id is None:
+            raise ConfigError(f"{self.store} names no environment; give one with --env")
+        arguments = recorded.get("arguments", {}) if self.env_kwargs is None else parse_env_kwargs(self.env_kwargs)
+        make = partial(envs.make, env_id, **arguments)
+        return make(render_mode="rgb_array") if self.video else make()
+
+
+def replay(env: gymnasium.Env, episode: Demonstration, action_key: str, noise: float, film: bool = False) -> Replayed:
+    """Begin an episode again from its seed and take its actions; `noise`: see `Demonstrator`."""
+    import numpy as np
+
+    from diffusion_policy.datasets.collect import disturb, disturbance_generator
+
+    observation, _ = env.reset(seed=episode.seed)
+    rng = disturbance_generator(episode.seed or 0)
+    differences: dict[str, list[float]] = {}
+    frames = [env.render()] if film else []
+    for i, action in enumerate(episode.data[action_key]):
+        row = observation if isinstance(observation, dict) else {"observation": observation}
+        for key in row.keys() & episode.data.keys():
+            difference = np.abs(np.asarray(row[key], np.float64) - episode.data[key][i]).max()
+            differences.setdefault(key, []).append(float(difference))
+        observation, _, terminated, truncated, _ = env.step(disturb(action, noise, rng) if noise else action)
+        if film:
+            frames.append(env.render())
+        if terminated or truncated:
+            break
+    return Replayed({key: np.array(values) for key, values in sorted(differences.items())}, frames)  # pyright: ignore[reportArgumentType]
