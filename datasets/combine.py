@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_policy.datasets.convert import Source, read, write
+from diffusion_policy.datasets.convert import read, write
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore, StoreError
 
 
@@ -17,7 +17,7 @@ def merge(locations: Sequence[Path | str], target: Path) -> int:
     """Write all episodes of some stores, one store after the other, into a new one; returns their number. Raises
     StoreError for stores with other keys, shapes, types, environments or rates.
 
-    Attributes are those of the first store, its modes those of all.
+    Attributes are those of the first store, its modes those of all; the noise of collecting is null where it differed.
     """
     stores = [EpisodeStore.open(location) for location in locations]
     first = stores[0]
@@ -33,7 +33,9 @@ def merge(locations: Sequence[Path | str], target: Path) -> int:
 
     source = read(first.location)
     modes = tuple(dict.fromkeys(mode for store in stores for mode in store.modes))
-    attributes = {name: value for name, value in source.attributes.items() if name != "collection"}
+    attributes = _of_a_part(source.attributes)
+    if len({store.attributes.get("noise", 0.0) for store in stores}) > 1:
+        attributes["noise"] = None
     return write(source._replace(attributes=attributes, modes=modes, episodes=episodes()), target, "zarr")
 
 
@@ -50,9 +52,15 @@ def split(location: Path | str, targets: tuple[Path, Path], share: float, seed: 
             raise StoreError(f"{target} already exists; choose another output or delete it first")
     order = np.random.default_rng(seed).permutation(count)
     for target, chosen in zip(targets, (order[:first], order[first:]), strict=True):
-        source: Source = read(location)._replace(episodes=store.episodes(np.sort(chosen)))
-        write(source, target, "zarr")
+        source = read(location)
+        episodes = store.episodes(np.sort(chosen))
+        write(source._replace(attributes=_of_a_part(source.attributes), episodes=episodes), target, "zarr")
     return first, count - first
+
+
+def _of_a_part(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Attributes of a store that is not the whole of one collection, so that no one goes on with it."""
+    return {name: value for name, value in attributes.items() if name != "collection"}
 
 
 def _nature(store: EpisodeStore) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def write(
     on_episode: Callable[[Demonstration], None] = lambda _: None,
 ) -> int:
     """Write a source in a format; returns the number of episodes. `on_episode` hears each as it is read."""
-    target = Path(target)
+    target = Path(target).absolute()
     count = 0
 
     def counted() -> Generator[Demonstration]:

@@ -44,11 +44,14 @@ def open_group(location: str, mode: Literal["r", "r+"]) -> zarr.Group:
     try:
         if location.endswith(".zip"):
             return _open_zip(location)
+        if Path(location).is_file():
+            raise FileNotFoundError
         return zarr.open_group(location, mode=mode)
     except ImportError as error:
         raise StoreError(f"cannot open {location}: {error}") from error
     except (FileNotFoundError, GroupNotFoundError, ContainsArrayError) as error:
-        raise StoreError(f"no data set at {location}: there is no zarr group") from error
+        hint = "; other formats come in with: dataset convert" if Path(location).exists() else ""
+        raise StoreError(f"no data set at {location}: there is no zarr group{hint}") from error
     except StoreError:
         raise
     except Exception as error:

@@ -194,7 +194,7 @@ def draw_trajectories(paths: Sequence[PlanePath], scene: Scene | None, labels: t
         draw_scene(axis, scene, title)
     axis.set(xlabel=labels[0], ylabel=labels[1])
     draw_mode_paths(axis, paths, colors)
-    label_modes(figure, colors)
+    label_modes(figure, colors, columns=3)
     return figure
 
 
@@ -211,7 +211,7 @@ def draw_columns(rows: np.ndarray, name: str) -> Figure:
             axis.hist(flat[:, i], bins=50, color=FEW_COLORS[0])
             axis.set_title(f"{name}[{i}]", loc="left", color=INK, fontsize=11)
             axis.set_yticks([])
-            axis.xaxis.set_major_locator(MaxNLocator(5))
+            axis.xaxis.set_major_locator(MaxNLocator(4))
             clean(axis)
     return figure
 

@@ -149,11 +149,11 @@ def draw_mode_paths(axis: Axes, paths: Sequence[PlanePath], colors: Mapping[str,
             axis.plot(*path.xy[-1], marker="x", color=INK, markersize=6)
 
 
-def label_modes(figure: Figure, colors: Mapping[str, str]) -> None:
-    """A legend of the modes below, while they are few."""
+def label_modes(figure: Figure, colors: Mapping[str, str], columns: int = 6) -> None:
+    """A legend of the modes below, while they are few, so many side by side."""
     lines = [Line2D([], [], color=color, linewidth=3, label=mode) for mode, color in colors.items() if mode != NONE]
     if 0 < len(lines) <= len(FEW_COLORS):
-        figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False)
+        figure.legend(handles=lines, loc="outside lower center", ncols=min(columns, len(lines)), frameon=False)
 
 
 def draw_scene(axis: Axes, scene: Scene, title: str) -> None:

@@ -95,7 +95,10 @@ class Collect:
             if store is None:
                 assert self.output is not None
                 attributes = describe_episodes(env, settings.env, settings.env_kwargs)
-                attributes["collection"] = {name: getattr(settings, name) for name in ("episodes", "seed", "noise")}
+                attributes |= {
+                    "noise": settings.noise,
+                    "collection": {"episodes": settings.episodes, "seed": settings.seed},
+                }
                 store = EpisodeStore.create(self.output, attributes, env.get_wrapper_attr("modes"))
             with store, progress_bar("episodes") as bar:
                 kept = len(store.episode_ends)
@@ -127,7 +130,12 @@ class Collect:
         if "collection" not in attributes:
             raise ConfigError(f"{store.location} was not made by collect, so it cannot be gone on with")
         environment = attributes["environment"]
-        stored = {"env": environment["id"], "env_kwargs": environment["arguments"], **attributes["collection"]}
+        stored = {
+            "env": environment["id"],
+            "env_kwargs": environment["arguments"],
+            "noise": attributes["noise"],
+            **attributes["collection"],
+        }
         different = [name for name in asked if name != "episodes" and asked[name] != stored[name]]
         if different:
             name = different[0]

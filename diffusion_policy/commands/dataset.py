@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from diffusion_policy.commands.common import Failed, choose_keys, console, open_store, progress_bar, require_fresh
+from diffusion_policy.commands.common import Failed, choose_keys, console, open_store, require_fresh
 from diffusion_policy.commands.replay import Replay
 from diffusion_policy.config import ConfigError, require_seed
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 MOST_DRAWN = 500
 """Trajectories in a picture, evenly from all."""
+ROLES = ("observation", "action", "other")
 FormatName = Literal["zarr", "robomimic", "lerobot", "minari", "npz"]
 Store = tyro.conf.Positional[str]
 
@@ -46,12 +49,18 @@ class Inspect:
             print(json.dumps(found, indent=2))
             return found
         out = Console(highlight=False)
-        table = Table("key", "role", "step", "type", "lowest", "highest", "chunk", "stored as", "MB", "smaller")
+        table = Table(box=box.SIMPLE_HEAD)
+        for name in ("key", "step", "type", "lowest", "highest", "chunk", "MB", "packed"):
+            table.add_column(name, no_wrap=True)
         for key, part in found["keys"].items():
-            row = (part["role"], str(tuple(part["shape"])), part["dtype"], *map(_short, (part["min"], part["max"])))
-            stored = ("-", "-") if part["bytes"] is None else (f"{part['bytes'] / 1e6:.2f}", f"{part['ratio']:.1f} x")
-            table.add_row(key, *row, f"{part['chunk_rows']} rows", " ".join(part["codecs"]), *stored)
+            size = ("-", "-") if part["bytes"] is None else (f"{part['bytes'] / 1e6:.2f}", f"{part['ratio']:.1f}x")
+            shape, limits = "x".join(map(str, part["shape"])) or "1", (min(part["min"]), max(part["max"]))
+            table.add_row(key, shape, part["dtype"], *(f"{n:.4g}" for n in limits), str(part["chunk_rows"]), *size)
+        roles = {role: [key for key in found["keys"] if found["keys"][key]["role"] == role] for role in ROLES}
+        out.print("; ".join(f"{role}: {', '.join(keys)}" for role, keys in roles.items() if keys))
         out.print(table)
+        packings = {" + ".join(part["codecs"]) for part in found["keys"].values()}
+        out.print(f"packed with {'; '.join(sorted(packings))}")
         lengths = found["lengths"]
         out.print(
             f"{found['episodes']} episodes, {found['steps']} steps; lengths {lengths['shortest']} to "
@@ -112,11 +121,11 @@ class Convert:
         source = read(self.store, self.source_format)
         if source.left_out:
             console.print(f"left out: {', '.join(source.left_out)}")
-        with progress_bar("episodes") as bar:
-            task = bar.add_task("copying", total=None, note="")
+        with console.status("copying") as status:
+            copied = itertools.count(1)
 
             def show(_: Demonstration) -> None:
-                bar.advance(task)
+                status.update(f"copying, {next(copied)} episodes")
 
             count = write(source, self.output, self.output_format, show)
         console.print(f"{count} episodes in {self.output}")
@@ -294,7 +303,7 @@ def inspect(store: EpisodeStore) -> dict[str, Any]:
         size = store.stored_bytes(key)
         raw = int(store.episode_ends[-1]) * int(np.prod(store.shape(key), dtype=np.int64)) * store.dtype(key).itemsize
         keys[key] = {
-            "role": "action" if key == store.action_key else "observation" if key in store.observation_keys else "-",
+            "role": ROLES[0 if key in store.observation_keys else 1 if key == store.action_key else 2],
             "shape": store.shape(key),
             "dtype": str(store.dtype(key)),
             "min": lowest,
@@ -331,17 +340,11 @@ def _limits(store: EpisodeStore, key: str) -> tuple[list[float], list[float]]:
     return np.asarray(lowest).tolist(), np.asarray(highest).tolist()
 
 
-def _short(values: list[float]) -> str:
-    """Some numbers in a cell of a table."""
-    shown = [f"{value:.4g}" for value in values[:6]]
-    return ", ".join([*shown, "..."] if len(values) > 6 else shown)
-
-
 @dataclass(frozen=True)
 class Dataset:
     """Look at demonstrations, check them, bring them in and out, join, cut and mend them."""
 
-    action: tyro.conf.OmitSubcommandPrefixes[
+    command: tyro.conf.OmitSubcommandPrefixes[
         Annotated[Inspect, tyro.conf.subcommand("inspect")]
         | Annotated[Validate, tyro.conf.subcommand("validate")]
         | Annotated[Convert, tyro.conf.subcommand("convert")]
@@ -354,4 +357,4 @@ class Dataset:
 
     def run(self) -> Any:
         """Do it."""
-        return self.action.run()
+        return self.command.run()

@@ -71,7 +71,9 @@ class Replay:
         if store.read_meta("seed") is None:
             raise ConfigError(f"{self.store} does not say the seeds of its episodes, so they cannot be begun again")
         env = self._make_env(store)
-        noise = (store.attributes.get("collection") or {}).get("noise", 0.0)
+        noise = store.attributes.get("noise", 0.0)
+        if noise is None:
+            raise ConfigError(f"{self.store} joins episodes of different noise; replay the stores that it was made of")
         count = min(len(store.episode_ends), self.episodes or (4 if self.video else len(store.episode_ends)))
         largest: dict[str, float] = {}
         films, wrong = [], []
