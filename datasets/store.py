@@ -41,6 +41,31 @@ BLOCK_BYTES = 2**23
 """About so much is read at a time where a whole array is walked through."""
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _are_angles(value: Any) -> bool:
+    columns = value.values() if isinstance(value, dict) else [None]
+    return all(isinstance(of_key, list) and all(type(column) is int for column in of_key) for of_key in columns)
+
+
+def _is_environment(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("id"), str) and isinstance(value.get("arguments"), dict)
+
+
+ATTRIBUTES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "modes": (_are_names, "a list of labels"),
+    "observation_keys": (_are_names, "a list of keys"),
+    "action_key": (lambda value: isinstance(value, str), "a key"),
+    "angles": (_are_angles, "lists of columns by key"),
+    "environment": (_is_environment, "an id and arguments"),
+    "control_frequency": (lambda value: isinstance(value, int | float) and 0 < value < math.inf, "a rate above 0 [Hz]"),
+    "noise": (lambda value: value is None or (isinstance(value, int | float) and value >= 0), "at least 0"),
+}
+"""What attributes that we use must be."""
+
+
 class Demonstration(NamedTuple):
     """One episode as it is stored. What is None is unknown; a store knows each either of all its episodes or of none
     (but for the mode)."""
@@ -68,6 +93,8 @@ class EpisodeStore:
         """Path or URL."""
         self.dropped: dict[str, int] = {}
         """Rows of an interrupted append that `append_to` has dropped, by array."""
+        self.attributes = self._read_attributes()
+        """Attributes of the group; empty in stores of other tools."""
         self._ends = self._read_ends()
 
     @classmethod
@@ -129,11 +156,6 @@ class EpisodeStore:
     # What there is
 
     @property
-    def attributes(self) -> dict[str, Any]:
-        """Attributes of the group; empty in stores of other tools."""
-        return dict(self.group.attrs)
-
-    @property
     def keys(self) -> tuple[str, ...]:
         """Names of the arrays of one row a step, sorted."""
         return tuple(name for name in self._names("data") if self._is_array(f"data/{name}"))
@@ -141,18 +163,18 @@ class EpisodeStore:
     @property
     def action_key(self) -> str:
         """The key that holds actions, as far as the store says."""
-        return str(self.attributes.get("action_key", "action"))
+        return self.attributes.get("action_key", "action")
 
     @property
     def observation_keys(self) -> tuple[str, ...]:
         """The keys that a policy observes: those that the store names, else all but the action."""
         named = self.attributes.get("observation_keys")
-        return tuple(map(str, named)) if named else tuple(key for key in self.keys if key != self.action_key)
+        return tuple(named) if named else tuple(key for key in self.keys if key != self.action_key)
 
     @property
     def modes(self) -> tuple[str, ...]:
         """All mode labels that the store knows; empty in stores of other tools."""
-        return tuple(map(str, self.attributes.get("modes", ())))
+        return tuple(self.attributes.get("modes", ()))
 
     @property
     def episode_ends(self) -> np.ndarray:
@@ -265,10 +287,13 @@ class EpisodeStore:
 
     def uncommitted(self) -> dict[str, int]:
         """Rows beyond the last commit, by array: what an interrupted append, or one under way, has left."""
-        ends = self.episode_ends
-        rows = {f"data/{name}": int(ends[-1]) if len(ends) else 0 for name in self.keys}
-        rows |= {f"meta/{name}": len(ends) for name in self._names("meta") if self._is_array(f"meta/{name}")}
-        beyond = {path: self.raw_array(path).shape[0] - committed for path, committed in rows.items()}
+        committed = {"data": int(self._ends[-1]) if len(self._ends) else 0, "meta": len(self._ends)}
+        beyond = {}
+        for folder, rows in committed.items():
+            for name in self._names(folder):
+                with contextlib.suppress(StoreError):  # what cannot be opened is said where it is read
+                    array = self.raw_array(f"{folder}/{name}")
+                    beyond[f"{folder}/{name}"] = array.shape[0] - rows if array.ndim else 0
         return {path: count for path, count in beyond.items() if count > 0}
 
     # Writing
@@ -358,10 +383,23 @@ class EpisodeStore:
         if (np.diff(self._ends, prepend=0) <= 0).any():
             raise StoreError(f"{self.location}: meta/episode_ends must increase from above 0; got {self._ends[:10]}...")
 
+    def _read_attributes(self) -> dict[str, Any]:
+        """Attributes, without those by which another tool means something else than we do; in a store of ours that is a
+        StoreError."""
+        with self._foreign("the attributes"):
+            attributes = dict(self.group.attrs)
+        for name, (fits, what) in ATTRIBUTES.items():
+            if name in attributes and not fits(attributes[name]):
+                if attributes.get("format") == FORMAT:
+                    raise StoreError(f"{self.location}: the attribute {name} must be {what}; got {attributes[name]!r}")
+                del attributes[name]
+        return attributes
+
     def _read_ends(self) -> np.ndarray:
-        if "meta" not in self.group or "meta/episode_ends" not in self.group:
-            with self._foreign("the group"):
-                found = ", ".join(self._names("")) or "nothing"
+        with self._foreign("meta"):
+            there = "meta" in self.group and "meta/episode_ends" in self.group
+            found = ", ".join(self._names("")) or "nothing"
+        if not there:
             raise StoreError(
                 f"{self.location} is no data set of episodes: it needs data/ and meta/episode_ends; has {found}"
             )
@@ -408,7 +446,8 @@ class EpisodeStore:
             "data": [*attributes.get("observation_keys", ()), attributes.get("action_key", "action")],
             "meta": [f"episode_{name}" for name in ("ends", "mode", "seed", "success")],
         }
-        return sorted(name for name in known.get(folder, ()) if f"{folder}/{name}" in self.group)
+        with self._foreign(folder):
+            return sorted(name for name in known.get(folder, ()) if f"{folder}/{name}" in self.group)
 
     @contextlib.contextmanager
     def _foreign(self, path: str, what: str = "") -> Iterator[None]:
