@@ -47,7 +47,7 @@ class Measuring:
 
     def __init__(self, seed: int = 0) -> None:
         """`seed`: of the random rows that quantiles are taken from when there are many."""
-        self._rng = np.random.default_rng(seed)
+        self._rng = np.random.default_rng([seed, 0x5A4D])  # no stream that data may come from
         self._count = 0
         self.sample = np.empty(0)
         """Rows drawn at random from all, or all while they are few."""

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from diffusion_policy.datasets.statistics import measure
-from diffusion_policy.normalizer import Normalizer, limits, moments
+from diffusion_policy.normalizer import Normalizer, limits, moments, quantiles
 
 rows = arrays(np.float32, (12, 3), elements=st.floats(-1000, 1000, width=32))
 
@@ -48,3 +48,41 @@ def test_its_numbers_travel_in_the_state_dict() -> None:
     fresh.load_state_dict(fitted.state_dict())
     x = torch.tensor([1.0, 2.0])
     assert torch.equal(fresh.normalize("x", x), fitted.normalize("x", x))
+
+
+@given(arrays(np.float32, (8, 4), elements=st.floats(-3, 3, width=32)))
+def test_angles_become_cosine_and_sine_and_come_back(data: np.ndarray) -> None:
+    normalizer = Normalizer({"x": (4,)}, {"x": (1, 3)})
+    normalizer.fit({"x": measure(data)})
+    x = torch.from_numpy(data)
+    normalized = normalizer.normalize("x", x)
+    assert normalizer.shapes["x"] == (6,)
+    torch.testing.assert_close(normalized[:, 2:], torch.cat([x[:, [1, 3]].cos(), x[:, [1, 3]].sin()], dim=-1))
+    torch.testing.assert_close(normalizer.unnormalize("x", normalized), x, rtol=1e-4, atol=1e-3)
+
+
+def test_an_angle_is_the_same_after_a_full_turn() -> None:
+    normalizer = Normalizer({"x": (2,)}, {"x": (0,)})
+    x = torch.tensor([[0.3, 1.0]])
+    turned = x + torch.tensor([[2 * torch.pi, 0.0]])
+    torch.testing.assert_close(normalizer.normalize("x", turned), normalizer.normalize("x", x))
+    torch.testing.assert_close(normalizer.unnormalize("x", normalizer.normalize("x", turned)), x)
+
+
+@pytest.mark.parametrize("angles", [{"x": (4,)}, {"x": (-1,)}, {"x": (1, 1)}, {"y": (0,)}, {"grid": (0,)}])
+def test_angles_that_are_not_there_are_refused(angles: dict) -> None:
+    with pytest.raises(ValueError, match="angles must name columns of a key, each once"):
+        Normalizer({"x": (4,), "grid": (2, 2)}, angles)
+
+
+def test_quantiles_are_not_stretched_by_outliers() -> None:
+    data = np.concatenate([np.linspace(-1, 1, 999), [1000.0]])[:, None]
+    normalizer = Normalizer({"x": (1,)})
+    normalizer.fit({"x": measure(data)}, quantiles)
+    assert normalizer.normalize("x", torch.tensor([0.98])).item() == pytest.approx(1, abs=0.02)
+
+
+def test_a_key_with_dots_has_buffers_too() -> None:
+    normalizer = Normalizer({"observation.state": (2,)})
+    normalizer.fit({"observation.state": measure(np.array([[0.0, -4.0], [10.0, 2.0]]))})
+    assert normalizer.normalize("observation.state", torch.tensor([10.0, 2.0])).tolist() == [1, 1]

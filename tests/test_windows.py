@@ -1,12 +1,23 @@
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+import zarr
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion_policy.datasets.windows import Windows, split_episodes
+from diffusion_policy.datasets.store import EpisodeStore, StoreError
+from diffusion_policy.datasets.windows import (
+    StreamedWindows,
+    Windows,
+    episodes_within,
+    hold_windows,
+    load_windows,
+    memory_needed,
+    split_episodes,
+)
 
 ENDS = np.array([4, 5, 12])
 DATA = {"state": np.arange(24, dtype=np.float64).reshape(12, 2), "action": np.arange(12, dtype=np.float64)[:, None]}
@@ -83,3 +94,123 @@ def test_windows_carry_the_mode_of_their_episode() -> None:
     windows = Windows(DATA, ENDS, [0, 2], 2, 4, modes=np.array([1, 0, -1]))
     assert windows.gather(torch.tensor([0, 3, 4, 10])).modes.tolist() == [1, 1, -1, -1]
     assert Windows(DATA, ENDS, [0, 2], 2, 4).gather(torch.tensor([0])).modes is None
+
+
+# Streamed from a store
+
+
+def make_store(path: Path, lengths: list[int], width: int = 3) -> EpisodeStore:
+    """Rows that say which row they are; chunks of 16 rows."""
+    rows = np.arange(sum(lengths))
+    group = zarr.create_group(path)
+    state = np.repeat(rows[:, None], width, axis=1).astype(np.float32)
+    group.create_array("data/state", data=state, chunks=(16, width))
+    group.create_array("data/action", data=rows[:, None].astype(np.float64), chunks=(50, 1))
+    group.create_array("meta/episode_ends", data=np.cumsum(lengths))
+    return EpisodeStore.open(path)
+
+
+KEYS = {"state": "state", "action": "action"}
+LENGTHS = [3, 40, 1, 1, 200, 16, 33, 90, 7]
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(1, 5),
+    st.integers(5, 20),
+    st.sampled_from([1, 500, 2000, 10**6]),
+    st.sampled_from([[0, 1, 2, 3, 4, 5, 6, 7, 8], [1, 4, 8], [2], [0, 7]]),
+    st.integers(1, 64),
+)
+def test_a_stream_shows_every_window_once_in_a_pass_as_memory_does(
+    tmp_path_factory, observation_horizon: int, prediction_horizon: int, pool: int, episodes: list[int], size: int
+) -> None:
+    store = make_store(tmp_path_factory.mktemp("stream") / "s.zarr", LENGTHS)
+    horizons = observation_horizon, prediction_horizon
+    modes = np.arange(9) % 4 - 1
+    held = hold_windows(store, KEYS, episodes, *horizons, modes=modes)
+    streamed = StreamedWindows(store, KEYS, episodes, *horizons, modes=modes, pool_bytes=pool)
+    assert len(streamed) == len(held)
+    size = min(size, len(held))
+    batches = list(itertools.islice(streamed.batches(size, seed=5), len(held) // size))
+    seen = torch.cat([batch.observations["state"][:, -1, 0] for batch in batches]).long()
+    everything = held.gather(np.arange(len(held)))
+    by_row = {int(row): i for i, row in enumerate(everything.observations["state"][:, -1, 0])}
+    indices = torch.tensor([by_row[int(row)] for row in seen])
+    assert len(set(indices.tolist())) == len(seen) == len(held) // size * size
+    torch.testing.assert_close(torch.cat([batch.actions for batch in batches]), everything.actions[indices])
+    states = torch.cat([batch.observations["state"] for batch in batches])
+    torch.testing.assert_close(states, everything.observations["state"][indices])
+    assert torch.equal(torch.cat([batch.modes for batch in batches]), everything.modes[indices])
+
+
+@pytest.mark.parametrize("pool", [None, 800])
+@pytest.mark.parametrize("first_step", [1, 7, 11, 12, 13, 40])
+def test_the_order_goes_on_from_any_step(tmp_path: Path, pool: int | None, first_step: int) -> None:
+    store = make_store(tmp_path / "s.zarr", LENGTHS)
+    windows = (
+        StreamedWindows(store, KEYS, range(9), 2, 8, pool_bytes=pool)
+        if pool
+        else hold_windows(store, KEYS, range(9), 2, 8)
+    )
+    whole = list(itertools.islice(windows.batches(32, seed=3), first_step + 14))
+    rest = list(itertools.islice(windows.batches(32, seed=3, first_step=first_step), 14))
+    for a, b in zip(whole[first_step:], rest, strict=True):
+        assert torch.equal(a.actions, b.actions)
+        assert torch.equal(a.observations["state"], b.observations["state"])
+
+
+def test_a_stream_is_shuffled_differently_in_each_pass_and_by_each_seed(tmp_path: Path) -> None:
+    windows = StreamedWindows(make_store(tmp_path / "s.zarr", LENGTHS), KEYS, range(9), 1, 8, pool_bytes=1500)
+    per_pass = len(windows) // 16
+
+    def rows(seed: int, first: int) -> list[float]:
+        batches = itertools.islice(windows.batches(16, seed, first), per_pass)
+        return torch.cat([batch.actions[:, 0, 0] for batch in batches]).tolist()
+
+    first, second, other = rows(0, 0), rows(0, per_pass), rows(1, 0)
+    assert first != second
+    assert first != other
+    assert first != sorted(first)
+
+
+def test_a_stream_reads_only_the_pool_and_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(tmp_path / "s.zarr", [100] * 50)
+    read: list[int] = []
+    real = store.read_rows
+    monkeypatch.setattr(
+        store, "read_rows", lambda key, start, stop: read.append(stop - start) or real(key, start, stop)
+    )
+    windows = StreamedWindows(store, KEYS, range(50), 2, 8, pool_bytes=20_000)
+    batches = windows.batches(8, seed=0)
+    next(batches)
+    batches.close()  # waits for what is being read
+    assert sum(read) * (4 * 3 + 4 + 32) / 2 < 3 * 20_000  # both keys are counted, margins included
+    assert max(read) < 200
+
+
+def test_windows_are_held_in_memory_while_they_fit(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.zarr", LENGTHS)
+    needed = memory_needed(store, KEYS, range(9))
+    assert needed == sum(LENGTHS) * (3 * 4 + 4 + 32)
+    assert isinstance(load_windows(store, KEYS, range(9), 2, 8, "cpu", None, needed), Windows)
+    assert isinstance(load_windows(store, KEYS, range(9), 2, 8, "cpu", None, needed - 1), StreamedWindows)
+    np.testing.assert_array_equal(episodes_within(store, KEYS, [4, 1, 7], 48 * 245), [4, 1])
+    np.testing.assert_array_equal(episodes_within(store, KEYS, [4, 1, 7], 1), [4])
+
+
+def test_a_pass_over_a_damaged_stream_says_where(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.zarr", [100] * 50)
+    zarr.open_group(tmp_path / "s.zarr", mode="r+")["data/state"][1234, 1] = np.nan
+    windows = StreamedWindows(store, KEYS, range(50), 2, 8, pool_bytes=20_000)
+    with pytest.raises(StoreError, match=r"data/state has NaN or infinity in 1 rows, first in episode 12 \(row 1234\)"):
+        for _ in itertools.islice(windows.batches(50, seed=0), 100):
+            pass
+
+
+def test_at_most_so_many_episodes_are_trained_on() -> None:
+    training, validation = split_episodes(100, 0.1, 0, most=20)
+    everything, held_out = split_episodes(100, 0.1, 0)
+    assert len(training) == 20
+    assert set(training) < set(everything)
+    np.testing.assert_array_equal(validation, held_out)
