@@ -1,3 +1,9 @@
+import errno
+import functools
+import http.server
+import os
+import threading
+import zipfile
 from pathlib import Path
 
 import fsspec
@@ -174,3 +180,228 @@ def test_the_published_push_t_demonstrations_open() -> None:
     assert len(store.episode_ends) == 206
     assert store.read("state").shape == (25650, 5)
     assert store.read("action").shape == (25650, 2)
+
+
+# Written by one, whole or not at all
+
+
+def test_only_one_can_write_at_a_time(path: Path) -> None:
+    with EpisodeStore.append_to(path) as store:
+        with pytest.raises(StoreError, match="is being written by another process; wait for it, or collect into"):
+            EpisodeStore.append_to(path)
+        assert len(EpisodeStore.open(path).episode_ends) == 3  # reading is free
+        store.append([episode(2, 9)])
+    assert len(EpisodeStore.append_to(path).episode_ends) == 4
+
+
+def files_of(store: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
+
+
+class FullDisk:
+    """From the n-th file on, nothing can be written."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, files: int) -> None:
+        real = zarr.storage._local._put
+
+        def put(*arguments, **options):
+            self.left -= 1
+            if self.left < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(*arguments, **options)
+
+        self.left = files
+        monkeypatch.setattr(zarr.storage._local, "_put", put)
+
+
+def test_whichever_write_fails_what_was_committed_stays_and_the_rest_can_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = [episode(5, 0), episode(1, 1, "b")], [episode(16_500, 2)], [episode(7, 3, None)]
+    with EpisodeStore.create(tmp_path / "whole.zarr", {}, ["a", "b"]) as whole:
+        for episodes in (first, second, third):
+            whole.append(episodes)
+    done = False
+    for files in range(100):
+        path = tmp_path / f"{files}.zarr"
+        with EpisodeStore.create(path, {}, ["a", "b"]) as store:
+            store.append(first)
+            with monkeypatch.context() as patch:
+                FullDisk(patch, files)
+                try:
+                    store.append(second)
+                    done = True
+                except OSError:  # no space left
+                    pass
+            assert len(store.episode_ends) == (3 if done else 2)
+        store = EpisodeStore.open(path)
+        committed = 16_506 if done else 6
+        assert store.episode_ends[-1] == committed
+        np.testing.assert_array_equal(store.read("state"), whole.read("state")[:committed])
+        with EpisodeStore.append_to(path) as store:
+            assert EpisodeStore.open(path).uncommitted() == {}
+            store.append(third if done else second + third)
+        assert files_of(path) == files_of(tmp_path / "whole.zarr")
+        if done:
+            break
+    assert files > 10  # so many files are written in one append
+
+
+def test_a_first_append_that_fails_leaves_an_empty_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with EpisodeStore.create(tmp_path / "whole.zarr", {}, ["a"]) as whole:
+        whole.append([episode(5)])
+    for files in range(18):
+        path = tmp_path / f"{files}.zarr"
+        with EpisodeStore.create(path, {}, ["a"]) as store, monkeypatch.context() as patch:
+            FullDisk(patch, files)
+            with pytest.raises(OSError, match="No space left"):
+                store.append([episode(5)])
+        with pytest.raises(StoreError, match="holds no episodes yet"):
+            EpisodeStore.open(path)
+        with EpisodeStore.append_to(path) as store:
+            store.append([episode(5)])
+        assert files_of(path) == files_of(tmp_path / "whole.zarr")
+
+
+def test_a_store_that_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FullDisk(monkeypatch, 2)
+    with pytest.raises(OSError, match="No space left"):
+        EpisodeStore.create(tmp_path / "store.zarr", {}, [])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (
+            Demonstration({"state": np.zeros((4, 3), np.float32)}, 9, "a", True),
+            "needs float64 of shape .* in data/action",
+        ),
+        (episode(4)._replace(success=None), "needs bool of shape .* in meta/episode_success; .* has nothing"),
+        (Demonstration({**episode(4).data, "more": np.zeros(4)}, 9, "a", True), "needs nothing in data/more"),
+        (Demonstration({**episode(4).data, "action": np.zeros((4, 3))}, 9, "a", True), r"has float64 of shape \(3,\)"),
+        (Demonstration({**episode(4).data, "action": np.zeros((5, 2))}, 9, "a", True), "as many rows of each array"),
+        (Demonstration({**episode(4).data, "action": np.full((4, 2), np.nan)}, 9), "finite numbers; got NaN"),
+        (Demonstration({**episode(4).data, "action": np.array([["a"]] * 4)}, 9), "finite numbers; got <U1"),
+        (Demonstration({}, 9), "got no arrays"),
+    ],
+)
+def test_episodes_that_do_not_fit_are_refused_before_anything_is_written(
+    path: Path, wrong: Demonstration, message: str
+) -> None:
+    before = files_of(path)
+    with EpisodeStore.append_to(path) as store, pytest.raises(StoreError, match=message):
+        store.append([episode(3), wrong])
+    assert files_of(path) == before
+
+
+def test_many_small_episodes_do_not_become_many_files(tmp_path: Path) -> None:
+    with EpisodeStore.create(tmp_path / "store.zarr", {}, ["a"]) as store:
+        store.append([episode(3, seed) for seed in range(2000)])
+    assert len(files_of(tmp_path / "store.zarr")) < 20
+    assert max(len(content) for content in files_of(tmp_path / "store.zarr").values()) < 200_000
+
+
+def test_a_store_of_a_later_version_is_refused(path: Path) -> None:
+    group = zarr.open_group(path, mode="r+")
+    group.attrs["format_version"] = 2
+    with pytest.raises(StoreError, match="has format version 2; this package reads 1"):
+        EpisodeStore.open(path)
+
+
+def test_stores_of_others_are_not_appended_to(path: Path, tmp_path: Path) -> None:
+    zarr.open_group(path, mode="r+").attrs["format"] = "theirs"
+    with pytest.raises(StoreError, match="was not written by this toolkit; copy it with: dataset convert"):
+        EpisodeStore.append_to(path)
+    zarr.create_group(tmp_path / "v2.zarr", zarr_format=2)
+    with pytest.raises(StoreError, match="can only be read"):
+        EpisodeStore.append_to(tmp_path / "v2.zarr")
+
+
+# Read in parts and from elsewhere
+
+
+def test_episodes_come_one_after_the_other_or_as_they_are_asked_for(path: Path) -> None:
+    store = EpisodeStore.open(path)
+    everything = list(store.episodes())
+    for found, (length, seed, mode) in zip(everything, ((5, 0, "a"), (1, 1, "b"), (7, 2, None)), strict=True):
+        expected = episode(length, seed, mode)
+        assert found[1:] == expected[1:]
+        for key, rows in expected.data.items():
+            np.testing.assert_array_equal(found.data[key], rows)
+    assert [found.seed for found in store.episodes([2, 0, 1])] == [2, 0, 1]
+
+
+def test_final_observations_are_kept(tmp_path: Path) -> None:
+    final = {"state": np.array([1.0, 2.0, 3.0], np.float32)}
+    with EpisodeStore.create(tmp_path / "store.zarr", {}, ["a"]) as store:
+        store.append([episode(4)._replace(final=final), episode(2)._replace(final=final)])
+    for found in EpisodeStore.open(tmp_path / "store.zarr").episodes():
+        assert found.final is not None
+        np.testing.assert_array_equal(found.final["state"], final["state"])
+
+
+def zip_of(store: Path, folder: str) -> Path:
+    path = store.with_suffix(".zarr.zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in store.rglob("*"):
+            if file.is_file():
+                archive.write(file, Path(folder) / file.relative_to(store))
+    return path
+
+
+@pytest.mark.parametrize("folder", [".", "data set/store.zarr"])
+def test_a_zip_opens_wherever_the_store_lies_in_it(path: Path, folder: str) -> None:
+    store = EpisodeStore.open(zip_of(path, folder))
+    assert store.fingerprint(["state"]) == EpisodeStore.open(path).fingerprint(["state"])
+    assert [episode.seed for episode in store.episodes()] == [0, 1, 2]
+    with pytest.raises(StoreError, match="can only be read"):
+        EpisodeStore.append_to(path.with_suffix(".zarr.zip"))
+
+
+@pytest.fixture
+def server(tmp_path: Path):
+    """A web server for the folder of `path`; gives its address."""
+    handler = functools.partial(QuietHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format, *args) -> None:
+        pass
+
+    def list_directory(self, path):
+        if type(self).lists:
+            return super().list_directory(path)
+        self.send_error(404)
+        return None
+
+    lists = True
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_a_web_server_is_read_whether_it_lists_folders_or_not(
+    path: Path, server: str, lists: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(QuietHandler, "lists", lists)
+    zarr.open_group(path, mode="r+").attrs["observation_keys"] = ["state"]
+    store = EpisodeStore.open(f"{server}/store.zarr")
+    assert store.keys == ("action", "state")
+    assert store.fingerprint(["state"]) == EpisodeStore.open(path).fingerprint(["state"])
+    assert store.episode_modes() == ["a", "b", None]
+    zip_of(path, ".")
+    assert EpisodeStore.open(f"{server}/store.zarr.zip").keys == ("action", "state")
+
+
+def test_a_place_that_cannot_be_reached_is_one_sentence(server: str) -> None:
+    pytest.importorskip("aiohttp")
+    with pytest.raises(StoreError, match=r"no data set at .*: there is no zarr group"):
+        EpisodeStore.open(f"{server}/nothing.zarr")
+    with pytest.raises(StoreError, match=r"cannot open http://127\.0\.0\.1:1/x\.zarr: "):
+        EpisodeStore.open("http://127.0.0.1:1/x.zarr")

@@ -1,0 +1,118 @@
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+
+from diffusion_policy import envs
+from diffusion_policy.commands.train import Train
+from diffusion_policy.config import PolicyConfig, TrainConfig
+from diffusion_policy.datasets.recorder import Recorder
+from diffusion_policy.datasets.store import EpisodeStore, StoreError
+from diffusion_policy.envs.experts import AvoidExpert
+
+
+def swing(env: gymnasium.Env, seed: int, steps: int = 200) -> list[np.ndarray]:
+    """An episode of random actions; what was observed."""
+    rng = np.random.default_rng(seed)
+    observations = [env.reset(seed=seed)[0]]
+    for _ in range(steps):
+        observation, _, terminated, truncated, _ = env.step(rng.uniform(-2, 2, 1).astype(np.float32))
+        observations.append(observation)
+        if terminated or truncated:
+            break
+    return observations
+
+
+def test_what_a_loop_does_is_recorded_and_can_be_trained_on(tmp_path: Path) -> None:
+    with Recorder(gymnasium.make("Pendulum-v1", g=9.0), tmp_path / "mine.zarr", {"who": "me"}) as env:
+        seen = [swing(env, seed) for seed in (3, 4)]
+    store = EpisodeStore.open(tmp_path / "mine.zarr")
+    assert store.attributes["environment"] == {"id": "Pendulum-v1", "arguments": {"g": 9.0}}
+    assert store.attributes["control_frequency"] == 30
+    assert store.attributes["who"] == "me"
+    for episode, observations, seed in zip(store.episodes(), seen, (3, 4), strict=True):
+        assert (episode.seed, episode.mode, episode.success) == (seed, None, None)
+        np.testing.assert_array_equal(episode.data["observation"], observations[:-1])
+        assert episode.final is not None
+        np.testing.assert_array_equal(episode.final["observation"], observations[-1])
+        assert episode.data["action"].shape == (200, 1)
+    training = TrainConfig(steps=3, batch_size=16)
+    policy = PolicyConfig(widths=(16, 32), level_dim=16, levels=10)
+    Train(str(tmp_path / "mine.zarr"), tmp_path / "run", policy=policy, training=training, device="cpu").run()
+    assert (tmp_path / "run" / "step-000003" / "config.json").exists()
+
+
+def test_modes_and_success_are_recorded_where_the_environment_knows_them(tmp_path: Path) -> None:
+    with Recorder(envs.make("diffusion_policy/Avoid-v0", rows=1), tmp_path / "mine.zarr") as env:
+        for seed, mode in enumerate(("left", "right")):
+            expert = AvoidExpert(mode)
+            observation, _ = env.reset(seed=seed)
+            done = False
+            while not done:
+                observation, _, terminated, truncated, _ = env.step(expert.act(observation))
+                done = terminated or truncated
+    episodes = list(EpisodeStore.open(tmp_path / "mine.zarr").episodes())
+    assert [(episode.mode, episode.success) for episode in episodes] == [("left", True), ("right", True)]
+    assert episodes[0].data.keys() == {"action", "actual_xy", "desired_xy"}
+
+
+def test_an_episode_that_is_cut_off_is_dropped_unless_it_is_saved(tmp_path: Path) -> None:
+    with Recorder(gymnasium.make("Pendulum-v1"), tmp_path / "mine.zarr") as env:
+        swing(env, 0, steps=5)
+        swing(env, 1, steps=6)
+        env.save()
+        swing(env, 2, steps=7)
+        env.discard()
+        env.save()  # there is nothing
+        swing(env, 3, steps=8)
+    store = EpisodeStore.open(tmp_path / "mine.zarr")
+    assert store.episode_ends.tolist() == [6]
+    assert [episode.seed for episode in store.episodes()] == [1]
+
+
+def test_what_is_observed_is_copied(tmp_path: Path) -> None:
+    class Reusing(gymnasium.Env):
+        """Gives the same array each time, changed in place."""
+
+        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float64)
+        action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float64)
+
+        def reset(self, *, seed=None, options=None):
+            self.state = np.zeros(1)
+            return self.state, {}
+
+        def step(self, action):
+            self.state += 1
+            return self.state, 0.0, bool(self.state[0] == 4), False, {"success": True}
+
+    with Recorder(Reusing(), tmp_path / "mine.zarr") as env:
+        env.reset()
+        action = np.zeros(1)
+        for _ in range(4):
+            action += 0.1
+            env.step(action)
+    (episode,) = EpisodeStore.open(tmp_path / "mine.zarr").episodes()
+    assert episode.data["observation"][:, 0].tolist() == [0, 1, 2, 3]
+    np.testing.assert_allclose(episode.data["action"][:, 0], [0.1, 0.2, 0.3, 0.4])
+    assert episode.success is True
+
+
+def test_recording_goes_on_in_a_store_that_is_open(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        env = gymnasium.make("Pendulum-v1")
+        path = tmp_path / "mine.zarr"
+        with Recorder(env, EpisodeStore.append_to(path) if path.exists() else path) as recorder:
+            swing(recorder, seed)
+    assert len(EpisodeStore.open(tmp_path / "mine.zarr").episode_ends) == 2
+
+
+def test_what_cannot_be_recorded_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"only Box spaces, or a Dict of them, can be recorded; action is Discrete\(2\)"
+    ):
+        Recorder(gymnasium.make("CartPole-v1"), tmp_path / "mine.zarr")
+    assert not (tmp_path / "mine.zarr").exists()
+    (tmp_path / "mine.zarr").mkdir()
+    with pytest.raises(StoreError, match="already exists"):
+        Recorder(gymnasium.make("Pendulum-v1"), tmp_path / "mine.zarr")
