@@ -7,14 +7,17 @@ import sys
 from pathlib import Path
 
 from diffusion_policy.cli import parse
+from diffusion_policy.commands.train import Train
+from diffusion_policy.config import PolicyConfig, TrainConfig
 from diffusion_policy.samplers import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
+TINY = PolicyConfig(widths=(16, 32), level_dim=16, levels=10)
 README = (ROOT / "README.md").read_text()
 
 
 def test_the_python_runs_as_it_stands_there(tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code, _ = python_blocks()
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     counts = re.findall(r"^(left|right|none): (\d+) of (\d+)$", done.stdout, re.MULTILINE)
@@ -22,6 +25,18 @@ def test_the_python_runs_as_it_stands_there(tmp_path: Path) -> None:
     successes = sum(int(succeeded) for _, succeeded, _ in counts)
     assert successes > 0
     assert f"success: Metric(value={successes / 20}" in done.stdout
+
+
+def test_recording_the_users_own_loop_runs_as_it_stands_there(tmp_path: Path) -> None:
+    _, code = python_blocks()
+    assert len(code.strip().splitlines()) <= 14
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    training = TrainConfig(steps=2, batch_size=16)
+    Train(str(tmp_path / "runs" / "mine.zarr"), tmp_path / "run", policy=TINY, training=training, device="cpu").run()
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_commands_are_understood() -> None:
