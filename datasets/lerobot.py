@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_policy.datasets.convert import Source, foreign, from_header, header, library, place
+from diffusion_policy.datasets.statistics import Measuring
 from diffusion_policy.datasets.store import Demonstration, StoreError
 
 VERSION = "v3.0"
@@ -258,7 +259,7 @@ class _Writer:
             if len(shape) > 5:
                 raise StoreError(f"LeRobot has rows of at most 5 axes; {self._names[name]!r} has {len(shape)}")
         self._fps = source.attributes.get("control_frequency", DEFAULT_FPS)
-        self._stats: dict[str, _Stats] = {}
+        self._measured: dict[str, Measuring] = {}
         self._episodes: list[dict[str, Any]] = []
         self._known: dict[str, list[Any]] = {}
         self._rows = 0
@@ -284,7 +285,7 @@ class _Writer:
         for name, rows in columns.items():
             if name in self._dtypes and (rows.dtype, [*rows.shape[1:]]) != (self._dtypes[name], self._shapes[name]):
                 raise StoreError(f"{name} must stay {self._shapes[name]} of {self._dtypes[name]}")
-            self._stats.setdefault(name, _Stats()).add(rows)
+            self._measured.setdefault(name, Measuring()).add(rows.reshape(len(rows), *(rows.shape[1:] or (1,))))
         self._write({name: _to_arrow(rows) for name, rows in columns.items()})
         self._episodes.append(
             {
@@ -330,8 +331,7 @@ class _Writer:
         episodes = self._arrow.Table.from_pylist(self._episodes)
         self._parquet.write_table(episodes, meta / "episodes" / FILE.format(0, 0))
         self._parquet.write_table(_task_table(self._arrow, self._tasks), meta / "tasks.parquet")
-        stats = {name: stat.result() for name, stat in self._stats.items()}
-        _write_json(meta / "stats.json", stats)
+        _write_json(meta / "stats.json", {name: _stats(measured) for name, measured in self._measured.items()})
         _write_json(meta / "info.json", self._info())
         self._parquet.write_table(self._known_table(), self._path / KNOWN)
         columns = {name: [key, self._shapes[name]] for name, key in self._names.items()}
@@ -407,33 +407,11 @@ def _to_arrow(rows: np.ndarray) -> Any:
     return array
 
 
-class _Stats:
-    """Least, greatest, mean and standard deviation of rows that come in parts (Chan et al. 1979)."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._min: Any = np.inf
-        self._max: Any = -np.inf
-        self._mean: Any = 0.0
-        self._squares: Any = 0.0
-        """Sum of squared distances from the mean."""
-
-    def add(self, rows: np.ndarray) -> None:
-        """Take (rows, ...) into account."""
-        rows = rows.reshape(len(rows), -1).astype(np.float64) if rows.ndim == 1 else rows.astype(np.float64)
-        mean, count = rows.mean(axis=0), self._count + len(rows)
-        self._squares = self._squares + ((rows - mean) ** 2).sum(axis=0)
-        self._squares = self._squares + (mean - self._mean) ** 2 * self._count * len(rows) / count
-        self._mean = self._mean + (mean - self._mean) * len(rows) / count
-        self._min = np.minimum(self._min, rows.min(axis=0))
-        self._max = np.maximum(self._max, rows.max(axis=0))
-        self._count = count
-
-    def result(self) -> dict[str, Any]:
-        """As in stats.json."""
-        arrays = {"min": self._min, "max": self._max, "mean": self._mean}
-        arrays["std"] = np.sqrt(self._squares / self._count)
-        return {name: array.tolist() for name, array in arrays.items()} | {"count": [self._count]}
+def _stats(measured: Measuring) -> dict[str, Any]:
+    """As in stats.json."""
+    found = measured.result()
+    arrays = {"min": found.minimum, "max": found.maximum, "mean": found.mean, "std": found.std}
+    return {name: array.tolist() for name, array in arrays.items()} | {"count": [found.rows]}
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -17,7 +17,7 @@ import pytest
 from diffusion_policy.commands.collect import Collect
 from diffusion_policy.datasets.store import EpisodeStore, StoreError
 
-EPISODES = 200
+EPISODES = 120
 FORKING = """
 import json, os, sys
 from diffusion_policy import envs
@@ -95,7 +95,7 @@ def kill_again_and_again(kills: int, folder: Path, reference: Path, seed: int) -
         for i in range(kills):
             begin = ("--output", str(path), "--env-kwargs", '{"rows": 1}', "--episodes", str(EPISODES))
             go_on = ("--resume", str(path))
-            hits += kill_after(rng.uniform(0.05, 0.5), forking, *(go_on if path.exists() else begin))
+            hits += kill_after(rng.uniform(0.02, 0.4), forking, *(go_on if path.exists() else begin))
             now = committed(path, whole, expected)
             assert now >= known
             known = now

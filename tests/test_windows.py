@@ -114,7 +114,7 @@ KEYS = {"state": "state", "action": "action"}
 LENGTHS = [3, 40, 1, 1, 200, 16, 33, 90, 7]
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     st.integers(1, 5),
     st.integers(5, 20),
