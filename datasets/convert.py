@@ -10,7 +10,6 @@ Knows names, arrays and files. Knows no environment and no policy.
 import contextlib
 import importlib
 import os
-import re
 import shutil
 import tempfile
 import zipfile
@@ -20,9 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusion_policy.datasets.store import Demonstration, EpisodeStore, StoreError
+from diffusion_policy.datasets.store import KEY, Demonstration, EpisodeStore, StoreError
 
-KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 APPEND_BYTES = 2**26
 """About so many bytes of episodes are held before they are appended to a store."""
 
@@ -190,7 +188,7 @@ def _checked(source: Source, location: str | Path, form: Format) -> Iterator[Dem
 def _check_names(keys: set[str]) -> set[str]:
     """Raise StoreError unless the keys are safe as names of files."""
     for key in sorted(keys):
-        if not KEY.fullmatch(key) or key == "zarr.json":
+        if not KEY.fullmatch(key):
             raise StoreError(f"key {key!r} is no name of an array; allowed are letters, digits, '_', '-' and '.'")
     return keys
 

@@ -35,7 +35,7 @@ from diffusion_policy.datasets.storage import (
 
 FORMAT = "diffusion-policy episodes"
 FORMAT_VERSION = 1
-KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+KEY = re.compile(r"(?!zarr\.json$)[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 """Names that are written."""
 BLOCK_BYTES = 2**23
 """About so much is read at a time where a whole array is walked through."""
