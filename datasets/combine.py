@@ -47,6 +47,8 @@ def split(location: Path | str, targets: tuple[Path, Path], share: float, seed: 
     first = round(count * share)
     if not 0 < first < count:
         raise StoreError(f"a share of {share:g} of {count} episodes leaves one of the two stores empty")
+    if targets[0] == targets[1]:
+        raise StoreError(f"the two parts need two outputs; got {targets[0]} twice")
     for target in targets:
         if target.exists():
             raise StoreError(f"{target} already exists; choose another output or delete it first")
@@ -73,5 +75,4 @@ def _nature(store: EpisodeStore) -> dict[str, Any]:
         "action key": store.action_key,
         "observation keys": sorted(store.observation_keys),
         "angles": attributes.get("angles"),
-        "known per episode": [name for name in ("seed", "success") if store.read_meta(name) is not None],
     }

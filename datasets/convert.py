@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusion_policy.datasets.store import KEY, Demonstration, EpisodeStore, StoreError
+from diffusion_policy.datasets.storage import KEY, StoreError
+from diffusion_policy.datasets.store import Demonstration, EpisodeStore
 
 APPEND_BYTES = 2**26
 """About so many bytes of episodes are held before they are appended to a store."""
@@ -69,11 +70,14 @@ def convert(
     return write(read(source, source_format), target, target_format, on_episode)
 
 
-def read(location: str | Path, name: str | None = None) -> Source:
-    """Open a data set of any format, its episodes checked as they are read; raises StoreError."""
+def read(
+    location: str | Path, name: str | None = None, choose: Callable[[Source], Source] = lambda source: source
+) -> Source:
+    """Open a data set of any format, its episodes checked as they are read; raises StoreError. `choose` may name other
+    keys as observed and as the action."""
     name = name or detect(location)
     with _store_errors(location, _format(name)):
-        source = _format(name).read(location if "://" in str(location) else Path(location))
+        source = choose(_format(name).read(location if "://" in str(location) else Path(location)))
         _check_names({*source.observation_keys, source.action_key})
         return source._replace(episodes=_checked(source, location, _format(name)))
 

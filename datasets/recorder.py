@@ -30,6 +30,8 @@ class Recorder(gymnasium.Wrapper):
         super().__init__(env)
         space = env.observation_space
         spaces = space.spaces if isinstance(space, gymnasium.spaces.Dict) else {"observation": space}
+        if "action" in spaces:
+            raise ValueError("an observation cannot be recorded as 'action', where the actions are; rename it")
         for name, part in {**spaces, "action": env.action_space}.items():
             if not isinstance(part, gymnasium.spaces.Box):
                 raise ValueError(f"only Box spaces, or a Dict of them, can be recorded; {name} is {part}")

@@ -10,27 +10,34 @@ import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import fsspec
 import numpy as np
 import zarr
+from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.sync import sync
 from zarr.errors import ContainsArrayError, GroupNotFoundError
-from zarr.storage import ZipStore
+from zarr.storage import FsspecStore, LocalStore, ZipStore
 
-from diffusion_policy.datasets.guard import LARGEST_CHUNK, collect_async
+from diffusion_policy.datasets.guard import LARGEST_CHUNK, GuardedStore, collect_async
 
 try:
     import fcntl
 except ImportError:  # Windows: nothing keeps a second writer away
     fcntl = None
 
+PATIENCE = 20
+"""Seconds that a web server may be silent."""
 CHUNK_BYTES = 2**19
 """Decoded size of a chunk of wide rows: large enough to read fast, small enough to hold several in memory."""
 CHUNK_ROWS = 16384
 """Most rows in a chunk: some hundred episodes, so that many small episodes do not become many small files."""
+KEY = re.compile(r"(?!zarr\.json$)[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+"""Names that are written."""
+TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.partial$")
+"""Files that zarr had not yet finished."""
 NAME = re.compile(r"[^./\\][^/\\]*")
 """Names that are read: no hidden files, no way out of the store."""
 
@@ -40,16 +47,13 @@ class StoreError(ValueError):
 
 
 def open_group(location: str, mode: Literal["r", "r+"]) -> zarr.Group:
-    """The zarr group at a path or URL; raises StoreError."""
+    """The zarr group at a path or URL, behind a guard; raises StoreError."""
     try:
-        if location.endswith(".zip"):
-            return _open_zip(location)
-        if Path(location).is_file():
-            raise FileNotFoundError
-        return zarr.open_group(location, mode=mode)
+        store, root = _find(location, mode)
+        return zarr.open_group(GuardedStore(store), mode=mode, path=root)
     except ImportError as error:
         raise StoreError(f"cannot open {location}: {error}") from error
-    except (FileNotFoundError, GroupNotFoundError, ContainsArrayError) as error:
+    except (FileNotFoundError, GroupNotFoundError, ContainsArrayError, NotADirectoryError) as error:
         hint = "; other formats come in with: dataset convert" if Path(location).exists() else ""
         raise StoreError(f"no data set at {location}: there is no zarr group{hint}") from error
     except StoreError:
@@ -58,16 +62,40 @@ def open_group(location: str, mode: Literal["r", "r+"]) -> zarr.Group:
         raise StoreError(f"cannot open {location}: {say(error)}") from error
 
 
-def _open_zip(location: str) -> zarr.Group:
-    """The group in a zip file, which may lie in a folder of it; a file behind a URL is fetched whole."""
-    path = fsspec.open_local(f"simplecache::{location}") if "://" in location else location
-    with zipfile.ZipFile(str(path)) as archive:
+def _find(location: str, mode: Literal["r", "r+"]) -> tuple[Store, str]:
+    """What holds the files of a store, and the folder within."""
+    if location.endswith(".zip"):
+        return _open_zip(location)
+    if "://" in location:
+        return FsspecStore.from_url(location, storage_options=_options(location), read_only=True), ""
+    if not Path(location).is_dir():
+        raise FileNotFoundError(location)
+    return LocalStore(location, read_only=mode == "r"), ""
+
+
+def _options(url: str) -> dict[str, Any]:
+    """A web server that does not answer is given up after a while."""
+    if not url.startswith(("http://", "https://")):
+        return {}
+    import aiohttp
+
+    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=PATIENCE, sock_read=PATIENCE)}}
+
+
+def _open_zip(location: str) -> tuple[Store, str]:
+    """A zip file, in which the store may lie in a folder; a file behind a URL is fetched whole."""
+    path = location
+    if "://" in location:
+        protocol = location.partition("://")[0]
+        options: Any = {protocol: _options(location)}
+        path = str(fsspec.open_local(f"simplecache::{location}", **options))
+    with zipfile.ZipFile(path) as archive:
         files = archive.infolist()
     if any(file.file_size > LARGEST_CHUNK for file in files):
         raise StoreError(f"{location} holds a file of more than {LARGEST_CHUNK / 2**20:.0f} MB, which no store has")
     ends = (re.fullmatch(r"(.*?)/?meta/episode_ends/(zarr\.json|\.zarray)", file.filename) for file in files)
     root = next((match[1] for match in ends if match), "")
-    return zarr.open_group(ZipStore(str(path), mode="r"), mode="r", path=root)
+    return ZipStore(path, mode="r"), root
 
 
 def lock(path: Path) -> Callable[[], object]:
@@ -77,8 +105,10 @@ def lock(path: Path) -> Callable[[], object]:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
         os.close(descriptor)
+        if not isinstance(error, BlockingIOError):
+            raise StoreError(f"{path} cannot be locked, so it cannot be written: {error}") from error
         raise StoreError(
             f"{path} is being written by another process; wait for it, or collect into another store and join them "
             "with: dataset merge"
@@ -111,7 +141,7 @@ def list_names(group: zarr.Group, folder: str) -> list[str]:
     except (NotImplementedError, OSError):
         return []
     names = {name.rstrip("/") for name in found}
-    return sorted(name for name in names if NAME.fullmatch(name) and name != "zarr.json" and ".partial" not in name)
+    return sorted(name for name in names if NAME.fullmatch(name) and name != "zarr.json" and not TEMPORARY.search(name))
 
 
 def row_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:

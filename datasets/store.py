@@ -9,8 +9,8 @@ Knows arrays and files. Knows no environment and no policy.
 
 import contextlib
 import hashlib
+import json
 import math
-import re
 import shutil
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import zarr
 
-from diffusion_policy.datasets.guard import refuse_unsafe
+from diffusion_policy.datasets.guard import refuse_unsafe, trust
 from diffusion_policy.datasets.storage import (
+    KEY,
     NAME,
+    TEMPORARY,
     StoreError,
     create_array,
     list_names,
@@ -35,8 +37,6 @@ from diffusion_policy.datasets.storage import (
 
 FORMAT = "diffusion-policy episodes"
 FORMAT_VERSION = 1
-KEY = re.compile(r"(?!zarr\.json$)[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
-"""Names that are written."""
 BLOCK_BYTES = 2**23
 """About so much is read at a time where a whole array is walked through."""
 
@@ -54,6 +54,10 @@ def _is_environment(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("id"), str) and isinstance(value.get("arguments"), dict)
 
 
+def _is_collection(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(value.get(name)) is int for name in ("episodes", "seed"))
+
+
 ATTRIBUTES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "modes": (_are_names, "a list of labels"),
     "observation_keys": (_are_names, "a list of keys"),
@@ -61,14 +65,27 @@ ATTRIBUTES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "angles": (_are_angles, "lists of columns by key"),
     "environment": (_is_environment, "an id and arguments"),
     "control_frequency": (lambda value: isinstance(value, int | float) and 0 < value < math.inf, "a rate above 0 [Hz]"),
+    "collection": (_is_collection, "numbers of episodes and of the first seed"),
+    "minari": (lambda value: isinstance(value, dict), "an object"),
+    "robomimic": (lambda value: isinstance(value, dict), "an object"),
+    "lerobot": (lambda value: isinstance(value, dict), "an object"),
     "noise": (lambda value: value is None or (isinstance(value, int | float) and value >= 0), "at least 0"),
 }
 """What attributes that we use must be."""
 
 
+def _check_attributes(attributes: Mapping[str, Any], location: str) -> None:
+    for name, value in attributes.items():
+        if name in ATTRIBUTES and not ATTRIBUTES[name][0](value):
+            raise StoreError(f"{location}: the attribute {name} must be {ATTRIBUTES[name][1]}; got {value!r}")
+    try:
+        json.dumps(attributes)
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"{location}: attributes must be JSON: {error}") from error
+
+
 class Demonstration(NamedTuple):
-    """One episode as it is stored. What is None is unknown; a store knows each either of all its episodes or of none
-    (but for the mode)."""
+    """One episode as it is stored. What is None is unknown."""
 
     data: dict[str, np.ndarray]
     """Each observation key and the action, (steps, ...)."""
@@ -76,7 +93,8 @@ class Demonstration(NamedTuple):
     mode: str | None = None
     success: bool | None = None
     final: dict[str, np.ndarray] | None = None
-    """The observation after the last action, by key, without the axis of steps."""
+    """The observation after the last action, by key, without the axis of steps; known of all episodes of a store or of
+    none."""
 
 
 class EpisodeStore:
@@ -106,9 +124,12 @@ class EpisodeStore:
         path = Path(path)
         if path.exists():
             raise StoreError(f"{path} already exists; choose another output or delete it first")
+        if path.suffix == ".zip":
+            raise StoreError(f"{path} cannot be appended to; make a folder, and a zip of it with: dataset convert")
+        header = {"format": FORMAT, "format_version": FORMAT_VERSION, "modes": list(modes), **attributes}
+        _check_attributes(header, str(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.{getpid()}")
-        header = {"format": FORMAT, "format_version": FORMAT_VERSION, "modes": list(modes), **attributes}
         try:
             group = zarr.create_group(unfinished, attributes=header)
             group.create_group("data")
@@ -126,10 +147,16 @@ class EpisodeStore:
         path = Path(path)
         if path.suffix == ".zip" or (path / ".zgroup").exists():
             raise StoreError(f"{path} can only be read; make a copy to append to with: dataset convert {path} NEW.zarr")
-        store = cls(open_group(str(path), "r+"), str(path), lock(path))
+        group = open_group(str(path), "r+")
+        if any(file.is_symlink() for file in path.rglob("*")):
+            raise StoreError(f"{path} holds links, which may lead out of it; make a copy with: dataset convert")
+        store = cls(group, str(path), lock(path))
         if store.attributes.get("format") != FORMAT:
             raise StoreError(f"{path} was not written by this toolkit; copy it with: dataset convert {path} NEW.zarr")
         store._check()
+        if len(store.episode_ends):
+            for array in store._layout():
+                store._array(array)
         store._drop_uncommitted()
         return store
 
@@ -220,25 +247,39 @@ class EpisodeStore:
             )
         return rows
 
-    def blocks(self, key: str) -> Iterator[tuple[int, np.ndarray]]:
-        """All committed rows of one array, some whole chunks at a time: (first row, rows)."""
+    def block_spans(self, key: str) -> Iterator[tuple[int, int]]:
+        """First row, and row after the last, of blocks of some whole chunks that are well read at a time."""
         total, chunk_rows = int(self.episode_ends[-1]), self.chunk_rows(key)
         step = chunk_rows * max(1, BLOCK_BYTES // (chunk_rows * row_bytes(self.shape(key), self.dtype(key))))
         for start in range(0, total, step):
-            yield start, self.read_rows(key, start, min(start + step, total))
+            yield start, min(start + step, total)
+
+    def blocks(self, key: str) -> Iterator[tuple[int, np.ndarray]]:
+        """All committed rows of one array, block by block: (first row, rows)."""
+        for start, stop in self.block_spans(key):
+            yield start, self.read_rows(key, start, stop)
 
     def read_meta(self, name: str) -> np.ndarray | None:
-        """One value an episode, (episodes, ...), or None where the store has no such array."""
+        """One value an episode, (episodes, ...), or None where the store has no such array; -1 where a mode, seed or
+        success is unknown."""
         if f"episode_{name}" not in self._names("meta"):
             return None
         array = self._array(f"meta/episode_{name}")
+        if name in ("mode", "seed", "success") and (array.ndim != 1 or array.dtype.kind not in "biu"):
+            found = f"{array.dtype} of shape {array.shape}"
+            raise StoreError(f"{self.location}: meta/episode_{name} must be one row of whole numbers; got {found}")
         with self._foreign(f"meta/episode_{name}", " is damaged:"):
             return np.asarray(array[: len(self.episode_ends)])
+
+    def seeds(self) -> np.ndarray:
+        """The seeds that are known, (at most episodes,) int64."""
+        seeds = self.read_meta("seed")
+        return np.empty(0, np.int64) if seeds is None else seeds[seeds >= 0].astype(np.int64)
 
     def mode_indices(self) -> np.ndarray:
         """Index of each episode's mode among `modes`, (episodes,) int64; −1 where it is unknown."""
         indices = self.read_meta("mode")
-        if indices is None or not np.issubdtype(indices.dtype, np.integer):
+        if indices is None:
             return np.full(len(self.episode_ends), -1)
         return np.where((indices >= 0) & (indices < len(self.modes)), indices, -1)
 
@@ -263,9 +304,9 @@ class EpisodeStore:
                 span = slice(starts[i] - first, ends[i] - first)
                 yield Demonstration(
                     {key: array[span] for key, array in rows.items()},
-                    None if seeds is None else int(seeds[i]),
+                    None if seeds is None or seeds[i] < 0 else int(seeds[i]),
                     modes[i],
-                    None if successes is None else bool(successes[i]),
+                    None if successes is None or successes[i] < 0 else bool(successes[i]),
                     {name.removeprefix("final_"): array[i] for name, array in finals.items()} or None,
                 )
 
@@ -338,15 +379,13 @@ class EpisodeStore:
         for path, rows in columns.items():
             if not KEY.fullmatch(path.partition("/")[2]):
                 raise StoreError(f"{name}: a key is made of letters, digits, '_', '-' and '.'; got {path[5:]!r}")
-            if rows.dtype.kind not in "biuf" or len(nonfinite_rows(rows)):
-                got = "NaN or infinity" if rows.dtype.kind == "f" else rows.dtype
+            if rows.dtype.kind not in "biuf" or rows.size == 0 or len(nonfinite_rows(rows)):
+                got = "no numbers" if rows.size == 0 else "NaN or infinity" if rows.dtype.kind == "f" else rows.dtype
                 raise StoreError(f"{name}: {path} must hold finite numbers; got {got}")
         mode = -1 if episode.mode is None else self.modes.index(episode.mode)
         columns["meta/episode_mode"] = np.array([mode], np.int64)
-        if episode.seed is not None:
-            columns["meta/episode_seed"] = np.array([episode.seed], np.int64)
-        if episode.success is not None:
-            columns["meta/episode_success"] = np.array([episode.success])
+        columns["meta/episode_seed"] = np.array([-1 if episode.seed is None else episode.seed], np.int64)
+        columns["meta/episode_success"] = np.array([-1 if episode.success is None else episode.success], np.int8)
         return columns
 
     def _layout(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -358,7 +397,10 @@ class EpisodeStore:
     def _drop_uncommitted(self) -> None:
         """Make the store as if what was never committed had never been written."""
         self.dropped = self.uncommitted()
-        for path, beyond in self.dropped.items():
+        if len(self._ends) == 0:
+            for path in self._layout():
+                del self.group[path]
+        for path, beyond in self.uncommitted().items():
             array = self.raw_array(path)
             committed, chunk = array.shape[0] - beyond, array.chunks[0]
             with zarr.config.set({"array.write_empty_chunks": True}):
@@ -366,11 +408,8 @@ class EpisodeStore:
                     array.fill_value
                 )  # the last chunk's other rows
             array.resize((committed, *array.shape[1:]))
-        if len(self._ends) == 0:
-            for path in self._layout():
-                del self.group[path]
         for file in Path(self.location).rglob("*.partial"):
-            if re.fullmatch(r".*\.[0-9a-f]{32}\.partial", file.name):  # zarr's temporary files
+            if TEMPORARY.search(file.name):
                 file.unlink()
 
     # Zarr
@@ -388,12 +427,10 @@ class EpisodeStore:
         StoreError."""
         with self._foreign("the attributes"):
             attributes = dict(self.group.attrs)
-        for name, (fits, what) in ATTRIBUTES.items():
-            if name in attributes and not fits(attributes[name]):
-                if attributes.get("format") == FORMAT:
-                    raise StoreError(f"{self.location}: the attribute {name} must be {what}; got {attributes[name]!r}")
-                del attributes[name]
-        return attributes
+        if attributes.get("format") == FORMAT:
+            _check_attributes(attributes, self.location)
+        fits = {name: ATTRIBUTES[name][0](value) for name, value in attributes.items() if name in ATTRIBUTES}
+        return {name: value for name, value in attributes.items() if fits.get(name, True)}
 
     def _read_ends(self) -> np.ndarray:
         with self._foreign("meta"):
@@ -409,7 +446,9 @@ class EpisodeStore:
                 raise ValueError(f"must be one row of whole numbers; got {array.shape} of {array.dtype}")
             refuse_unsafe(array, array.shape[0], complete=False)
             ends = np.asarray(array[:]).astype(np.int64)
-        return ends[: np.max(np.flatnonzero(ends != -1), initial=-1) + 1]  # a trailing -1 was never committed
+        if self.attributes.get("format") == FORMAT:  # a killed append can have written the second of two chunks alone
+            return ends[: np.argmax(ends == -1)] if (ends == -1).any() else ends
+        return ends[: np.max(np.flatnonzero(ends != -1), initial=-1) + 1]
 
     def _array(self, path: str) -> zarr.Array:
         """An array whose committed rows can be decoded without fear."""
@@ -463,6 +502,7 @@ class EpisodeStore:
         if path not in self.group:
             create_array(self.group, path, rows[:0])
         array = self.raw_array(path)
+        trust(array)
         array.resize((start + len(rows), *array.shape[1:]))
         with zarr.config.set({"array.write_empty_chunks": True}):  # a chunk that is missing is damage
             self.raw_array(path)[start:] = rows

@@ -4,6 +4,7 @@ Knows stores. Knows no policy.
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from diffusion_policy.datasets.guard import codec_names, missing_chunks, refuse_
 from diffusion_policy.datasets.storage import list_names, open_group, say
 from diffusion_policy.datasets.store import FORMAT, EpisodeStore, StoreError, nonfinite_rows
 
+MOST_FINDINGS = 1000
+"""Missing chunks of one array that are listed."""
 SHORT = 16
 """Steps of the default window."""
 
@@ -42,6 +45,8 @@ def _findings(store: EpisodeStore) -> Iterator[Finding]:
     ends = store.episode_ends
     if len(ends) == 0:
         yield Finding(True, "meta/episode_ends", "holds no episodes")
+        for path, rows in store.uncommitted().items():
+            yield Finding(False, path, f"has {rows} rows that belong to no episode")
         return
     yield from _check_ends(ends)
     action, keys = store.action_key, store.keys
@@ -91,7 +96,7 @@ def _check_array(store: EpisodeStore, path: str, ends: np.ndarray) -> Iterator[F
         return
     chunk_rows = (array.shards or array.chunks)[0]
     if store.attributes.get("format") == FORMAT:
-        for chunk in missing_chunks(array, rows):
+        for chunk in islice(missing_chunks(array, rows), MOST_FINDINGS):
             first = chunk[0] * chunk_rows
             what = (
                 f"chunk {array.metadata.encode_chunk_key(chunk)} is missing (rows {first} to {first + chunk_rows - 1})"
@@ -111,31 +116,30 @@ def _check_array(store: EpisodeStore, path: str, ends: np.ndarray) -> Iterator[F
 
 
 def _check_meta(store: EpisodeStore) -> Iterator[Finding]:
-    ends = store.episode_ends
+    """What is known of each episode."""
+    known: dict[str, np.ndarray] = {}
     for name in list_names(store.group, "meta"):
-        path = f"meta/{name}"
-        if name == "episode_ends" or not name.startswith("episode_"):
+        if not name.startswith("episode_") or name == "episode_ends":
             continue
-        yield from _check_array(store, path, np.arange(1, len(ends) + 1))
-    modes = store.read_meta("mode") if not _broken(store, "mode") else None
-    if modes is not None and store.modes:
-        for episode in np.flatnonzero((modes < -1) | (modes >= len(store.modes))):
-            what = f"episode {episode} has the mode {modes[episode]}; there are {len(store.modes)}"
-            yield Finding(True, "meta/episode_mode", what, int(episode))
-    seeds = store.read_meta("seed") if not _broken(store, "seed") else None
-    if seeds is not None and len(np.unique(seeds)) < len(seeds):
-        values, counts = np.unique(seeds, return_counts=True)
-        seed = values[counts > 1][0]
-        what = f"{(counts > 1).sum()} seeds occur more than once, first {seed}: the same episodes twice?"
-        yield Finding(False, "meta/episode_seed", what, int(np.flatnonzero(seeds == seed)[1]))
-
-
-def _broken(store: EpisodeStore, name: str) -> bool:
-    try:
-        store.read_meta(name)
-    except StoreError:
-        return True
-    return False
+        try:
+            rows = store.read_meta(name.removeprefix("episode_"))
+        except StoreError as error:
+            yield Finding(True, f"meta/{name}", str(error))
+            continue
+        assert rows is not None
+        known[name] = rows
+        for episode in nonfinite_rows(rows):
+            yield Finding(True, f"meta/{name}", f"NaN or infinity for episode {episode}", int(episode))
+    modes = known.get("episode_mode", np.empty(0, int))
+    for episode in np.flatnonzero((modes < -1) | (modes >= len(store.modes))) if store.modes else ():
+        what = f"episode {episode} has the mode {modes[episode]}; there are {len(store.modes)}"
+        yield Finding(True, "meta/episode_mode", what, int(episode))
+    seeds, counts = np.unique(store.seeds() if "episode_seed" in known else [], return_counts=True)
+    if (counts > 1).any():
+        what = (
+            f"{(counts > 1).sum()} seeds occur more than once, first {seeds[counts > 1][0]}: the same episodes twice?"
+        )
+        yield Finding(False, "meta/episode_seed", what)
 
 
 def _has_checksum(store: EpisodeStore, path: str) -> bool:

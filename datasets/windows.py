@@ -57,8 +57,6 @@ class Windows:
         starts = np.concatenate([[0], episode_ends[:-1]])
         lengths = (episode_ends - starts)[episodes]
         before = np.cumsum(lengths) - lengths  # windows of the episodes before
-
-        before = np.cumsum(lengths) - lengths  # windows of the episodes before
         self._now = np.arange(lengths.sum()) + np.repeat(starts[episodes] - before, lengths)  # (windows,) row of *now*
         self._first = np.repeat(starts[episodes], lengths)  # (windows,) first row of its episode
         self._last = np.repeat(episode_ends[episodes] - 1, lengths)  # (windows,) last row of its episode
@@ -179,11 +177,11 @@ class StreamedWindows:
     def _load(self, blocks: np.ndarray) -> tuple[Windows, np.ndarray]:
         """Rows of some blocks, each with what its windows need before and after it. Every stretch of an episode within
         a block becomes an episode of its own; no window that is used reaches its ends."""
-        observation_horizon, prediction_horizon = self._horizons
+        observation_horizon, longest = self._horizons[0], max(self._horizons)
         total = int(self._ends[-1])
         inner = [(int(b) * self._block_rows, min((int(b) + 1) * self._block_rows, total)) for b in blocks]
         outer = [
-            (max(0, start - observation_horizon + 1), min(total, stop + prediction_horizon - observation_horizon))
+            (max(0, start - observation_horizon + 1), min(total, stop + longest - observation_horizon))
             for start, stop in inner
         ]
         offsets = np.cumsum([0, *(stop - start for start, stop in outer)])
@@ -269,10 +267,11 @@ def read_episodes(
     data = {name: np.empty((int(used.sum()), *store.shape(key)), np.float32) for key, name in keys.items()}
     for key, name in keys.items():
         filled = 0
-        for start, rows in store.blocks(key):
-            wanted = rows[used[start : start + len(rows)]]
-            data[name][filled : filled + len(wanted)] = wanted
-            filled += len(wanted)
+        for start, stop in store.block_spans(key):
+            if used[start:stop].any():
+                wanted = store.read_rows(key, start, stop)[used[start:stop]]
+                data[name][filled : filled + len(wanted)] = wanted
+                filled += len(wanted)
     return data, np.cumsum(lengths[chosen])
 
 

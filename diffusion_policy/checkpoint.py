@@ -99,6 +99,8 @@ def save(run: Path, checkpoint: Checkpoint, training_state: Mapping[str, Tensor]
         "policy": dataclasses.asdict(checkpoint.policy.config),
         "training": dataclasses.asdict(checkpoint.training),
         "observation": list(checkpoint.policy.shapes.observations),
+        "action": checkpoint.dataset.action_key,
+        "angles": [f"{key}:{','.join(map(str, columns))}" for key, columns in _angles_in_store(checkpoint).items()],
         "shapes": checkpoint.policy.shapes._asdict(),
         "environment": dataclasses.asdict(checkpoint.environment),
         "dataset": dataclasses.asdict(checkpoint.dataset),
@@ -113,6 +115,12 @@ def save(run: Path, checkpoint: Checkpoint, training_state: Mapping[str, Tensor]
         if older != folder:
             shutil.rmtree(older)
     return folder
+
+
+def _angles_in_store(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Columns of angles by the keys of the store, as `train --angles` takes them."""
+    angles = checkpoint.policy.shapes.angles
+    return {checkpoint.dataset.action_key if key == "action" else key: columns for key, columns in angles.items()}
 
 
 def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:

@@ -112,6 +112,8 @@ def _read_options(path: Path, defaults: Train) -> Train:
         defaults,
         config=path,
         observation=tuple(map(str, options.get("observation", ()))),
+        action=options.get("action"),
+        angles=tuple(map(str, options.get("angles", ()))),
         policy=from_dict(PolicyConfig, options.get("policy", {})),
         training=from_dict(TrainConfig, options.get("training", {})),
     )

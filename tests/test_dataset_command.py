@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import gymnasium
 import imageio.v2 as imageio
 import numpy as np
 import pytest
@@ -12,11 +13,14 @@ import zarr
 from diffusion_policy import checkpoint
 from diffusion_policy.cli import main
 from diffusion_policy.commands.collect import Collect
+from diffusion_policy.commands.common import parse_angles
 from diffusion_policy.commands.dataset import Inspect, Validate
 from diffusion_policy.commands.replay import Replay
 from diffusion_policy.commands.rollout import Rollout
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import ConfigError, PolicyConfig, SampleConfig, TrainConfig
+from diffusion_policy.datasets import windows
+from diffusion_policy.datasets.recorder import Recorder
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore
 
 TINY = PolicyConfig(widths=(16, 32), level_dim=16, levels=10)
@@ -277,3 +281,72 @@ def test_rollouts_can_be_recorded_and_replayed(run_folder: Path, tmp_path: Path,
 def run_folder(request: pytest.FixtureRequest) -> Path:
     """The shared training, under a name of its own: `run` runs a command here."""
     return request.getfixturevalue("run")
+
+
+def test_replay_says_when_there_is_nothing_to_compare(demonstrations: Path, tmp_path: Path, capsys) -> None:
+    for env in ("Pendulum-v1", "CartPole-v1"):
+        command = ("dataset", "replay", demonstrations, "--env", env, "--env-kwargs", "{}")
+        status, _, err = run(capsys, *command)
+        assert (status, f"{env} does not fit {demonstrations}" in err) == (2, True)
+    with Recorder(gymnasium.make("Pendulum-v1"), tmp_path / "swing.zarr") as env:
+        env.reset(seed=3)
+        for _ in range(200):
+            env.step(np.ones(1, np.float32))
+    assert Replay(str(tmp_path / "swing.zarr")).run() == {"observation": 0.0}
+    command = ("dataset", "replay", tmp_path / "swing.zarr", "--env-kwargs", '{"max_episode_steps": 5}')
+    status, _, err = run(capsys, *command)
+    assert (status, "episode 0 ends after 5 of its 200 steps" in err) == (1, True)
+
+
+def test_options_of_a_checkpoint_bring_its_keys_and_angles(tmp_path: Path) -> None:
+    path = push_t_like(tmp_path / "p.zarr", key="target")
+    choice = {"observation": ("state",), "action": "target", "angles": ("state:4",)}
+    Train(str(path), tmp_path / "a", policy=TINY, training=SHORT, device="cpu", **choice).run()
+    config = tmp_path / "a" / "step-000004" / "config.json"
+    assert main(["train", "--dataset", str(path), "--output", str(tmp_path / "b"), "--config", str(config)]) == 0
+    first, second = (checkpoint.load(tmp_path / name) for name in ("a", "b"))
+    assert second.policy.shapes == first.policy.shapes
+    assert second.dataset == first.dataset
+
+
+def test_a_copy_can_declare_keys_and_angles(tmp_path: Path, capsys) -> None:
+    path = push_t_like(tmp_path / "p.zarr", key="target")
+    declared = ("--observation", "state", "--action", "target", "--angles", "state:4")
+    assert run(capsys, "dataset", "convert", path, tmp_path / "q.zarr", *declared)[0] == 0
+    store = EpisodeStore.open(tmp_path / "q.zarr")
+    assert (store.observation_keys, store.action_key) == (("state",), "target")
+    assert store.attributes["angles"] == {"state": [4]}
+    status, _, err = run(capsys, "dataset", "convert", path, tmp_path / "r.zarr", "--observation", "pose")
+    assert status == 2
+    assert "there is no" in err
+
+
+def test_a_collection_that_never_succeeds_can_be_tried_again(tmp_path: Path, capsys) -> None:
+    command = ("collect", "--output", tmp_path / "store.zarr", "--env-kwargs", '{"rows": 3}', "--workers", 2)
+    status, _, err = run(capsys, *command, "--noise", 50)
+    assert (status, "episodes succeeded; lower the noise" in err) == (2, True)
+    assert not (tmp_path / "store.zarr").exists()
+
+
+def test_angles_of_one_key_may_be_given_one_by_one_and_outputs_must_differ(tmp_path: Path, capsys) -> None:
+    assert parse_angles(["a:1", "a:2,3", "b:0"], ["a", "b"]) == {"a": (1, 2, 3), "b": (0,)}
+    path = push_t_like(tmp_path / "p.zarr")
+    status, _, err = run(capsys, "dataset", "split", path, "--share", 0.5, "--output", *[tmp_path / "x.zarr"] * 2)
+    assert (status, "the two parts need two outputs" in err) == (2, True)
+    assert not (tmp_path / "x.zarr").exists()
+
+
+def test_held_out_windows_stay_within_the_memory_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = push_t_like(tmp_path / "p.zarr")
+    kept: list[int] = []
+    real = windows.hold_windows
+
+    def counted(store, keys, episodes, *arguments):
+        kept.append(len(episodes))
+        return real(store, keys, episodes, *arguments)
+
+    monkeypatch.setattr(windows, "hold_windows", counted)
+    budget = 130 * (4 * (5 + 1 + 2) + 32) / 1e9  # one episode
+    training = TrainConfig(steps=2, batch_size=16, validation_share=0.7, max_episodes=1, memory_gb=budget)
+    Train(str(path), tmp_path / "run", policy=TINY, training=training, device="cpu").run()
+    assert kept == [1, 1]

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import zarr
 
+from diffusion_policy.cli import main
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore, StoreError
 from diffusion_policy.datasets.validate import validate
 
@@ -28,6 +30,7 @@ READER = """
 import json, resource, signal, sys, time
 from pathlib import Path
 from diffusion_policy.datasets.convert import convert
+from diffusion_policy.cli import main
 from diffusion_policy.datasets.store import EpisodeStore, StoreError
 from diffusion_policy.datasets.validate import validate
 
@@ -221,7 +224,7 @@ def test_every_bit_of_our_chunks_is_guarded(tmp_path: Path, file: str) -> None:
         flipped[place // 8] ^= 1 << place % 8
         chunk.write_bytes(flipped)
         store = EpisodeStore.open(tmp_path / "store.zarr")
-        with pytest.raises(StoreError, match="checksum"):
+        with pytest.raises(StoreError, match=r"checksum|would unpack into"):
             list(store.episodes())
     chunk.unlink()
     with pytest.raises(StoreError, match=r"is damaged: its chunk c\.0.* is missing"):
@@ -321,3 +324,112 @@ def test_a_zip_member_that_would_fill_the_memory_is_refused(tmp_path: Path) -> N
             member.write(bytes(2**20))
     with pytest.raises(StoreError, match="holds a file of more than 512 MB"):
         EpisodeStore.open(tmp_path / "store.zarr.zip")
+
+
+# Small files that would unpack into large ones
+
+
+def bomb(path: Path, compressor: dict, packed: bytes) -> None:
+    """The published layout, with the chunks of `state` replaced."""
+    write_published(path)
+    metadata = json.loads((path / "data" / "state" / ".zarray").read_text())
+    metadata |= {"compressor": compressor, "filters": None}
+    (path / "data" / "state" / ".zarray").write_text(json.dumps(metadata))
+    for i in range(4):
+        (path / "data" / "state" / f"{i}.0").write_bytes(packed)
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [
+        numcodecs.Zlib(9),
+        numcodecs.GZip(9),
+        numcodecs.Zstd(9),
+        numcodecs.LZ4(),
+        numcodecs.Blosc("zstd"),
+    ],
+    ids=lambda codec: codec.codec_id,
+)
+def test_a_chunk_that_unpacks_into_more_than_a_chunk_is_refused_before_it_does(tmp_path: Path, codec) -> None:
+    packed = codec.encode(bytes(2**26))
+    bomb(tmp_path / "store.zarr", codec.get_config(), bytes(packed))
+    started = time.monotonic()
+    with pytest.raises(StoreError, match=r"would unpack into .* it should have 732"):
+        EpisodeStore.open(tmp_path / "store.zarr").read("state")
+    assert time.monotonic() - started < 5
+
+
+def test_a_second_stream_behind_a_harmless_one_is_refused(tmp_path: Path) -> None:
+    codec = numcodecs.GZip(9)
+    packed = bytes(codec.encode(bytes(732))) + bytes(codec.encode(bytes(2**26)))
+    bomb(tmp_path / "store.zarr", codec.get_config(), packed)
+    with pytest.raises(StoreError, match="more than one stream"):
+        EpisodeStore.open(tmp_path / "store.zarr").read("state")
+
+
+def test_every_known_codec_is_read(tmp_path: Path) -> None:
+    for codec in (numcodecs.Zlib(), numcodecs.GZip(), numcodecs.Zstd(), numcodecs.LZ4(), numcodecs.Blosc("lz4"), None):
+        path = tmp_path / f"{codec.codec_id if codec else 'none'}.zarr"
+        group = zarr.create_group(path, zarr_format=2)
+        rows = np.random.default_rng(0).normal(size=(200, 3)).round(1)
+        group.create_array("data/state", data=rows, chunks=(61, 3), compressors=codec)
+        group.create_array("data/action", data=rows, compressors=codec, filters=[numcodecs.Delta("<f8")])
+        group.create_array("meta/episode_ends", data=np.array([200]))
+        np.testing.assert_array_equal(EpisodeStore.open(path).read("state"), rows)
+        np.testing.assert_allclose(EpisodeStore.open(path).read("action"), rows, atol=1e-12)
+
+
+def test_shards_are_read_and_guarded_chunk_by_chunk(tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path / "store.zarr")
+    rows = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
+    blosc = zarr.codecs.BloscCodec(cname="zstd")
+    for key in ("state", "action"):
+        group.create_array(f"data/{key}", data=rows, chunks=(10, 3), shards=(100, 3), compressors=blosc)
+    group.create_array("meta/episode_ends", data=np.array([70, 200]))
+    store = EpisodeStore.open(tmp_path / "store.zarr")
+    np.testing.assert_array_equal(store.read("state"), rows)
+    np.testing.assert_array_equal(store.read_rows("state", 95, 103), rows[95:103])
+    shard = next((tmp_path / "store.zarr" / "data" / "state" / "c").rglob("0/0"))
+    content = bytearray(shard.read_bytes())
+    content[4:8] = (2**30).to_bytes(4, "little")  # what the first chunk says of itself
+    shard.write_bytes(content)
+    with pytest.raises(StoreError, match="would unpack into 1073741824 bytes"):
+        EpisodeStore.open(tmp_path / "store.zarr").read("state")
+
+
+@pytest.mark.parametrize(
+    "array, shape, chunks", [("meta/episode_ends", [2**25], [1]), ("data/state", [2**28, 1], [1, 1])]
+)
+def test_more_chunks_than_anyone_has_are_not_walked_through(tmp_path: Path, array: str, shape, chunks) -> None:
+    path = tmp_path / "store.zarr"
+    write_published(path)
+    metadata = json.loads((path / array / ".zarray").read_text())
+    (path / array / ".zarray").write_text(json.dumps(metadata | {"shape": shape, "chunks": chunks, "dtype": "|i1"}))
+    if array == "data/state":
+        zarr.open_group(path, mode="r+")["meta/episode_ends"][:] = [1, 2, 3, 2**28]
+    for file in (path / array).iterdir():
+        if file.name[0].isdigit():
+            file.unlink()
+    started = time.monotonic()
+    with pytest.raises(StoreError, match=r"is damaged: its chunk .* is missing"):
+        EpisodeStore.open(path).read("state")
+    assert time.monotonic() - started < 5
+
+
+def test_metadata_of_absurd_size_are_not_parsed(tmp_path: Path) -> None:
+    write_ours(tmp_path / "store.zarr")
+    with (tmp_path / "store.zarr" / "data" / "state" / "zarr.json").open("a") as file:
+        file.write(" " * 20_000_000)
+    with pytest.raises(StoreError, match=r"zarr\.json has 19 MB; metadata have at most 16"):
+        EpisodeStore.open(tmp_path / "store.zarr").read("state")
+
+
+def test_the_environment_that_a_store_names_is_not_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    attributes = {"environment": {"id": "this:Zen-v0", "arguments": {}}, "observation_keys": ["state"]}
+    with EpisodeStore.create(tmp_path / "store.zarr", attributes, ["left", "right"]) as store:
+        store.append(demonstrations())
+    assert main(["dataset", "plot", str(tmp_path / "store.zarr"), "--output", str(tmp_path / "plots")]) == 0
+    assert main(["dataset", "replay", str(tmp_path / "store.zarr")]) == 2
+    said = capsys.readouterr()
+    assert "names the environment this:Zen-v0; if you trust it, give it with --env" in said.err
+    assert "Beautiful" not in said.out

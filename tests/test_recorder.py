@@ -116,3 +116,25 @@ def test_what_cannot_be_recorded_is_said_at_once(tmp_path: Path) -> None:
     (tmp_path / "mine.zarr").mkdir()
     with pytest.raises(StoreError, match="already exists"):
         Recorder(gymnasium.make("Pendulum-v1"), tmp_path / "mine.zarr")
+
+
+def test_a_loop_that_gives_its_seed_once_is_recorded_to_the_end(tmp_path: Path) -> None:
+    with Recorder(gymnasium.make("Pendulum-v1"), tmp_path / "mine.zarr") as env:
+        for seed in (7, None, None):
+            env.reset(seed=seed)
+            over = False
+            while not over:
+                _, _, terminated, truncated, _ = env.step(np.zeros(1, np.float32))
+                over = terminated or truncated
+    episodes = list(EpisodeStore.open(tmp_path / "mine.zarr").episodes())
+    assert [(episode.seed, episode.success) for episode in episodes] == [(7, None), (None, None), (None, None)]
+
+
+def test_an_observation_called_action_is_refused(tmp_path: Path) -> None:
+    class Confusing(gymnasium.Env):
+        observation_space = gymnasium.spaces.Dict({"action": gymnasium.spaces.Box(-1, 1, (2,))})
+        action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    with pytest.raises(ValueError, match="cannot be recorded as 'action'"):
+        Recorder(Confusing(), tmp_path / "mine.zarr")
+    assert not (tmp_path / "mine.zarr").exists()

@@ -2,7 +2,10 @@ import errno
 import functools
 import http.server
 import os
+import shutil
+import socket
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 import zarr
 
+from diffusion_policy.datasets import storage
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore, StoreError
 
 PUSHT = Path(__file__).parents[2] / "shared" / "data" / "pusht_cchi_v7_replay.zarr"
@@ -277,13 +281,17 @@ def test_a_store_that_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch:
             Demonstration({"state": np.zeros((4, 3), np.float32)}, 9, "a", True),
             "needs float64 of shape .* in data/action",
         ),
-        (episode(4)._replace(success=None), "needs bool of shape .* in meta/episode_success; .* has nothing"),
+        (
+            episode(4)._replace(final={"state": np.zeros(3)}),
+            "needs nothing in meta/episode_final_state",
+        ),
         (Demonstration({**episode(4).data, "more": np.zeros(4)}, 9, "a", True), "needs nothing in data/more"),
         (Demonstration({**episode(4).data, "action": np.zeros((4, 3))}, 9, "a", True), r"has float64 of shape \(3,\)"),
         (Demonstration({**episode(4).data, "action": np.zeros((5, 2))}, 9, "a", True), "as many rows of each array"),
         (Demonstration({**episode(4).data, "action": np.full((4, 2), np.nan)}, 9), "finite numbers; got NaN"),
         (Demonstration({**episode(4).data, "action": np.array([["a"]] * 4)}, 9), "finite numbers; got <U1"),
         (Demonstration({}, 9), "got no arrays"),
+        (Demonstration({**episode(4).data, "action": np.zeros((4, 0))}, 9), "finite numbers; got no numbers"),
     ],
 )
 def test_episodes_that_do_not_fit_are_refused_before_anything_is_written(
@@ -405,3 +413,77 @@ def test_a_place_that_cannot_be_reached_is_one_sentence(server: str) -> None:
         EpisodeStore.open(f"{server}/nothing.zarr")
     with pytest.raises(StoreError, match=r"cannot open http://127\.0\.0\.1:1/x\.zarr: "):
         EpisodeStore.open("http://127.0.0.1:1/x.zarr")
+
+
+def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(storage, "PATIENCE", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        started = time.monotonic()
+        with pytest.raises(StoreError, match="cannot open http://"):
+            EpisodeStore.open(f"http://127.0.0.1:{silent.getsockname()[1]}/store.zarr")
+        assert time.monotonic() - started < 10
+
+
+# What must not be appended to, or made
+
+
+def test_a_commit_of_which_only_the_second_chunk_was_written_is_none(tmp_path: Path) -> None:
+    ends = np.concatenate([np.arange(1, 16_383), [-1, -1, 16_385, 16_386]])  # the chunk ends after 16,384
+    path = tmp_path / "store.zarr"
+    with EpisodeStore.create(path, {}, ["a"]) as store:
+        store.append([episode(1, i) for i in range(16_386)])
+    before = EpisodeStore.open(path).episode_ends
+    zarr.open_group(path, mode="r+")["meta/episode_ends"][:] = ends
+    assert len(EpisodeStore.open(path).episode_ends) == 16_382
+    with EpisodeStore.append_to(path) as store:
+        store.append([episode(1, i) for i in range(16_382, 16_386)])
+    np.testing.assert_array_equal(EpisodeStore.open(path).episode_ends, before)
+
+
+def test_a_store_that_has_lost_rows_is_not_appended_to(path: Path) -> None:
+    zarr.open_group(path, mode="r+")["data/state"].resize((9, 3))
+    with pytest.raises(StoreError, match="data/state has 9 rows; meta/episode_ends needs 13"):
+        EpisodeStore.append_to(path)
+
+
+def test_links_that_lead_out_of_a_store_are_not_followed_in_writing(path: Path, tmp_path: Path) -> None:
+    before = files_of(path)
+    evil = tmp_path / "evil.zarr"
+    with EpisodeStore.create(evil, {}, ["a"]) as store:
+        store.append([episode(3)])
+    shutil.rmtree(evil / "data" / "state")
+    (evil / "data" / "state").symlink_to(path / "data" / "state")
+    with pytest.raises(StoreError, match="holds links"):
+        EpisodeStore.append_to(evil)
+    assert files_of(path) == before
+
+
+@pytest.mark.parametrize(
+    "name, attributes, message",
+    [
+        ("x.zarr.zip", {}, "cannot be appended to"),
+        ("x.zarr", {"control_frequency": 0}, r"the attribute control_frequency must be a rate above 0 \[Hz\]; got 0"),
+        ("x.zarr", {"angles": {"state": "4"}}, "the attribute angles must be lists of columns by key"),
+        ("x.zarr", {"mine": np.float32(1)}, "attributes must be JSON"),
+    ],
+)
+def test_a_store_that_could_not_be_used_is_not_made(tmp_path: Path, name: str, attributes: dict, message: str) -> None:
+    with pytest.raises(StoreError, match=message):
+        EpisodeStore.create(tmp_path / name, attributes, [])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", ["zarr.json", ".hidden", "a/b", "", "x" * 300, "a b"])
+def test_keys_that_are_no_names_are_refused(tmp_path: Path, key: str) -> None:
+    with (
+        EpisodeStore.create(tmp_path / "store.zarr", {}, []) as store,
+        pytest.raises(StoreError, match="a key is made of"),
+    ):
+        store.append([Demonstration({key: np.zeros((3, 1)), "action": np.zeros((3, 1))})])
+
+
+def test_a_key_may_look_like_a_temporary_file(tmp_path: Path) -> None:
+    with EpisodeStore.create(tmp_path / "store.zarr", {}, []) as store:
+        store.append([Demonstration({"x.partial": np.zeros((3, 1)), "action": np.zeros((3, 1))})])
+    assert EpisodeStore.open(tmp_path / "store.zarr").keys == ("action", "x.partial")

@@ -114,3 +114,23 @@ def test_arrays_of_objects_or_strangers_codecs_are_problems(tmp_path: Path) -> N
 def test_a_store_that_cannot_be_opened_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no data set at"):
         validate(tmp_path / "nothing.zarr")
+
+
+def test_what_is_known_of_episodes_must_be_one_row_of_numbers(tmp_path: Path) -> None:
+    path = make(tmp_path / "store.zarr")
+    group = zarr.open_group(path, mode="r+")
+    del group["meta/episode_mode"]
+    group.create_array("meta/episode_mode", data=np.ones((4, 2), np.int64))
+    (finding,) = serious(path)
+    assert finding.path == "meta/episode_mode"
+    assert "must be one row of whole numbers; got int64 of shape (4, 2)" in finding.what
+    with pytest.raises(StoreError, match="must be one row of whole numbers"):
+        list(EpisodeStore.open(path).episodes())
+
+
+def test_a_store_that_has_lost_its_ends_says_what_is_left(tmp_path: Path) -> None:
+    path = make(tmp_path / "store.zarr")
+    (path / "meta" / "episode_ends" / "c.0").unlink()
+    texts = [f"{finding.path} {finding.what}" for finding in validate(path)]
+    assert texts[0] == "meta/episode_ends holds no episodes"
+    assert "data/state has 20090 rows that belong to no episode" in texts

@@ -113,6 +113,10 @@ class Collect:
                 try:
                     if kept < settings.episodes:
                         collect(store, make_demonstrator, settings.episodes, first_seed, spread, show, stop.is_set)
+                except ValueError:
+                    if self.output and len(store.episode_ends) == 0:
+                        shutil.rmtree(self.output)  # so that the same command can be given again, with less noise
+                    raise
                 except OSError as error:
                     held = f"{len(store.episode_ends)} of {settings.episodes} episodes are safe in {store.location}"
                     raise OSError(f"{error.strerror or error}; {held}, go on with --resume {store.location}") from error
@@ -127,7 +131,7 @@ class Collect:
         if store is None:
             return Settings(**asked)
         attributes = store.attributes
-        if "collection" not in attributes:
+        if not {"collection", "noise", "environment"} <= attributes.keys():
             raise ConfigError(f"{store.location} was not made by collect, so it cannot be gone on with")
         environment = attributes["environment"]
         stored = {

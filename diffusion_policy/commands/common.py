@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -83,21 +83,24 @@ def choose_keys(store: EpisodeStore, observations: Sequence[str] = (), action: s
 
 
 def choose_angles(store: EpisodeStore, wanted: Sequence[str], keys: Keys) -> dict[str, tuple[int, ...]]:
-    """--angles, such as `state:4` or `pose:3,4,5`, else what the store says, for the keys that are read. Raises
-    ConfigError for other forms and for keys that are not read."""
+    """The columns that are angles, by the names of the keys once they are read: those wanted (see `parse_angles`), else
+    what the store says, for the keys that are read."""
+    angles = parse_angles(wanted, keys.names) if wanted else store.attributes.get("angles", {})
+    return {keys.names[key]: tuple(columns) for key, columns in angles.items() if key in keys.names}
+
+
+def parse_angles(texts: Sequence[str], keys: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """--angles: texts such as `state:4` or `pose:3,4,5`, of these keys; raises ConfigError for others."""
     angles: dict[str, tuple[int, ...]] = {}
-    for text in wanted:
+    for text in texts:
         key, _, columns = text.rpartition(":")
-        if not re.fullmatch(r"\d+(,\d+)*", columns) or key not in keys.names:
+        if not re.fullmatch(r"\d+(,\d+)*", columns) or key not in keys:
             raise ConfigError(
-                f"--angles must name one of the keys {', '.join(keys.names)} and its columns, as in state:4 or "
-                f"pose:3,4,5; got {text!r}"
+                f"--angles must name one of the keys {', '.join(keys)} and its columns, as in state:4 or pose:3,4,5; "
+                f"got {text!r}"
             )
-        angles[keys.names[key]] = tuple(int(column) for column in columns.split(","))
-    if wanted:
-        return angles
-    stored = store.attributes.get("angles") or {}
-    return {keys.names[key]: tuple(columns) for key, columns in stored.items() if key in keys.names}
+        angles[key] = angles.get(key, ()) + tuple(int(column) for column in columns.split(","))
+    return angles
 
 
 def parse_env_kwargs(text: str) -> dict[str, Any]:

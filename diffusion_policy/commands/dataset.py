@@ -16,16 +16,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from diffusion_policy.commands.common import Failed, choose_keys, console, open_store, require_fresh
+from diffusion_policy.commands.common import Failed, choose_keys, console, open_store, parse_angles, require_fresh
 from diffusion_policy.commands.replay import Replay
 from diffusion_policy.config import ConfigError, require_seed
 
 if TYPE_CHECKING:
+    from diffusion_policy.datasets.convert import Source
     from diffusion_policy.datasets.store import Demonstration, EpisodeStore
     from diffusion_policy.report import PlanePath, Scene
 
-MOST_DRAWN = 500
-"""Trajectories in a picture, evenly from all."""
 ROLES = ("observation", "action", "other")
 FormatName = Literal["zarr", "robomimic", "lerobot", "minari", "npz"]
 Store = tyro.conf.Positional[str]
@@ -55,9 +54,11 @@ class Inspect:
         for key, part in found["keys"].items():
             size = ("-", "-") if part["bytes"] is None else (f"{part['bytes'] / 1e6:.2f}", f"{part['ratio']:.1f}x")
             shape, limits = "x".join(map(str, part["shape"])) or "1", (min(part["min"]), max(part["max"]))
-            table.add_row(key, shape, part["dtype"], *(f"{n:.4g}" for n in limits), str(part["chunk_rows"]), *size)
+            table.add_row(
+                escape(key), shape, part["dtype"], *(f"{n:.4g}" for n in limits), str(part["chunk_rows"]), *size
+            )
         roles = {role: [key for key in found["keys"] if found["keys"][key]["role"] == role] for role in ROLES}
-        out.print("; ".join(f"{role}: {', '.join(keys)}" for role, keys in roles.items() if keys))
+        out.print(escape("; ".join(f"{role}: {', '.join(keys)}" for role, keys in roles.items() if keys)))
         out.print(table)
         packings = {" + ".join(part["codecs"]) for part in found["keys"].values()}
         out.print(f"packed with {'; '.join(sorted(packings))}")
@@ -113,12 +114,18 @@ class Convert:
     """Format of the data set, if it cannot be told from its content."""
     output_format: FormatName | None = None
     """Format of the copy, if its name does not say."""
+    observation: tuple[str, ...] = ()
+    """Keys that the copy names as observed; by default those that the data set names."""
+    action: str | None = None
+    """Key that the copy names as the action; by default the one that the data set names."""
+    angles: tuple[str, ...] = ()
+    """Columns that the copy declares as angles [rad], as state:4."""
 
     def run(self) -> int:
         """Copy; returns the number of episodes."""
         from diffusion_policy.datasets.convert import read, write
 
-        source = read(self.store, self.source_format)
+        source = read(self.store, self.source_format, self._name_keys)
         if source.left_out:
             console.print(f"left out: {', '.join(source.left_out)}")
         with console.status("copying") as status:
@@ -130,6 +137,18 @@ class Convert:
             count = write(source, self.output, self.output_format, show)
         console.print(f"{count} episodes in {self.output}")
         return count
+
+    def _name_keys(self, source: Source) -> Source:
+        """The source with the keys and angles that were given."""
+        action = self.action or source.action_key
+        observed = self.observation or tuple(key for key in source.observation_keys if key != action)
+        attributes = dict(source.attributes)
+        if self.observation or self.action:
+            attributes |= {"observation_keys": list(observed), "action_key": action}
+        if self.angles:
+            angles = parse_angles(self.angles, (*observed, action))
+            attributes["angles"] = {key: list(columns) for key, columns in angles.items()}
+        return source._replace(attributes=attributes, observation_keys=observed, action_key=action)
 
 
 @dataclass(frozen=True)
@@ -193,6 +212,7 @@ class Repair:
         """Mend; returns the rows that were dropped, by array."""
         from diffusion_policy.datasets.store import EpisodeStore
 
+        EpisodeStore.open(self.store)  # where no episode was ever committed, all would be dropped
         with EpisodeStore.append_to(self.store) as store:
             for path, rows in store.dropped.items():
                 console.print(f"{path}: dropped {rows} uncommitted rows")
@@ -241,12 +261,10 @@ class Plot:
 
     def _plane(self, store: EpisodeStore) -> tuple[list[PlanePath], Scene | None, tuple[str, str]] | None:
         """Episodes as paths in a plane, what stands in it, and what its axes are; None without two columns."""
-        import numpy as np
-
+        from diffusion_policy.commands.pictures import choose_drawn
         from diffusion_policy.report import PlanePath
 
-        count = len(store.episode_ends)
-        drawn = np.unique(np.linspace(0, count - 1, min(count, MOST_DRAWN)).astype(int))
+        drawn = choose_drawn(store)
         task = self._task(store)
         if task is not None:
             paths = [PlanePath(e.mode, e.success is not False, task.path(e.data)) for e in store.episodes(drawn)]
@@ -266,12 +284,9 @@ class Plot:
         from diffusion_policy import envs
 
         recorded = store.attributes.get("environment")
-        if self.plane is not None or not isinstance(recorded, dict) or "id" not in recorded:
+        if self.plane is not None or recorded is None or recorded["id"] not in envs.ENV_IDS:
             return None
-        try:
-            env = envs.make(recorded["id"], **recorded.get("arguments", {})).unwrapped
-        except ValueError:
-            return None
+        env = envs.make(recorded["id"], **recorded["arguments"]).unwrapped
         return env if hasattr(env, "path") and hasattr(env, "scene") else None
 
     def _columns(self, store: EpisodeStore) -> tuple[str, list[int]] | None:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 FAN = 32
 """Action sequences sampled from the start state."""
 MOST_VIDEOS = 6
+MOST_DRAWN = 500
+"""Demonstrated paths in one picture."""
 
 
 def gather_pictures(
@@ -65,15 +67,15 @@ def _demonstrated_paths(loaded: Loaded, plane: Any) -> list[PlanePath]:
         store = EpisodeStore.open(recorded.location)
         if store.fingerprint(keys, recorded.action_key) != recorded.fingerprint:
             return []
-        data = {key: store.read(key) for key in keys}
+        return [PlanePath(e.mode, True, plane.path(e.data)) for e in store.episodes(choose_drawn(store))]
     except (StoreError, OSError):
         return []
-    starts = [0, *store.episode_ends[:-1]]
-    spans = [slice(start, end) for start, end in zip(starts, store.episode_ends, strict=True)]
-    return [
-        PlanePath(mode, True, plane.path({key: rows[span] for key, rows in data.items()}))
-        for mode, span in zip(store.episode_modes(), spans, strict=True)
-    ]
+
+
+def choose_drawn(store: EpisodeStore) -> np.ndarray:
+    """Indices of the episodes that are drawn, evenly from all when there are many."""
+    count = len(store.episode_ends)
+    return np.unique(np.linspace(0, count - 1, min(count, MOST_DRAWN)).astype(int))
 
 
 def _fan(policy: DiffusionPolicy, episode: Episode, plane: Any, sampling: SampleConfig) -> np.ndarray:

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 class Replayed(NamedTuple):
     """How far an episode went as it was recorded."""
 
+    steps: int
+    """Actions that were taken before it ended."""
     differences: dict[str, np.ndarray]
-    """Largest difference of each observation key from its recorded row, step by step, (steps,)."""
+    """Largest difference of each observation key from its recorded row, step by step, (steps,); where the observation
+    after the last action is recorded, one more."""
     frames: list[np.ndarray]
     """(height, width, 3) uint8; empty when nothing is filmed."""
 
@@ -68,12 +71,12 @@ class Replay:
         from diffusion_policy.video import tile, write_video
 
         store = open_store(self.store)
-        if store.read_meta("seed") is None:
+        if len(store.seeds()) < len(store.episode_ends):
             raise ConfigError(f"{self.store} does not say the seeds of its episodes, so they cannot be begun again")
-        env = self._make_env(store)
-        noise = store.attributes.get("noise", 0.0)
+        noise = store.attributes.get("noise", None if "collection" in store.attributes else 0.0)
         if noise is None:
-            raise ConfigError(f"{self.store} joins episodes of different noise; replay the stores that it was made of")
+            raise ConfigError(f"{self.store} does not say one noise of all its episodes, so they cannot be taken again")
+        env = self._make_env(store)
         count = min(len(store.episode_ends), self.episodes or (4 if self.video else len(store.episode_ends)))
         largest: dict[str, float] = {}
         films, wrong = [], []
@@ -84,7 +87,11 @@ class Replay:
                     largest[key] = max(largest.get(key, 0.0), float(differences.max()))
                     beyond = np.flatnonzero(~(differences <= self.tolerance))
                     if len(beyond):
-                        wrong.append(f"episode {i}, step {beyond[0]}: {key} is off by {differences[beyond[0]]:.2g}")
+                        off = f"{key} is off by {differences[beyond[0]]:.2g}, more than {self.tolerance:g}"
+                        wrong.append(f"episode {i}, step {beyond[0]}: {off}")
+                steps = len(episode.data[store.action_key])
+                if replayed.steps < steps:
+                    wrong.append(f"episode {i} ends after {replayed.steps} of its {steps} steps")
                 films.append(np.stack(replayed.frames) if replayed.frames else None)
         env.close()
         for key, difference in largest.items():
@@ -94,19 +101,35 @@ class Replay:
             write_video(self.video, tile(films, columns=2), env.metadata.get("render_fps") or 30)
             console.print(f"video in {self.video}")
         if wrong:
-            raise Failed(f"{wrong[0]}, more than {self.tolerance:g} ({len(wrong)} times in {count} episodes)")
+            raise Failed(f"{wrong[0]} ({len(wrong)} such things in {count} episodes)")
         return largest
 
     def _make_env(self, store: EpisodeStore) -> gymnasium.Env:
+        """The environment; raises ConfigError when it does not fit the store."""
         from diffusion_policy import envs
 
-        recorded: dict[str, Any] = store.attributes.get("environment") or {}
+        recorded: dict[str, Any] = store.attributes.get("environment", {})
         env_id = self.env or recorded.get("id")
         if env_id is None:
             raise ConfigError(f"{self.store} names no environment; give one with --env")
+        if self.env is None and ":" in env_id:  # the name of a module, which would be imported
+            raise ConfigError(f"{self.store} names the environment {env_id}; if you trust it, give it with --env")
         arguments = recorded.get("arguments", {}) if self.env_kwargs is None else parse_env_kwargs(self.env_kwargs)
         make = partial(envs.make, env_id, **arguments)
-        return make(render_mode="rgb_array") if self.video else make()
+        env = make(render_mode="rgb_array") if self.video else make()
+        offered = {key: space.shape for key, space in observation_spaces(env).items() if key in store.keys}
+        wrong = [key for key, shape in offered.items() if shape != store.shape(key)]
+        if not offered or wrong or env.action_space.shape != store.shape(store.action_key):
+            stored = {key: store.shape(key) for key in store.keys}
+            has = f"its observations have {offered}, its actions {env.action_space}"
+            raise ConfigError(f"{env_id} does not fit {self.store}: {has}; the store has {stored}")
+        return env
+
+
+def observation_spaces(env: gymnasium.Env) -> dict[str, gymnasium.Space]:
+    """The parts of an observation by the keys under which they are recorded."""
+    space = env.observation_space
+    return dict(getattr(space, "spaces", {"observation": space}))
 
 
 def replay(env: gymnasium.Env, episode: Demonstration, action_key: str, noise: float, film: bool = False) -> Replayed:
@@ -115,18 +138,28 @@ def replay(env: gymnasium.Env, episode: Demonstration, action_key: str, noise: f
 
     from diffusion_policy.datasets.collect import disturb, disturbance_generator
 
+    path = {key: list(rows) for key, rows in episode.data.items() if key in observation_spaces(env)}
+    for key, row in (episode.final or {}).items():
+        path[key].append(row)
+    differences: dict[str, list[float]] = {key: [] for key in sorted(path)}
+
+    def compare(observation: Any, step: int) -> None:
+        rows = observation if isinstance(observation, dict) else {"observation": observation}
+        for key, recorded in path.items():
+            if step < len(recorded):
+                difference = np.abs(np.asarray(rows[key], np.float64) - recorded[step])
+                differences[key].append(float(difference.max()))
+
     observation, _ = env.reset(seed=episode.seed)
+    compare(observation, 0)
     rng = disturbance_generator(episode.seed or 0)
-    differences: dict[str, list[float]] = {}
-    frames = [env.render()] if film else []
-    for i, action in enumerate(episode.data[action_key]):
-        row = observation if isinstance(observation, dict) else {"observation": observation}
-        for key in row.keys() & episode.data.keys():
-            difference = np.abs(np.asarray(row[key], np.float64) - episode.data[key][i]).max()
-            differences.setdefault(key, []).append(float(difference))
+    frames: list[Any] = [env.render()] if film else []
+    steps = 0
+    for action in episode.data[action_key]:
         observation, _, terminated, truncated, _ = env.step(disturb(action, noise, rng) if noise else action)
-        if film:
-            frames.append(env.render())
+        steps += 1
+        compare(observation, steps)
+        frames += [env.render()] if film else []
         if terminated or truncated:
             break
-    return Replayed({key: np.array(values) for key, values in sorted(differences.items())}, frames)  # pyright: ignore[reportArgumentType]
+    return Replayed(steps, {key: np.array(values) for key, values in differences.items()}, frames)

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from diffusion_policy.trainer import Progress, Trainer
 
 
+VALIDATION_BYTES = 2**24
+"""Memory of the held-out windows where the others are streamed."""
+
+
 @dataclass(frozen=True)
 class Train:
     """Train a diffusion policy on a data set; write checkpoints and metrics.jsonl into a new folder.
@@ -96,7 +100,8 @@ class Train:
             windows = load_windows(store, keys.names, chosen, *horizons, device, modes, memory)
             validation = None
             if len(held_out):
-                few = held_out if isinstance(windows, Windows) else episodes_within(store, keys.names, held_out, 2**24)
+                memory = memory if isinstance(windows, Windows) else VALIDATION_BYTES
+                few = episodes_within(store, keys.names, held_out, memory)
                 validation = hold_windows(store, keys.names, few, *horizons, device, modes)
         trainer = Trainer(policy, windows, validation, settings)
         environment, dataset = describe(store, keys, summary)
@@ -159,11 +164,9 @@ def describe(store: EpisodeStore, keys: Keys, summary: Summary) -> tuple[Environ
     from diffusion_policy.datasets.statistics import to_json
     from diffusion_policy.metrics import NONE
 
-    attributes = store.attributes
-    recorded = attributes.get("environment")
-    recorded = recorded if isinstance(recorded, dict) else {}  # other tools may mean something else by it
+    recorded = store.attributes.get("environment", {})
     modes = [mode or NONE for mode in store.episode_modes()]
-    seeds = store.read_meta("seed")
+    seeds = store.seeds()
     local = Path(store.location)
     environment = Environment(recorded.get("id"), recorded.get("arguments", {}), store.modes)
     dataset = Dataset(
@@ -172,7 +175,7 @@ def describe(store: EpisodeStore, keys: Keys, summary: Summary) -> tuple[Environ
         episodes=len(modes),
         steps=int(store.episode_ends[-1]),
         modes=dict(sorted(Counter(modes).items())),
-        seeds=None if seeds is None else (int(seeds.min()), int(seeds.max())),
+        seeds=(int(seeds.min()), int(seeds.max())) if len(seeds) else None,
         action_key=keys.action,
         statistics=to_json(summary.statistics),
     )
