@@ -401,12 +401,9 @@ class EpisodeStore:
             for path in self._layout():
                 del self.group[path]
         for path, beyond in self.uncommitted().items():
-            array = self.raw_array(path)
+            array = self._writable_array(path)
             committed, chunk = array.shape[0] - beyond, array.chunks[0]
-            with zarr.config.set({"array.write_empty_chunks": True}):
-                array[committed : math.ceil(committed / chunk) * chunk] = (
-                    array.fill_value
-                )  # the last chunk's other rows
+            array[committed : math.ceil(committed / chunk) * chunk] = array.fill_value  # other rows of the last chunk
             array.resize((committed, *array.shape[1:]))
         for file in Path(self.location).rglob("*.partial"):
             if TEMPORARY.search(file.name):
@@ -501,11 +498,16 @@ class EpisodeStore:
     def _write(self, path: str, start: int, rows: np.ndarray) -> None:
         if path not in self.group:
             create_array(self.group, path, rows[:0])
+        array = self._writable_array(path)
+        array.resize((start + len(rows), *array.shape[1:]))
+        array[start:] = rows
+
+    def _writable_array(self, path: str) -> zarr.Array:
+        """An array of which every chunk is written, also one that holds nothing but the fill value: so a chunk that is
+        missing is damage."""
         array = self.raw_array(path)
         trust(array)
-        array.resize((start + len(rows), *array.shape[1:]))
-        with zarr.config.set({"array.write_empty_chunks": True}):  # a chunk that is missing is damage
-            self.raw_array(path)[start:] = rows
+        return array.with_config({"write_empty_chunks": True})
 
 
 def nonfinite_rows(rows: np.ndarray) -> np.ndarray:

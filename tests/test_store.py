@@ -487,3 +487,17 @@ def test_a_key_may_look_like_a_temporary_file(tmp_path: Path) -> None:
     with EpisodeStore.create(tmp_path / "store.zarr", {}, []) as store:
         store.append([Demonstration({"x.partial": np.zeros((3, 1)), "action": np.zeros((3, 1))})])
     assert EpisodeStore.open(tmp_path / "store.zarr").keys == ("action", "x.partial")
+
+
+def test_dropping_a_tail_keeps_chunks_that_hold_nothing_but_zeros(tmp_path: Path) -> None:
+    with EpisodeStore.create(tmp_path / "store.zarr", {}, ["a"]) as store:
+        zeros = {key: np.zeros((4, 2), np.int64) for key in ("state", "action")}
+        store.append([Demonstration(zeros, 0, "a", False)])
+    before = files_of(tmp_path / "store.zarr")
+    group = zarr.open_group(tmp_path / "store.zarr", mode="r+")
+    for path in ("data/state", "data/action", "meta/episode_seed", "meta/episode_mode", "meta/episode_success"):
+        array = group[path]
+        array.resize((array.shape[0] + 3, *array.shape[1:]))
+    EpisodeStore.append_to(tmp_path / "store.zarr").close()
+    assert files_of(tmp_path / "store.zarr") == before
+    assert (EpisodeStore.open(tmp_path / "store.zarr").read("state") == 0).all()
