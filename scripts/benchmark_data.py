@@ -5,6 +5,8 @@ made in a temporary folder and deleted.
 """
 
 import json
+import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -20,6 +22,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
+import zarr
 
 from diffusion_policy import envs
 from diffusion_policy.config import PolicyConfig, TrainConfig
@@ -202,10 +205,23 @@ def measure_collect(args: Args) -> None:
     )
 
 
+def describe_machine() -> str:
+    """Processor, cores, and the versions that matter."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (torch, zarr, np))
+    return f"{model}, {len(os.sched_getaffinity(0))} cores; Python {platform.python_version()}, {versions}"
+
+
 def main(args: Args) -> None:
     """Print the figures of the parts asked for."""
     if args.what == "one-training":
         one_training(args)
+        return
+    print(describe_machine())
     if args.what in ("all", "windows"):
         measure_windows(args)
     if args.what in ("all", "stream"):
