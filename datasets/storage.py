@@ -77,8 +77,10 @@ def _options(url: str) -> dict[str, Any]:
     """A web server that does not answer is given up after a while."""
     if not url.startswith(("http://", "https://")):
         return {}
-    import aiohttp
-
+    try:
+        import aiohttp
+    except ImportError as error:
+        raise ImportError(f"it needs pip install 'diffusion-policy-toolkit[http]' ({error})") from error
     return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=PATIENCE, sock_read=PATIENCE)}}
 
 

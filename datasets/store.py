@@ -9,7 +9,6 @@ Knows arrays and files. Knows no environment and no policy.
 
 import contextlib
 import hashlib
-import json
 import math
 import shutil
 import weakref
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import zarr
 
+from diffusion_policy.datasets.attributes import check_attributes, fits
 from diffusion_policy.datasets.guard import refuse_unsafe, trust
 from diffusion_policy.datasets.storage import (
     KEY,
@@ -39,49 +39,6 @@ FORMAT = "diffusion-policy episodes"
 FORMAT_VERSION = 1
 BLOCK_BYTES = 2**23
 """About so much is read at a time where a whole array is walked through."""
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _are_angles(value: Any) -> bool:
-    columns = value.values() if isinstance(value, dict) else [None]
-    return all(isinstance(of_key, list) and all(type(column) is int for column in of_key) for of_key in columns)
-
-
-def _is_environment(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("id"), str) and isinstance(value.get("arguments"), dict)
-
-
-def _is_collection(value: Any) -> bool:
-    return isinstance(value, dict) and all(type(value.get(name)) is int for name in ("episodes", "seed"))
-
-
-ATTRIBUTES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "modes": (_are_names, "a list of labels"),
-    "observation_keys": (_are_names, "a list of keys"),
-    "action_key": (lambda value: isinstance(value, str), "a key"),
-    "angles": (_are_angles, "lists of columns by key"),
-    "environment": (_is_environment, "an id and arguments"),
-    "control_frequency": (lambda value: isinstance(value, int | float) and 0 < value < math.inf, "a rate above 0 [Hz]"),
-    "collection": (_is_collection, "numbers of episodes and of the first seed"),
-    "minari": (lambda value: isinstance(value, dict), "an object"),
-    "robomimic": (lambda value: isinstance(value, dict), "an object"),
-    "lerobot": (lambda value: isinstance(value, dict), "an object"),
-    "noise": (lambda value: value is None or (isinstance(value, int | float) and value >= 0), "at least 0"),
-}
-"""What attributes that we use must be."""
-
-
-def _check_attributes(attributes: Mapping[str, Any], location: str) -> None:
-    for name, value in attributes.items():
-        if name in ATTRIBUTES and not ATTRIBUTES[name][0](value):
-            raise StoreError(f"{location}: the attribute {name} must be {ATTRIBUTES[name][1]}; got {value!r}")
-    try:
-        json.dumps(attributes)
-    except (TypeError, ValueError) as error:
-        raise StoreError(f"{location}: attributes must be JSON: {error}") from error
 
 
 class Demonstration(NamedTuple):
@@ -127,7 +84,7 @@ class EpisodeStore:
         if path.suffix == ".zip":
             raise StoreError(f"{path} cannot be appended to; make a folder, and a zip of it with: dataset convert")
         header = {"format": FORMAT, "format_version": FORMAT_VERSION, "modes": list(modes), **attributes}
-        _check_attributes(header, str(path))
+        check_attributes(header, str(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.{getpid()}")
         try:
@@ -295,7 +252,7 @@ class EpisodeStore:
         seeds, successes = self.read_meta("seed"), self.read_meta("success")
         names = [name.removeprefix("episode_") for name in self._names("meta") if name.startswith("episode_final_")]
         finals = {name: rows for name in names if (rows := self.read_meta(name)) is not None}
-        most_rows = 2 * BLOCK_BYTES // sum(row_bytes(self.shape(key), self.dtype(key)) for key in keys)
+        most_rows = 2 * BLOCK_BYTES // max(1, sum(row_bytes(self.shape(key), self.dtype(key)) for key in keys))
         chosen = np.arange(len(ends)) if indices is None else np.asarray(indices)
         for run in _runs(chosen, ends - starts, most_rows):
             first = int(starts[run[0]])
@@ -425,9 +382,8 @@ class EpisodeStore:
         with self._foreign("the attributes"):
             attributes = dict(self.group.attrs)
         if attributes.get("format") == FORMAT:
-            _check_attributes(attributes, self.location)
-        fits = {name: ATTRIBUTES[name][0](value) for name, value in attributes.items() if name in ATTRIBUTES}
-        return {name: value for name, value in attributes.items() if fits.get(name, True)}
+            check_attributes(attributes, self.location)
+        return {name: value for name, value in attributes.items() if fits(name, value)}
 
     def _read_ends(self) -> np.ndarray:
         with self._foreign("meta"):

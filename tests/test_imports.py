@@ -52,6 +52,7 @@ LIBRARIES = {
     "video.py": {"imageio", "gymnasium", "numpy"},
     "config.py": set(),
     "windows.py": {"numpy", "torch"},
+    "storage.py": {"numpy", "zarr", "fsspec", "aiohttp"},
     "robomimic.py": {"numpy", "h5py"},
     "lerobot.py": {"numpy", "pyarrow"},
     "minari.py": {"numpy", "minari", "gymnasium"},

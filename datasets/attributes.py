@@ -1,0 +1,60 @@
+"""What the attributes of a store must be that we read.
+
+Knows plain JSON. Knows no arrays and no files.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from diffusion_policy.datasets.storage import StoreError
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _are_angles(value: Any) -> bool:
+    columns = value.values() if isinstance(value, dict) else [None]
+    return all(isinstance(of_key, list) and all(type(column) is int for column in of_key) for of_key in columns)
+
+
+def _is_environment(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("id"), str) and isinstance(value.get("arguments"), dict)
+
+
+def _is_collection(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(value.get(name)) is int for name in ("episodes", "seed"))
+
+
+ATTRIBUTES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "modes": (_are_names, "a list of labels"),
+    "observation_keys": (_are_names, "a list of keys"),
+    "action_key": (lambda value: isinstance(value, str), "a key"),
+    "angles": (_are_angles, "lists of columns by key"),
+    "environment": (_is_environment, "an id and arguments"),
+    "control_frequency": (lambda value: isinstance(value, int | float) and 0 < value < math.inf, "a rate above 0 [Hz]"),
+    "collection": (_is_collection, "numbers of episodes and of the first seed"),
+    "minari": (lambda value: isinstance(value, dict), "an object"),
+    "robomimic": (lambda value: isinstance(value, dict), "an object"),
+    "lerobot": (lambda value: isinstance(value, dict), "an object"),
+    "noise": (lambda value: value is None or (isinstance(value, int | float) and value >= 0), "at least 0"),
+}
+"""What attributes that we use must be."""
+
+
+def fits(name: str, value: Any) -> bool:
+    """Whether an attribute is what we mean by its name, or none of ours."""
+    return name not in ATTRIBUTES or ATTRIBUTES[name][0](value)
+
+
+def check_attributes(attributes: Mapping[str, Any], location: str) -> None:
+    """Raise StoreError for an attribute of ours that is something else, or that is no JSON."""
+    for name, value in attributes.items():
+        if not fits(name, value):
+            raise StoreError(f"{location}: the attribute {name} must be {ATTRIBUTES[name][1]}; got {value!r}")
+    try:
+        json.dumps(attributes)
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"{location}: attributes must be JSON: {error}") from error
