@@ -86,7 +86,7 @@ def collect(
     ordered_map: OrderedMap = in_this_process,
     on_episode: Callable[[Demonstration], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
-    writing_share: float = 0.02,
+    writing_share: float = 0.03,
 ) -> None:
     """Add successes of the seeds from `first_seed` on, in their order, until the store holds `episodes`.
 

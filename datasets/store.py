@@ -64,6 +64,8 @@ class EpisodeStore:
         """The zarr group, its contents not yet trusted."""
         self._unlock = weakref.finalize(self, lock)
         self._checked: dict[str, zarr.Array] = {}
+        self._written: dict[str, zarr.Array] = {}
+        self._expected: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
         self.location = location
         """Path or URL."""
         self.dropped: dict[str, int] = {}
@@ -302,7 +304,8 @@ class EpisodeStore:
         if not episodes:
             return
         columns = [self._columns(episode) for episode in episodes]
-        expected = self._layout() or {path: (rows.shape[1:], rows.dtype) for path, rows in columns[0].items()}
+        expected = self._expected or self._layout()
+        expected = expected or {path: (rows.shape[1:], rows.dtype) for path, rows in columns[0].items()}
         for episode, column in zip(episodes, columns, strict=True):
             found = {path: (rows.shape[1:], rows.dtype) for path, rows in column.items()}
             for path in sorted(found.keys() | expected.keys()):
@@ -319,7 +322,7 @@ class EpisodeStore:
             rows = np.concatenate([column[path] for column in columns])
             self._write(path, start if path.startswith("data/") else count, rows)
         self._write("meta/episode_ends", count, ends)
-        self._ends = np.concatenate([self._ends, ends])
+        self._ends, self._expected = np.concatenate([self._ends, ends]), expected
 
     def _columns(self, episode: Demonstration) -> dict[str, np.ndarray]:
         """What an episode adds to each array, (steps or 1, ...); raises StoreError for an episode that cannot be."""
@@ -452,9 +455,11 @@ class EpisodeStore:
             raise StoreError(f"{self.location}: {path}{what} {say(error)}") from error
 
     def _write(self, path: str, start: int, rows: np.ndarray) -> None:
-        if path not in self.group:
-            create_array(self.group, path, rows[:0])
-        array = self._writable_array(path)
+        if path not in self._written:
+            if path not in self.group:
+                create_array(self.group, path, rows[:0])
+            self._written[path] = self._writable_array(path)
+        array = self._written[path]
         array.resize((start + len(rows), *array.shape[1:]))
         array[start:] = rows
 
