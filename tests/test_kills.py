@@ -1,6 +1,7 @@
 """`kill -9` at random moments of a collection: what was committed stays, and the resumed store ends as if nothing had
 happened."""
 
+import contextlib
 import json
 import os
 import random
@@ -57,7 +58,8 @@ def kill_after(seconds: float, forking: subprocess.Popen[str], *arguments: str) 
     forking.stdin.flush()
     child = int(forking.stdout.readline())
     time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it was done before
+        os.kill(child, signal.SIGKILL)
     return int(forking.stdout.readline()) == -signal.SIGKILL
 
 
