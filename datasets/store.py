@@ -357,9 +357,10 @@ class EpisodeStore:
     def _drop_uncommitted(self) -> None:
         """Make the store as if what was never committed had never been written."""
         self.dropped = self.uncommitted()
-        if len(self._ends) == 0:
-            for path in self._layout():
-                del self.group[path]
+        if len(self._ends) == 0:  # the first append may have been killed before an array was one
+            for folder in [*Path(self.location).glob("data/*/"), *Path(self.location).glob("meta/*/")]:
+                if folder.is_dir() and folder.name != "episode_ends":
+                    shutil.rmtree(folder)
         for path, beyond in self.uncommitted().items():
             array = self._writable_array(path)
             committed, chunk = array.shape[0] - beyond, array.chunks[0]

@@ -501,3 +501,14 @@ def test_dropping_a_tail_keeps_chunks_that_hold_nothing_but_zeros(tmp_path: Path
     EpisodeStore.append_to(tmp_path / "store.zarr").close()
     assert files_of(tmp_path / "store.zarr") == before
     assert (EpisodeStore.open(tmp_path / "store.zarr").read("state") == 0).all()
+
+
+def test_a_first_append_killed_before_an_array_was_one_can_be_made_again(tmp_path: Path) -> None:
+    for name in ("whole", "killed"):
+        EpisodeStore.create(tmp_path / f"{name}.zarr", {}, ["a"]).close()
+    (tmp_path / "killed.zarr" / "data" / "state").mkdir()  # as zarr makes it
+    (tmp_path / "killed.zarr" / "data" / "state" / "zarr.7f474bb76c9b4dc089b35f1d0f01cf85.partial").write_text("{")
+    for name in ("whole", "killed"):
+        with EpisodeStore.append_to(tmp_path / f"{name}.zarr") as store:
+            store.append([episode(5)])
+    assert files_of(tmp_path / "killed.zarr") == files_of(tmp_path / "whole.zarr")
