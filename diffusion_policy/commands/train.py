@@ -26,10 +26,12 @@ from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from diffusion_policy.checkpoint import Dataset, Environment
     from diffusion_policy.datasets.statistics import Summary
     from diffusion_policy.datasets.store import EpisodeStore
+    from diffusion_policy.datasets.windows import StreamedWindows, Windows
     from diffusion_policy.trainer import Progress, Trainer
 
 
@@ -69,13 +71,7 @@ class Train:
 
         from diffusion_policy import checkpoint
         from diffusion_policy.datasets.statistics import summarize
-        from diffusion_policy.datasets.windows import (
-            Windows,
-            episodes_within,
-            hold_windows,
-            load_windows,
-            split_episodes,
-        )
+        from diffusion_policy.datasets.windows import Windows, split_episodes
         from diffusion_policy.policy import DiffusionPolicy, choose_device
         from diffusion_policy.trainer import Trainer
 
@@ -93,16 +89,8 @@ class Train:
         with console.status("measuring the data"):
             summary = summarize(store, keys.observations, keys.action, chosen)
         policy = DiffusionPolicy.for_statistics(self.policy, summary.statistics, store.modes, angles).to(device)
-        horizons = self.policy.observation_horizon, self.policy.prediction_horizon
-        modes = store.mode_indices() if self.policy.condition_on_mode else None
-        memory = settings.memory_gb * 1e9
         with console.status("reading the data"):
-            windows = load_windows(store, keys.names, chosen, *horizons, device, modes, memory)
-            validation = None
-            if len(held_out):
-                memory = memory if isinstance(windows, Windows) else VALIDATION_BYTES
-                few = episodes_within(store, keys.names, held_out, memory)
-                validation = hold_windows(store, keys.names, few, *horizons, device, modes)
+            windows, validation = self._cut_windows(store, keys, chosen, held_out, device)
         trainer = Trainer(policy, windows, validation, settings)
         environment, dataset = describe(store, keys, summary)
         parameters = sum(weight.numel() for weight in policy.parameters())
@@ -123,6 +111,21 @@ class Train:
         if trainer.step < self.training.steps:
             raise Interrupted(f"stopped after step {trainer.step} of {self.training.steps}; checkpoint in {folder}")
         console.print(f"checkpoint in {folder}")
+
+    def _cut_windows(
+        self, store: EpisodeStore, keys: Keys, chosen: np.ndarray, held_out: np.ndarray, device: torch.device
+    ) -> tuple[Windows | StreamedWindows, Windows | None]:
+        """The windows to train on, and those of as many held-out episodes as fit the memory."""
+        from diffusion_policy.datasets.windows import Windows, episodes_within, hold_windows, load_windows
+
+        horizons = self.policy.observation_horizon, self.policy.prediction_horizon
+        modes = store.mode_indices() if self.policy.condition_on_mode else None
+        memory = self.training.memory_gb * 1e9
+        windows = load_windows(store, keys.names, chosen, *horizons, device, modes, memory)
+        if len(held_out) == 0:
+            return windows, None
+        few = episodes_within(store, keys.names, held_out, memory if isinstance(windows, Windows) else VALIDATION_BYTES)
+        return windows, hold_windows(store, keys.names, few, *horizons, device, modes)
 
     def _look_at_lengths(self, lengths: np.ndarray) -> None:
         """Raise ConfigError when no episode is as long as a window; say so when some are not."""
