@@ -65,7 +65,7 @@ class Dataset:
     action_key: str = "action"
     """Key of the actions in the store."""
     statistics: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Of the training episodes, by key: count, minimum, maximum, mean, std, low and high (quantiles 0.01, 0.99)."""
+    """Of the training episodes, by key: rows, minimum, maximum, mean, std, low and high (quantiles 0.01, 0.99)."""
 
 
 @dataclass(frozen=True)
