@@ -21,7 +21,12 @@ def _are_angles(value: Any) -> bool:
 
 
 def _is_environment(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("id"), str) and isinstance(value.get("arguments"), dict)
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("id"), str)
+        and isinstance(value.get("arguments"), dict)
+        and isinstance(value.get("signals", {}), dict)
+    )
 
 
 def _is_collection(value: Any) -> bool:

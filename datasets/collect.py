@@ -29,8 +29,9 @@ class Demonstrator:
     to come back from where the noise leads, as in DART (Laskey et al. 2017, arXiv 1703.09327).
     """
 
-    def __init__(self, make_env: Callable[[], Any], make_expert: Callable[[str], Expert], noise: float) -> None:
-        """`noise`: standard deviation, as a share of the length of the expert's action."""
+    def __init__(self, make_env: Callable[[], Any], make_expert: Callable[[Any], Expert], noise: float) -> None:
+        """`make_expert` is called with the label of a mode, with None where the environment lists none; `noise`:
+        standard deviation, as a share of the length of the expert's action."""
         self._env = make_env()
         self._make_expert = make_expert
         self._noise = noise
@@ -38,8 +39,8 @@ class Demonstrator:
     def __call__(self, seed: int) -> Demonstration:
         """The episode of one seed; the modes take turns, seed by seed."""
         env = self._env
-        modes = env.unwrapped.modes
-        expert = self._make_expert(modes[seed % len(modes)])
+        modes = env.get_wrapper_attr("modes")
+        expert = self._make_expert(modes[seed % len(modes)] if modes else None)
         rng = disturbance_generator(seed)
         observation, info = env.reset(seed=seed)
         observations, actions = [], []
@@ -53,7 +54,7 @@ class Demonstrator:
         data = {key: np.stack([row[key] for row in observations]) for key in observation}
         path = {key: np.concatenate([rows, observation[key][None]]) for key, rows in data.items()}
         data["action"] = np.stack(actions)
-        return Demonstration(data, seed, env.unwrapped.mode(path), bool(info["is_success"]))
+        return Demonstration(data, seed, env.get_wrapper_attr("mode")(path), bool(info["is_success"]))
 
 
 def disturbance_generator(seed: int) -> np.random.Generator:

@@ -36,7 +36,7 @@ class Recorder(gymnasium.Wrapper):
             if not isinstance(part, gymnasium.spaces.Box):
                 raise ValueError(f"only Box spaces, or a Dict of them, can be recorded; {name} is {part}")
         self._dict = isinstance(space, gymnasium.spaces.Dict)
-        self._modes: tuple[str, ...] = tuple(getattr(env.unwrapped, "modes", ()))
+        self._modes: tuple[str, ...] = tuple(env.get_wrapper_attr("modes")) if env.has_wrapper_attr("modes") else ()
         if not isinstance(store, EpisodeStore):
             store = EpisodeStore.create(store, {**_describe(env, list(spaces)), **(attributes or {})}, self._modes)
         self.store = store
@@ -69,7 +69,7 @@ class Recorder(gymnasium.Wrapper):
         path = {key: np.stack([row[key] for row in self._observations]) for key in self._observations[0]}
         data = {key: rows[:-1] for key, rows in path.items()} | {"action": np.stack(self._actions)}
         success = self._info.get("is_success", self._info.get("success"))
-        mode = self.env.unwrapped.mode(path) if self._modes else None  # pyright: ignore[reportAttributeAccessIssue]
+        mode = self.env.get_wrapper_attr("mode")(path) if self._modes else None
         final = {key: rows[-1] for key, rows in path.items()}
         self.store.append([Demonstration(data, self._seed, mode, None if success is None else bool(success), final)])
         self._observations, self._actions = self._observations[-1:], []

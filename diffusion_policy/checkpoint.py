@@ -46,6 +46,8 @@ class Environment:
     arguments: dict[str, Any]
     modes: tuple[str, ...]
     """All labels that the environment knows."""
+    signals: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """How success and mode are read where the environment does not say: see `commands.common.Signals`."""
 
 
 @dataclass(frozen=True)

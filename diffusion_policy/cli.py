@@ -16,6 +16,7 @@ import tyro
 from diffusion_policy import __version__
 from diffusion_policy.commands.collect import Collect
 from diffusion_policy.commands.common import Failed, Interrupted
+from diffusion_policy.commands.compare import Compare
 from diffusion_policy.commands.dataset import Dataset
 from diffusion_policy.commands.demo import Demo
 from diffusion_policy.commands.doctor import Doctor
@@ -60,13 +61,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(arguments: Sequence[str]) -> Collect | Train | Dataset | Evaluate | Rollout | Study | Doctor | Toy | Demo:
+Command = Collect | Train | Dataset | Evaluate | Compare | Rollout | Study | Doctor | Toy | Demo
+
+
+def parse(arguments: Sequence[str]) -> Command:
     """The command that arguments mean; raises ConfigError when they mean none."""
     commands: Any = (
         Annotated[Collect, tyro.conf.subcommand("collect")]
         | Annotated[Train, tyro.conf.subcommand("train", default=_train_defaults(arguments))]
         | Annotated[Dataset, tyro.conf.subcommand("dataset")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Rollout, tyro.conf.subcommand("rollout")]
         | Annotated[Study, tyro.conf.subcommand("study")]
         | Annotated[Doctor, tyro.conf.subcommand("doctor")]

@@ -4,7 +4,7 @@ these fields and their docstrings; nothing here imports torch."""
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 # Names of what the registries of the diffusion core hold; written here since those need torch.
@@ -204,6 +204,29 @@ class SampleConfig:
         _require(0 < self.corrector_size <= 1, "corrector_size", "above 0 and at most 1", self.corrector_size)
 
 
+@dataclass(frozen=True)
+class Signals:
+    """How success and modes are read of an environment that does not say them itself. Data sets and checkpoints keep
+    it, so that it is said once."""
+
+    success: str | None = None
+    """What success is, if not info["is_success"] or info["success"]: 'return>=90', a threshold on the sum of an
+    episode's rewards, module:function of (observation, info), or none, where nothing is a success."""
+    mode_function: str | None = None
+    """module:function that gives the mode of an episode from its observations {key: (steps + 1, ...)}, None for no
+    mode. The module may lie in the working directory."""
+    mode_labels: tuple[str, ...] = ()
+    """All labels that the mode function can give."""
+    fresh: bool = False
+    """Make the environment anew for each episode, where a seed alone does not repeat one, as in panda-gym's Push."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields that say something, as JSON."""
+        fields = {name: value for name, value in asdict(self).items() if value}
+        return fields | ({"mode_labels": list(self.mode_labels)} if self.mode_labels else {})
+
+
 def require_seed(config: object) -> None:
     """Raise ConfigError when the field `seed` is negative or too large for every generator that it feeds."""
     seed = getattr(config, "seed")  # noqa: B009
@@ -216,7 +239,7 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise ConfigError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
 
 
-ConfigT = TypeVar("ConfigT", PolicyConfig, TrainConfig, SampleConfig)
+ConfigT = TypeVar("ConfigT", PolicyConfig, TrainConfig, SampleConfig, Signals)
 
 
 def from_dict(kind: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:

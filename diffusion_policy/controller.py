@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from diffusion_policy.config import SampleConfig
+from diffusion_policy.config import ConfigError, PolicyConfig, SampleConfig
 from diffusion_policy.policy import DiffusionPolicy, derive_generator
 
 
@@ -21,7 +21,8 @@ class Controller:
     """Plans a sequence of T actions, hands out Ta of them, then plans again; each environment at its own time.
 
     Plans are made in batches padded to one fixed size, so that neither the number of environments that plan together
-    nor their neighbours change a result.
+    nor their neighbours change a result. With `delay_steps` d, a plan is ready d steps after its observation, and the
+    plan before it runs on meanwhile; its own first d actions, whose time has passed, are left out.
     """
 
     def __init__(
@@ -30,8 +31,11 @@ class Controller:
         environments: int,
         sampling: SampleConfig | None = None,
         plan_batch: int | None = None,
+        delay_steps: int = 0,
     ) -> None:
-        """`environments`: B; `plan_batch`: observations in one planning call, by default B."""
+        """`environments`: B; `plan_batch`: observations in one planning call, by default B. Raises ValueError for a
+        delay that the predicted sequence cannot bridge. The first plan of an episode is always waited for."""
+        require_delay(policy.config, delay_steps)
         self._policy = policy
         self._sampling = sampling or SampleConfig()
         self._plan_batch = plan_batch or environments
@@ -43,13 +47,18 @@ class Controller:
             for key, shape in policy.shapes.observations.items()
         }
         self._fresh = np.ones(environments, bool)  # no observation yet in this episode
-        self._queue = np.zeros((environments, self.action_horizon, *policy.shapes.action), np.float32)
+        self.planned: dict[int, np.ndarray] = {}
+        """What the last call of `act` planned, by environment: raw actions from its step on, (T - To + 1, A)."""
+        self._delay = delay_steps
+        self._queue = np.zeros((environments, self.action_horizon + delay_steps, *policy.shapes.action), np.float32)
+        self._begins = np.ones(environments, bool)  # no plan yet in this episode
         self._position = np.full(environments, self.action_horizon)  # next action in the queue
         self._generators: list[torch.Generator | None] = [None] * environments
 
     def reset(self, mask: np.ndarray, generators: Sequence[torch.Generator]) -> None:
         """Begin new episodes where `mask` (B,) is true, with one planning generator for each of those."""
         self._fresh[mask] = True
+        self._begins[mask] = True
         self._position[mask] = self.action_horizon
         for environment, generator in zip(np.flatnonzero(mask), generators, strict=True):
             self._generators[environment] = generator
@@ -64,6 +73,7 @@ class Controller:
             first = np.broadcast_to(now, history.shape)  # before the first step: that step repeated
             history[active] = np.where(_expand(self._fresh, history), first, shifted)[active]
         self._fresh &= ~active
+        self.planned = {}
         waiting = np.flatnonzero(active & (self._position == self.action_horizon))
         for start in range(0, len(waiting), self._plan_batch):
             self._plan(waiting[start : start + self._plan_batch])
@@ -83,12 +93,26 @@ class Controller:
         spare = [torch.Generator() for _ in range(self._plan_batch - len(rows))]
         sequences = self._policy.sample(observations, [*filter(None, generators), *spare], config=self._sampling)
         config = self._policy.config
-        first = config.observation_horizon - 1
-        plan = sequences[: len(rows), 0, first : first + config.action_horizon].cpu().numpy()  # (rows, Ta, A)
-        if not np.isfinite(plan).all():
+        plans = sequences[: len(rows), 0, config.observation_horizon - 1 :].cpu().numpy()  # (rows, T - To + 1, A)
+        if not np.isfinite(plans).all():
             raise FloatingPointError("the policy planned NaN or infinity; it is not trained, or its training diverged")
-        self._queue[rows] = plan
+        ready = plans[:, : self._queue.shape[1]]  # (rows, Ta + d, A)
+        running_on = np.concatenate([self._queue[rows, self.action_horizon :], ready[:, self._delay :]], axis=1)
+        self._queue[rows] = np.where(_expand(self._begins[rows], ready), ready, running_on)
+        self._begins[rows] = False
         self._position[rows] = 0
+        self.planned |= dict(zip(rows.tolist(), plans, strict=True))
+
+
+def require_delay(config: PolicyConfig, delay_steps: int) -> None:
+    """Raise ConfigError when the sequences of a policy are too short to bridge a delay of so many control steps."""
+    longest = config.prediction_horizon - config.observation_horizon + 1 - config.action_horizon
+    if not 0 <= delay_steps <= longest:
+        raise ConfigError(
+            f"delay-steps must be from 0 to {longest} (prediction-horizon {config.prediction_horizon} - "
+            f"observation-horizon {config.observation_horizon} + 1 - action-horizon {config.action_horizon}); "
+            f"got {delay_steps}"
+        )
 
 
 def _expand(mask: np.ndarray, like: np.ndarray) -> np.ndarray:

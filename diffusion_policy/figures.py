@@ -10,19 +10,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from diffusion_policy.metrics import NONE
-from diffusion_policy.report import (
+from diffusion_policy.drawing import (
     FEW_COLORS,
     GRID,
     INK,
     PlanePath,
-    Scene,
     clean,
     draw_mode_paths,
     draw_scene,
     label_modes,
     mode_colors,
 )
+from diffusion_policy.gallery import Scene
+from diffusion_policy.metrics import NONE
 
 if TYPE_CHECKING:
     import numpy as np

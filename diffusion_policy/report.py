@@ -1,51 +1,54 @@
-"""Figures and the page of an evaluation: one HTML file that works offline.
+"""Figures and pages of evaluations: one HTML file each that works offline.
 
 Knows results and pictures as plain data. Knows no simulator, no policy and no data set.
 """
 
 import base64
 import io
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jinja2
-import matplotlib
 import matplotlib.colors
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Circle
-from matplotlib.ticker import LogLocator, PercentFormatter
 
+from diffusion_policy import wording
+from diffusion_policy.drawing import (
+    FEW_COLORS,
+    PlanePath,
+    draw_delay,
+    draw_modes,
+    draw_paths,
+    draw_training,
+    mode_colors,
+)
+from diffusion_policy.gallery import WIDTH, Plane, Scene, Tree, mode_tree
 from diffusion_policy.metrics import NONE
 
-INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
-FEW_COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")
-"""Told apart by the colour-blind too (Okabe & Ito 2008)."""
+
+class Moment(NamedTuple):
+    """One time at which an episode was planned again."""
+
+    step: int
+    """Steps done before."""
+    plans: np.ndarray
+    """Paths of the sampled sequences, (N, H + 1, 2), in the scene's unit; each begins where the episode stands."""
 
 
-class Scene(Protocol):
-    """The plane that paths are drawn in [m]."""
+class Fan(NamedTuple):
+    """One episode with the sequences that the policy could have taken on its way."""
 
-    @property
-    def x_range(self) -> tuple[float, float]: ...
-    @property
-    def y_range(self) -> tuple[float, float]: ...
-    @property
-    def circles(self) -> Sequence[tuple[float, float, float]]: ...
-    @property
-    def finish_y(self) -> float: ...
-
-
-class PlanePath(NamedTuple):
-    """One episode seen from above."""
-
+    seed: int
+    repeat: int
     mode: str | None
     success: bool
     xy: np.ndarray
-    """(steps, 2) [m]"""
+    """(steps + 1, 2), in the scene's unit."""
+    moments: Sequence[Moment]
 
 
 class Video(NamedTuple):
@@ -63,162 +66,209 @@ class Pictures(NamedTuple):
     scene: Scene | None
     demonstrated: Sequence[PlanePath]
     rolled_out: Sequence[PlanePath]
-    fan: np.ndarray | None
-    """Planned paths from one start state, (N, T + 1, 2) [m]."""
+    """With seed and repeat."""
+    fans: Sequence[Fan]
     videos: Sequence[Video]
     training: Sequence[Mapping[str, Any]]
     """Lines of metrics.jsonl."""
 
 
 def write_report(path: Path, results: Mapping[str, Any], pictures: Pictures) -> None:
-    """Write the page; `results` is what results.json holds."""
-    colors = mode_colors(list(results["modes"]))
+    """Write the page of one evaluation; `results` is what results.json holds."""
+    colors = _colors(results)
+    lines = wording.scorecard_lines(results)
+    tree = _tree(results)
     figures = {
-        "paths": draw_paths(pictures, colors) if pictures.scene else None,
-        "modes": draw_modes(results, colors),
+        "paths": _draw_paths(pictures, pictures.scene, colors) if pictures.scene else None,
+        "modes": draw_modes(results, colors) if wording.known_modes(results) and not tree else None,
         "training": draw_training(pictures.training) if pictures.training else None,
+        "delay": draw_delay(results["delay"], results["control_period"]) if len(results["delay"]) > 1 else None,
     }
     videos = [
         {
-            "label": video.mode or "no mode",
-            "color": colors.get(video.mode or NONE, MUTED),
-            "caption": f"seed {video.seed}, {'success' if video.success else 'failure'}",
+            "mode": video.mode or NONE,
+            "outcome": _outcome(video.success),
+            "seed": video.seed,
             "data": base64.b64encode(video.mp4).decode(),
         }
         for video in pictures.videos
     ]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("diffusion_policy", "."), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    embedded = {name: _embed(figure) for name, figure in figures.items() if figure}
-    known = [count for label, count in results["modes"].items() if label != NONE]
-    page = environment.get_template("report.html.jinja").render(
+    page = _templates().get_template("report.html.jinja")
+    text = page.render(
         results=results,
-        known=len(known),
-        solved=sum(count["successes"] > 0 for count in known),
-        figures=embedded,
-        videos=videos,
+        lines=lines,
+        tiles=wording.tiles(lines, results["measures"]),
+        figures={name: _embed(figure) for name, figure in figures.items() if figure},
+        tree=tree,
         colors=colors,
-        no_mode=NONE,
+        episodes_of=_episodes_of(results),
+        plane=_plane(pictures.scene) if pictures.scene else None,
+        videos=videos,
+        data=_page_data(results, pictures, colors),
     )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
 
 
-def mode_colors(modes: Sequence[str]) -> dict[str, str]:
-    """One colour a mode: six that everyone can tell apart, or as many hues as needed; grey for no mode."""
-    labels = [mode for mode in modes if mode != NONE]
-    if len(labels) <= len(FEW_COLORS):
-        return {**dict(zip(labels, FEW_COLORS, strict=False)), NONE: MUTED}
-    hues = matplotlib.colormaps["turbo"](np.linspace(0.03, 0.97, len(labels)))
-    return {**{label: matplotlib.colors.to_hex(hue) for label, hue in zip(labels, hues, strict=True)}, NONE: MUTED}
+def write_comparison(path: Path, a: Mapping[str, Any], b: Mapping[str, Any], comparison: Mapping[str, Any]) -> None:
+    """Write the page of two evaluations side by side: `a` and `b` are what their results.json hold, `comparison` is a
+    `comparison.Comparison` as a dictionary."""
+    colors = _colors({"modes": {**a["modes"], **b["modes"]}})
+    of_a, of_b = ({(one["seed"], one["repeat"]): one for one in results["outcomes"]} for results in (a, b))
+    discordant = sorted(map(tuple, (*comparison["only_a_seeds"], *comparison["only_b_seeds"])))
+    by_name = {line.name: line for line in wording.scorecard_lines(b)}
+    page = _templates().get_template("report_compare.html.jinja")
+    text = page.render(
+        a=_side(a, colors),
+        b=_side(b, colors),
+        comparison=comparison,
+        discordant=[(of_a[name], of_b[name]) for name in discordant],
+        differences=_differences(a, b),
+        lines=[(line, by_name[line.name]) for line in wording.scorecard_lines(a) if line.name in by_name],
+        colors=colors,
+    )
+    path.write_text(text, encoding="utf-8")
 
 
-def draw_paths(pictures: Pictures, colors: Mapping[str, str]) -> Figure:
-    """Demonstrated paths, rolled-out paths and the fan of plans, side by side over the scene."""
-    scene = pictures.scene
-    assert scene is not None
-    panels: list[tuple[str, Sequence[PlanePath]]] = []
-    if pictures.demonstrated:
-        panels.append((f"{len(pictures.demonstrated)} demonstrations", pictures.demonstrated))
-    panels.append((f"{len(pictures.rolled_out)} rollouts of the policy", pictures.rolled_out))
-    width, height = scene.x_range[1] - scene.x_range[0], scene.y_range[1] - scene.y_range[0]
-    count = len(panels) + (pictures.fan is not None)
-    figure = Figure(figsize=(4 * count, 4 * height / width + 0.5), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, count, sharey=True))
-    for axis, (title, paths) in zip(axes, panels, strict=False):
-        draw_scene(axis, scene, title)
-        draw_mode_paths(axis, paths, colors)
-    if pictures.fan is not None:
-        draw_scene(axes[-1], scene, f"{len(pictures.fan)} plans from one start state")
-        for plan in pictures.fan:
-            axes[-1].plot(*plan.T, color=FEW_COLORS[0], linewidth=1, alpha=0.5, marker=".", markersize=2)
-        axes[-1].plot(*pictures.fan[0, 0], marker="o", color=INK, markersize=6)
-    axes[0].set_ylabel("y [m]")
-    label_modes(figure, colors)
-    return figure
+def _side(results: Mapping[str, Any], colors: Mapping[str, str]) -> dict[str, Any]:
+    """One of two evaluations."""
+    tree = _tree(results)
+    bars = _embed(draw_modes(results, colors)) if wording.known_modes(results) and not tree else None
+    tiles = wording.tiles(wording.scorecard_lines(results), results["measures"])
+    return {"results": results, "tiles": tiles, "tree": tree, "modes": bars}
 
 
-def draw_mode_paths(axis: Axes, paths: Sequence[PlanePath], colors: Mapping[str, str]) -> None:
-    """Paths in the colours of their modes; a failure is dotted and ends in a cross."""
-    for path in paths:
-        style: dict[str, Any] = {"linewidth": 0.9, "alpha": 0.55}
-        if not path.success:
-            style = {"linewidth": 1.2, "linestyle": ":"}
-        axis.plot(*path.xy.T, color=colors.get(path.mode or NONE, MUTED), **style)
-        if not path.success:
-            axis.plot(*path.xy[-1], marker="x", color=INK, markersize=6)
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Settings in which two evaluations differ: name, that of A, that of B."""
+    settings_a, settings_b = (
+        {name: results[name] for name in ("checkpoint", "training_steps", "repeats", "planning_batch")}
+        | results["sampling"]
+        | results["backend"]
+        for results in (a, b)
+    )
+    names = dict.fromkeys((*settings_a, *settings_b))
+    both = [(name, settings_a.get(name), settings_b.get(name)) for name in names]
+    return [(name, one, other) for name, one, other in both if one != other]
 
 
-def label_modes(figure: Figure, colors: Mapping[str, str], columns: int = 6) -> None:
-    """A legend of the modes below, while they are few, so many side by side."""
-    lines = [Line2D([], [], color=color, linewidth=3, label=mode) for mode, color in colors.items() if mode != NONE]
-    if 0 < len(lines) <= len(FEW_COLORS):
-        figure.legend(handles=lines, loc="outside lower center", ncols=min(columns, len(lines)), frameon=False)
+def _templates() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("diffusion_policy", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    environment.globals |= {
+        "share": wording.share,
+        "share_interval": wording.share_interval,
+        "number": wording.number,
+        "number_interval": wording.number_interval,
+        "NONE": NONE,
+        "NOTHING": wording.NOTHING,
+        "SPACE": wording.SPACE,
+    }
+    return environment
 
 
-def draw_scene(axis: Axes, scene: Scene, title: str) -> None:
-    """Obstacles and finish line of a plane, in an axis of its ranges."""
-    for x, y, radius in scene.circles:
-        axis.add_patch(Circle((x, y), radius, facecolor="#c8402f", edgecolor="none", zorder=3))
-    axis.axhline(scene.finish_y, color="#1a9850", linewidth=2)
-    axis.set(xlim=scene.x_range, ylim=scene.y_range, aspect="equal", xlabel="x [m]")
-    axis.set_title(title, color=INK, fontsize=12)
-    axis.tick_params(colors=MUTED, labelsize=9)
-    for spine in axis.spines.values():
-        spine.set_color(GRID)
+def _colors(results: Mapping[str, Any]) -> dict[str, str]:
+    """A colour for every mode; paths of an environment without modes are not grey."""
+    return mode_colors(wording.known_modes(results)) if wording.known_modes(results) else {NONE: FEW_COLORS[0]}
 
 
-def draw_modes(results: Mapping[str, Any], colors: Mapping[str, str]) -> Figure:
-    """Share of each mode among the demonstrations and among the successful rollouts."""
-    labels = [label for label, count in results["modes"].items() if label != NONE or count["successes"]]
-    demonstrated = np.array([results["demonstrations"]["modes"].get(label, 0) for label in labels], float)
-    solved = np.array([results["modes"][label]["successes"] for label in labels], float)
-    figure = Figure(figsize=(7, 0.6 + 0.55 * max(3, len(labels))), layout="constrained")
-    axis = figure.subplots()
-    places = np.arange(len(labels))
-    axis.barh(places - 0.2, solved / max(1, solved.sum()), 0.38, color=[colors[label] for label in labels])
-    axis.barh(places + 0.2, demonstrated / max(1, demonstrated.sum()), 0.38, color="#cbd2d9")
-    for place, count in zip(places - 0.2, solved, strict=True):
-        axis.annotate(f"{count:.0f}", (count / max(1, solved.sum()), place), (4, 0), textcoords="offset points",
-                      va="center", fontsize=9, color=INK)  # fmt: skip
-    axis.set_yticks(places, labels)
-    axis.invert_yaxis()
-    axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axis.set_xlabel("coloured: successful rollouts, grey: demonstrations", color=MUTED)
-    clean(axis)
-    return figure
+def _tree(results: Mapping[str, Any]) -> Tree | None:
+    succeeded = {label: count["successes"] for label, count in results["modes"].items()}
+    return mode_tree(wording.known_modes(results), succeeded, results["demonstrations"]["modes"])
 
 
-def draw_training(metrics: Sequence[Mapping[str, Any]]) -> Figure:
-    """Training and validation loss over the steps."""
-    figure = Figure(figsize=(7, 3.9), layout="constrained")
-    axis = figure.subplots()
-    axis.plot([row["step"] for row in metrics], [row["loss"] for row in metrics], color="#9fb3c8", label="training")
-    validated = [row for row in metrics if row["validation_loss"] is not None]
-    if validated:
-        steps, losses = [row["step"] for row in validated], [row["validation_loss"] for row in validated]
-        axis.plot(steps, losses, color=FEW_COLORS[3], marker="o", markersize=4, label="validation, averaged weights")
-    axis.set(yscale="log", xlabel="training step")
-    axis.set_title("loss of the prediction", loc="left", color=INK, fontsize=11)
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("")
-    axis.legend(frameon=False)
-    clean(axis)
-    return figure
+def _draw_paths(pictures: Pictures, scene: Scene, colors: Mapping[str, str]) -> Figure:
+    """All paths, and the first fan at its first moment."""
+    first = next((fan.moments[0].plans for fan in pictures.fans if fan.moments), None)
+    return draw_paths(scene, pictures.demonstrated, pictures.rolled_out, first, colors)
 
 
-def clean(axis: Axes) -> None:
-    """Thin frame, light grid."""
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color(GRID)
-    axis.tick_params(colors=INK, labelsize=10)
-    axis.grid(axis="x", color=GRID, linewidth=0.8)
-    axis.set_axisbelow(True)
+def _outcome(success: bool) -> str:
+    return "success" if success else "failure"
+
+
+def _episodes_of(results: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """What the gallery is filtered by, {"mode": {label: episodes}, "outcome": ...}; modes only where there are any."""
+    outcomes = Counter(_outcome(outcome["success"]) for outcome in results["outcomes"])
+    modes = Counter(outcome["mode"] or NONE for outcome in results["outcomes"])
+    order = dict.fromkeys((*wording.known_modes(results), *modes))
+    return {
+        "mode": {label: modes[label] for label in order} if set(order) - {NONE} else {},
+        "outcome": {label: outcomes[label] for label in ("success", "failure")},
+    }
+
+
+def _plane(scene: Scene) -> dict[str, Any]:
+    """The scene in SVG units."""
+    plane = Plane(scene)
+
+    def place(x: float, y: float) -> dict[str, Any]:
+        column, row = plane.pixels(np.array([x, y])).tolist()
+        return {"x": column, "y": row}
+
+    return {
+        "width": WIDTH,
+        "height": plane.height,
+        "finish_y": None if scene.finish_y is None else place(0, scene.finish_y)["y"],
+        "circles": [{**place(x, y), "radius": round(radius * plane.scale)} for x, y, radius in scene.circles],
+        "squares": [
+            {**place(x, y), "width": round(width * plane.scale), "color": matplotlib.colors.to_hex(color)}
+            for x, y, width, color in scene.squares
+        ],
+    }
+
+
+def _page_data(results: Mapping[str, Any], pictures: Pictures, colors: Mapping[str, str]) -> dict[str, Any]:
+    """What the page's script reads."""
+    plane = Plane(pictures.scene) if pictures.scene else None
+    outlines = {(path.seed, path.repeat): plane.outline(path.xy) for path in pictures.rolled_out} if plane else {}
+    return {
+        "colors": colors,
+        "noMode": NONE,
+        "controlPeriod": results["control_period"],
+        "episodes": [
+            {
+                "seed": outcome["seed"],
+                "repeat": outcome["repeat"],
+                "mode": outcome["mode"] or NONE,
+                "outcome": _outcome(outcome["success"]),
+                "steps": outcome["steps"],
+                "measures": {name: _short(value) for name, value in outcome["measures"].items()},
+                "path": outlines.get((outcome["seed"], outcome["repeat"])),
+            }
+            for outcome in results["outcomes"]
+        ],
+        "fans": [
+            {
+                "seed": fan.seed,
+                "repeat": fan.repeat,
+                "mode": fan.mode or NONE,
+                "outcome": _outcome(fan.success),
+                "path": plane.points(fan.xy),
+                "moments": [
+                    {"step": moment.step, "plans": [plane.points(plan) for plan in moment.plans]}
+                    for moment in fan.moments
+                ],
+            }
+            for fan in pictures.fans
+            if fan.moments
+        ]
+        if plane
+        else [],
+    }
+
+
+def _short(value: float | None) -> float | None:
+    """Four digits; None for what JSON has no number for."""
+    return float(f"{value:.4g}") if value is not None and math.isfinite(value) else None
 
 
 def _embed(figure: Figure) -> str:
     """A figure as the base64 of its PNG."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    figure.savefig(buffer, format="png", dpi=120)
     return base64.b64encode(buffer.getvalue()).decode()

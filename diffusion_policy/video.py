@@ -4,13 +4,16 @@ An environment gives the same episode for the same seed and actions, so nothing 
 measured.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gymnasium
 import imageio.v2 as imageio
 import numpy as np
+from PIL import Image, ImageDraw
+
+PLAN_COLOR = (0, 90, 200, 130)
 
 
 class Script(NamedTuple):
@@ -19,6 +22,9 @@ class Script(NamedTuple):
     seed: int
     actions: np.ndarray
     """Raw, (steps, A)."""
+    plans: Mapping[int, np.ndarray] = {}
+    """Paths to draw into the picture from some steps on, each until the next, (N, points, 2) in the plane of the
+    environment's `pixels`."""
 
 
 class Camera:
@@ -32,12 +38,26 @@ class Camera:
     def __call__(self, script: Script) -> np.ndarray:
         """The frames, (frames, height, width, 3) uint8."""
         self._env.reset(seed=script.seed)
-        frames = [self._env.render()]
+        plans = script.plans.get(0)
+        frames = [self._picture(plans)]
         for i, action in enumerate(script.actions, start=1):
             self._env.step(action)
+            plans = script.plans.get(i, plans)
             if i % self._every == 0 or i == len(script.actions):
-                frames.append(self._env.render())
-        return np.stack(frames)  # pyright: ignore[reportCallIssue, reportArgumentType]
+                frames.append(self._picture(plans))
+        return np.stack(frames)
+
+    def _picture(self, plans: np.ndarray | None) -> np.ndarray:
+        """What is seen now, with the plans drawn in."""
+        frame: Any = self._env.render()
+        task: Any = self._env.unwrapped
+        if plans is None or not hasattr(task, "pixels"):
+            return frame
+        picture = Image.fromarray(frame)
+        pen = ImageDraw.Draw(picture, "RGBA")
+        for path in task.pixels(plans):
+            pen.line([(float(column), float(row)) for column, row in path], fill=PLAN_COLOR, width=2)
+        return np.asarray(picture)
 
 
 def tile(films: Sequence[np.ndarray], columns: int) -> np.ndarray:

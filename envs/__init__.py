@@ -1,32 +1,34 @@
 """Simulated tasks with known modes. Importing this package registers their ids with Gymnasium.
 
 Every task is a plain `gymnasium.Env` with `info["is_success"]` at each step, `modes` (all labels) and
-`mode(observations) -> label | None`; what else it offers for drawing (`scene`, `path`, `planned_path`) is optional.
+`mode(observations) -> label | None`. Optional are `info["measures"]` (how the episode stands, as named numbers; those
+of its last step count), what is offered for drawing (`scene`, `path`, `planned_path`, `pixels`) and `choice`, how a
+plan takes the decision that lies ahead. `adapters` makes any other Gymnasium environment such a task.
 """
 
 from typing import Any
 
 import gymnasium
 
-from diffusion_policy.envs.avoid import EPISODE_STEPS
+_TASKS = {  # entry point, control steps after which Gymnasium's time limit ends an episode
+    "diffusion_policy/Avoid-v0": ("diffusion_policy.envs.avoid:AvoidEnv", 250),
+    "diffusion_policy/BlockPush-v0": ("diffusion_policy.envs.block_push:BlockPushEnv", 350),
+    "diffusion_policy/PushT-v0": ("diffusion_policy.envs.push_t:PushTEnv", 300),
+}
+for _id, (_entry_point, _steps) in _TASKS.items():
+    gymnasium.register(_id, entry_point=_entry_point, max_episode_steps=_steps)
 
-gymnasium.register(
-    "diffusion_policy/Avoid-v0",
-    entry_point="diffusion_policy.envs.avoid:AvoidEnv",
-    max_episode_steps=EPISODE_STEPS,
-)
-
-ENV_IDS = ("diffusion_policy/Avoid-v0",)
+ENV_IDS = tuple(_TASKS)
 """Ids of all our tasks."""
 
 
-def make(env_id: str, /, render_mode: str | None = None, **arguments: Any) -> gymnasium.Env:
+def make(env_id: str, /, **arguments: Any) -> gymnasium.Env:
     """`gymnasium.make` with an error that lists our ids and one that names a wrong argument.
 
     A picklable factory for worker processes is `functools.partial(make, env_id, **arguments)`.
     """
     try:
-        return gymnasium.make(env_id, render_mode=render_mode, **arguments)
+        return gymnasium.make(env_id, **arguments)
     except (gymnasium.error.Error, ImportError) as error:
         raise ValueError(
             f"unknown environment {env_id!r}; choose from {', '.join(ENV_IDS)}, or any id that Gymnasium knows "

@@ -50,8 +50,6 @@ CONTROL_PERIOD = 0.035
 """[s]"""
 SUBSTEPS = 7
 """Physics steps in a control step: the rod moves less than 3 mm in one, far less than any radius."""
-EPISODE_STEPS = 250
-"""Control steps after which Gymnasium's time limit ends an episode."""
 
 CAMERA = Camera(target=(0.5, 0.03, 0.05), distance=0.95, yaw=90, pitch=-48)
 WIDTH, HEIGHT = 480, 384
@@ -161,6 +159,16 @@ class AvoidEnv(gymnasium.Env):
             return None
         return self._simulation.render(CAMERA, WIDTH, HEIGHT)
 
+    def save_state(self) -> tuple[int, np.ndarray]:
+        """Keep the full state in memory, the commanded position included; returns a handle for `restore_state`."""
+        return self._simulation.save(), self._desired_xy.copy()
+
+    def restore_state(self, state: tuple[int, np.ndarray]) -> None:
+        """Go on from a saved state, as often as wanted."""
+        handle, desired_xy = state
+        self._simulation.restore(handle)
+        self._desired_xy = desired_xy.copy()
+
     def close(self) -> None:
         """Free the simulation; may be called twice."""
         self._simulation.close()
@@ -185,6 +193,21 @@ class AvoidEnv(gymnasium.Env):
         (..., steps + 1, 2) [m]."""
         start = np.broadcast_to(observation["desired_xy"], (*actions.shape[:-2], 1, 2))
         return np.concatenate([start, start + np.cumsum(actions, axis=-2)], axis=-2)
+
+    def pixels(self, xy: np.ndarray) -> np.ndarray:
+        """Where points (..., 2) [m] at the rod's tip lie in the picture of `render`, (..., 2) [px]: column, row."""
+        height = np.full((*np.shape(xy)[:-1], 1), TOOL_Z - ROD_LENGTH / 2)
+        return self._simulation.pixels(CAMERA, np.concatenate([xy, height], axis=-1), WIDTH, HEIGHT)
+
+    def choice(self, observation: Mapping[str, np.ndarray], actions: np.ndarray) -> tuple[str, str] | None:
+        """Which row comes next and the gate through which planned actions (steps, 2) cross it, or towards which they
+        lead if they end before it: ("row 2", "left"). None beyond the last row."""
+        path = self.planned_path(observation, actions)
+        ahead = [(i, row) for i, row in enumerate(ROWS[: self.rows], start=1) if row.y > path[0, 1]]
+        if not ahead:
+            return None
+        number, row = ahead[0]
+        return f"row {number}", _gate(row, path) or row.gates[int(np.searchsorted(row.centers_x, path[-1, 0]))]
 
     @property
     def scene(self) -> Scene:

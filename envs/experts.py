@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from diffusion_policy.envs.avoid import FINISH_Y, ROWS, START_XY, modes
+from diffusion_policy.envs.block_push_expert import BlockPushExpert
 
 GATE_X = (
     {"left": 0.42, "right": 0.58},
@@ -50,5 +51,5 @@ class AvoidExpert:
         return (self._speed * direction / np.linalg.norm(direction)).astype(np.float32)
 
 
-EXPERTS = {"diffusion_policy/Avoid-v0": AvoidExpert}
+EXPERTS = {"diffusion_policy/Avoid-v0": AvoidExpert, "diffusion_policy/BlockPush-v0": BlockPushExpert}
 """The expert of each environment id: called with a mode's label."""

@@ -4,11 +4,14 @@ from typing import NamedTuple
 
 
 class Scene(NamedTuple):
-    """Shapes in the plane [m], seen from above, x to the right and y up."""
+    """Shapes in the plane, seen from above, x to the right and y up (down, where `y_range` falls)."""
 
     x_range: tuple[float, float]
     y_range: tuple[float, float]
-    circles: tuple[tuple[float, float, float], ...]
+    circles: tuple[tuple[float, float, float], ...] = ()
     """Obstacles: centre x, centre y, radius."""
-    finish_y: float
+    finish_y: float | None = None
     """The goal is everything above this line."""
+    squares: tuple[tuple[float, float, float, str], ...] = ()
+    """Places: centre x, centre y, width, colour."""
+    unit: str = "m"

@@ -4,6 +4,7 @@ Knows bodies, joints, contacts, cameras and saved states. Knows no robot and no 
 """
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -59,8 +60,9 @@ class Camera(NamedTuple):
 class Simulation:
     """One PyBullet world with a fixed time step; `human` opens its window, otherwise nothing is shown."""
 
-    def __init__(self, time_step: float, human: bool = False) -> None:
-        """`time_step` is one physics step [s]."""
+    def __init__(self, time_step: float, human: bool = False, precision: float = 1e-7) -> None:
+        """`time_step` is one physics step [s]; the solver stops once the squares of what velocities lack are below
+        `precision` [m^2/s^2] (the default is PyBullet's)."""
         if human and sys.platform == "linux" and not os.environ.get("DISPLAY"):
             gymnasium.logger.warn("no window: DISPLAY is not set, so render_mode 'human' shows nothing")
             human = False  # PyBullet would end the process
@@ -69,8 +71,11 @@ class Simulation:
         if human:
             self._client.configureDebugVisualizer(pybullet.COV_ENABLE_GUI, 0)
         self._client.setTimeStep(time_step)
+        self._time_step, self._steps_a_call = time_step, 1
+        self._client.setPhysicsEngineParameter(solverResidualThreshold=precision)
         self._client.setGravity(0, 0, -9.81)
         self._bodies: dict[str, int] = {}
+        self._movable: list[str] = []
         self._connected = True
 
     # Building the scene
@@ -96,6 +101,40 @@ class Simulation:
         visual = self._client.createVisualShape(pybullet.GEOM_BOX, halfExtents=half_extents, rgbaColor=color)
         self._bodies[name] = self._client.createMultiBody(0, -1, visual, position)
 
+    def add_table(
+        self, half_extents: Sequence[float], center: tuple[float, float], friction: float, color: Color
+    ) -> None:
+        """Add a table whose top lies at height 0: a box [m] to the eye, an endless plane to the touch."""
+        client = self._client
+        collision = client.createCollisionShape(pybullet.GEOM_PLANE)  # contacts with a plane are the cheapest
+        visual = client.createVisualShape(
+            pybullet.GEOM_BOX,
+            halfExtents=half_extents,
+            rgbaColor=color,
+            visualFramePosition=(*center, -half_extents[2]),
+        )
+        body = client.createMultiBody(0, collision, visual)
+        client.changeDynamics(body, -1, lateralFriction=friction)
+
+    def add_box(
+        self,
+        name: str,
+        half_extents: Sequence[float],
+        mass: float,
+        friction: float,
+        rolling_friction: float,
+        position: Sequence[float],
+        color: Color,
+    ) -> None:
+        """Add a box [m] of a mass [kg] that moves and is touched, its centre at `position` [m]."""
+        client = self._client
+        collision = client.createCollisionShape(pybullet.GEOM_BOX, halfExtents=half_extents)
+        visual = client.createVisualShape(pybullet.GEOM_BOX, halfExtents=half_extents, rgbaColor=color)
+        body = client.createMultiBody(mass, collision, visual, position)
+        client.changeDynamics(body, -1, lateralFriction=friction, rollingFriction=rolling_friction)
+        self._bodies[name] = body
+        self._movable.append(name)
+
     def load_urdf(self, name: str, path: Path) -> list[str]:
         """Load a robot with its base fixed at the origin; returns its link names, in order of their indices."""
         with _silence():
@@ -105,14 +144,26 @@ class Simulation:
 
     # Moving
 
-    def step(self) -> None:
-        """Advance the physics by one time step."""
+    def step(self, steps: int = 1) -> None:
+        """Advance the physics by time steps: many in one call are cheaper, and equal to as many calls."""
+        if steps != self._steps_a_call:
+            self._client.setPhysicsEngineParameter(fixedTimeStep=steps * self._time_step, numSubSteps=steps)
+            self._steps_a_call = steps
         self._client.stepSimulation()
+
+    def place(self, name: str, position: Sequence[float], yaw: float) -> None:
+        """Put a body at a pose ([m], [rad] about the vertical), at rest, without physics."""
+        orientation = (0.0, 0.0, math.sin(yaw / 2), math.cos(yaw / 2))
+        self._client.resetBasePositionAndOrientation(self._bodies[name], position, orientation)
 
     def set_joints(self, name: str, joints: Sequence[int], angles: Sequence[float]) -> None:
         """Put joints at angles [rad], at rest, without physics."""
         for joint, angle in zip(joints, angles, strict=True):
             self._client.resetJointState(self._bodies[name], joint, angle)
+
+    def joint_angles(self, name: str, joints: Sequence[int]) -> tuple[float, ...]:
+        """Angles of joints [rad]."""
+        return tuple(state[0] for state in self._client.getJointStates(self._bodies[name], joints))
 
     def drive_joints(
         self, name: str, joints: Sequence[int], angles: Sequence[float], forces: Sequence[float], gain: float
@@ -127,6 +178,28 @@ class Simulation:
             positionGains=[gain] * len(joints),
         )
 
+    def drive_joints_at(
+        self,
+        name: str,
+        joints: Sequence[int],
+        angles: Sequence[float],
+        forces: Sequence[float],
+        gain: float,
+        speeds: Sequence[float],
+    ) -> None:
+        """Like `drive_joints`, each joint no faster than its speed [rad/s]."""
+        body = self._bodies[name]
+        for joint, angle, force, speed in zip(joints, angles, forces, speeds, strict=True):
+            self._client.setJointMotorControl2(
+                body,
+                joint,
+                pybullet.POSITION_CONTROL,
+                targetPosition=angle,
+                force=force,
+                positionGain=gain,
+                maxVelocity=speed,
+            )
+
     def inverse_kinematics(
         self, name: str, link: int, position: Sequence[float], orientation: Sequence[float]
     ) -> tuple[float, ...]:
@@ -139,6 +212,11 @@ class Simulation:
         """Position of a link's frame in the world, (3,) [m]."""
         return np.array(self._client.getLinkState(self._bodies[name], link, computeForwardKinematics=True)[4])
 
+    def position_and_yaw(self, name: str) -> tuple[float, float, float]:
+        """Where a body is and how it is turned about the vertical: x, y [m], yaw [rad]."""
+        (x, y, _), (qx, qy, qz, qw) = self._client.getBasePositionAndOrientation(self._bodies[name])
+        return x, y, math.atan2(2 * (qw * qz + qx * qy), 1 - 2 * (qy * qy + qz * qz))
+
     def touches(self, name: str, link: int, other: str) -> bool:
         """Whether a link touched another body in the last step."""
         contacts = self._client.getContactPoints(self._bodies[name], self._bodies[other], link)
@@ -146,14 +224,25 @@ class Simulation:
 
     def render(self, camera: Camera, width: int, height: int) -> np.ndarray:
         """A picture of the scene, (height, width, 3) uint8, drawn on the CPU."""
-        view = self._client.computeViewMatrixFromYawPitchRoll(
-            camera.target, camera.distance, camera.yaw, camera.pitch, roll=0, upAxisIndex=2
-        )
-        projection = self._client.computeProjectionMatrixFOV(45, width / height, 0.1, 5)
+        view, projection = self._matrices(camera, width, height)
         _, _, rgba, _, _ = self._client.getCameraImage(
             width, height, view, projection, renderer=pybullet.ER_TINY_RENDERER, lightDirection=(0.6, -0.8, 2.0)
         )
         return np.asarray(rgba, dtype=np.uint8).reshape(height, width, 4)[..., :3]
+
+    def pixels(self, camera: Camera, points: np.ndarray, width: int, height: int) -> np.ndarray:
+        """Where points (..., 3) [m] lie in a picture of `render`, (..., 2) [px]: column, row."""
+        view, projection = (np.array(matrix).reshape(4, 4).T for matrix in self._matrices(camera, width, height))
+        homogeneous = np.concatenate([points, np.ones((*points.shape[:-1], 1))], axis=-1)
+        clip = homogeneous @ (projection @ view).T
+        xy = clip[..., :2] / clip[..., 3:]  # -1..1, y up
+        return (xy * [1, -1] + 1) / 2 * [width, height]
+
+    def _matrices(self, camera: Camera, width: int, height: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        view = self._client.computeViewMatrixFromYawPitchRoll(
+            camera.target, camera.distance, camera.yaw, camera.pitch, roll=0, upAxisIndex=2
+        )
+        return view, self._client.computeProjectionMatrixFOV(45, width / height, 0.1, 5)
 
     def look_from(self, camera: Camera) -> None:
         """Move the window's camera."""
@@ -166,7 +255,15 @@ class Simulation:
         return self._client.saveState()
 
     def restore(self, state: int) -> None:
-        """Return to a saved state, contacts and solver caches included."""
+        """Return to a saved state, contacts and solver caches included.
+
+        PyBullet keeps contacts of boxes that the saved state knows nothing of, whence the same state would continue in
+        two ways; a step with the boxes in the air ends them.
+        """
+        if self._movable:
+            for i, name in enumerate(self._movable):
+                self.place(name, (0, 0, 10 + i), 0)
+            self.step()
         self._client.restoreState(state)
 
     def close(self) -> None:

@@ -1,13 +1,25 @@
-"""Control steps a second of every task on one core, driven by its experts: python scripts/benchmark_environments.py"""
+"""Control steps a second of every task: on one core, driven by its experts, and of 50 episodes of BlockPush that run at
+once under an instant policy, in one process and in several: python scripts/benchmark_environments.py"""
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import tyro
 
 from diffusion_policy import envs
 from diffusion_policy.envs.experts import EXPERTS
+from diffusion_policy.pool import EnvironmentPool
+
+CASES = (
+    ("diffusion_policy/Avoid-v0", {"rows": 1}),
+    ("diffusion_policy/Avoid-v0", {"rows": 2}),
+    ("diffusion_policy/Avoid-v0", {"rows": 3}),
+    ("diffusion_policy/BlockPush-v0", {}),
+)
+BLOCK_PUSH = "diffusion_policy/BlockPush-v0"
 
 
 @dataclass(frozen=True)
@@ -17,7 +29,13 @@ class Args:
     steps: int = 5000
     """Control steps for each figure."""
     repeats: int = 5
-    """Figures for each environment; the median and the spread are printed."""
+    """Figures for each case; the median and the spread are printed."""
+    workers: tuple[int, ...] = (1, 2)
+    """Numbers of processes for the episodes that run at once."""
+    slots: int = 50
+    """Episodes that run at once."""
+    rounds: int = 150
+    """Control steps of each of these episodes."""
 
 
 def measure(env_id: str, arguments: dict[str, Any], steps: int) -> float:
@@ -41,13 +59,44 @@ def measure(env_id: str, arguments: dict[str, Any], steps: int) -> float:
     return done / spent
 
 
+def measure_pool(workers: int, slots: int, rounds: int) -> tuple[float, float]:
+    """Control steps a second of all slots together, and the share of the time that went into traffic between
+    processes."""
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-0.02, 0.02, (rounds, slots, 2)).astype(np.float32)
+    with EnvironmentPool(partial(envs.make, BLOCK_PUSH), workers) as pool:
+        pool.reset({slot: slot for slot in range(slots)})
+        asked, worked = pool.seconds_asked, pool.seconds_worked
+        started = time.perf_counter()
+        for row in actions:
+            pool.step(dict(enumerate(row)))
+        spent = time.perf_counter() - started
+        asked, worked = pool.seconds_asked - asked, pool.seconds_worked - worked
+    return slots * rounds / spent, (asked - worked) / spent
+
+
+def show(name: str, rates: list[float], unit: str) -> float:
+    """Print the median and the spread; returns the median."""
+    rates = sorted(rates)
+    median = rates[len(rates) // 2]
+    print(f"{name}: {median:.0f} {unit} ({rates[0]:.0f} to {rates[-1]:.0f})")
+    return median
+
+
 def main(args: Args) -> None:
-    """Print a line for each environment."""
-    for env_id in envs.ENV_IDS:
-        for rows in (1, 2, 3):
-            rates = sorted(measure(env_id, {"rows": rows}, args.steps) for _ in range(args.repeats))
-            median = rates[len(rates) // 2]
-            print(f"{env_id} rows={rows}: {median:.0f} control steps/s ({rates[0]:.0f} to {rates[-1]:.0f})")
+    """Print a line for each case."""
+    for env_id, arguments in CASES:
+        name = " ".join([env_id, *(f"{key}={value}" for key, value in arguments.items())])
+        show(name, [measure(env_id, arguments, args.steps) for _ in range(args.repeats)], "control steps/s")
+    medians = []
+    for workers in args.workers:
+        figures = [measure_pool(workers, args.slots, args.rounds) for _ in range(args.repeats)]
+        name = f"{args.slots} episodes of {BLOCK_PUSH} at once, {workers} processes"
+        medians.append(show(name, [rate for rate, _ in figures], "control steps/s"))
+        traffic = sorted(share for _, share in figures)
+        print(
+            f"    {medians[-1] / medians[0]:.2f} times the first; traffic {traffic[len(traffic) // 2]:.1%} of the time"
+        )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion_policy.config import ConfigError
 from diffusion_policy.controller import Controller, planning_generator
 from diffusion_policy.policy import Shapes
 
@@ -99,3 +100,35 @@ def test_planning_noise_derives_from_seed_and_repeat() -> None:
     assert len(draws) == 25
     again = torch.randn(1, generator=planning_generator(3, 2))
     assert torch.equal(again, torch.randn(1, generator=planning_generator(3, 2)))
+
+
+@pytest.mark.parametrize("delay", [0, 1, 3])
+def test_under_delay_the_old_plan_runs_on_and_the_time_that_has_passed_is_left_out(delay: int) -> None:
+    policy = ScriptedPolicy(2, 8, 4)
+    act = Controller(policy, 1, plan_batch=1, delay_steps=delay)  # pyright: ignore[reportArgumentType]
+    act.reset(np.ones(1, bool), [planning_generator(0)])
+    offset, executed = {}, []
+    for step in range(
+        16
+    ):  # each plan says which observation it was made from: thousands, and the step it is for: units
+        offset[step] = 1000.0 * (step // 4)
+        executed.append(act.act({"x": np.array([[offset[step] + step]])})[0, 0])
+    made_from = [max(0, (step - delay) // 4) for step in range(16)]
+    assert executed == [1000.0 * plan + step for step, plan in enumerate(made_from)]
+    assert len(policy.seen) == 4  # still every Ta steps
+
+
+def test_a_delay_that_the_plans_cannot_bridge_is_refused() -> None:
+    for delay in (-1, 4):
+        with pytest.raises(ConfigError, match=rf"delay-steps must be from 0 to 3 \(prediction-horizon 8 .*got {delay}"):
+            Controller(ScriptedPolicy(2, 8, 4), 1, delay_steps=delay)  # pyright: ignore[reportArgumentType]
+
+
+def test_what_was_planned_is_told_for_those_who_planned() -> None:
+    act = controller(ScriptedPolicy(2, 8, 4), environments=3)
+    act.act({"x": np.array([[0.0], [100.0], [200.0]])}, np.array([True, False, True]))
+    assert {key: plan[:, 0].tolist() for key, plan in act.planned.items()} == {
+        0: [0, 1, 2, 3, 4, 5, 6], 2: [200, 201, 202, 203, 204, 205, 206],
+    }  # fmt: skip
+    act.act({"x": np.array([[1.0], [100.0], [201.0]])}, np.array([True, False, True]))
+    assert act.planned == {}

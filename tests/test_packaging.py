@@ -32,6 +32,7 @@ def test_the_wheel_holds_everything_and_leaves_other_packages_alone(tmp_path: Pa
     ]
     modules = [module.removesuffix(".__init__") for module in modules]
     assert len(modules) > 30
+    templates = {path.name for path in (ROOT / "diffusion_policy").glob("*.jinja")}
     code = f"""
 import importlib, importlib.resources, pathlib
 for module in {modules!r}:
@@ -39,7 +40,8 @@ for module in {modules!r}:
     assert found.__file__ is None or pathlib.Path(found.__file__).is_relative_to({str(site)!r}), found.__file__
 import datasets
 assert datasets.owner == 'Hugging Face'
-assert importlib.resources.files('diffusion_policy').joinpath('report.html.jinja').is_file()
+installed = {{path.name for path in importlib.resources.files('diffusion_policy').iterdir()}}
+assert {templates!r} <= installed
 """
     environment = {**os.environ, "PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)

@@ -1,98 +1,364 @@
 import base64
+import dataclasses
+import json
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from diffusion_policy import envs
-from diffusion_policy.report import Pictures, PlanePath, Video, mode_colors, write_report
+from diffusion_policy.comparison import compare
+from diffusion_policy.drawing import draw_delay, mode_colors
+from diffusion_policy.envs.scene import Scene
+from diffusion_policy.gallery import LEAF_HEIGHT, MOST_POINTS, Plane, Tree, mode_tree
+from diffusion_policy.report import Fan, Moment, Pictures, PlanePath, Video, write_comparison, write_report
+from diffusion_policy.wording import Line, number, number_interval, scorecard_lines, share, share_interval, tiles
 
-NOTHING = Pictures(None, [], [], None, [], [])
+NOTHING = Pictures(None, [], [], [], [], [])
+UNDEFINED = {"value": None, "low": None, "high": None}
+MODE_METRICS = (
+    *("mode_coverage", "mode_entropy", "mode_entropy_corrected", "mode_divergence"),
+    *("conditional_entropy", "commitment"),
+)
 
 
 def results(modes: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """Of an evaluation with so many episodes and successes in each mode."""
     rate = {"value": 0.5, "low": 0.4, "high": 0.6}
+    outcomes = [
+        {"success": i < successes, "mode": None if mode == "none" else mode, "steps": 20, "measures": {"score": 0.25}}
+        for mode, (episodes, successes) in modes.items()
+        for i in range(episodes)
+    ]
     return {
         "environment": "diffusion_policy/Avoid-v0",
         "env_kwargs": {"rows": 1},
         "checkpoint": "runs/<demo>/policy",
         "training_steps": 30,
         "episodes": 10,
+        "repeats": 1,
         "seeds": list(range(100, 110)),
         "success_rate": rate,
+        "measures": {"score": {"value": 0.9583, "low": 0.94, "high": 0.97}},
         "modes": {
             label: {"episodes": episodes, "successes": successes, "success_rate": rate}
             for label, (episodes, successes) in modes.items()
         },
-        "mode_entropy": {"value": 0.87, "low": None, "high": None},
-        "mode_coverage": {"value": 1.0, "low": None, "high": None},
+        **{name: {"value": 0.87, "low": 0.8, "high": 0.9} for name in MODE_METRICS},
+        **{name: {"value": 1234.5, "low": None, "high": None} for name in ("diversity", "jerk", "time_to_success")},
+        "planning_latency_ms": {name: {"value": 12.0, "low": 11.0, "high": None} for name in ("p50", "p95", "p99")},
+        "mode_base": "environment",
         "demonstrations": {"episodes": 4, "modes": {"left": 2, "right": 2}, "mode_entropy": 1.0},
-        "planning_latency_ms": {"p50": 12.0, "p95": 15.0},
+        "errors": [],
+        "delay": [{"steps": 0, "success_rate": rate, "mode_entropy": rate, "measures": {"score": rate}}],
+        "control_period": 0.1,
         "sampling": {"sampler": "ddim", "sampling_steps": 8},
-        "backend": {"device": "cpu", "threads": 2, "machine": "x86_64"},
+        "planning_batch": 25,
+        "backend": {"device": "cpu", "threads": 2, "machine": "x86_64", "mode": "eager"},
         "versions": {"package": "0", "torch": "2", "python": "3"},
+        "outcomes": [{"seed": 100 + i, "repeat": 0, **outcome} for i, outcome in enumerate(outcomes)],
     }
 
 
+def two_modes() -> dict[str, Any]:
+    return results({"left": (6, 4), "right": (3, 1), "none": (1, 0)})
+
+
 def pictures() -> Pictures:
-    scene = envs.make("diffusion_policy/Avoid-v0").unwrapped.scene
+    scene = Scene((0.28, 0.72), (-0.35, 0.4), ((0.5, -0.1, 0.03),), 0.35, ((0.4, 0.2, 0.05, "tab:green"),))
     line = np.linspace([0.5, -0.28], [0.4, 0.3], 20)
-    paths = [PlanePath("left", True, line), PlanePath("right", True, line + 0.05), PlanePath(None, False, line[:9])]
+    modes = ["left"] * 6 + ["right"] * 3 + [None]
+    paths = [PlanePath(mode, mode is not None, line + 0.01 * i, 100 + i) for i, mode in enumerate(modes)]
+    fan = Fan(100, 0, "left", True, line, [Moment(step, np.stack([line[step : step + 5]] * 3)) for step in (0, 8)])
     metrics = [{"step": step, "loss": 1 / step, "validation_loss": 0.5 if step == 20 else None} for step in (10, 20)]
-    return Pictures(scene, paths[:2], paths, np.stack([line[:5]] * 3), [Video("left", True, 100, b"film")], metrics)
+    return Pictures(scene, paths[:2], paths, [fan], [Video("left", True, 100, b"film")], metrics)
 
 
 class Page(HTMLParser):
-    """Collects tags and what they load."""
+    """Collects tags, what they load, and what the page's script reads."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open: list[str] = []
         self.loaded: list[str] = []
+        self.data: Any = None
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in ("meta", "img", "br"):
+        if tag not in ("meta", "img", "br", "input"):
             self.open.append(tag)
         self.loaded += [value or "" for name, value in attrs if name in ("src", "href")]
+        self.is_data = ("type", "application/json") in attrs
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script" and self.is_data:
+            self.data = json.loads(data)
+
+
+def write(path: Path, results: dict[str, Any], pictures: Pictures) -> tuple[Page, str]:
+    """The page, and its text with all white space alike."""
+    write_report(path / "report.html", results, pictures)
+    text = (path / "report.html").read_text()
+    return Page(text), re.sub(r"\s+", " ", text)
+
 
 def test_the_page_is_whole_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
-    write_report(tmp_path / "report.html", results({"left": (6, 4), "right": (3, 1), "none": (1, 0)}), pictures())
-    text = (tmp_path / "report.html").read_text()
-    page = Page(text)
+    page, text = write(tmp_path, two_modes(), pictures())
     assert page.open == []
-    assert len(page.loaded) == 4  # paths, modes, training, one video
-    assert all(source.startswith("data:") for source in page.loaded)
+    loaded = [source for source in page.loaded if source != "#scene"]  # a part of the page itself
+    assert len(loaded) == 4  # paths, modes, one video, training
+    assert all(source.startswith("data:") for source in loaded)
     assert not re.search(r"https?://", text)
-    for source in page.loaded[:3]:
-        assert base64.b64decode(source.split(",")[1]).startswith(b"\x89PNG")
-    assert base64.b64decode(page.loaded[3].split(",")[1]) == b"film"
+    for i in (0, 1, 3):
+        assert base64.b64decode(loaded[i].split(",")[1]).startswith(b"\x89PNG")
+    assert base64.b64decode(loaded[2].split(",")[1]) == b"film"
 
 
 def test_numbers_and_names_are_shown_and_escaped(tmp_path: Path) -> None:
-    write_report(tmp_path / "report.html", results({"left": (6, 4), "right": (3, 1), "none": (1, 0)}), pictures())
-    text = re.sub(r"\s+", " ", (tmp_path / "report.html").read_text())
-    assert "50&nbsp;%</b>" in text
-    assert "interval&nbsp;40\N{EN DASH}60&nbsp;%" in text
-    assert "2 of 2</b>" in text
-    assert "0.87" in text
+    _, text = write(tmp_path, two_modes(), pictures())
+    assert "<b>50 %</b> <span>success</span>" in text
+    assert "95 %: 40 to 60 %" in text
+    assert "<b>2 of 2</b>" in text
+    assert "<b>0.958</b> <span>score</span>" in text
     assert "runs/&lt;demo&gt;/policy" in text
     assert "no mode completed" in text
+    assert "at least 11 ms" in text  # one end of an interval is known
 
 
-@pytest.mark.parametrize("value", [None, 0.0])
-def test_an_evaluation_without_success_or_pictures_still_has_a_page(tmp_path: Path, value: float | None) -> None:
-    outcome = results({"left": (0, 0), "right": (0, 0)})
-    outcome["mode_entropy"]["value"] = value
-    write_report(tmp_path / "report.html", outcome, NOTHING)
-    assert len(Page((tmp_path / "report.html").read_text()).loaded) == 1  # the mode chart
+def test_the_script_gets_every_episode_and_every_moment(tmp_path: Path) -> None:
+    page, _ = write(tmp_path, two_modes(), pictures())
+    first, *_, last = page.data["episodes"]
+    assert len(page.data["episodes"]) == 10
+    assert (first["seed"], first["mode"], first["outcome"], first["measures"]) == (
+        100,
+        "left",
+        "success",
+        {"score": 0.25},
+    )
+    assert (last["mode"], last["outcome"]) == ("none", "failure")
+    assert len(first["path"].split(" ")) == 20
+    (fan,) = page.data["fans"]
+    assert [moment["step"] for moment in fan["moments"]] == [0, 8]
+    assert fan["moments"][1]["plans"] == [" ".join(fan["path"].split(" ")[8:13])] * 3
+
+
+def test_labels_and_reasons_that_look_like_markup_stay_text(tmp_path: Path) -> None:
+    hostile = '</script><script>alert("1")</script>'
+    outcome = results({hostile: (3, 2), "b": (1, 1)})
+    outcome["errors"] = [{"seed": 7, "repeat": 0, "reason": hostile}]
+    outcome["measures"][hostile] = UNDEFINED
+    page, text = write(tmp_path, outcome, NOTHING)
+    assert page.open == []
+    assert text.count("<script") == 2  # the data and the script
+    assert page.data["episodes"][0]["mode"] == hostile
+
+
+def test_measures_that_are_no_numbers_do_not_break_the_data(tmp_path: Path) -> None:
+    outcome = two_modes()
+    outcome["outcomes"][0]["measures"] = {"score": float("nan"), "tries": 3.14159}
+    page, _ = write(tmp_path, outcome, NOTHING)
+    assert page.data["episodes"][0]["measures"] == {"score": None, "tries": 3.142}
+
+
+def test_lost_episodes_are_listed_with_their_reasons(tmp_path: Path) -> None:
+    outcome = two_modes()
+    assert "lost" not in write(tmp_path, outcome, NOTHING)[1]
+    outcome["errors"] = [{"seed": 123456, "repeat": 2, "reason": "the worker was killed, twice"}]
+    text = write(tmp_path, outcome, NOTHING)[1]
+    assert "1 episode lost" in text
+    assert '<td>123456</td><td>2</td><td class="words">the worker was killed, twice</td>' in text
+
+
+def test_several_delays_make_a_curve_and_one_does_not(tmp_path: Path) -> None:
+    outcome = two_modes()
+    assert 'id="delay"' not in write(tmp_path, outcome, NOTHING)[1]
+    outcome["delay"].append({**outcome["delay"][0], "steps": 3, "mode_entropy": UNDEFINED})
+    page, text = write(tmp_path, outcome, NOTHING)
+    assert 'id="delay"' in text
+    assert "<td>3</td> <td>0.3</td>" in text  # steps and seconds
+    assert len(page.loaded) == 2  # modes and delay
+
+
+def test_the_curve_runs_over_growing_delays_and_holds_what_lies_between_0_and_1() -> None:
+    half, below = {"value": 0.5, "low": 0.4, "high": 0.6}, {"value": -200.0, "low": None, "high": None}
+    measures = {"score": half, "return": below}
+    rows = [
+        {"steps": steps, "success_rate": half, "mode_entropy": UNDEFINED if steps else half, "measures": measures}
+        for steps in (4, 0, 2)
+    ]
+    lines = {
+        str(line.get_label()): np.asarray(line.get_xdata()).tolist() for line in draw_delay(rows, None).axes[0].lines
+    }
+    assert lines == {
+        "success": [0, 2, 4],
+        "mode entropy": [0],
+        "score": [0, 2, 4],
+    }
+
+
+def test_an_evaluation_without_success_or_pictures_still_has_a_page(tmp_path: Path) -> None:
+    outcome = results({"left": (3, 0), "right": (0, 0)})
+    outcome |= dict.fromkeys(
+        ("mode_entropy", "mode_entropy_corrected", "mode_divergence", "time_to_success"), UNDEFINED
+    )
+    page, text = write(tmp_path, outcome, NOTHING)
+    assert len(page.loaded) == 1  # the mode chart
+    assert "undefined: no successes" in text
+
+
+def test_an_evaluation_of_a_task_without_modes_has_no_figure_of_modes(tmp_path: Path) -> None:
+    outcome = results({})
+    outcome |= {**dict.fromkeys(MODE_METRICS, UNDEFINED), "mode_base": None, "outcomes": two_modes()["outcomes"][-1:]}
+    page, text = write(tmp_path, outcome, NOTHING)
+    assert page.loaded == []
+    assert '<svg class="tree"' not in text
+    assert "neither the environment nor the demonstrations name any" in text
+
+
+# Two evaluations side by side
+
+
+def changed(outcome: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The same evaluation with the other outcome at one seed, and other sampling steps."""
+    outcomes = [{**one, "success": one["success"] != (one["seed"] == seed)} for one in outcome["outcomes"]]
+    return {**outcome, "outcomes": outcomes, "sampling": {"sampler": "ddim", "sampling_steps": 4}}
+
+
+def write_both(path: Path, a: dict[str, Any], b: dict[str, Any]) -> tuple[Page, str]:
+    comparison = dataclasses.asdict(compare(a["outcomes"], b["outcomes"]))
+    write_comparison(path / "comparison.html", a, b, comparison)
+    text = (path / "comparison.html").read_text()
+    return Page(text), re.sub(r"\s+", " ", text)
+
+
+def test_a_comparison_says_what_was_found_and_where_only_one_succeeds(tmp_path: Path) -> None:
+    a = two_modes()
+    page, text = write_both(tmp_path, a, changed(a, seed=100))
+    assert page.open == []
+    assert len(page.loaded) == 2  # the modes of both
+    assert "The difference may be chance" in text
+    assert "<td>A succeeds</td><td>4</td><td><b>1</b></td>" in text
+    assert "<td>A fails</td><td><b>0</b></td><td>5</td>" in text
+    assert '<td>sampling_steps</td><td class="words">8</td><td class="words">4</td>' in text
+    assert "Where only one succeeds: 1 episode<" in text
+    assert "<td>100</td><td>0</td>" in text
+    assert '<td>score</td><td class="number">0</td>' in text
+
+
+def test_a_comparison_of_the_same_without_modes_has_a_page(tmp_path: Path) -> None:
+    a = results({})
+    a |= {"mode_base": None, "outcomes": two_modes()["outcomes"][-1:]}
+    page, text = write_both(tmp_path, a, a)
+    assert page.loaded == []
+    assert "no setting" in text
+    assert "Where only one succeeds: 0 episodes" in text
+
+
+# The words of the scorecard
+
+
+def line(results: dict[str, Any], name: str) -> Line:
+    return next(line for line in scorecard_lines(results) if line.name == name)
+
+
+@pytest.mark.parametrize(
+    "key, name, change, why",
+    [
+        ("mode_entropy", "mode entropy", {"outcomes": []}, "no episode was finished"),
+        ("mode_divergence", "divergence from the demonstrations", {}, "the demonstrations carry no modes"),
+        ("conditional_entropy", "entropy for one initial state", {}, "needs --repeats 2 or more"),
+        ("conditional_entropy", "entropy for one initial state", {"repeats": 3}, "no initial state was solved twice"),
+        ("commitment", "commitment", {}, "no two plans faced the same decision"),
+        ("time_to_success", "time to success", {}, "no successes"),
+    ],
+)
+def test_an_undefined_number_says_why(key: str, name: str, change: dict[str, Any], why: str) -> None:
+    assert line({**two_modes(), key: UNDEFINED, **change}, name).note == f"undefined: {why}"
+
+
+def test_the_entropy_says_whose_modes_it_counts() -> None:
+    outcome = {**two_modes(), "mode_base": "demonstrations"}
+    assert (
+        "all modes of the demonstrations equally often; of the demonstrations 1" in line(outcome, "mode entropy").note
+    )
+
+
+def test_undefined_numbers_are_no_tiles() -> None:
+    shown = [line.name for line in tiles(scorecard_lines({**two_modes(), "commitment": UNDEFINED}), {"score": ...})]
+    assert shown[:4] == ["success", "score", "modes solved", "mode entropy"]
+    assert shown[4:] == ["divergence from the demonstrations", "planning, p50"]
+
+
+def test_numbers_have_three_digits_and_their_unit() -> None:
+    numbers = [number(value) for value in (None, 0.0, 6.9e-16, 0.95834, 12.34, 1234.5)]
+    assert numbers == ["\N{EN DASH}", "0", "0", "0.958", "12.3", "1234"]
+    assert share(0.963) == "96.3\N{NO-BREAK SPACE}%"
+    assert share_interval({"value": 0.5, "low": 0.4, "high": 1.0}) == "40 to 100\N{NO-BREAK SPACE}%"
+    assert number_interval({"value": 0.5, "low": 0.4, "high": None}, "s") == "at least 0.4\N{NO-BREAK SPACE}s"
+    assert number_interval(UNDEFINED) == "\N{EN DASH}"
+
+
+# What the page draws itself
+
+
+@pytest.mark.parametrize("y_range, top", [((-1.0, 2.0), 2.0), ((512.0, 0.0), 0.0)])
+def test_the_corners_of_a_scene_are_the_corners_of_its_picture(y_range: tuple[float, float], top: float) -> None:
+    plane = Plane(Scene((10.0, 20.0), y_range))
+    bottom = next(y for y in y_range if y != top)
+    corners = plane.pixels(np.array([[10.0, top], [20.0, top], [10.0, bottom]]))
+    np.testing.assert_array_equal(corners, [[0, 0], [1000, 0], [0, plane.height]])
+
+
+@pytest.mark.parametrize("steps", [1, 2, MOST_POINTS, 5 * MOST_POINTS])
+def test_a_long_path_is_thinned_out_between_its_ends(steps: int) -> None:
+    plane = Plane(Scene((0.0, 1.0), (0.0, 1.0)))
+    path = np.linspace([0, 0], [1, 1], steps)
+    points = plane.outline(path).split(" ")
+    assert len(points) == min(steps, MOST_POINTS)
+    assert (points[0], points[-1]) == (plane.points(path[:1]), plane.points(path[-1:]))
+
+
+def grown(*modes: str, succeeded: int = 1) -> Tree:
+    tree = mode_tree(modes, dict.fromkeys(modes, succeeded), dict.fromkeys(modes, 2))
+    assert tree is not None
+    return tree
+
+
+def test_modes_of_several_words_make_a_tree() -> None:
+    tree = grown("a-x", "b-x", "a-y", "b-y")
+    assert [branch.name for branch in tree.branches] == ["a", "b", "x", "y", "x", "y"]
+    assert [branch.mode for branch in tree.branches] == [None, None, "a-x", "a-y", "b-x", "b-y"]
+    assert [branch.successes for branch in tree.branches] == [2, 2, 1, 1, 1, 1]
+    assert (tree.root.successes, tree.root.demonstrations) == (4, 8)
+
+
+@pytest.mark.parametrize("modes", [(), ("a-b",), ("a", "b"), ("a-b", "c"), ("a-b", "a-b-c")])
+def test_other_labels_make_no_tree(modes: tuple[str, ...]) -> None:
+    assert mode_tree(modes, {}, {}) is None
+
+
+@pytest.mark.parametrize("succeeded", [{}, {"0-0-0": 1}, {"0-0-0": 90, "2-1-1": 10}])
+def test_the_bands_of_a_tree_lie_within_it_and_apart(succeeded: dict[str, int]) -> None:
+    modes = [f"{i}-{j}-{k}" for i in range(3) for j in range(2) for k in range(2)]
+    tree = mode_tree(modes, succeeded, {"0-0-0": 5})
+    assert tree is not None
+    leaves = [branch for branch in tree.branches if branch.mode]
+    edges = [(branch.y - branch.widths[0], branch.y + branch.widths[1]) for branch in leaves]
+    assert edges[0][0] >= 0
+    assert edges[-1][1] <= tree.height
+    assert all(below <= above for (_, below), (above, _) in pairwise(edges))
+    assert tree.height >= LEAF_HEIGHT * len(modes)
+    for level in range(1, 4):
+        widths = [
+            branch.widths for branch in tree.branches if branch.x == pytest.approx(level * leaves[0].x / 3, abs=0.1)
+        ]
+        np.testing.assert_allclose(np.sum(widths, axis=0), tree.root.widths, atol=0.3)
 
 
 @pytest.mark.parametrize("count", [2, 6, 7, 24])

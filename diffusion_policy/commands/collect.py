@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import tyro
 
 from diffusion_policy.commands.common import (
     DEFAULT_ENV,
@@ -15,11 +18,12 @@ from diffusion_policy.commands.common import (
     available_cores,
     console,
     describe_episodes,
+    make_task,
     parse_env_kwargs,
     progress_bar,
     stop_on_signal,
 )
-from diffusion_policy.config import ConfigError, require_at_least, require_seed
+from diffusion_policy.config import ConfigError, Signals, from_dict, require_at_least, require_seed
 
 if TYPE_CHECKING:
     from diffusion_policy.datasets.store import Demonstration, EpisodeStore
@@ -33,6 +37,8 @@ class Settings(NamedTuple):
     episodes: int = 240
     seed: int = 0
     noise: float = 0.4
+    expert: str | None = None
+    signals: Signals = Signals()
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,10 @@ class Collect:
     """Gymnasium id of the environment; by default diffusion_policy/Avoid-v0."""
     env_kwargs: str | None = None
     """Arguments of the environment, as JSON: '{"rows": 3}'."""
+    expert: str | None = None
+    """module:Class of the expert, called with a mode's label (None where the environment lists no modes), if not ours
+    for this environment. The module may lie in the working directory."""
+    signals: Annotated[Signals, tyro.conf.arg(name="")] = field(default_factory=Signals)
     episodes: int | None = None
     """Successful episodes to store; by default 240, or what the interrupted collection was asked for."""
     seed: int | None = None
@@ -73,31 +83,30 @@ class Collect:
             require_seed(self)
         if self.env_kwargs is not None:
             parse_env_kwargs(self.env_kwargs)
+        if self.signals.mode_function and not self.signals.mode_labels:
+            raise ConfigError("a data set lists all its modes: give those of --mode-function with --mode-labels")
 
     def run(self) -> None:
         """Collect; raises ValueError for an environment that is unknown or has no expert, an output that exists, and a
         store that cannot be gone on with."""
-        from diffusion_policy import envs
         from diffusion_policy.datasets.collect import Demonstrator, collect
         from diffusion_policy.datasets.store import EpisodeStore
         from diffusion_policy.engines import ordered_map
-        from diffusion_policy.envs.experts import EXPERTS
 
         store = EpisodeStore.append_to(self.resume) if self.resume else None
         settings = self._settings(store)
-        make_env = partial(envs.make, settings.env, **settings.env_kwargs)
+        make_env = make_task(settings.env, settings.env_kwargs, settings.signals)
         env = make_env()
-        if settings.env not in EXPERTS:
-            raise ConfigError(f"no expert for {settings.env!r}; experts exist for {', '.join(EXPERTS)}")
-        make_demonstrator = partial(Demonstrator, make_env, EXPERTS[settings.env], settings.noise)
+        make_demonstrator = partial(Demonstrator, make_env, find_expert(settings), settings.noise)
 
         with stop_on_signal() as stop:
             if store is None:
                 assert self.output is not None
-                attributes = describe_episodes(env, settings.env, settings.env_kwargs)
+                attributes = describe_episodes(env, settings.env, settings.env_kwargs, settings.signals)
                 attributes |= {
                     "noise": settings.noise,
-                    "collection": {"episodes": settings.episodes, "seed": settings.seed},
+                    "collection": {"episodes": settings.episodes, "seed": settings.seed}
+                    | ({"expert": settings.expert} if settings.expert else {}),
                 }
                 store = EpisodeStore.create(self.output, attributes, env.get_wrapper_attr("modes"))
             with store, progress_bar("episodes") as bar:
@@ -128,6 +137,8 @@ class Collect:
         asked = {name: getattr(self, name) for name in Settings._fields if getattr(self, name) is not None}
         if self.env_kwargs is not None:
             asked["env_kwargs"] = parse_env_kwargs(self.env_kwargs)
+        if not self.signals.given:
+            del asked["signals"]
         if store is None:
             return Settings(**asked)
         attributes = store.attributes
@@ -138,8 +149,16 @@ class Collect:
             "env": environment["id"],
             "env_kwargs": environment["arguments"],
             "noise": attributes["noise"],
+            "signals": from_dict(Signals, environment.get("signals", {})),
+            "expert": None,
             **attributes["collection"],
         }
+        foreign = [name for name in ("env", "expert") if asked.get(name) is None and ":" in (stored[name] or "")]
+        if foreign or (stored["signals"].given and not self.signals.given):
+            raise ConfigError(
+                f"{store.location} names modules that would be imported; if you trust it, give what the collection was "
+                f"begun with: {describe(stored)}"
+            )
         different = [name for name in asked if name != "episodes" and asked[name] != stored[name]]
         if different:
             name = different[0]
@@ -162,3 +181,26 @@ class Collect:
                 f"diffusion-policy collect --resume {store.location}"
             )
         console.print(f"{len(ends)} episodes, {ends[-1]} steps in {store.location}")
+
+
+def find_expert(settings: Settings) -> Callable[[str | None], Any]:
+    """The expert that was asked for, or ours for this environment; raises ConfigError where there is none."""
+    from diffusion_policy.envs.adapters import load
+    from diffusion_policy.envs.experts import EXPERTS
+
+    if settings.expert is not None:
+        return load(settings.expert)
+    if settings.env not in EXPERTS:
+        raise ConfigError(
+            f"no expert for {settings.env!r}; experts exist for {', '.join(EXPERTS)}; name yours with --expert "
+            "module:Class"
+        )
+    return EXPERTS[settings.env]
+
+
+def describe(settings: Mapping[str, Any]) -> str:
+    """Flags that mean these settings."""
+    flags = [f"--env {settings['env']}"]
+    flags += [f"--expert {settings['expert']}"] if settings["expert"] else []
+    flags += [f"--{name.replace('_', '-')} {value!r}" for name, value in settings["signals"].given.items()]
+    return " ".join(flags)

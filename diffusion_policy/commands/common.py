@@ -4,13 +4,13 @@ its environment. Nothing here imports torch before it is used."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
 import signal
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,13 +18,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from diffusion_policy.config import ConfigError, SampleConfig
+from diffusion_policy.config import ConfigError, SampleConfig, Signals, from_dict
 
 if TYPE_CHECKING:
     import gymnasium
 
     from diffusion_policy.checkpoint import Checkpoint
     from diffusion_policy.datasets.store import EpisodeStore
+    from diffusion_policy.envs.adapters import Task
 
 DEFAULT_ENV = "diffusion_policy/Avoid-v0"
 MOST_FILMED = 16
@@ -114,11 +115,15 @@ def parse_env_kwargs(text: str) -> dict[str, Any]:
     return arguments
 
 
-def describe_episodes(env: gymnasium.Env, env_id: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def describe_episodes(
+    env: gymnasium.Env, env_id: str, arguments: Mapping[str, Any], signals: Signals
+) -> dict[str, Any]:
     """Attributes of a store of an environment's episodes."""
+    rate = env.metadata.get("render_fps")
     return {
-        "environment": {"id": env_id, "arguments": dict(arguments)},
-        "control_frequency": env.metadata["render_fps"],
+        "environment": {"id": env_id, "arguments": dict(arguments)}
+        | ({"signals": signals.given} if signals.given else {}),
+        **({"control_frequency": rate} if rate else {}),
         "observation_keys": sorted(env.observation_space.keys()),  # pyright: ignore[reportAttributeAccessIssue]
         "action_key": "action",
     }
@@ -182,12 +187,51 @@ def stop_on_signal() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+OUR_EXAMPLES = "diffusion_policy.envs.examples"
+"""The one module that a data set or a checkpoint may name, and have imported."""
+
+
+def choose_task(
+    source: object, recorded: Mapping[str, Any], env: str | None, env_kwargs: str | None, signals: Signals
+) -> tuple[Task, Signals]:
+    """The environment that was asked for, completed by what a file says of its own: `recorded` has id, arguments and
+    signals. Raises ConfigError where there is none, and where the file alone names a module, which would be
+    imported."""
+    env_id = env or recorded.get("id")
+    if env_id is None:
+        raise ConfigError(f"{source} names no environment; give one with --env")
+    same = env_id == recorded.get("id")
+    arguments = recorded.get("arguments", {}) if same else {}
+    from_file = [] if env else [env_id]
+    if same and not signals.given:
+        signals = from_dict(Signals, recorded.get("signals", {}))
+        from_file += [signals.success, signals.mode_function]
+    modules = {name.partition(":")[0] for name in from_file if name and ":" in name}
+    foreign = sorted(modules - {OUR_EXAMPLES})
+    if foreign:
+        flags = " ".join(f"--{name.replace('_', '-')} {value!r}" for name, value in signals.given.items())
+        raise ConfigError(
+            f"{source} names its environment by the module {foreign[0]}, which would be imported; if you trust it, "
+            f"give it yourself: --env {env_id} {flags}"
+        )
+    arguments = arguments if env_kwargs is None else parse_env_kwargs(env_kwargs)
+    return make_task(env_id, arguments, signals), signals
+
+
+def make_task(env_id: str, arguments: Mapping[str, Any], signals: Signals) -> Task:
+    """An environment factory; raises ValueError for signals that contradict each other."""
+    from diffusion_policy.envs.adapters import Task
+
+    return Task(env_id, dict(arguments), signals.success, signals.mode_function, signals.mode_labels, signals.fresh)
+
+
 class Loaded(NamedTuple):
     """A checkpoint and the environment that it acts in."""
 
     checkpoint: Checkpoint
     env_id: str
     env_kwargs: dict[str, Any]
+    signals: Signals
     make_env: Callable[..., gymnasium.Env]
     """Picklable; takes `render_mode`."""
     env: gymnasium.Env
@@ -200,41 +244,31 @@ class Loaded(NamedTuple):
 
 
 def load_with_environment(
-    path: Path, env: str | None, env_kwargs: str | None, sampling: SampleConfig | None, device: str
+    path: Path,
+    env: str | None,
+    env_kwargs: str | None,
+    sampling: SampleConfig | None,
+    device: str,
+    signals: Signals,
 ) -> Loaded:
     """Load a checkpoint and make its environment, or the one named instead.
 
     Raises ValueError when there is no environment, when its spaces do not fit the policy, or when the policy cannot
     sample as `sampling` says.
     """
-    import gymnasium
-
-    from diffusion_policy import checkpoint, envs
+    from diffusion_policy import checkpoint
     from diffusion_policy.policy import choose_device
 
     loaded = checkpoint.load(path, choose_device(device))
     if sampling is not None:
         loaded.policy.require(sampling)
-    recorded = loaded.environment
-    env_id = env or recorded.id
-    if env_id is None:
-        raise ConfigError(f"{path} was trained on data that name no environment; give one with --env")
-    if env_kwargs is not None:
-        arguments = parse_env_kwargs(env_kwargs)
-    else:
-        arguments = recorded.arguments if env_id == recorded.id else {}
-    make_env = partial(envs.make, env_id, **arguments)
-    instance = make_env()
-    if not (hasattr(instance.unwrapped, "modes") and hasattr(instance.unwrapped, "mode")):
-        raise ConfigError(f"{env_id} says nothing of modes: an environment needs `modes` and `mode` to be evaluated")
-    space = instance.observation_space
-    if not isinstance(space, gymnasium.spaces.Dict):
-        raise ConfigError(f"{env_id} must have a Dict observation space; got {space}")
-    offered = {key: part.shape for key, part in space.items()}
+    task, signals = choose_task(path, dataclasses.asdict(loaded.environment), env, env_kwargs, signals)
+    instance = task()
+    offered = {key: part.shape for key, part in instance.observation_space.items()}  # pyright: ignore
     needed = loaded.policy.shapes.observations
     if any(offered.get(key) != shape for key, shape in needed.items()):
-        raise ConfigError(f"{path} observes {needed}; {env_id} offers {offered}")
+        raise ConfigError(f"{path} observes {needed}; {task.env} offers {offered}")
     if instance.action_space.shape != loaded.policy.shapes.action:
         action = loaded.policy.shapes.action
-        raise ConfigError(f"{path} acts with shape {action}; {env_id} takes {instance.action_space.shape}")
-    return Loaded(loaded, env_id, arguments, make_env, instance)
+        raise ConfigError(f"{path} acts with shape {action}; {task.env} takes {instance.action_space.shape}")
+    return Loaded(loaded, task.env, task.arguments, signals, task, instance)

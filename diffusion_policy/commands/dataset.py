@@ -23,7 +23,8 @@ from diffusion_policy.config import ConfigError, require_seed
 if TYPE_CHECKING:
     from diffusion_policy.datasets.convert import Source
     from diffusion_policy.datasets.store import Demonstration, EpisodeStore
-    from diffusion_policy.report import PlanePath, Scene
+    from diffusion_policy.drawing import PlanePath
+    from diffusion_policy.gallery import Scene
 
 ROLES = ("observation", "action", "other")
 FormatName = Literal["zarr", "robomimic", "lerobot", "minari", "npz"]
@@ -262,13 +263,13 @@ class Plot:
     def _plane(self, store: EpisodeStore) -> tuple[list[PlanePath], Scene | None, tuple[str, str]] | None:
         """Episodes as paths in a plane, what stands in it, and what its axes are; None without two columns."""
         from diffusion_policy.commands.pictures import choose_drawn
-        from diffusion_policy.report import PlanePath
+        from diffusion_policy.drawing import PlanePath
 
         drawn = choose_drawn(store)
         task = self._task(store)
         if task is not None:
             paths = [PlanePath(e.mode, e.success is not False, task.path(e.data)) for e in store.episodes(drawn)]
-            return paths, task.scene, ("x [m]", "y [m]")
+            return paths, task.scene, (f"x [{task.scene.unit}]", f"y [{task.scene.unit}]")
         found = self._columns(store)
         if found is None:
             return None

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
-from diffusion_policy.commands.common import MOST_FILMED, Failed, console, open_store, parse_env_kwargs
-from diffusion_policy.config import ConfigError, require_at_least
+from diffusion_policy.commands.common import MOST_FILMED, Failed, choose_task, console, open_store
+from diffusion_policy.config import ConfigError, Signals, require_at_least
 
 if TYPE_CHECKING:
     import gymnasium
@@ -51,6 +50,7 @@ class Replay:
     """Gymnasium id, if not the environment that the store names."""
     env_kwargs: str | None = None
     """Arguments of the environment, as JSON, if not those that the store names."""
+    signals: Annotated[Signals, tyro.conf.arg(name="")] = field(default_factory=Signals)
 
     def __post_init__(self) -> None:
         if self.episodes is not None:
@@ -106,23 +106,15 @@ class Replay:
 
     def _make_env(self, store: EpisodeStore) -> gymnasium.Env:
         """The environment; raises ConfigError when it does not fit the store."""
-        from diffusion_policy import envs
-
         recorded: dict[str, Any] = store.attributes.get("environment", {})
-        env_id = self.env or recorded.get("id")
-        if env_id is None:
-            raise ConfigError(f"{self.store} names no environment; give one with --env")
-        if self.env is None and ":" in env_id:  # the name of a module, which would be imported
-            raise ConfigError(f"{self.store} names the environment {env_id}; if you trust it, give it with --env")
-        arguments = recorded.get("arguments", {}) if self.env_kwargs is None else parse_env_kwargs(self.env_kwargs)
-        make = partial(envs.make, env_id, **arguments)
-        env = make(render_mode="rgb_array") if self.video else make()
+        task, _ = choose_task(self.store, recorded, self.env, self.env_kwargs, self.signals)
+        env = replace(task, success=task.success or "none")("rgb_array" if self.video else None)
         offered = {key: space.shape for key, space in observation_spaces(env).items() if key in store.keys}
         wrong = [key for key, shape in offered.items() if shape != store.shape(key)]
         if not offered or wrong or env.action_space.shape != store.shape(store.action_key):
             stored = {key: store.shape(key) for key in store.keys}
             has = f"its observations have {offered}, its actions {env.action_space}"
-            raise ConfigError(f"{env_id} does not fit {self.store}: {has}; the store has {stored}")
+            raise ConfigError(f"{task.env} does not fit {self.store}: {has}; the store has {stored}")
         return env
 
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from diffusion_policy.commands.common import (
     MOST_FILMED,
+    Failed,
     Loaded,
     available_cores,
     console,
@@ -21,10 +22,13 @@ from diffusion_policy.commands.common import (
     progress_bar,
 )
 from diffusion_policy.commands.evaluate import FIRST_TEST_SEED, PLANNING_BATCH, run_episodes
-from diffusion_policy.config import ConfigError, SampleConfig, require_at_least, require_seed
+from diffusion_policy.config import ConfigError, SampleConfig, Signals, require_at_least, require_seed
 
 if TYPE_CHECKING:
     from diffusion_policy.metrics import Episode
+
+DRAWN_PLANS = 12
+"""Sequences drawn into a video at each re-planning."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,17 @@ class Rollout:
     seed: int = FIRST_TEST_SEED
     """Seed of the first episode."""
     video: Path | None = None
-    """Film the episodes side by side into this .mp4 or .gif."""
+    """Film the episodes side by side into this .mp4 or .gif, with sampled sequences drawn in at every re-planning where
+    the environment says where they would lead."""
+    render: Literal["human"] | None = None
+    """human opens the simulator's window; the episodes then run one after another, in real time."""
     record: Path | None = None
     """Store to create with these episodes, observations and actions as they were; failures are stored too."""
     env: str | None = None
     """Gymnasium id, if not the environment that the policy was trained for."""
     env_kwargs: str | None = None
     """Arguments of the environment, as JSON, if not those it was trained with."""
+    signals: Annotated[Signals, tyro.conf.arg(name="")] = field(default_factory=Signals)
     sampling: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
     workers: int = dataclasses.field(default_factory=available_cores)
     """Processes that simulate."""
@@ -63,16 +71,16 @@ class Rollout:
 
     def run(self) -> None:
         """Roll out; raises ValueError for a checkpoint that does not fit the environment."""
-        from diffusion_policy.engines import ordered_map
-        from diffusion_policy.video import Camera, Script, tile, write_video
-
-        loaded = load_with_environment(self.checkpoint, self.env, self.env_kwargs, self.sampling, self.device)
+        loaded = load_with_environment(
+            self.checkpoint, self.env, self.env_kwargs, self.sampling, self.device, self.signals
+        )
+        self._require_pictures(loaded)
         seeds = range(self.seed, self.seed + self.episodes)
         if self.record and self.record.exists():
             raise ConfigError(f"{self.record} already exists; choose another --record or delete it first")
         if self.video:
             self.video.parent.mkdir(parents=True, exist_ok=True)
-        episodes = run_episodes(loaded, seeds, self.sampling, PLANNING_BATCH, self.workers)
+        episodes = self._roll_out(loaded, seeds)
         for episode in episodes:
             outcome = "success" if episode.success else "failure"
             print(f"seed {episode.seed}: {outcome} after {len(episode.actions)} steps, mode {episode.mode or 'none'}")
@@ -80,20 +88,52 @@ class Rollout:
             record_episodes(self.record, loaded, episodes)
             console.print(f"{len(episodes)} episodes in {self.record}")
         if self.video:
-            scripts = [Script(episode.seed, episode.actions) for episode in episodes]
-            with progress_bar("episodes") as bar:
-                films = ordered_map(partial(Camera, loaded.make_env), scripts, min(self.workers, len(scripts)))
-                task = bar.add_task("filming", total=len(scripts), note="")
-                filmed = list(bar.track(films, task_id=task))
-            write_video(self.video, tile(filmed, columns=2), loaded.frames_per_second)
+            self._film(self.video, loaded, episodes)
             console.print(f"video in {self.video}")
+
+    def _require_pictures(self, loaded: Loaded) -> None:
+        """Raise ConfigError where the environment cannot be shown as asked."""
+        modes = loaded.env.metadata.get("render_modes", ())
+        for mode, wanted in (("human", self.render), ("rgb_array", self.video)):
+            if wanted and mode not in modes:
+                raise ConfigError(f"{loaded.env_id} has no render mode {mode}; it has {', '.join(modes) or 'none'}")
+
+    def _roll_out(self, loaded: Loaded, seeds: range) -> list[Episode]:
+        """The episodes; raises Failed when every one was lost."""
+        parallel, workers = PLANNING_BATCH, self.workers
+        if self.render:
+            loaded = loaded._replace(make_env=partial(loaded.make_env, render_mode=self.render))
+            parallel = workers = 1
+        episodes, lost = run_episodes(loaded, seeds, self.sampling, parallel, workers)
+        for one in lost:
+            console.print(f"seed {one.seed} could not be run: {one.reason}", markup=False)
+        if not episodes:
+            raise Failed("every episode failed")
+        return episodes
+
+    def _film(self, path: Path, loaded: Loaded, episodes: Sequence[Episode]) -> None:
+        """Write the video."""
+        from diffusion_policy.commands.pictures import draw_plans, find_plane
+        from diffusion_policy.engines import ordered_map
+        from diffusion_policy.video import Camera, Script, tile, write_video
+
+        plane, policy = find_plane(loaded.env), loaded.checkpoint.policy
+        scripts = []
+        with progress_bar("episodes") as bar:
+            for episode in bar.track(episodes, task_id=bar.add_task("planning", total=len(episodes), note="")):
+                steps = [plan.step for plan in episode.plans]
+                plans = draw_plans(policy, episode, plane, steps, DRAWN_PLANS, self.sampling) if plane else {}
+                scripts.append(Script(episode.seed, episode.actions, plans))
+            films = ordered_map(partial(Camera, loaded.make_env), scripts, min(self.workers, len(scripts)))
+            filmed = list(bar.track(films, task_id=bar.add_task("filming", total=len(scripts), note="")))
+        write_video(path, tile(filmed, columns=2), loaded.frames_per_second)
 
 
 def record_episodes(path: Path, loaded: Loaded, episodes: Sequence[Episode]) -> None:
     """Make a store of rollouts; raises StoreError where something already lies at the path."""
     from diffusion_policy.datasets.store import Demonstration, EpisodeStore
 
-    attributes = describe_episodes(loaded.env, loaded.env_id, loaded.env_kwargs)
+    attributes = describe_episodes(loaded.env, loaded.env_id, loaded.env_kwargs, loaded.signals)
     with EpisodeStore.create(path, attributes, loaded.env.get_wrapper_attr("modes")) as store:
         for episode in episodes:
             data = {key: rows[:-1] for key, rows in episode.observations.items()} | {"action": episode.actions}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -23,14 +23,16 @@ from diffusion_policy.commands.common import (
 from diffusion_policy.commands.evaluate import (
     FIRST_TEST_SEED,
     PLANNING_BATCH,
+    choose_modes,
     describe_machine,
     measure_latency,
     refuse_seen_seeds,
     run_episodes,
 )
-from diffusion_policy.config import ConfigError, SampleConfig, SamplerName, require_at_least, require_seed
+from diffusion_policy.config import ConfigError, SampleConfig, SamplerName, Signals, require_at_least, require_seed
 
 STEPS = (1, 2, 4, 8, 16, 32)
+LATENCY_PLANS = 30
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Study:
     """Gymnasium id, if not the environment that the policy was trained for."""
     env_kwargs: str | None = None
     """Arguments of the environment, as JSON, if not those it was trained with."""
+    signals: Annotated[Signals, tyro.conf.arg(name="")] = field(default_factory=Signals)
     workers: int = dataclasses.field(default_factory=available_cores)
     """Processes that simulate; the result is the same for any number."""
     device: str = "auto"
@@ -79,7 +82,7 @@ class Study:
         from diffusion_policy.figures import draw_study
 
         require_fresh(self.output)
-        loaded = load_with_environment(self.checkpoint, self.env, self.env_kwargs, None, self.device)
+        loaded = load_with_environment(self.checkpoint, self.env, self.env_kwargs, None, self.device, self.signals)
         refuse_seen_seeds(loaded, range(self.seed, self.seed + self.episodes))
         self.output.mkdir(parents=True, exist_ok=True)
         cells: dict[str, dict[str, Any]] = {}
@@ -140,12 +143,12 @@ class Study:
             return {"refused": str(error)}
         seeds = range(self.seed, self.seed + self.episodes)
         try:
-            episodes = run_episodes(loaded, seeds, sampling, PLANNING_BATCH, self.workers)
+            episodes, _ = run_episodes(loaded, seeds, sampling, PLANNING_BATCH, self.workers)
         except FloatingPointError as error:
             return {"refused": str(error)}
-        modes = loaded.env.get_wrapper_attr("modes")
+        modes, _ = choose_modes(loaded)
         solved = metrics.successes_by_mode(episodes)
-        latencies = measure_latency(loaded.checkpoint.policy, episodes[0], sampling)
+        latencies = measure_latency(loaded.checkpoint.policy, episodes[0], sampling, LATENCY_PLANS)
         return {
             "success_rate": dataclasses.asdict(metrics.success_rate(episodes)),
             "mode_entropy": dataclasses.asdict(metrics.Metric(metrics.mode_entropy(solved, modes))),

@@ -171,7 +171,9 @@ def describe(store: EpisodeStore, keys: Keys, summary: Summary) -> tuple[Environ
     modes = [mode or NONE for mode in store.episode_modes()]
     seeds = store.seeds()
     local = Path(store.location)
-    environment = Environment(recorded.get("id"), recorded.get("arguments", {}), store.modes)
+    environment = Environment(
+        recorded.get("id"), recorded.get("arguments", {}), store.modes, recorded.get("signals", {})
+    )
     dataset = Dataset(
         location=str(local.resolve()) if local.exists() else store.location,
         fingerprint=summary.fingerprint,

@@ -1,0 +1,265 @@
+"""Push-T: a round finger pushes a T-shaped block in the plane onto its drawn outline.
+
+The physics, the coverage and the pictures are those of the package gym-pusht (an extra), which is imported when an
+environment is made. Here stand the observations, as the published demonstrations name them, the published resets, and
+what an episode is worth. A state is [agent x, agent y, block x, block y, block angle], in [px] and [rad], y downwards.
+"""
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+
+from diffusion_policy.envs.scene import Scene
+
+SIZE = 512
+"""The plane is a square of this width [px]; walls stand 5 px inside its edges."""
+CONTROL_PERIOD = 0.1
+"""[s]"""
+EPISODE_STEPS = 300
+"""Control steps after which Gymnasium's time limit ends an episode."""
+SUCCESS_COVERAGE = 0.95
+"""Success is more than this share of the outline covered."""
+PICTURE_SIZE = 480
+"""Width and height of `render`'s picture [px]."""
+
+KEYPOINTS = np.array(
+    [
+        (9.26979, 90.04097),
+        (-60.98347, -1.18673),
+        (60.91276, -1.39336),
+        (-0.27050, 25.54363),
+        (-14.06493, 122.81585),
+        (39.00274, 32.85740),
+        (-39.96642, 32.72966),
+        (-16.82434, 62.86318),
+        (23.54146, -1.70029),
+    ]
+)
+"""The nine keypoints in the block's own frame, (9, 2) [px], found by turning the published `data/keypoint` back by
+`data/state`. They agree to 2e-5 px where nothing touches the block; where it overlaps with the agent, the recorded
+ones lie up to 2 px ahead (0.03 px in 99 % of all steps): they were taken a moment later, on the block's way out."""
+
+CENTER_OF_GRAVITY_Y = 45.0
+"""The centre of gravity lies at (0, 45) in the block's own frame [px]."""
+REACH = 200.0
+"""The block's origin cannot be pushed farther than this beyond the plane [px]: the T reaches 121 px from its origin,
+the agent's radius is 15 px, and a contact throws the block by 19 px at most."""
+
+
+def keypoints(state: np.ndarray) -> np.ndarray:
+    """Where the nine keypoints of the block lie, (..., 9, 2) [px], in states (..., 5)."""
+    state = np.asarray(state)
+    angle = state[..., 4]
+    cos, sin = np.cos(angle), np.sin(angle)
+    turned_back = np.stack([np.stack([cos, sin], -1), np.stack([-sin, cos], -1)], -2)  # (..., 2, 2), for row vectors
+    return KEYPOINTS @ turned_back + state[..., None, 2:4]
+
+
+def published_start(seed: int) -> np.ndarray:
+    """The start that the published protocol draws for a seed, (5,), as it is handed to the simulator.
+
+    So drew Chi et al. (2023), whose test seeds begin at 100000, and gym-pusht up to 0.1.5; later ones draw otherwise.
+    """
+    random = np.random.RandomState(seed)
+    agent = random.randint(50, 450), random.randint(50, 450)
+    block = random.randint(100, 400), random.randint(100, 400)
+    return np.array([*agent, *block, random.randn() * 2 * np.pi - np.pi])
+
+
+def start_for(state: np.ndarray) -> np.ndarray:
+    """What to hand to the simulator, (5,), so that it begins in `state`, (5,).
+
+    gym-pusht sets the block's position and then its angle, as the published tests do, and a body turns about its
+    centre of gravity c, not its origin p: p' = p + c - R c. That shift is taken back here.
+    """
+    angle = state[4]
+    shift = CENTER_OF_GRAVITY_Y * np.array([np.sin(angle), 1 - np.cos(angle)])  # c - R c
+    return np.array([*state[:2], *(state[2:4] - shift), angle])
+
+
+class SavedState(NamedTuple):
+    """The way to a state. The engine hides its contacts' impulses and corrections, so that a copy of its bodies would
+    go on differently (and pymunk's own copies shift the block); the same way leads to the same state, bit by bit."""
+
+    start: np.ndarray
+    """As handed to the simulator, (5,)."""
+    actions: tuple[np.ndarray, ...]
+    """Since then, each (2,) [px]."""
+
+
+class PushTEnv(gymnasium.Env):
+    """Observation: `state` (5,), as the module says, the angle in [0, 2 pi), and `keypoint` (9, 2) [px], both as in the
+    published data set. Action: where the agent shall go, (2,) [px], absolute. Reward: clip(coverage / 0.95, 0, 1).
+    The episode ends at success, more than 95 % of the outline covered.
+
+    `info["measures"]`: `score`, the highest reward of the episode so far, and `final_coverage`, the present coverage.
+    `reset(seed=...)` begins as the published tests do (`published_start`), `reset(options={"state": ...})` in a state
+    (5,), exactly.
+    """
+
+    metadata = {  # noqa: RUF012  (as Gymnasium declares it)
+        "render_modes": ["human", "rgb_array"],
+        "render_fps": 1 / CONTROL_PERIOD,
+    }
+    modes: tuple[str, ...] = ()
+    """Unknown: in how many ways a T can be pushed home is not settled."""
+    scene = Scene((0, SIZE), (SIZE, 0), unit="px")
+    """The empty plane; y_range falls because y points down."""
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        """Raises ValueError where gym-pusht is not installed or cannot be loaded."""
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"unknown render_mode {render_mode!r}; choose from human, rgb_array")
+        self.render_mode = render_mode
+        block = np.full(2, -REACH)
+        corner = np.full((9, 2), -REACH - 124)  # no keypoint is farther from the block's origin
+        self.observation_space = gymnasium.spaces.Dict(
+            {
+                "state": _box(np.array([0, 0, *block, 0]), np.array([SIZE, SIZE, *(SIZE - block), 2 * np.pi])),
+                "keypoint": _box(corner, SIZE - corner),
+            }
+        )
+        self.action_space = gymnasium.spaces.Box(0, SIZE, (2,), np.float32)
+
+        if render_mode == "human" and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+            gymnasium.logger.warn("no window: DISPLAY is not set, so render_mode 'human' shows nothing")
+            render_mode = None
+        self._window = render_mode == "human"
+        self._simulation = _simulation(render_mode)
+        self._start = np.zeros(5)
+        self._actions: list[np.ndarray] = []
+        self._score = 0.0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
+        """Put agent and block at rest: in `options["state"]`, or where the published protocol puts them for `seed`
+        (without one, for a seed that the environment's own generator draws).
+
+        Raises ValueError when the state is not five finite numbers, or agent or block lie outside the plane.
+        """
+        super().reset(seed=seed)
+        if options is not None and "state" in options:
+            start = start_for(_checked_state(options["state"]))
+        else:
+            start = published_start(int(self.np_random.integers(2**31)) if seed is None else seed)
+        self._begin(start)
+        info = self._info(self._simulation._get_coverage())
+        return self._observation(), info
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        """Lead the agent towards `action`, (2,) [px], for one control period; raises ValueError when it is not two
+        finite numbers. What lies outside the plane is moved to its edge."""
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != (2,) or not np.isfinite(action).all():
+            raise ValueError(f"an action is two finite numbers [px]; got {action}")
+        coverage = self._advance(np.clip(action, 0, SIZE))
+        if self._window:
+            self._simulation.render()
+            time.sleep(CONTROL_PERIOD)
+        info = self._info(coverage)
+        return self._observation(), _reward(coverage), info["is_success"], False, info
+
+    def _begin(self, start: np.ndarray) -> None:
+        self._simulation._last_action = None  # else the first picture shows the cross of the last episode
+        self._simulation.reset(options={"reset_to_state": start})  # builds all anew, so no trace is left
+        self._start, self._actions, self._score = start, [], 0.0
+
+    def _advance(self, action: np.ndarray) -> float:
+        """One control period; returns the coverage."""
+        coverage = float(self._simulation.step(action)[-1]["coverage"])
+        self._actions.append(action)
+        self._score = max(self._score, _reward(coverage))
+        return coverage
+
+    def _observation(self) -> dict[str, np.ndarray]:
+        state = self._simulation.get_obs()
+        return {"state": state.astype(np.float32), "keypoint": keypoints(state).astype(np.float32)}
+
+    def _info(self, coverage: float) -> dict[str, Any]:
+        # The start's coverage shows after a reset, but the published score is that of the steps alone.
+        measures = {"score": max(self._score, _reward(coverage)), "final_coverage": coverage}
+        return {"is_success": bool(coverage > SUCCESS_COVERAGE), "measures": measures}
+
+    def render(self) -> np.ndarray | None:
+        """A picture (480, 480, 3) uint8 for `rgb_array`, a red cross at the last action; the window of `human` draws
+        itself."""
+        return self._simulation.render() if self.render_mode == "rgb_array" else None
+
+    def close(self) -> None:
+        """Close the window, if there is one; may be called twice."""
+        self._simulation.close()
+
+    def save_state(self) -> SavedState:
+        """All that the future depends on; may be pickled, and restored in another process."""
+        return SavedState(self._start, tuple(self._actions))
+
+    def restore_state(self, state: SavedState) -> None:
+        """Go back to a saved state; takes as long as the steps that led there."""
+        self._begin(state.start)
+        for action in state.actions:
+            self._advance(action)
+
+    # What a trajectory means, without a simulator
+
+    def mode(self, observations: Mapping[str, np.ndarray]) -> str | None:
+        """None: the modes are unknown."""
+        return None
+
+    def path(self, observations: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Where the agent went in the plane of `scene`, (steps, 2) [px]."""
+        return np.asarray(observations["state"])[:, :2]
+
+    def planned_path(self, observation: Mapping[str, np.ndarray], actions: np.ndarray) -> np.ndarray:
+        """From the agent through the targets `actions` (..., steps, 2), (..., steps + 1, 2) [px]."""
+        start = np.broadcast_to(observation["state"][:2], (*actions.shape[:-2], 1, 2))
+        return np.concatenate([start, actions], axis=-2)
+
+    def pixels(self, xy: np.ndarray) -> np.ndarray:
+        """Where points (..., 2) of the plane lie in the picture, (..., 2) [px], column and row."""
+        return np.asarray(xy) * (PICTURE_SIZE / SIZE)
+
+
+def _box(low: np.ndarray, high: np.ndarray) -> gymnasium.spaces.Box:
+    return gymnasium.spaces.Box(low.astype(np.float32), high.astype(np.float32), dtype=np.float32)
+
+
+def _reward(coverage: float) -> float:
+    return float(np.clip(coverage / SUCCESS_COVERAGE, 0, 1))
+
+
+def _checked_state(state: Sequence[float] | np.ndarray) -> np.ndarray:
+    """As an array (5,); raises ValueError when an episode cannot begin there."""
+    try:
+        array = np.asarray(state, dtype=np.float64)
+    except (TypeError, ValueError):
+        array = np.empty(0)
+    if array.shape != (5,) or not np.isfinite(array).all() or (array[:4] < 0).any() or (array[:4] > SIZE).any():
+        raise ValueError(
+            f"a state is agent x, y and block x, y between 0 and {SIZE} [px] and a finite angle [rad]; got {state}"
+        )
+    return array
+
+
+def _simulation(render_mode: str | None) -> Any:
+    """gym-pusht's own environment; raises ValueError where the package is absent or broken."""
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # pygame greets on standard output
+    try:
+        with warnings.catch_warnings():
+            # pygame imports pkg_resources, and setuptools 67 to 81 warn of that in several categories
+            warnings.filterwarnings("ignore", message=".*pkg_resources")
+            import gym_pusht.envs
+    except ModuleNotFoundError as error:
+        raise ValueError("Push-T needs gym-pusht: pip install 'diffusion-policy-toolkit[pusht]'") from error
+    except ImportError as error:  # such as OpenCV without libGL
+        raise ValueError(f"gym-pusht is installed, but cannot be loaded: {error}") from error
+    return gym_pusht.envs.PushTEnv(
+        obs_type="state",
+        render_mode=render_mode or "rgb_array",  # it draws only when asked
+        visualization_width=PICTURE_SIZE,
+        visualization_height=PICTURE_SIZE,
+    )

@@ -1,0 +1,406 @@
+"""Other people's environments as tasks of ours, and the examples for them."""
+
+import importlib
+import importlib.util
+import pickle
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
+from gymnasium.utils.env_checker import check_env
+
+from diffusion_policy.datasets.collect import disturb, disturbance_generator
+from diffusion_policy.envs.adapters import Adapter, Task, TaskError, load
+from diffusion_policy.envs.avoid import AvoidEnv
+from diffusion_policy.envs.examples import (
+    MOUNTAIN_CAR_MODES,
+    MountainCarExpert,
+    PandaPushExpert,
+    PandaReachExpert,
+    mountain_car_mode,
+)
+from diffusion_policy.pool import EnvironmentPool
+
+AVOID = "diffusion_policy/Avoid-v0"
+EXAMPLES = "diffusion_policy.envs.examples"
+MOUNTAIN_CAR = Task("MountainCarContinuous-v0", {}, "return>=90", f"{EXAMPLES}:mountain_car_mode", MOUNTAIN_CAR_MODES)
+REACH, PUSH = Task("panda_gym:PandaReach-v3"), Task("panda_gym:PandaPush-v3", fresh=True)
+needs_panda = pytest.mark.skipif(importlib.util.find_spec("panda_gym") is None, reason="panda-gym is not installed")
+
+MY_TASK = """
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box
+
+class Walk(gymnasium.Env):
+    observation_space, action_space = Box(-9, 9, (1,)), Box(-1, 1, (1,))
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x = self.np_random.uniform(-1, 1, 1).astype(np.float32)
+        return self.x, {}
+    def step(self, action):
+        self.x = self.x + action
+        return self.x, 1.0, False, False, {}
+
+gymnasium.register("Walk-v0", entry_point=Walk, max_episode_steps=3)
+
+def far(observation, info):
+    return observation["observation"][0] > 1
+
+def side(observations):
+    return "left" if observations["observation"][-1, 0] < 0 else "right"
+
+def broken(*arguments):
+    return {}["here"]
+
+def silent(*arguments):
+    return 3
+"""
+
+
+class Fake(gymnasium.Env):
+    """Gives what it is told to."""
+
+    def __init__(self, observation_space: Any = None, action_space: Any = None, infos: tuple = ({}, {})) -> None:
+        self.observation_space = Box(-1, 1, (2,)) if observation_space is None else observation_space
+        self.action_space = action_space or Box(-1, 1, (2,))
+        self.infos = infos
+        self.actions: list[np.ndarray] = []
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
+        self.actions = []
+        self.observation_space.seed(seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+        self.actions.append(action)
+        done = len(self.actions) == len(self.infos)
+        return self.observation_space.sample(), -1.0, done, False, self.infos[len(self.actions) - 1]
+
+
+@pytest.fixture
+def my_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A module of the user's, in the working directory."""
+    name = f"my_{tmp_path.name}"  # another one in each test
+    (tmp_path / f"{name}.py").write_text(MY_TASK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    importlib.invalidate_caches()
+    yield name
+    gymnasium.registry.pop("Walk-v0", None)
+
+
+def finish(env: gymnasium.Env, seed: int = 0) -> tuple[list[bool], dict[str, Any]]:
+    """An episode of zeros: is_success at each step, and the last info."""
+    _, info = env.reset(seed=seed)
+    answers, done = [info["is_success"]], False
+    while not done:
+        _, _, terminated, truncated, info = env.step(np.zeros(env.action_space.shape, np.float32))
+        answers.append(info["is_success"])
+        done = terminated or truncated
+    return answers, info
+
+
+def show(env: gymnasium.Env, expert: Any, seed: int, noise: float) -> tuple[bool, str | None, int]:
+    """An expert's episode: its success, mode and steps."""
+    rng = disturbance_generator(seed)
+    observation, _ = env.reset(seed=seed)
+    path, done, info = [observation], False, {}
+    while not done:
+        action = expert.act(observation)
+        assert np.abs(action).max() <= 1
+        observation, _, terminated, truncated, info = env.step(disturb(action, noise, rng))
+        path.append(observation)
+        done = terminated or truncated
+    mode = env.get_wrapper_attr("mode")({key: np.stack([row[key] for row in path]) for key in observation})
+    return info["is_success"], mode, len(path) - 1
+
+
+# Spaces
+
+
+def test_nested_observations_become_a_flat_dict_of_float32() -> None:
+    space = Dict(
+        {
+            "camera": Dict({"depth": Box(0, 255, (2, 3), np.uint8), "gain": Box(-1, 1, (), np.float64)}),
+            "joints": Tuple((Box(-np.inf, np.inf, (2,), np.float64), MultiBinary(3))),
+            "gear": Discrete(3, start=-1),
+            "dials": MultiDiscrete([2, 3]),
+        }
+    )
+    env = Adapter(Fake(space))
+    shapes = {
+        "camera.depth": (2, 3),
+        "camera.gain": (1,),
+        "joints.0": (2,),
+        "joints.1": (3,),
+        "gear": (3,),
+        "dials": (5,),
+    }
+    assert {key: part.shape for key, part in env.observation_space.items()} == shapes
+    observation, _ = env.reset(seed=3)
+    space.seed(3)
+    raw = space.sample()
+    assert observation in env.observation_space
+    np.testing.assert_array_equal(observation["camera.depth"], raw["camera"]["depth"])
+    np.testing.assert_array_equal(observation["joints.0"], raw["joints"][0].astype(np.float32))
+    assert observation["gear"].tolist() == [raw["gear"] == gear for gear in (-1, 0, 1)]
+    assert all(part.dtype == np.float32 for part in observation.values())
+
+
+def test_a_box_is_called_observation_as_the_recorder_calls_it() -> None:
+    assert Adapter(Fake()).observation_space == Dict({"observation": Box(-1, 1, (2,))})
+
+
+def test_the_largest_doubles_are_infinite_bounds() -> None:
+    largest = np.finfo(np.float64).max
+    env = Adapter(Fake(Box(-largest, largest, (1,), np.float64)))
+    assert env.observation_space["observation"].high == np.inf  # pyright: ignore[reportIndexIssue]
+
+
+def test_observations_are_copies() -> None:
+    env = Adapter(gymnasium.make("MountainCarContinuous-v0"), 90.0)
+    first, _ = env.reset(seed=0)
+    kept = first["observation"].copy()
+    env.step(np.ones(1, np.float32))
+    np.testing.assert_array_equal(first["observation"], kept)
+
+
+def test_actions_are_clipped_and_get_their_type_and_shape_back() -> None:
+    low, high = np.full((2, 2), -0.1), np.full((2, 2), 0.1)
+    fake = Fake(action_space=Box(low, high, dtype=np.float64))
+    env = Adapter(fake, 0.0)
+    assert env.action_space == Box(low.reshape(-1).astype(np.float32), high.reshape(-1).astype(np.float32))
+    env.reset(seed=0)
+    env.step(np.array([-3, 0, 0.05, 3], np.float32))
+    assert fake.actions[0] in fake.action_space
+    np.testing.assert_allclose(fake.actions[0], [[-0.1, 0], [0.05, 0.1]])
+    for action in ([0.0, 0.0], [0.0, 0.0, 0.0, np.nan]):
+        with pytest.raises(TaskError, match="an action of Fake is 4 finite numbers; got"):
+            env.step(np.array(action))
+
+
+@pytest.mark.parametrize("space", [Discrete(3), Dict({"arm": Box(-1, 1, (2,))}), Box(0, 9, (2,), np.int64)])
+def test_other_actions_are_refused(space: gymnasium.Space) -> None:
+    with pytest.raises(TaskError, match=r"Fake takes actions of .*; a policy can only give those of a Box of floats"):
+        Adapter(Fake(action_space=space))
+
+
+def test_observations_without_numbers_or_names_are_refused() -> None:
+    with pytest.raises(TaskError, match=r"Fake observes task\.name: Text.*; allowed are Box, Discrete"):
+        Adapter(Fake(Dict({"task": Dict({"name": Text(5)})})))
+    part = Box(-1, 1, (2,))
+    for space in (Dict({}), Dict({"action": part}), Dict({"a.b": part, "a": Dict({"b": part})})):
+        with pytest.raises(
+            TaskError, match="Fake must observe something, under names that differ and are not `action`"
+        ):
+            Adapter(Fake(space))
+
+
+def test_an_environment_without_seeds_is_refused() -> None:
+    class Old(Fake):
+        def reset(self) -> tuple[Any, dict]:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return np.zeros(2), {}
+
+    with pytest.raises(TaskError, match="Old takes no seed"):
+        Adapter(Old())
+
+
+# Success
+
+
+@pytest.mark.parametrize("key", ["is_success", "success"])
+def test_success_is_what_the_environment_says(key: str) -> None:
+    assert finish(Adapter(Fake(infos=({key: False}, {key: np.True_}))))[0] == [False, False, True]
+    assert finish(Adapter(Fake(infos=({}, {key: 1.0}))))[0] == [False, False, True]  # said only at the end
+
+
+def test_an_environment_that_says_nothing_of_success_is_told_how_to() -> None:
+    with pytest.raises(TaskError, match=r"Fake gives no info\['is_success'\].*--success 'return>=NUMBER' or"):
+        finish(Adapter(Fake()))
+
+
+def test_the_return_counts_when_the_episode_ends() -> None:
+    assert finish(Adapter(Fake(), -2.0))[0] == [False, False, True]  # the sum of costs has been above it all the time
+    assert finish(Adapter(Fake(), -1.5))[0] == [False, False, False]
+
+
+def test_the_return_is_a_measure_unless_the_environment_measures_itself() -> None:
+    assert finish(Adapter(Fake(), 0.0))[1]["measures"] == {"return": -2.0}
+    assert finish(Adapter(Fake(infos=({}, {"measures": {"score": 0.5}})), 0.0))[1]["measures"] == {"score": 0.5}
+
+
+def test_a_users_functions_say_success_and_mode(my_task: str) -> None:
+    task = Task(f"{my_task}:Walk-v0", {"max_episode_steps": 2}, f"{my_task}:far", f"{my_task}:side", ("left", "right"))
+    env = task()
+    env.reset(seed=0)
+    answers = [env.step(np.ones(1))[-1]["is_success"] for _ in range(2)]
+    assert answers == [True, True]
+    assert task.imports == {my_task}
+    assert env.get_wrapper_attr("modes") == ("left", "right")
+    assert env.get_wrapper_attr("mode")({"observation": np.array([[0.1], [-0.1]])}) == "left"
+
+
+def test_success_that_means_nothing_is_refused() -> None:
+    for text in ("return>=much", "return>=nan", "score>=1"):
+        with pytest.raises(TaskError, match=r"success must be 'return>=NUMBER'.*got '(return|score)>="):
+            Task("Pendulum-v1", success=text)()
+
+
+# The user's modules
+
+
+def test_functions_that_fail_are_named(my_task: str) -> None:
+    env = Adapter(Fake(), load(f"{my_task}:broken"), load(f"{my_task}:broken"))
+    env.reset(seed=0)
+    for call in (lambda: env.step(np.zeros(2)), lambda: env.mode({})):
+        with pytest.raises(TaskError, match=rf"{my_task}:broken failed: KeyError: 'here'"):
+            call()
+
+
+def test_answers_that_are_no_answers_are_refused(my_task: str) -> None:
+    env = Adapter(Fake(), load(f"{my_task}:silent"), load(f"{my_task}:silent"))
+    env.reset(seed=0)
+    with pytest.raises(TaskError, match=f"{my_task}:silent must give True or False; got 3"):
+        env.step(np.zeros(2))
+    with pytest.raises(TaskError, match=f"{my_task}:silent must give a text, or None; got 3"):
+        env.mode({})
+    env = Adapter(Fake(), mode=load(f"{my_task}:side"), modes=("up", "down"))
+    with pytest.raises(TaskError, match=f"{my_task}:side must give one of up, down, or None; got 'right'"):
+        env.mode({"observation": np.ones((2, 1))})
+
+
+def test_modules_and_functions_that_do_not_exist_are_named_with_the_nearest(my_task: str, tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=f"there is no module '{my_task}s'; did you mean '{my_task}'?"):
+        load(f"{my_task}s:far")
+    with pytest.raises(TaskError, match=r"there is no module 'gymnasium\.space'; did you mean 'spaces'?"):
+        load("gymnasium.space:Box")
+    with pytest.raises(TaskError, match=f"{my_task} has no function 'farr'; did you mean 'far'?"):
+        load(f"{my_task}:farr")
+    with pytest.raises(TaskError, match=f"there is no module '{my_task}s'"):
+        Task(f"{my_task}s:Walk-v0")()
+    for name in ("far", ":far", f"{my_task}:"):
+        with pytest.raises(TaskError, match="a function is named module:function, such as my_task:mode; got"):
+            load(name)
+    (tmp_path / f"{my_task}_wrong.py").write_text("import nothing_such")
+    importlib.invalidate_caches()
+    with pytest.raises(
+        TaskError, match=f"importing {my_task}_wrong failed: ModuleNotFoundError: No module named 'noth"
+    ):
+        load(f"{my_task}_wrong:far")
+
+
+def test_modes_need_a_function_and_differ() -> None:
+    with pytest.raises(TaskError, match="the modes left, right need a mode function"):
+        Task("Pendulum-v1", modes=("left", "right"))
+    with pytest.raises(TaskError, match="each mode must be named once; got left, left"):
+        Task("Pendulum-v1", mode="my_task:side", modes=("left", "left"))
+
+
+def test_it_runs_in_spawned_processes(my_task: str) -> None:
+    task = Task(f"{my_task}:Walk-v0", success=f"{my_task}:far")
+    traces = []
+    for workers in (1, 2):
+        with EnvironmentPool(task, workers) as pool:
+            starts = pool.reset({0: 5, 1: 6})
+            transitions = pool.step({0: np.ones(1), 1: np.ones(1)})
+            traces.append([(starts[slot], transitions[slot]) for slot in (0, 1)])
+    assert str(traces[0]) == str(traces[1])
+    assert "is_success" in traces[0][0][1].info
+    assert pickle.loads(pickle.dumps(task)) == task  # noqa: S301
+
+
+# Tasks of ours
+
+
+def test_a_task_of_ours_stays_as_it_is_unless_more_is_asked() -> None:
+    env = Task(AVOID, {"rows": 1})()
+    assert not isinstance(env, Adapter)
+    env = Task(AVOID, {"rows": 1}, success="return>=1")()
+    assert isinstance(env, Adapter)
+    assert env.modes == ("left", "right")
+    assert env.get_wrapper_attr("scene") == env.unwrapped.scene  # pyright: ignore[reportAttributeAccessIssue]
+    env = Task(AVOID, mode=f"{EXAMPLES}:mountain_car_mode", modes=("left", "right"))()
+    assert isinstance(env.unwrapped, AvoidEnv)
+    assert env.get_wrapper_attr("mode")({"observation": np.array([[0.0, 0], [-0.1, 0]])}) == "left"
+
+
+# Other people's environments
+
+
+def test_gymnasium_checks_an_adapted_environment() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is different from the unwrapped version.*")
+        check_env(MOUNTAIN_CAR(), skip_render_check=True, skip_close_check=True)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        MOUNTAIN_CAR,
+        Task("Pendulum-v1", {"g": 9.0}, "return>=-300"),
+        pytest.param(REACH, marks=needs_panda),
+        pytest.param(PUSH, marks=needs_panda),
+    ],
+    ids=lambda task: task.env,
+)
+def test_the_same_seed_gives_the_same_episode_whatever_came_before(task: Task) -> None:
+    env = task()
+    traces = []
+    for seed in (3, 4, 3):
+        observation, _ = env.reset(seed=seed)
+        rng = np.random.default_rng(seed)
+        trace = [observation]
+        for _ in range(25):
+            trace.append(env.step(rng.uniform(env.action_space.low, env.action_space.high))[0])
+            assert trace[-1] in env.observation_space
+        traces.append(trace)
+    assert str(traces[0]) == str(traces[2]) != str(traces[1])
+    env.close()
+    env.close()
+
+
+@needs_panda
+def test_it_is_quiet_while_an_environment_is_made(capfd: pytest.CaptureFixture[str]) -> None:
+    REACH().close()
+    assert capfd.readouterr() == ("", "")
+
+
+@needs_panda
+@pytest.mark.parametrize("noise", [0.0, 0.4])
+@pytest.mark.parametrize("task, expert", [(REACH, PandaReachExpert), (PUSH, PandaPushExpert)], ids=["reach", "push"])
+def test_the_panda_reaches_and_pushes(task: Task, expert: type, noise: float) -> None:
+    env = task()
+    shown = [show(env, expert(None), seed, noise) for seed in range(4)]
+    assert all(success and mode is None and steps < 50 for success, mode, steps in shown)
+    env.close()
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.4])
+def test_the_car_swings_up_to_either_side_first(noise: float) -> None:
+    env = MOUNTAIN_CAR()
+    for seed in range(10):
+        mode = MOUNTAIN_CAR_MODES[seed % 2]
+        assert show(env, MountainCarExpert(mode), seed, noise)[:2] == (True, mode)
+    assert mountain_car_mode({"observation": np.zeros((5, 2))}) is None
+
+
+def test_the_flag_is_a_success_of_its_own() -> None:
+    env = Task("MountainCarContinuous-v0", success=f"{EXAMPLES}:mountain_car_success")()
+    success, _, steps = show(env, MountainCarExpert("left"), 0, 0.0)
+    assert success
+    assert steps < 200
+
+
+@pytest.mark.parametrize("expert, mode", [(PandaReachExpert, "up"), (PandaPushExpert, "up"), (MountainCarExpert, "up")])
+def test_experts_refuse_modes_that_they_do_not_know(expert: type, mode: str) -> None:
+    with pytest.raises(ValueError, match=r"mode.*'up'"):
+        expert(mode)
+    with pytest.raises(ValueError, match="unknown mode None; choose from left, right"):
+        MountainCarExpert(None)
