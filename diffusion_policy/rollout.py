@@ -5,6 +5,7 @@ seeds and slots alone, not on processes or timing. An episode whose environment 
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import gymnasium
@@ -31,7 +32,7 @@ class _Recording:
     """An episode in the making."""
 
     def __init__(self, seed: int, repeat: int, observation: dict[str, np.ndarray]) -> None:
-        self.seed, self.repeat = seed, repeat
+        self.name = seed, repeat
         self.observations = [observation]
         self.actions: list[np.ndarray] = []
         self.plans: list[Plan] = []
@@ -51,9 +52,9 @@ class _Recording:
     def finish(self, mode_of: ModeOf) -> Episode:
         observations = {key: np.stack([step[key] for step in self.observations]) for key in self.observations[0]}
         measures = {"return": self.rewards} if self.measures is None else dict(self.measures)
-        mode = mode_of(observations)
-        actions = np.stack(self.actions)
-        return Episode(self.seed, self.success, mode, observations, actions, self.repeat, measures, tuple(self.plans))
+        seed, repeat = self.name
+        mode, actions = mode_of(observations), np.stack(self.actions)
+        return Episode(seed, self.success, mode, observations, actions, repeat, measures, tuple(self.plans))
 
 
 def lost_is_an_error(lost: Lost) -> None:
@@ -79,89 +80,103 @@ def rollout(
     how many environments run at once; `on_lost` hears of an episode whose environment raised an error, crashed its
     worker or did not answer within `hang_after` [s] at each attempt. Raises RolloutError when none can be run.
     """
-    episodes = list(itertools.product(seeds, range(repeats)))
-    slots = min(parallel, len(episodes))
-    controller = make_controller(slots)
-    waiting = list(reversed(episodes))
-    free = list(range(slots))
-    running: dict[int, _Recording] = {}
-    finished: dict[tuple[int, int], Episode] = {}
-    failures: dict[tuple[int, int], int] = {}
-    lost = 0
-    latest: dict[str, np.ndarray] = {}
-    step = 0
+    names = list(itertools.product(seeds, range(repeats)))
+    slots = min(parallel, len(names))
+    course = _Course(names, make_controller(slots), slots, mode_of, on_episode, on_lost)
+    with EnvironmentPool(make_env, min(workers, slots), hang_after) as pool:
+        while course.running or course.waiting:
+            course.begin_episodes(pool)
+            if course.running:
+                course.take_step(pool)
+    return [course.finished[name] for name in names if name in course.finished]
 
-    def give_up(seed: int, repeat: int, fault: Fault) -> None:
-        """Begin the episode again later, or count it as lost."""
-        nonlocal lost
+
+class _Course:
+    """Which slot runs which episode, what is waiting for a slot, and what has come of the others. An episode's name is
+    (seed, repeat)."""
+
+    def __init__(
+        self,
+        names: Sequence[tuple[int, int]],
+        controller: Controller,
+        slots: int,
+        mode_of: ModeOf,
+        on_episode: Callable[[Episode], None],
+        on_lost: Callable[[Lost], None],
+    ) -> None:
+        self.waiting = list(reversed(names))
+        self.running: dict[int, _Recording] = {}
+        self.finished: dict[tuple[int, int], Episode] = {}
+        self._controller = controller
+        self._slots = slots
+        self._mode_of = mode_of
+        self._on_episode, self._on_lost = on_episode, on_lost
+        self._failures: Counter[tuple[int, int]] = Counter()
+        self._lost = 0
+        self._latest: dict[str, np.ndarray] = {}
+        self._step = 0
+
+    def begin_episodes(self, pool: EnvironmentPool) -> None:
+        """Fill the free slots; only at planning time, so that all slots plan together, in few and full batches."""
+        if not self.waiting or (self.running and self._step % self._controller.action_horizon):
+            return
+        free = [slot for slot in range(self._slots) if slot not in self.running]
+        begun = {slot: self.waiting.pop() for slot in free[: len(self.waiting)]}
+        if not begun:
+            return
+        self._step = 0
+        generators = [planning_generator(seed, repeat) for seed, repeat in begun.values()]
+        self._controller.reset(_mask(begun, self._slots), generators)
+        for slot, answer in pool.reset({slot: seed for slot, (seed, _) in begun.items()}).items():
+            if not isinstance(answer, Fault):
+                self.running[slot] = _Recording(*begun[slot], answer)
+                self._observe(slot, answer)
+            elif slot in begun:
+                self._try_again(begun[slot], answer)
+            elif slot in self.running:  # its worker fell
+                self._try_again(self.running.pop(slot).name, answer)
+
+    def take_step(self, pool: EnvironmentPool) -> None:
+        """One control step of all slots that run an episode."""
+        actions = self._controller.act(self._latest, _mask(self.running, self._slots))
+        for slot, plan in self._controller.planned.items():
+            self.running[slot].plans.append(Plan(len(self.running[slot].actions), plan))
+        for slot, answer in sorted(pool.step({slot: actions[slot] for slot in self.running}).items()):
+            if slot not in self.running:
+                continue  # its worker fell after its episode had ended
+            recording = self.running[slot]
+            if isinstance(answer, Fault):
+                del self.running[slot]
+                self._try_again(recording.name, answer)
+                continue
+            recording.add(actions[slot], answer)
+            self._observe(slot, answer.observation)
+            if answer.terminated or answer.truncated:
+                del self.running[slot]
+                self.finished[recording.name] = recording.finish(self._mode_of)
+                self._on_episode(self.finished[recording.name])
+        self._step += 1
+
+    def _try_again(self, name: tuple[int, int], fault: Fault) -> None:
+        """Begin an episode again later, or count it as lost."""
         if fault.hopeless:
             raise RolloutError(fault.reason)
-        failures[seed, repeat] = failures.get((seed, repeat), 0) + fault.blamed
-        if failures[seed, repeat] < ATTEMPTS:
-            waiting.append((seed, repeat))
+        self._failures[name] += fault.blamed
+        if self._failures[name] < ATTEMPTS:
+            self.waiting.append(name)
             return
-        lost += 1
-        on_lost(Lost(seed, repeat, fault.reason))
-        if lost >= HOPELESS and not finished:
-            raise RolloutError(f"the first {lost} episodes failed {ATTEMPTS} times each: {fault.reason}")
+        self._lost += 1
+        self._on_lost(Lost(*name, fault.reason))
+        if self._lost >= HOPELESS and not self.finished:
+            raise RolloutError(f"the first {self._lost} episodes failed {ATTEMPTS} times each: {fault.reason}")
 
-    with EnvironmentPool(make_env, min(workers, slots), hang_after) as pool:
-        while running or waiting:
-            if free and waiting and (step % controller.action_horizon == 0 or not running):
-                step = 0  # only at planning time, so that all slots plan together, in few and full batches
-                begun = {slot: waiting.pop() for slot in free[: len(waiting)]}
-                free = free[len(begun) :]
-                generators = [planning_generator(seed, repeat) for seed, repeat in begun.values()]
-                controller.reset(_mask(begun, slots), generators)
-                for slot, observation in pool.reset({slot: seed for slot, (seed, _) in begun.items()}).items():
-                    if isinstance(observation, Fault):
-                        fallen = begun.get(slot) or _name(running.pop(slot, None))
-                        if fallen:
-                            give_up(*fallen, observation)
-                            free.append(slot)
-                    else:
-                        running[slot] = _Recording(*begun[slot], observation)
-                        _store(latest, slots, slot, observation)
-                free.sort()
-                if not running:
-                    continue
-            actions = controller.act(latest, _mask(running, slots))
-            for slot, plan in controller.planned.items():
-                running[slot].plans.append(Plan(len(running[slot].actions), plan))
-            transitions = pool.step({slot: actions[slot] for slot in running})
-            for slot, transition in sorted(transitions.items()):
-                recording = running.get(slot)
-                if recording is None:
-                    continue  # its worker fell after its episode had ended
-                if isinstance(transition, Fault):
-                    del running[slot]
-                    give_up(recording.seed, recording.repeat, transition)
-                    free.append(slot)
-                    continue
-                recording.add(actions[slot], transition)
-                _store(latest, slots, slot, transition.observation)
-                if transition.terminated or transition.truncated:
-                    del running[slot]
-                    episode = recording.finish(mode_of)
-                    finished[episode.seed, episode.repeat] = episode
-                    on_episode(episode)
-                    free.append(slot)
-            free.sort()
-            step += 1
-    return [finished[episode] for episode in episodes if episode in finished]
-
-
-def _name(recording: _Recording | None) -> tuple[int, int] | None:
-    """Seed and repeat of an episode in the making."""
-    return (recording.seed, recording.repeat) if recording else None
+    def _observe(self, slot: int, observation: Mapping[str, np.ndarray]) -> None:
+        """Put one slot's observation into the arrays (slots, ...) that the controller reads."""
+        for key, value in observation.items():
+            rows = self._latest.setdefault(key, np.zeros((self._slots, *np.shape(value)), np.float32))
+            rows[slot] = value
 
 
 def _mask(chosen: Iterable[int], slots: int) -> np.ndarray:
     """Whether each slot is chosen, (slots,) bool."""
     return np.isin(np.arange(slots), list(chosen))
-
-
-def _store(latest: dict[str, np.ndarray], slots: int, slot: int, observation: Mapping[str, np.ndarray]) -> None:
-    """Put one slot's observation into the arrays (slots, ...) that the controller reads."""
-    for key, value in observation.items():
-        latest.setdefault(key, np.zeros((slots, *np.shape(value)), np.float32))[slot] = value

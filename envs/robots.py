@@ -72,11 +72,13 @@ class Arm:
         self._simulation.drive_joints("arm", self._joints, self._solve(position), self._torques, self._gain)
 
     def glide_to(self, position: Sequence[float], duration: float) -> None:
-        """Like `move_to`, at even speeds that bring the tool there in `duration` [s]: nothing is hit by a jerk."""
+        """Like `move_to`, at even speeds that bring the tool there in `duration` [s]: nothing is hit by a jerk. To be
+        called before each `step`."""
         angles = self._solve(position)
         present = self._simulation.joint_angles("arm", self._joints)
         speeds = [abs(goal - angle) / duration + _SLACK for goal, angle in zip(angles, present, strict=True)]
         self._simulation.drive_joints_at("arm", self._joints, angles, self._torques, self._gain, speeds)
+        self._simulation.carry_weight("arm", self._joints, present)
 
     def _solve(self, position: Sequence[float]) -> Sequence[float]:
         if self._inverse is not None:

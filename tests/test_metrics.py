@@ -168,6 +168,18 @@ def test_successes_of_one_start_that_take_one_mode_are_worth_one() -> None:
     assert narrow.low is not None
 
 
+def test_the_entropy_of_starts_that_repeat_is_covered() -> None:
+    """Each start has shares of its own; counted as independent, such episodes cover about 6 of 10."""
+    rng = np.random.default_rng(0)
+    covered = []
+    for _ in range(60):
+        shares = rng.dirichlet(np.full(3, 0.1), 40)
+        taken = [(seed, repeat, rng.choice(3, p=row)) for seed, row in enumerate(shares) for repeat in range(5)]
+        episodes = [episode(True, MODES[mode], seed, repeat) for seed, repeat, mode in taken]
+        covered.append((behaviour_entropy(effective_successes(episodes), MODES[:3]).high or 0) >= 1 - 1e-9)
+    assert np.mean(covered) >= 0.92
+
+
 def test_entropy_given_the_start_tells_deciding_from_being_told() -> None:
     told = [episode(True, MODES[seed % 4], seed, repeat) for seed in range(20) for repeat in range(8)]
     deciding = [episode(True, MODES[repeat % 4], seed, repeat) for seed in range(20) for repeat in range(8)]

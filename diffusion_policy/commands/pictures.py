@@ -122,9 +122,10 @@ def _demonstrated_paths(loaded: Loaded, plane: Any) -> list[PlanePath]:
 
 
 def choose_drawn(store: EpisodeStore) -> np.ndarray:
-    """Indices of the episodes that are drawn, evenly from all when there are many."""
+    """Indices of the episodes that are drawn, at random when there are many: modes take turns, and an even choice could
+    miss some of them."""
     count = len(store.episode_ends)
-    return np.unique(np.linspace(0, count - 1, min(count, MOST_DRAWN)).astype(int))
+    return np.sort(np.random.default_rng(0).choice(count, min(count, MOST_DRAWN), replace=False))
 
 
 def _videos(loaded: Loaded, episodes: Sequence[Episode], workers: int) -> list[Video]:
