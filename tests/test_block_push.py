@@ -355,6 +355,8 @@ def test_names_are_in_the_order_of_the_modes() -> None:
 
 
 def test_an_expert_of_displacements_does_not_fit_absolute_actions() -> None:
-    demonstrator = Demonstrator(partial(envs.make, "diffusion_policy/BlockPush-v0", action="absolute"), BlockPushExpert, 0)
+    demonstrator = Demonstrator(
+        partial(envs.make, "diffusion_policy/BlockPush-v0", action="absolute"), BlockPushExpert, 0
+    )
     with pytest.raises(ValueError, match=r"the expert's actions do not fit the environment: it gives \[.*takes Box"):
         demonstrator(0)

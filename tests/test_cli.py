@@ -34,7 +34,10 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return text
 
 
-@pytest.mark.parametrize("command", ["collect", "train", "evaluate", "rollout", "study", "doctor", "toy", "demo"])
+COMMANDS = ("collect", "train", "evaluate", "compare", "rollout", "study", "doctor", "toy", "demo")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command: str) -> None:
     done = subprocess.run([*CLI, command, "--help"], capture_output=True, text=True, check=True)
     assert "--output" in done.stdout or "--video" in done.stdout
@@ -42,7 +45,7 @@ def test_every_command_explains_itself(command: str) -> None:
 
 def test_help_lists_the_commands() -> None:
     done = subprocess.run([*CLI, "--help"], capture_output=True, text=True, check=True)
-    for command in ("collect", "train", "evaluate", "rollout", "study", "doctor", "toy", "demo", "--debug"):
+    for command in (*COMMANDS, "--debug"):
         assert command in done.stdout
 
 
@@ -115,7 +118,14 @@ def test_train_refuses_bad_data(demonstrations: Path, tmp_path: Path, capsys) ->
     "arguments, message",
     [
         (["--env", "Nope-v0"], "unknown environment 'Nope-v0'"),
-        (["--env", "CartPole-v1"], "CartPole-v1 says nothing of modes"),
+        (["--env", "CartPole-v1"], "CartPole-v1 takes actions of Discrete(2); a policy can only give those of a Box"),
+        (["--env", "Pendulum-v1"], "Pendulum-v1 offers {'observation': (3,)}"),
+        (["--success", "return>90"], "success must be 'return>=NUMBER', such as 'return>=90', module:function"),
+        (["--mode-function", "nowhere:mode"], "there is no module 'nowhere'"),
+        (["--delay-steps", "8"], "delay-steps must be from 0 to 7 (prediction-horizon 16 - observation-horizon 2"),
+        (["--delay-steps", "0", "0"], "delay-steps must be different numbers, at least one; got (0, 0)"),
+        (["--repeats", "0"], "repeats must be at least 1; got 0"),
+        (["--hang-after", "0"], "hang-after must be above 0; got 0.0"),
         (["--sampler", "dmp"], "invalid choice 'dmp' for argument '--sampler'. Expected one of ('ddim', 'ddpm',"),
         (["--sampling-steps", "21"], "sampling steps must be from 1 to the 20 noise levels; got 21"),
         (["--sampling-steps", "0"], "sampling-steps must be at least 1; got 0"),

@@ -245,6 +245,17 @@ def test_the_sampling_loop_compiles_as_one_graph_and_gives_the_same(config: Samp
         torch.testing.assert_close(compiled(noise, cond, levels, config), eager, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_policy_whose_sampling_is_compiled_gives_the_same_but_for_rounding() -> None:
+    policy, observations = new_policy(ONE_RESOLUTION).eval(), observe(2)
+    config = SampleConfig("ddim", 3)
+    plans = []
+    for _ in range(2):
+        plans.append(policy.sample(observations, [planning_generator(0), planning_generator(1)], 1, config))
+        policy.compile_sampling()
+    torch.testing.assert_close(*plans, rtol=1e-4, atol=1e-5)
+
+
 def test_an_absent_device_is_refused() -> None:
     with pytest.raises(ValueError, match="no device 'warp' here; choose from auto, cpu, cuda, mps"):
         choose_device("warp")
