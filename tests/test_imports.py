@@ -36,7 +36,7 @@ OURS_ALLOWED = {
     "metrics": {"intervals"},
     "rollout": {"controller", "engines", "metrics", "pool"},
     "intervals": set(),
-    "comparison": {"intervals", "metrics"},
+    "comparison": {"intervals"},
     "report": {"drawing", "gallery", "metrics", "wording"},
     "gallery": set(),
     "drawing": {"gallery", "metrics"},

@@ -47,7 +47,8 @@ def test_results_hold_what_the_evaluation_measured(folder: Path) -> None:
     assert sum(count["successes"] for count in results["modes"].values()) == successes
     assert results["demonstrations"]["modes"] == {"left": 20, "right": 20}
     assert set(results["mode_entropy"]) == set(results["mode_coverage"]) == {"value", "low", "high"}
-    assert 0 < results["planning_latency_ms"]["p50"] <= results["planning_latency_ms"]["p95"]
+    latency = [results["planning_latency_ms"][name]["value"] for name in ("p50", "p95", "p99")]
+    assert 0 < latency[0] <= latency[1] <= latency[2]
 
 
 def test_the_page_shows_paths_modes_loss_and_videos(folder: Path) -> None:

@@ -181,7 +181,7 @@ class Evaluate:
                     "steps": delay,
                     "success_rate": dataclasses.asdict(metrics.success_rate(one.episodes)),
                     "mode_entropy": dataclasses.asdict(
-                        metrics.behaviour_entropy(metrics.successes_by_mode(one.episodes), modes)
+                        metrics.behaviour_entropy(metrics.effective_successes(one.episodes), modes)
                     ),
                     "measures": {
                         name: dataclasses.asdict(metric) for name, metric in metrics.mean_measures(one.episodes).items()

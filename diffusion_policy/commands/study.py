@@ -151,8 +151,8 @@ class Study:
         latencies = measure_latency(loaded.checkpoint.policy, episodes[0], sampling, LATENCY_PLANS)
         return {
             "success_rate": dataclasses.asdict(metrics.success_rate(episodes)),
-            "mode_entropy": dataclasses.asdict(metrics.Metric(metrics.mode_entropy(solved, modes))),
-            "mode_coverage": dataclasses.asdict(metrics.Metric(metrics.mode_coverage(solved, modes))),
+            "mode_entropy": dataclasses.asdict(metrics.behaviour_entropy(solved, modes)),
+            "mode_coverage": dataclasses.asdict(metrics.behaviour_coverage(solved, modes)),
             "modes": {mode: solved.get(mode, 0) for mode in modes},
             "milliseconds": metrics.percentiles(latencies, (50,))["p50"],
         }
