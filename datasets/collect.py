@@ -37,8 +37,7 @@ class Demonstrator:
         self._noise = noise
 
     def __call__(self, seed: int) -> Demonstration:
-        """The episode of one seed; the modes take turns, seed by seed. Raises ValueError for an expert whose actions do
-        not fit the environment."""
+        """The episode of one seed; the modes take turns, seed by seed."""
         env = self._env
         modes = env.get_wrapper_attr("modes")
         expert = self._make_expert(modes[seed % len(modes)] if modes else None)
@@ -46,11 +45,6 @@ class Demonstrator:
         observation, info = env.reset(seed=seed)
         observations, actions = [], []
         done = False
-        if not env.action_space.contains(expert.act(observation)):
-            raise ValueError(
-                f"the expert's actions do not fit the environment: it gives {expert.act(observation)}, the environment "
-                f"takes {env.action_space}"
-            )
         while not done:
             action = expert.act(observation)
             observations.append(observation)

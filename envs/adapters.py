@@ -264,7 +264,7 @@ def parse_success(text: str | None) -> SuccessOf | float | None:
     if text == "none":
         return math.inf
     measure, reaches, number = text.partition(">=")
-    if not reaches:
+    if not reaches and ":" in text:
         return load(text)
     try:
         threshold = float(number)

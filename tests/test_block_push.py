@@ -1,13 +1,11 @@
 """What is particular to BlockPush: rewards and events, resets, kinds of action, modes, and its expert."""
 
 from collections.abc import Iterator
-from functools import partial
 
 import numpy as np
 import pytest
 
-from diffusion_policy import envs
-from diffusion_policy.datasets.collect import Demonstrator, disturb, disturbance_generator
+from diffusion_policy.datasets.collect import disturb, disturbance_generator
 from diffusion_policy.envs.block_push import (
     BLOCK_SIZE,
     BLOCKS,
@@ -352,11 +350,3 @@ def test_the_expert_solves_500_seeds_in_equal_parts(env: BlockPushEnv) -> None:
 def test_names_are_in_the_order_of_the_modes() -> None:
     assert [f"{block}-{target}" for block in BLOCKS for target in TARGETS] == list(MODES)
     assert MODES == ("red-green", "red-yellow", "blue-green", "blue-yellow")
-
-
-def test_an_expert_of_displacements_does_not_fit_absolute_actions() -> None:
-    demonstrator = Demonstrator(
-        partial(envs.make, "diffusion_policy/BlockPush-v0", action="absolute"), BlockPushExpert, 0
-    )
-    with pytest.raises(ValueError, match=r"the expert's actions do not fit the environment: it gives \[.*takes Box"):
-        demonstrator(0)

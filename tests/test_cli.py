@@ -58,7 +58,7 @@ def test_unknown_commands_and_options_name_what_there_is(capsys) -> None:
     "arguments, message",
     [
         (["--env", "Nope-v0"], "unknown environment 'Nope-v0'; choose from diffusion_policy/Avoid-v0"),
-        (["--env", "CartPole-v1"], "no expert for 'CartPole-v1'; experts exist for diffusion_policy/Avoid-v0"),
+        (["--env", "Pendulum-v1"], "no expert for 'Pendulum-v1'; experts exist for diffusion_policy/Avoid-v0"),
         (["--env-kwargs", "{"], "--env-kwargs must be a JSON object"),
         (["--env-kwargs", "[1]"], "--env-kwargs must be a JSON object"),
         (["--env-kwargs", '{"rows": 5}'], "rows must be 1, 2 or 3; got 5"),
@@ -152,7 +152,7 @@ def test_evaluate_names_the_shapes_that_do_not_fit(demonstrations: Path, tmp_pat
     command = ["train", "--dataset", tmp_path / "other.zarr", "--output", tmp_path / "run", "--steps", 1, *SMALL]
     assert main([str(argument) for argument in command]) == 0
     evaluate = ["evaluate", "--checkpoint", tmp_path / "run", "--output", tmp_path / "evaluation"]
-    assert "name no environment; give one with --env" in fails(capsys, *evaluate)
+    assert "names no environment; give one with --env" in fails(capsys, *evaluate)
     text = fails(capsys, *evaluate, "--env", "diffusion_policy/Avoid-v0")
     assert "observes {'pose': (3,)}; diffusion_policy/Avoid-v0 offers {'actual_xy': (2,), 'desired_xy': (2,)}" in text
 

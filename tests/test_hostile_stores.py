@@ -431,5 +431,7 @@ def test_the_environment_that_a_store_names_is_not_imported(tmp_path: Path, caps
     assert main(["dataset", "plot", str(tmp_path / "store.zarr"), "--output", str(tmp_path / "plots")]) == 0
     assert main(["dataset", "replay", str(tmp_path / "store.zarr")]) == 2
     said = capsys.readouterr()
-    assert "names the environment this:Zen-v0; if you trust it, give it with --env" in said.err
+    assert (
+        "by the module this, which would be imported; if you trust it, give it yourself: --env this:Zen-v0" in said.err
+    )
     assert "Beautiful" not in said.out

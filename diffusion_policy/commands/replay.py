@@ -106,9 +106,13 @@ class Replay:
 
     def _make_env(self, store: EpisodeStore) -> gymnasium.Env:
         """The environment; raises ConfigError when it does not fit the store."""
+        from diffusion_policy.envs import ENV_IDS
+
         recorded: dict[str, Any] = store.attributes.get("environment", {})
         task, _ = choose_task(self.store, recorded, self.env, self.env_kwargs, self.signals)
-        env = replace(task, success=task.success or "none")("rgb_array" if self.video else None)
+        if task.env not in ENV_IDS:
+            task = replace(task, success=task.success or "none")  # whether it succeeds is not compared
+        env = task("rgb_array" if self.video else None)
         offered = {key: space.shape for key, space in observation_spaces(env).items() if key in store.keys}
         wrong = [key for key, shape in offered.items() if shape != store.shape(key)]
         if not offered or wrong or env.action_space.shape != store.shape(store.action_key):
