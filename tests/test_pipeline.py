@@ -12,6 +12,7 @@ from diffusion_policy import checkpoint
 from diffusion_policy.datasets.store import EpisodeStore
 
 SMALL = ["--widths", "32", "64", "--level-dim", "64", "--batch-size", "128", "--learning-rate", "1e-3"]
+TEN = ["--episodes", "10", "--videos", "1"]
 
 
 def diffusion_policy(*arguments: object) -> str:
@@ -29,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = folder / "demonstrations.zarr"
     diffusion_policy("collect", "--env-kwargs", '{"rows": 1}', "--episodes", 40, "--output", store)
     diffusion_policy("train", "--dataset", store, "--output", folder / "policy", "--steps", 120, *SMALL)
-    diffusion_policy("evaluate", "--checkpoint", folder / "policy", "--output", folder / "evaluation", "--episodes", 10)
+    diffusion_policy("evaluate", "--checkpoint", folder / "policy", "--output", folder / "evaluation", *TEN)
     return folder
 
 
@@ -81,7 +82,7 @@ def test_the_same_commands_with_the_same_seeds_give_the_same(folder: Path, tmp_p
     weights = [(checkpoint.find(path / "policy") / "model.safetensors").read_bytes() for path in (folder, tmp_path)]
     assert weights[0] == weights[1]
     evaluation = tmp_path / "evaluation"
-    command = ("evaluate", "--checkpoint", folder / "policy", "--output", evaluation, "--episodes", 10, "--workers", 1)
+    command = ("evaluate", "--checkpoint", folder / "policy", "--output", evaluation, *TEN, "--workers", 1)
     diffusion_policy(*command)
     results = [json.loads((path / "evaluation" / "results.json").read_text()) for path in (folder, tmp_path)]
     for result in results:
