@@ -246,6 +246,7 @@ def test_the_sampling_loop_compiles_as_one_graph_and_gives_the_same(config: Samp
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inside torch.compile
 def test_a_policy_whose_sampling_is_compiled_gives_the_same_but_for_rounding() -> None:
     policy, observations = new_policy(ONE_RESOLUTION).eval(), observe(2)
     config = SampleConfig("ddim", 3)
