@@ -30,7 +30,11 @@ def _is_environment(value: Any) -> bool:
 
 
 def _is_collection(value: Any) -> bool:
-    return isinstance(value, dict) and all(type(value.get(name)) is int for name in ("episodes", "seed"))
+    return (
+        isinstance(value, dict)
+        and all(type(value.get(name)) is int for name in ("episodes", "seed"))
+        and isinstance(value.get("expert", ""), str)
+    )
 
 
 ATTRIBUTES: dict[str, tuple[Callable[[Any], bool], str]] = {

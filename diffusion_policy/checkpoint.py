@@ -47,7 +47,7 @@ class Environment:
     modes: tuple[str, ...]
     """All labels that the environment knows."""
     signals: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """How success and mode are read where the environment does not say: see `commands.common.Signals`."""
+    """How success and mode are read where the environment does not say: see `config.Signals`."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 
 from diffusion_policy import envs
+from diffusion_policy.envs.quiet import silence
 
 Observation = dict[str, np.ndarray]
 SuccessOf = Callable[[Observation, dict[str, Any]], bool]
@@ -325,20 +326,8 @@ def _name_of(function: Callable[..., Any]) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide what is printed while an environment is made (PyBullet greets in C); Python's warnings are kept."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with warnings.catch_warnings(record=True) as caught, open(os.devnull, "w") as null:
-        saved = os.dup(1), os.dup(2)
-        os.dup2(null.fileno(), 1)
-        os.dup2(null.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for number, copy in zip((1, 2), saved, strict=True):
-                os.dup2(copy, number)
-                os.close(copy)
+    """Hide what is printed while an environment is made; Python's warnings are given afterwards."""
+    with warnings.catch_warnings(record=True) as caught, silence():
+        yield
     for warning in caught:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

@@ -7,33 +7,16 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import gymnasium
 import numpy as np
 
+from diffusion_policy.envs.quiet import silence
 
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Hide what PyBullet's C code prints (its build time, its arguments); Python's own streams are flushed first."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
-    with open(os.devnull, "w") as null:
-        os.dup2(null.fileno(), 1)
-        os.dup2(null.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(saved[0], 1)
-            os.dup2(saved[1], 2)
-            os.close(saved[0])
-            os.close(saved[1])
-
-
-with _silence():
+with silence():
     import pybullet
     import pybullet_data
     from pybullet_utils.bullet_client import BulletClient
@@ -66,7 +49,7 @@ class Simulation:
         if human and sys.platform == "linux" and not os.environ.get("DISPLAY"):
             gymnasium.logger.warn("no window: DISPLAY is not set, so render_mode 'human' shows nothing")
             human = False  # PyBullet would end the process
-        with _silence():
+        with silence():
             self._client = BulletClient(pybullet.GUI if human else pybullet.DIRECT)
         if human:
             self._client.configureDebugVisualizer(pybullet.COV_ENABLE_GUI, 0)
@@ -137,7 +120,7 @@ class Simulation:
 
     def load_urdf(self, name: str, path: Path) -> list[str]:
         """Load a robot with its base fixed at the origin; returns its link names, in order of their indices."""
-        with _silence():
+        with silence():
             body = self._client.loadURDF(str(path), useFixedBase=True)
         self._bodies[name] = body
         return [self._client.getJointInfo(body, i)[12].decode() for i in range(self._client.getNumJoints(body))]
@@ -277,5 +260,5 @@ class Simulation:
         """Disconnect; may be called twice."""
         if self._connected:
             self._connected = False
-            with _silence(), contextlib.suppress(pybullet.error):  # the user may have closed the window
+            with silence(), contextlib.suppress(pybullet.error):  # the user may have closed the window
                 self._client.disconnect()

@@ -1,6 +1,7 @@
 """Other people's environments through the commands: collected, trained, evaluated, compared."""
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -128,6 +129,19 @@ def test_modules_that_only_a_file_names_are_not_imported(
         assert "--mode-function 'antigravity:mode'" in said
     finally:
         config.write_text(text)
+
+
+def test_a_collection_goes_on_with_what_was_said_once_unless_it_would_import_a_stranger(
+    car: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(car / "car.zarr", tmp_path / "car.zarr")
+    run("collect", "--resume", tmp_path / "car.zarr", "--episodes", 14, "--workers", 1)
+    assert EpisodeStore.open(tmp_path / "car.zarr").episode_modes() == ["left", "right"] * 7
+    header = tmp_path / "car.zarr" / "zarr.json"
+    header.write_text(header.read_text().replace(f"{EXAMPLES}:MountainCarExpert", "antigravity:Expert"))
+    said = fails(capsys, "collect", "--resume", tmp_path / "car.zarr", "--episodes", 16)
+    assert "by the module antigravity, which would be imported" in said
+    assert "--expert antigravity:Expert" in said
 
 
 @pytest.mark.skipif(find_spec("panda_gym") is None, reason="panda-gym is not installed")

@@ -21,6 +21,7 @@ from diffusion_policy.commands.common import (
     make_task,
     parse_env_kwargs,
     progress_bar,
+    refuse_modules,
     stop_on_signal,
 )
 from diffusion_policy.config import ConfigError, Signals, from_dict, require_at_least, require_seed
@@ -153,12 +154,10 @@ class Collect:
             "expert": None,
             **attributes["collection"],
         }
-        foreign = [name for name in ("env", "expert") if asked.get(name) is None and ":" in (stored[name] or "")]
-        if foreign or (stored["signals"].given and not self.signals.given):
-            raise ConfigError(
-                f"{store.location} names modules that would be imported; if you trust it, give what the collection was "
-                f"begun with: {describe(stored)}"
-            )
+        signals = stored["signals"]
+        from_file = [stored[name] for name in ("env", "expert") if name not in asked]
+        from_file += [] if "signals" in asked else [signals.success, signals.mode_function]
+        refuse_modules(store.location, from_file, describe(stored))
         different = [name for name in asked if name != "episodes" and asked[name] != stored[name]]
         if different:
             name = different[0]
@@ -198,9 +197,9 @@ def find_expert(settings: Settings) -> Callable[[str | None], Any]:
     return EXPERTS[settings.env]
 
 
-def describe(settings: Mapping[str, Any]) -> str:
+def describe(settings: Mapping[str, Any]) -> list[str]:
     """Flags that mean these settings."""
     flags = [f"--env {settings['env']}"]
     flags += [f"--expert {settings['expert']}"] if settings["expert"] else []
     flags += [f"--{name.replace('_', '-')} {value!r}" for name, value in settings["signals"].given.items()]
-    return " ".join(flags)
+    return flags

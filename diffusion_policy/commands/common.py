@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -206,16 +206,21 @@ def choose_task(
     if same and not signals.given:
         signals = from_dict(Signals, recorded.get("signals", {}))
         from_file += [signals.success, signals.mode_function]
-    modules = {name.partition(":")[0] for name in from_file if name and ":" in name}
-    foreign = sorted(modules - {OUR_EXAMPLES})
-    if foreign:
-        flags = " ".join(f"--{name.replace('_', '-')} {value!r}" for name, value in signals.given.items())
-        raise ConfigError(
-            f"{source} names its environment by the module {foreign[0]}, which would be imported; if you trust it, "
-            f"give it yourself: --env {env_id} {flags}"
-        )
+    flags = [f"--{name.replace('_', '-')} {value!r}" for name, value in signals.given.items()]
+    refuse_modules(source, from_file, [f"--env {env_id}", *flags])
     arguments = arguments if env_kwargs is None else parse_env_kwargs(env_kwargs)
     return make_task(env_id, arguments, signals), signals
+
+
+def refuse_modules(source: object, names: Iterable[str | None], flags: Sequence[str]) -> None:
+    """Raise ConfigError where a name that only a file gives, `module:something`, would have a module imported that is
+    not ours; `flags` are those by which the user can give it."""
+    foreign = {name.partition(":")[0] for name in names if name and ":" in name} - {OUR_EXAMPLES}
+    if foreign:
+        raise ConfigError(
+            f"{source} names its environment by the module {min(foreign)}, which would be imported; if you trust it, "
+            f"give it yourself: {' '.join(flags)}"
+        )
 
 
 def make_task(env_id: str, arguments: Mapping[str, Any], signals: Signals) -> Task:

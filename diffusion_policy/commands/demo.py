@@ -5,7 +5,8 @@ from pathlib import Path
 
 from diffusion_policy.commands.collect import Collect
 from diffusion_policy.commands.common import console, require_fresh
-from diffusion_policy.commands.evaluate import FIRST_TEST_SEED, Evaluate
+from diffusion_policy.commands.episodes import FIRST_TEST_SEED
+from diffusion_policy.commands.evaluate import Evaluate
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import PolicyConfig, TrainConfig, require_seed
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from diffusion_policy import checkpoint
-from diffusion_policy.commands.evaluate import choose_modes, observe
+from diffusion_policy.commands.episodes import choose_modes, observe
 from diffusion_policy.config import SampleConfig
 from diffusion_policy.datasets.store import EpisodeStore, StoreError
 from diffusion_policy.engines import ordered_map

@@ -21,7 +21,7 @@ from diffusion_policy.commands.common import (
     load_with_environment,
     progress_bar,
 )
-from diffusion_policy.commands.evaluate import FIRST_TEST_SEED, PLANNING_BATCH, run_episodes
+from diffusion_policy.commands.episodes import FIRST_TEST_SEED, PLANNING_BATCH, run_episodes
 from diffusion_policy.config import ConfigError, SampleConfig, Signals, require_at_least, require_seed
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from diffusion_policy.commands.common import (
     print_by_steps,
     require_fresh,
 )
-from diffusion_policy.commands.evaluate import (
+from diffusion_policy.commands.episodes import (
     FIRST_TEST_SEED,
     PLANNING_BATCH,
     choose_modes,
