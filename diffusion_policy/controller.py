@@ -48,7 +48,7 @@ class Controller:
         }
         self._fresh = np.ones(environments, bool)  # no observation yet in this episode
         self.planned: dict[int, np.ndarray] = {}
-        """What the last call of `act` planned, by environment: raw actions from its step on, (T - To + 1, A)."""
+        """What the last call planned, by environment: raw actions from its step on, (T - To + 1, A)."""
         self._delay = delay_steps
         self._queue = np.zeros((environments, self.action_horizon + delay_steps, *policy.shapes.action), np.float32)
         self._begins = np.ones(environments, bool)  # no plan yet in this episode
@@ -67,19 +67,37 @@ class Controller:
         """Observations of now {key: (B, ...)} → raw actions (B, A). Environments that are not `active` (B,) are left
         out: they neither plan nor move on. Raises FloatingPointError when the policy's plan is not finite."""
         active = np.ones(len(self._position), bool) if active is None else active
+        self.observe(observations, active)
+        self._plan_where_needed(active)
+        actions = self._queue[np.arange(len(self._queue)), np.minimum(self._position, self.action_horizon - 1)]
+        self._position[active] += 1
+        return actions
+
+    def act_until_next_plan(self, observations: Mapping[str, np.ndarray], active: np.ndarray) -> np.ndarray:
+        """As `act`, but all actions up to the next plan at once, (B, Ta, A); what each but the last of them leads to is
+        to be told to `observe`. Raises RuntimeError when an environment is in the middle of its plan."""
+        self.observe(observations, active)
+        self._plan_where_needed(active)
+        if self._position[active].any():
+            raise RuntimeError("an environment has taken some steps of its plan; act step by step until the next one")
+        self._position[active] = self.action_horizon
+        return self._queue[:, : self.action_horizon].copy()
+
+    def observe(self, observations: Mapping[str, np.ndarray], active: np.ndarray) -> None:
+        """Take observations {key: (B, ...)} of the `active` (B,) into the history."""
         for key, history in self._history.items():
             now = np.asarray(observations[key], np.float32)[:, None]  # (B, 1, ...)
             shifted = np.concatenate([history[:, 1:], now], axis=1)
             first = np.broadcast_to(now, history.shape)  # before the first step: that step repeated
             history[active] = np.where(_expand(self._fresh, history), first, shifted)[active]
         self._fresh &= ~active
+
+    def _plan_where_needed(self, active: np.ndarray) -> None:
+        """Fill the queues of those active environments that have come to the end of theirs."""
         self.planned = {}
         waiting = np.flatnonzero(active & (self._position == self.action_horizon))
         for start in range(0, len(waiting), self._plan_batch):
             self._plan(waiting[start : start + self._plan_batch])
-        actions = self._queue[np.arange(len(self._queue)), np.minimum(self._position, self.action_horizon - 1)]
-        self._position[active] += 1
-        return actions
 
     def _plan(self, rows: np.ndarray) -> None:
         """Fill the queues of some environments."""

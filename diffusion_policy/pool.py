@@ -22,14 +22,15 @@ STARTS_WITHIN = 120.0
 """A worker that has not begun its first turn within this time hangs [s]: it imports the simulator first."""
 
 
-class Transition(NamedTuple):
-    """What one environment answered to one action."""
+class Stretch(NamedTuple):
+    """What one environment answered to the n actions of a sequence that were taken before its episode ended."""
 
-    observation: dict[str, np.ndarray]
-    reward: float
-    terminated: bool
-    truncated: bool
+    observations: dict[str, np.ndarray]
+    """After each action, (n, ...)."""
+    rewards: list[float]
+    ended: bool
     info: dict[str, Any]
+    """`is_success` and `measures` of the last step."""
 
 
 class Fault(NamedTuple):
@@ -46,7 +47,7 @@ class EnvironmentHost:
     """Several environments in one process, each made when it is first reset."""
 
     def __init__(self, make_env: Callable[[], gymnasium.Env], at_work: MutableSequence[int] | None = None) -> None:
-        """`at_work`: two numbers, kept up to date: the slot that is at work, and how many turns there have been."""
+        """`at_work`: two numbers, kept up to date: the slot that is at work, and a count of its signs of life."""
         self._make_env = make_env
         self._at_work: MutableSequence[int] = [0, 0] if at_work is None else at_work
         self._envs: dict[int, gymnasium.Env] = {}
@@ -55,9 +56,9 @@ class EnvironmentHost:
         """Begin an episode in each slot named, with its seed; returns the first observations."""
         return {slot: self._take(slot, self._reset, seed) for slot, seed in seeds.items()}
 
-    def step(self, actions: Mapping[int, np.ndarray]) -> dict[int, Transition | Fault]:
-        """Take one step in each slot named."""
-        return {slot: self._take(slot, self._step, action) for slot, action in actions.items()}
+    def step(self, actions: Mapping[int, np.ndarray]) -> dict[int, Stretch | Fault]:
+        """Take a sequence of actions (steps, A) in each slot named, until its episode ends."""
+        return {slot: self._take(slot, self._step, sequence) for slot, sequence in actions.items()}
 
     def close(self) -> None:
         """Close every environment."""
@@ -86,10 +87,18 @@ class EnvironmentHost:
             self._envs[slot] = self._make_env()
         return self._envs[slot].reset(seed=seed)[0]
 
-    def _step(self, slot: int, action: np.ndarray) -> Transition:
-        observation, reward, terminated, truncated, info = self._envs[slot].step(action)
+    def _step(self, slot: int, sequence: np.ndarray) -> Stretch:
+        observations, rewards, ended, info = [], [], False, {}
+        for action in sequence:
+            self._at_work[1] += 1
+            observation, reward, terminated, truncated, info = self._envs[slot].step(action)
+            observations.append(observation)
+            rewards.append(float(reward))
+            if ended := terminated or truncated:
+                break
         told = {key: info[key] for key in ("is_success", "measures") if key in info}  # others may be large
-        return Transition(observation, float(reward), terminated, truncated, told)
+        stacked = {key: np.stack([one[key] for one in observations]) for key in observations[0]}
+        return Stretch(stacked, rewards, ended, told)
 
 
 class _Worker:
@@ -163,8 +172,10 @@ class EnvironmentPool:
         self._slots |= seeds.keys()
         return self._host.reset(seeds) if self._host else self._ask("reset", seeds)
 
-    def step(self, actions: Mapping[int, np.ndarray]) -> dict[int, Transition | Fault]:
-        """Take one step in each slot named; slots that were not named but fell with their worker are added."""
+    def step(self, actions: Mapping[int, np.ndarray]) -> dict[int, Stretch | Fault]:
+        """Take a sequence of actions (steps, A) in each slot named, until its episode ends; slots that were not named
+        but fell with their worker are added. Sequences cost less traffic than single steps, and none waits for the
+        slowest at every step."""
         return self._host.step(actions) if self._host else self._ask("step", actions)
 
     def close(self) -> None:

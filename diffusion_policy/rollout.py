@@ -1,7 +1,8 @@
 """Episodes of a controller in many environments at once: environment factory + controller + seeds → list of Episode.
 
-All slots step together, and a slot takes the next seed when its episode ends; so the course of an evaluation depends on
-seeds and slots alone, not on processes or timing. An episode whose environment fails is begun again, once.
+All slots plan together, then each takes the steps of its plan, and a slot whose episode has ended takes the next seed;
+so the course of an evaluation depends on seeds and slots alone, not on processes or timing. An episode whose
+environment fails is begun again, once.
 """
 
 import itertools
@@ -14,7 +15,7 @@ import numpy as np
 from diffusion_policy.controller import Controller, planning_generator
 from diffusion_policy.engines import HANG_AFTER
 from diffusion_policy.metrics import Episode, Lost, Plan
-from diffusion_policy.pool import EnvironmentPool, Fault, Transition
+from diffusion_policy.pool import EnvironmentPool, Fault, Stretch
 
 ModeOf = Callable[[Mapping[str, np.ndarray]], str | None]
 """An episode's observations {key: (steps + 1, ...)} → its mode."""
@@ -33,24 +34,24 @@ class _Recording:
 
     def __init__(self, seed: int, repeat: int, observation: dict[str, np.ndarray]) -> None:
         self.name = seed, repeat
-        self.observations = [observation]
+        self.observations = [{key: np.array([value]) for key, value in observation.items()}]  # stretches (n, ...)
         self.actions: list[np.ndarray] = []
         self.plans: list[Plan] = []
         self.success = False
         self.rewards = 0.0
         self.measures: Mapping[str, float] | None = None
 
-    def add(self, action: np.ndarray, transition: Transition) -> None:
-        self.actions.append(action)
-        self.observations.append(transition.observation)
-        if "is_success" not in transition.info:
+    def add(self, actions: np.ndarray, stretch: Stretch) -> None:
+        self.actions.extend(actions[: len(stretch.rewards)])
+        self.observations.append(stretch.observations)
+        if "is_success" not in stretch.info:
             raise RolloutError("the environment must give info['is_success'] at every step; its info has no such key")
-        self.success = bool(transition.info["is_success"])
-        self.rewards += transition.reward
-        self.measures = transition.info.get("measures")
+        self.success = bool(stretch.info["is_success"])
+        self.rewards = sum(stretch.rewards, self.rewards)
+        self.measures = stretch.info.get("measures")
 
     def finish(self, mode_of: ModeOf) -> Episode:
-        observations = {key: np.stack([step[key] for step in self.observations]) for key in self.observations[0]}
+        observations = {key: np.concatenate([some[key] for some in self.observations]) for key in self.observations[0]}
         measures = {"return": self.rewards} if self.measures is None else dict(self.measures)
         seed, repeat = self.name
         mode, actions = mode_of(observations), np.stack(self.actions)
@@ -87,7 +88,7 @@ def rollout(
         while course.running or course.waiting:
             course.begin_episodes(pool)
             if course.running:
-                course.take_step(pool)
+                course.take_steps(pool)
     return [course.finished[name] for name in names if name in course.finished]
 
 
@@ -114,33 +115,30 @@ class _Course:
         self._failures: Counter[tuple[int, int]] = Counter()
         self._lost = 0
         self._latest: dict[str, np.ndarray] = {}
-        self._step = 0
 
     def begin_episodes(self, pool: EnvironmentPool) -> None:
-        """Fill the free slots; only at planning time, so that all slots plan together, in few and full batches."""
-        if not self.waiting or (self.running and self._step % self._controller.action_horizon):
-            return
+        """Fill the free slots."""
         free = [slot for slot in range(self._slots) if slot not in self.running]
         begun = {slot: self.waiting.pop() for slot in free[: len(self.waiting)]}
         if not begun:
             return
-        self._step = 0
         generators = [planning_generator(seed, repeat) for seed, repeat in begun.values()]
         self._controller.reset(_mask(begun, self._slots), generators)
         for slot, answer in pool.reset({slot: seed for slot, (seed, _) in begun.items()}).items():
             if not isinstance(answer, Fault):
                 self.running[slot] = _Recording(*begun[slot], answer)
-                self._observe(slot, answer)
+                self._look(slot, answer)
             elif slot in begun:
                 self._try_again(begun[slot], answer)
             elif slot in self.running:  # its worker fell
                 self._try_again(self.running.pop(slot).name, answer)
 
-    def take_step(self, pool: EnvironmentPool) -> None:
-        """One control step of all slots that run an episode."""
-        actions = self._controller.act(self._latest, _mask(self.running, self._slots))
+    def take_steps(self, pool: EnvironmentPool) -> None:
+        """Plan in all slots that run an episode, and take the steps of those plans."""
+        actions = self._controller.act_until_next_plan(self._latest, _mask(self.running, self._slots))
         for slot, plan in self._controller.planned.items():
             self.running[slot].plans.append(Plan(len(self.running[slot].actions), plan))
+        going_on: dict[int, Stretch] = {}
         for slot, answer in sorted(pool.step({slot: actions[slot] for slot in self.running}).items()):
             if slot not in self.running:
                 continue  # its worker fell after its episode had ended
@@ -150,12 +148,13 @@ class _Course:
                 self._try_again(recording.name, answer)
                 continue
             recording.add(actions[slot], answer)
-            self._observe(slot, answer.observation)
-            if answer.terminated or answer.truncated:
-                del self.running[slot]
-                self.finished[recording.name] = recording.finish(self._mode_of)
-                self._on_episode(self.finished[recording.name])
-        self._step += 1
+            if not answer.ended:
+                going_on[slot] = answer
+                continue
+            del self.running[slot]
+            self.finished[recording.name] = recording.finish(self._mode_of)
+            self._on_episode(self.finished[recording.name])
+        self._look_on(going_on)
 
     def _try_again(self, name: tuple[int, int], fault: Fault) -> None:
         """Begin an episode again later, or count it as lost."""
@@ -170,7 +169,16 @@ class _Course:
         if self._lost >= HOPELESS and not self.finished:
             raise RolloutError(f"the first {self._lost} episodes failed {ATTEMPTS} times each: {fault.reason}")
 
-    def _observe(self, slot: int, observation: Mapping[str, np.ndarray]) -> None:
+    def _look_on(self, stretches: Mapping[int, Stretch]) -> None:
+        """Show the controller what these slots observed since it planned, but the last: that it is given to plan."""
+        mask = _mask(stretches, self._slots)
+        for step in range(self._controller.action_horizon):
+            if step:
+                self._controller.observe(self._latest, mask)
+            for slot, stretch in stretches.items():
+                self._look(slot, {key: rows[step] for key, rows in stretch.observations.items()})
+
+    def _look(self, slot: int, observation: Mapping[str, np.ndarray]) -> None:
         """Put one slot's observation into the arrays (slots, ...) that the controller reads."""
         for key, value in observation.items():
             rows = self._latest.setdefault(key, np.zeros((self._slots, *np.shape(value)), np.float32))

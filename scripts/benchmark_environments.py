@@ -11,7 +11,7 @@ import tyro
 
 from diffusion_policy import envs
 from diffusion_policy.envs.experts import EXPERTS
-from diffusion_policy.pool import EnvironmentPool
+from diffusion_policy.pool import EnvironmentPool, Stretch
 
 CASES = (
     ("diffusion_policy/Avoid-v0", {"rows": 1}),
@@ -34,8 +34,10 @@ class Args:
     """Numbers of processes for the episodes that run at once."""
     slots: int = 50
     """Episodes that run at once."""
-    rounds: int = 150
-    """Control steps of each of these episodes."""
+    rounds: int = 20
+    """Plans of each of these episodes."""
+    action_horizon: int = 8
+    """Control steps of each plan (Ta)."""
 
 
 def measure(env_id: str, arguments: dict[str, Any], steps: int) -> float:
@@ -59,20 +61,21 @@ def measure(env_id: str, arguments: dict[str, Any], steps: int) -> float:
     return done / spent
 
 
-def measure_pool(workers: int, slots: int, rounds: int) -> tuple[float, float]:
+def measure_pool(workers: int, slots: int, rounds: int, action_horizon: int) -> tuple[float, float]:
     """Control steps a second of all slots together, and the share of the time that went into traffic between
     processes."""
     rng = np.random.default_rng(0)
-    actions = rng.uniform(-0.02, 0.02, (rounds, slots, 2)).astype(np.float32)
+    actions = rng.uniform(-0.02, 0.02, (rounds, slots, action_horizon, 2)).astype(np.float32)
     with EnvironmentPool(partial(envs.make, BLOCK_PUSH), workers) as pool:
         pool.reset({slot: slot for slot in range(slots)})
         asked, worked = pool.seconds_asked, pool.seconds_worked
         started = time.perf_counter()
-        for row in actions:
-            pool.step(dict(enumerate(row)))
+        for sequences in actions:
+            answers = pool.step(dict(enumerate(sequences)))
+            assert all(isinstance(answer, Stretch) for answer in answers.values()), answers
         spent = time.perf_counter() - started
         asked, worked = pool.seconds_asked - asked, pool.seconds_worked - worked
-    return slots * rounds / spent, (asked - worked) / spent
+    return slots * rounds * action_horizon / spent, (asked - worked) / spent
 
 
 def show(name: str, rates: list[float], unit: str) -> float:
@@ -90,7 +93,7 @@ def main(args: Args) -> None:
         show(name, [measure(env_id, arguments, args.steps) for _ in range(args.repeats)], "control steps/s")
     medians = []
     for workers in args.workers:
-        figures = [measure_pool(workers, args.slots, args.rounds) for _ in range(args.repeats)]
+        figures = [measure_pool(workers, args.slots, args.rounds, args.action_horizon) for _ in range(args.repeats)]
         name = f"{args.slots} episodes of {BLOCK_PUSH} at once, {workers} processes"
         medians.append(show(name, [rate for rate, _ in figures], "control steps/s"))
         traffic = sorted(share for _, share in figures)

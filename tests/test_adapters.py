@@ -308,8 +308,8 @@ def test_it_runs_in_spawned_processes(my_task: str) -> None:
     for workers in (1, 2):
         with EnvironmentPool(task, workers) as pool:
             starts = pool.reset({0: 5, 1: 6})
-            transitions = pool.step({0: np.ones(1), 1: np.ones(1)})
-            traces.append([(starts[slot], transitions[slot]) for slot in (0, 1)])
+            stretches = pool.step({0: np.ones((1, 1)), 1: np.ones((1, 1))})
+            traces.append([(starts[slot], stretches[slot]) for slot in (0, 1)])
     assert str(traces[0]) == str(traces[1])
     assert "is_success" in traces[0][0][1].info
     assert pickle.loads(pickle.dumps(task)) == task  # noqa: S301

@@ -54,6 +54,35 @@ def test_the_history_holds_the_last_steps_and_repeats_the_first() -> None:
     assert [seen[0].tolist() for seen in policy.seen] == [[10, 10, 10], [10, 11, 12], [12, 13, 14]]
 
 
+@pytest.mark.parametrize("delay", [0, 2])
+def test_all_actions_up_to_the_next_plan_are_those_of_single_steps(delay: int) -> None:
+    planned, executed = [], []
+    for together in (False, True):
+        policy = ScriptedPolicy(3, 8, 4)
+        act = Controller(policy, 2, plan_batch=2, delay_steps=delay)  # pyright: ignore[reportArgumentType]
+        act.reset(np.ones(2, bool), [planning_generator(i) for i in range(2)])
+        observations = np.random.default_rng(0).normal(size=(12, 2, 1))
+        actions = []
+        for step, observation in enumerate(observations):
+            if not together:
+                actions.append(act.act({"x": observation}))
+            elif step % 4 == 0:
+                actions.extend(act.act_until_next_plan({"x": observation}, np.ones(2, bool)).swapaxes(0, 1))
+            else:
+                act.observe({"x": observation}, np.ones(2, bool))
+        executed.append(np.stack(actions))
+        planned.append(torch.stack(policy.seen))
+    np.testing.assert_array_equal(*executed)
+    assert torch.equal(*planned)
+
+
+def test_in_the_middle_of_a_plan_the_rest_is_not_handed_out_at_once() -> None:
+    act = controller(ScriptedPolicy(2, 8, 4))
+    act.act({"x": np.zeros((1, 1))})
+    with pytest.raises(RuntimeError, match="act step by step until the next one"):
+        act.act_until_next_plan({"x": np.zeros((1, 1))}, np.ones(1, bool))
+
+
 def test_environments_plan_at_their_own_time_and_reset_forgets() -> None:
     policy = ScriptedPolicy(2, 8, 4)
     act = controller(policy, environments=3)

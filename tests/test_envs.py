@@ -62,13 +62,10 @@ def test_another_process_gives_the_same_episode(env_id: str) -> None:
     results = []
     for workers in (1, 2):
         with EnvironmentPool(make_env, workers) as pool:
-            observations = [pool.reset({0: 5, 1: 6})]
-            for action in actions:
-                transitions = pool.step({0: action, 1: action})
-                observations.append({slot: transition.observation for slot, transition in transitions.items()})
-        results.append(
-            [np.concatenate([o[slot][key].ravel() for slot in (0, 1) for key in o[slot]]) for o in observations]
-        )
+            starts = pool.reset({0: 5, 1: 6})
+            stretches = pool.step({0: actions, 1: actions})
+        answers = [answer for slot in (0, 1) for answer in (starts[slot], stretches[slot].observations)]
+        results.append(np.concatenate([rows.ravel() for answer in answers for rows in answer.values()]))
     np.testing.assert_array_equal(*results)
 
 

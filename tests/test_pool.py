@@ -9,13 +9,14 @@ import gymnasium
 import numpy as np
 import pytest
 
-from diffusion_policy.pool import EnvironmentPool, Fault
+from diffusion_policy.pool import EnvironmentPool, Fault, Stretch
 
-NOTHING = np.zeros(1, np.float32)
+NOTHING = np.zeros((1, 1), np.float32)
+"""One action."""
 
 
 class Counter(gymnasium.Env):
-    """Counts from its seed; raises at 13, dies at 66, hangs at 99."""
+    """Counts from its seed; raises at 13, dies at 66, hangs at 99; its episodes end at 50."""
 
     observation_space = gymnasium.spaces.Dict({"count": gymnasium.spaces.Box(0, 1000, (1,))})
     action_space = gymnasium.spaces.Box(-1, 1, (1,))
@@ -32,14 +33,20 @@ class Counter(gymnasium.Env):
             os._exit(3)
         if self.count == 99:
             time.sleep(60)
-        return {"count": np.array([self.count], np.float32)}, 0.0, False, False, {"is_success": False}
+        return (
+            {"count": np.array([self.count], np.float32)},
+            1.0,
+            self.count == 50,
+            False,
+            {"is_success": False, "count": self.count},
+        )
 
 
 def counts(pool: EnvironmentPool, slots: list[int]) -> dict[int, int | str]:
     """One step of some slots: what each counts, or why it cannot."""
     answers = pool.step(dict.fromkeys(slots, NOTHING))
     return {
-        slot: answer.reason if isinstance(answer, Fault) else int(answer.observation["count"][0])
+        slot: answer.reason if isinstance(answer, Fault) else int(answer.observations["count"][-1, 0])
         for slot, answer in sorted(answers.items())
     }
 
@@ -51,6 +58,20 @@ def test_each_slot_keeps_its_environment(workers: int) -> None:
         assert {slot: int(observation["count"][0]) for slot, observation in first.items()} == {0: 20, 1: 30, 4: 40}
         counts(pool, [0, 4])
         assert counts(pool, [0, 4]) == {0: 22, 4: 42}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_sequence_of_actions_is_taken_until_the_episode_ends(workers: int) -> None:
+    with EnvironmentPool(Counter, workers) as pool:
+        pool.reset({0: 20, 1: 47})
+        goes_on, ends = (answer for _, answer in sorted(pool.step(dict.fromkeys([0, 1], np.zeros((5, 1)))).items()))
+        assert isinstance(goes_on, Stretch)
+        assert isinstance(ends, Stretch)
+        assert goes_on.observations["count"].tolist() == [[21], [22], [23], [24], [25]]
+        assert ends.observations["count"].tolist() == [[48], [49], [50]]
+        assert (goes_on.ended, ends.ended) == (False, True)
+        assert (len(goes_on.rewards), len(ends.rewards)) == (5, 3)
+        assert ends.info == {"is_success": False}  # what else an environment tells stays where it is
 
 
 @pytest.mark.parametrize("workers", [1, 2])
