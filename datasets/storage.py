@@ -100,8 +100,12 @@ def _open_zip(location: str) -> tuple[Store, str]:
     return ZipStore(path, mode="r"), root
 
 
-def lock(path: Path) -> Callable[[], object]:
-    """Keep other writers away from a folder until this is called or the process ends; raises StoreError."""
+Unlock = Callable[[], object]
+
+
+def lock(path: Path, otherwise: str = "collect into another store and join them with: dataset merge") -> Unlock:
+    """Keep other writers away from a folder until what is returned is called or the process ends; raises StoreError,
+    with advice on what to do `otherwise` than to wait."""
     if fcntl is None:
         return lambda: None
     descriptor = os.open(path, os.O_RDONLY)
@@ -111,10 +115,7 @@ def lock(path: Path) -> Callable[[], object]:
         os.close(descriptor)
         if not isinstance(error, BlockingIOError):
             raise StoreError(f"{path} cannot be locked, so it cannot be written: {error}") from error
-        raise StoreError(
-            f"{path} is being written by another process; wait for it, or collect into another store and join them "
-            "with: dataset merge"
-        ) from None
+        raise StoreError(f"{path} is being written by another process; wait for it, or {otherwise}") from None
     return partial(os.close, descriptor)
 
 

@@ -20,8 +20,23 @@ POOL_BYTES = 2**26
 """Memory of the rows that a stream shuffles at a time; the next ones are read meanwhile into as much again."""
 POOL_BLOCKS = 8
 """From so many places of the store at once, so that a batch is mixed."""
-INDEX_BYTES = 32
+INDEX_BYTES = 40
 """What a window costs beside its rows."""
+
+
+class Share(NamedTuple):
+    """One of the equal parts into which processes divide every batch."""
+
+    which: int
+    """From 0."""
+    parts: int
+
+    def of(self, batch_size: int) -> tuple[int, int]:
+        """Its first row and the one behind its last."""
+        return batch_size * self.which // self.parts, batch_size * (self.which + 1) // self.parts
+
+
+WHOLE = Share(0, 1)
 
 
 class Batch(NamedTuple):
@@ -33,6 +48,8 @@ class Batch(NamedTuple):
     """(B, T, A), from the first observed step on."""
     modes: Tensor | None = None
     """Index of the episode's mode, (B,) int64, -1 where it has none; None when the windows know no modes."""
+    rows: np.ndarray | None = None
+    """Row of the store that is *now* in each window, (B,) int64; of the data, where they come from no store."""
 
 
 class Windows:
@@ -50,9 +67,11 @@ class Windows:
         prediction_horizon: int,
         device: torch.device | str = "cpu",
         modes: np.ndarray | None = None,
+        rows: np.ndarray | None = None,
     ) -> None:
         """`data`: `action` and each observation key, (steps, ...); `episodes`: indices of the episodes to use; `modes`:
-        index of each episode's mode, (all episodes,), −1 where it has none."""
+        index of each episode's mode, (all episodes,), −1 where it has none; `rows`: where in the store each row of the
+        data comes from, (steps,)."""
         episodes = np.asarray(episodes)
         starts = np.concatenate([[0], episode_ends[:-1]])
         lengths = (episode_ends - starts)[episodes]
@@ -61,6 +80,7 @@ class Windows:
         self._first = np.repeat(starts[episodes], lengths)  # (windows,) first row of its episode
         self._last = np.repeat(episode_ends[episodes] - 1, lengths)  # (windows,) last row of its episode
         self._modes = None if modes is None else np.repeat(modes[episodes].astype(np.int64), lengths)
+        self._rows = self._now if rows is None else rows[self._now]
         self._horizons = observation_horizon, prediction_horizon
         self._steps = np.arange(max(self._horizons)) + 1 - observation_horizon  # from now
         self._device = torch.device(device)
@@ -83,17 +103,19 @@ class Windows:
         observed, predicted = (rows[:, :horizon] for horizon in self._horizons)
         observations = {key: _take(array, observed) for key, array in self._data.items() if key != "action"}
         modes = None if self._modes is None else torch.from_numpy(self._modes[indices]).to(self._device)
-        return Batch(observations, _take(self._data["action"], predicted), modes)
+        return Batch(observations, _take(self._data["action"], predicted), modes, self._rows[indices])
 
-    def batches(self, batch_size: int, seed: int, first_step: int = 0) -> Iterator[Batch]:
+    def batches(self, batch_size: int, seed: int, first_step: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
         """Batches for ever, from the one of step `first_step` on: each pass over the windows in a new order that the
-        seed fixes; an incomplete last batch is left out, unless there are fewer windows than `batch_size`."""
+        seed fixes; an incomplete last batch is left out, unless there are fewer windows than `batch_size`. Of each
+        batch, the rows of this `share`."""
         batch_size = min(batch_size, len(self))
+        first, stop = share.of(batch_size)
         number, done = divmod(first_step, len(self) // batch_size)
         while True:
             order = np.random.default_rng([seed, number]).permutation(len(self))
             for start in range(done * batch_size, len(self) - batch_size + 1, batch_size):
-                yield self.gather(order[start : start + batch_size])
+                yield self.gather(order[start + first : start + stop])
             number, done = number + 1, 0
 
 
@@ -132,16 +154,18 @@ class StreamedWindows:
     def __len__(self) -> int:
         return int(self._windows_in_block.sum())
 
-    def batches(self, batch_size: int, seed: int, first_step: int = 0) -> Iterator[Batch]:
-        """As `Windows.batches`; only the rows of the pool and of the next one are in memory."""
+    def batches(self, batch_size: int, seed: int, first_step: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
+        """As `Windows.batches`; only the rows of the pool and of the next one are in memory. Blocks are read whole,
+        whatever the share."""
         batch_size = min(batch_size, len(self))
         number, done = divmod(first_step, len(self) // batch_size)
         while True:
-            yield from self._one_pass(batch_size, seed, number, done * batch_size)
+            yield from self._one_pass(batch_size, seed, number, done * batch_size, share)
             number, done = number + 1, 0
 
-    def _one_pass(self, batch_size: int, seed: int, number: int, skipped: int) -> Iterator[Batch]:
+    def _one_pass(self, batch_size: int, seed: int, number: int, skipped: int, share: Share) -> Iterator[Batch]:
         """The batches of one pass over the windows, after the first `skipped` windows."""
+        first_row, stop_row = share.of(batch_size)
         blocks = np.flatnonzero(self._windows_in_block)
         order = np.random.default_rng([seed, number]).permutation(blocks)
         pools = [order[i : i + self._blocks_together] for i in range(0, len(order), self._blocks_together)]
@@ -156,8 +180,11 @@ class StreamedWindows:
                 skipped = 0
                 while len(shuffled):
                     taken, shuffled = np.split(shuffled, [missing])
-                    parts.append(windows.gather(taken))
+                    there = batch_size - missing  # rows of the batch before these
                     missing -= len(taken)
+                    mine = taken[max(first_row - there, 0) : max(stop_row - there, 0)]
+                    if len(mine):
+                        parts.append(windows.gather(mine))
                     if missing == 0:
                         yield _join(parts)
                         parts, missing = [], batch_size
@@ -185,7 +212,8 @@ class StreamedWindows:
             for start, stop in inner
         ]
         offsets = np.cumsum([0, *(stop - start for start, stop in outer)])
-        data = {name: np.empty((offsets[-1], *self._store.shape(key)), np.float32) for key, name in self._keys.items()}
+        rows = np.concatenate([np.arange(first, last) for first, last in outer])
+        data = {name: np.empty((len(rows), *self._store.shape(key)), np.float32) for key, name in self._keys.items()}
         ends, episodes, indices = [], [], []
         for (start, stop), (first, last), offset in zip(inner, outer, offsets[:-1], strict=True):
             for key, name in self._keys.items():
@@ -197,7 +225,7 @@ class StreamedWindows:
             indices.append(np.flatnonzero(self._usable(start, stop)) + start - first + offset)
         modes = None if self._modes is None else self._modes[np.concatenate(episodes)]
         joined = np.concatenate(ends)
-        windows = Windows(data, joined, np.arange(len(joined)), *self._horizons, self._device, modes)
+        windows = Windows(data, joined, np.arange(len(joined)), *self._horizons, self._device, modes, rows)
         return windows, np.concatenate(indices)
 
     def _usable(self, start: int, stop: int) -> np.ndarray:
@@ -236,7 +264,9 @@ def hold_windows(
     episodes = np.sort(np.asarray(episodes))
     data, ends = read_episodes(store, keys, episodes)
     modes = None if modes is None else modes[episodes]
-    return Windows(data, ends, np.arange(len(ends)), observation_horizon, prediction_horizon, device, modes)
+    starts, stops = np.concatenate([[0], store.episode_ends[:-1]])[episodes], store.episode_ends[episodes]
+    rows = np.concatenate([np.arange(start, stop) for start, stop in zip(starts, stops, strict=True)])
+    return Windows(data, ends, np.arange(len(ends)), observation_horizon, prediction_horizon, device, modes, rows)
 
 
 def memory_needed(store: EpisodeStore, keys: Iterable[str], episodes: Sequence[int] | np.ndarray) -> int:
@@ -287,7 +317,8 @@ def _join(parts: Sequence[Batch]) -> Batch:
         return parts[0]
     observations = {key: torch.cat([part.observations[key] for part in parts]) for key in parts[0].observations}
     modes = None if parts[0].modes is None else torch.cat([part.modes for part in parts if part.modes is not None])
-    return Batch(observations, torch.cat([part.actions for part in parts]), modes)
+    rows = np.concatenate([part.rows for part in parts if part.rows is not None])
+    return Batch(observations, torch.cat([part.actions for part in parts]), modes, rows)
 
 
 def split_episodes(

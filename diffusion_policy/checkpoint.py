@@ -3,71 +3,58 @@
     step-003000/model.safetensors     weights to act with, normalizer included
     step-003000/training.safetensors  what training needs beside them: raw weights and the optimizer's state
     step-003000/config.json           everything else, with the SHA-256 and size of both files
+    best                              link to the best of them, where one was asked for
 
-A checkpoint is written under a temporary name, synced, and renamed, so it is whole or absent.
+A checkpoint is written under a temporary name, synced, and renamed, so it is whole or absent. A stranger's is refused
+before it can take more memory than its own files have.
 """
 
+import contextlib
 import dataclasses
-import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from diffusion_policy import __version__
-from diffusion_policy.config import PolicyConfig, TrainConfig, from_dict
-from diffusion_policy.policy import DiffusionPolicy, Shapes
+from diffusion_policy.checkpoint_contents import (
+    FORMAT,
+    FORMAT_VERSION,
+    MODEL,
+    RENAMES,
+    TRAINING,
+    Contents,
+    Dataset,
+    Environment,
+    read_contents,
+)
+from diffusion_policy.checkpoint_files import (
+    CheckpointError,
+    Spec,
+    describe,
+    open_regular,
+    read_header,
+    read_tensors,
+    sync,
+)
+from diffusion_policy.config import TrainConfig
+from diffusion_policy.policy import DiffusionPolicy
 
-FORMAT = "diffusion-policy checkpoint"
-FORMAT_VERSION = 1
-MODEL = "model.safetensors"
-TRAINING = "training.safetensors"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be loaded; the message says why."""
-
-
-@dataclass(frozen=True)
-class Environment:
-    """What a policy was trained for."""
-
-    id: str | None
-    """Gymnasium id; None when the data set does not say."""
-    arguments: dict[str, Any]
-    modes: tuple[str, ...]
-    """All labels that the environment knows."""
-    signals: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """How success and mode are read where the environment does not say: see `config.Signals`."""
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """What a policy was trained on."""
-
-    location: str
-    """Absolute path or URL."""
-    fingerprint: str
-    """SHA-256 of the rows."""
-    episodes: int
-    steps: int
-    modes: dict[str, int]
-    """Episodes of each mode; `none` for those without."""
-    seeds: tuple[int, int] | None
-    """First and last seed of the episodes."""
-    action_key: str = "action"
-    """Key of the actions in the store."""
-    statistics: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Of the training episodes, by key: rows, minimum, maximum, mean, std, low and high (quantiles 0.01, 0.99)."""
+WRITING = ".writing-"
+DELETING = ".deleting-"
+MAX_WEIGHTS = 2**28
+"""Of a policy that is loaded."""
 
 
 @dataclass(frozen=True)
@@ -79,144 +66,224 @@ class Checkpoint:
     environment: Environment
     dataset: Dataset
     step: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What was measured at this step, such as validation_loss; what is not finite is not kept."""
 
 
-def save(run: Path, checkpoint: Checkpoint, training_state: Mapping[str, Tensor]) -> Path:
-    """Write `run`/step-XXXXXX and delete the older checkpoints of this run; returns the new folder. A step that has
-    its checkpoint keeps it."""
+def save(
+    run: Path, checkpoint: Checkpoint, training_state: Mapping[str, Tensor], keep: int = 1, best: str | None = None
+) -> Path:
+    """Write `run`/step-XXXXXX; returns it. Then delete the older checkpoints of this run but the last `keep`, and but
+    the best one by the metric `best`, to which the link `run`/best leads then.
+
+    A step that has its checkpoint keeps it, unless it is damaged. Raises CheckpointError when it cannot be written, as
+    on a full disk; what was there before is still there then.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1; got {keep}")
     folder = run / f"step-{checkpoint.step:06d}"
-    if folder.exists():
-        return folder
-    temporary = run / f".writing-{folder.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model = {name: tensor.contiguous() for name, tensor in checkpoint.policy.state_dict().items()}
-    save_file(model, temporary / MODEL)
-    save_file(dict(training_state), temporary / TRAINING)
-    config = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "package_version": __version__,
-        "step": checkpoint.step,
-        "policy": dataclasses.asdict(checkpoint.policy.config),
-        "training": dataclasses.asdict(checkpoint.training),
-        "observation": list(checkpoint.policy.shapes.observations),
-        "action": checkpoint.dataset.action_key,
-        "angles": [f"{key}:{','.join(map(str, columns))}" for key, columns in _angles_in_store(checkpoint).items()],
-        "shapes": checkpoint.policy.shapes._asdict(),
-        "environment": dataclasses.asdict(checkpoint.environment),
-        "dataset": dataclasses.asdict(checkpoint.dataset),
-        "files": {name: _describe(temporary / name) for name in (MODEL, TRAINING)},
-    }
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for path in (*temporary.iterdir(), temporary):
-        _sync(path)
-    temporary.rename(folder)
-    _sync(run)
-    for older in _steps(run):
-        if older != folder:
-            shutil.rmtree(older)
+    temporary = run / f"{WRITING}{folder.name}"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        _clear(run)
+        if not _is_whole(folder):
+            _write(temporary, checkpoint, training_state)
+            _set_aside(folder)
+            temporary.rename(folder)
+            sync(run)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write the checkpoint {folder}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    kept = {folder, *steps_of(run)[-keep:]}
+    winner = _find_best(run, best) if best else None
+    if winner:
+        kept.add(winner)
+        _link(run / "best", winner)
+    for older in steps_of(run):
+        if older not in kept and _number(older) < checkpoint.step:
+            with contextlib.suppress(OSError):  # the next one tries again
+                _set_aside(older)
+    _clear(run)
     return folder
 
 
-def _angles_in_store(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Columns of angles by the keys of the store, as `train --angles` takes them."""
-    angles = checkpoint.policy.shapes.angles
-    return {checkpoint.dataset.action_key if key == "action" else key: columns for key, columns in angles.items()}
+def _write(folder: Path, checkpoint: Checkpoint, training_state: Mapping[str, Tensor]) -> None:
+    """Write all files of a checkpoint and have them reach the disk; raises CheckpointError for what could not be read
+    again."""
+    folder.mkdir()
+    policy, dataset = checkpoint.policy, checkpoint.dataset
+    keys = {"action": dataset.action_key}
+    tensors = {
+        MODEL: {name: tensor.contiguous() for name, tensor in policy.state_dict().items()},
+        TRAINING: dict(training_state),
+    }
+    for name, content in tensors.items():
+        save_file(content, folder / name)
+    contents = Contents(
+        format=FORMAT,
+        format_version=FORMAT_VERSION,
+        package_version=__version__,
+        step=checkpoint.step,
+        metrics={name: value for name, value in checkpoint.metrics.items() if math.isfinite(value)},
+        policy=policy.config,
+        training=checkpoint.training,
+        observation=tuple(policy.shapes.observations),
+        action=dataset.action_key,
+        angles=tuple(f"{keys.get(key, key)}:{','.join(map(str, c))}" for key, c in policy.shapes.angles.items()),
+        shapes=policy.shapes,
+        environment=checkpoint.environment,
+        dataset=dataset,
+        files={name: describe(folder / name) for name in tensors},
+    )
+    config = dataclasses.asdict(contents) | {"shapes": policy.shapes._asdict()}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    read_contents(folder)
+    for name in tensors:
+        shutil.copymode(folder / "config.json", folder / name)  # safetensors lets nobody else read
+        with open_regular(folder / name) as file:
+            read_header(file, folder / name)
+    for path in (*folder.iterdir(), folder):
+        sync(path)
+
+
+def _clear(run: Path) -> None:
+    """Delete what is to be deleted, and what a killed process left."""
+    for path in (*run.glob(f"{WRITING}*"), *run.glob(f"{DELETING}*")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename a checkpoint for `_clear`, so that none is ever half deleted."""
+    if os.path.lexists(folder):
+        folder.rename(folder.with_name(f"{DELETING}{folder.name}"))
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        contents = read_contents(folder)
+        return all(describe(folder / name) == recorded for name, recorded in contents.files.items())
+    except CheckpointError:
+        return False
+
+
+def _find_best(run: Path, metric: str) -> Path | None:
+    """The best checkpoint, the newest of several; None where none has this metric."""
+    values = {}
+    for folder in steps_of(run):
+        with contextlib.suppress(CheckpointError):
+            values[folder] = read_contents(folder).metrics.get(metric, math.nan)
+    sign = -1 if metric.endswith(("loss", "error")) or metric.startswith("action_error") else 1
+    measured = [folder for folder, value in values.items() if not math.isnan(value)]
+    return max(measured, key=lambda folder: (sign * values[folder], _number(folder)), default=None)
+
+
+def _link(link: Path, folder: Path) -> None:
+    """Have a link lead to a folder beside it; where there are no links, there is none."""
+    temporary = link.with_name(f"{DELETING}{link.name}")
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(folder.name)
+        temporary.replace(link)
 
 
 def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
     """Load a checkpoint folder, or the newest one of a run's folder.
 
-    Raises CheckpointError when there is none, when it is damaged or of a newer format, when the normalizer is missing,
-    or when names and shapes of weights are not those of its configuration.
+    Raises CheckpointError when there is none, when it is damaged or of a newer format, when it asks for more than
+    anyone trains, when the normalizer is missing or could divide by zero, when weights are not finite, or when their
+    names, shapes and dtypes are not those of its configuration.
     """
     folder = find(Path(path))
-    config = read_config(folder)
+    contents = read_contents(folder)
     try:
-        shapes = Shapes(
-            {key: tuple(shape) for key, shape in config["shapes"]["observations"].items()},
-            tuple(config["shapes"]["action"]),
-            {key: tuple(columns) for key, columns in config["shapes"].get("angles", {}).items()},
-        )
-        environment = Environment(**{**config["environment"], "modes": tuple(config["environment"]["modes"])})
-        seeds = config["dataset"]["seeds"]
-        dataset = Dataset(**{**config["dataset"], "seeds": tuple(seeds) if seeds else None})
-        training, step = from_dict(TrainConfig, config["training"]), config["step"]
-        policy = DiffusionPolicy(from_dict(PolicyConfig, config["policy"]), shapes, environment.modes)
-        recorded = config["files"][MODEL]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}/config.json is incomplete: {error}") from error
-    weights = _load_weights(folder / MODEL, recorded)
-    _check_weights(folder, policy.state_dict(), weights)
-    policy.load_state_dict(weights)
+        with _WithoutMemory():
+            policy = DiffusionPolicy(contents.policy, contents.shapes, contents.environment.modes)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}/config.json describes no policy: {error}") from error
+    expected = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in policy.state_dict().items()}
+    weights = _read_tensors(folder, MODEL, contents, lambda found: _check_specs(folder, expected, found))
+    _check_numbers(folder, weights)
+    policy.load_state_dict(weights, assign=True)
     policy.to(device).eval()
-    return Checkpoint(policy, training, environment, dataset, step)
+    return Checkpoint(
+        policy, contents.training, contents.environment, contents.dataset, contents.step, contents.metrics
+    )
+
+
+def load_training(folder: Path) -> dict[str, Tensor]:
+    """What `save` was given as training state, on the CPU; raises CheckpointError where it is damaged."""
+    return _read_tensors(folder, TRAINING, read_contents(folder), lambda _: None)
 
 
 def find(path: Path) -> Path:
     """The checkpoint folder that a path means: itself, or the newest one inside; raises CheckpointError."""
-    if (path / "config.json").is_file():
+    if os.path.lexists(path / "config.json"):
         return path
-    steps = _steps(path)
+    steps = steps_of(path)
     if not steps:
         raise CheckpointError(f"no checkpoint at {path}: neither config.json nor a folder step-... is there")
     return steps[-1]
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The JSON of a checkpoint folder; raises CheckpointError when it is not ours or of a newer format."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {folder}/config.json: {error}") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise CheckpointError(f"{folder}/config.json is not the configuration of a checkpoint")
-    version = config.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise CheckpointError(f"{folder} has format version {version}; this package reads up to {FORMAT_VERSION}")
-    return config
+def steps_of(run: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    folders = [path for path in run.glob("step-*") if re.fullmatch(r"step-\d{1,18}", path.name, re.ASCII)]
+    return sorted((path for path in folders if os.path.lexists(path / "config.json")), key=_number)
 
 
-def _load_weights(path: Path, recorded: Mapping[str, Any]) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
-    if _describe(path) != recorded:
-        raise CheckpointError(f"{path} is damaged: its size or SHA-256 is not what config.json says")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is no safetensors file: {error}") from error
+def _number(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
-def _check_weights(folder: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+class _WithoutMemory(TorchFunctionMode):
+    """Within it weights have a shape but take no memory; tables, such as a schedule's, are made as ever."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})
+
+
+def _read_tensors(
+    folder: Path, name: str, contents: Contents, check: Callable[[dict[str, Spec]], None]
+) -> dict[str, Tensor]:
+    """Tensors of a checkpoint under the names of today's format."""
+
+    def today(name: str) -> str:
+        for version in range(contents.format_version, FORMAT_VERSION):
+            name = RENAMES.get(version, str)(name)
+        return name
+
+    def check_renamed(found: dict[str, Spec]) -> None:
+        check({today(name): spec for name, spec in found.items()})
+
+    tensors = read_tensors(folder / name, contents.files[name], check_renamed)
+    return {today(name): tensor for name, tensor in tensors.items()}
+
+
+def _check_specs(folder: Path, expected: Mapping[str, Spec], found: Mapping[str, Spec]) -> None:
+    """Raise CheckpointError unless the tensors of a file are those that its configuration needs."""
+    weights = sum(math.prod(spec.shape) for spec in expected.values())
+    if weights > MAX_WEIGHTS:
+        raise CheckpointError(f"{folder} would have {weights} weights; at most {MAX_WEIGHTS} are loaded")
     missing = sorted(expected.keys() - found.keys())
+    unknown = sorted(found.keys() - expected.keys())
     if any(name.startswith("normalizer.") for name in missing):
         raise CheckpointError(f"{folder} has no normalizer ({missing[0]} is missing): its actions would be meaningless")
-    if missing or found.keys() - expected.keys():
-        unknown = sorted(found.keys() - expected.keys())
+    if missing or unknown:
         raise CheckpointError(f"{folder} does not fit its configuration: missing {missing[:3]}, unknown {unknown[:3]}")
-    for name, tensor in expected.items():
-        if tensor.shape != found[name].shape:
+    for name, spec in expected.items():
+        if spec.shape != found[name].shape:
             raise CheckpointError(
-                f"{folder}: {name} has shape {tuple(found[name].shape)}; its configuration needs {tuple(tensor.shape)}"
+                f"{folder}: {name} has shape {found[name].shape}; its configuration needs {spec.shape}"
             )
+        if spec.dtype != found[name].dtype:
+            raise CheckpointError(f"{folder}: {name} is {found[name].dtype}; its configuration needs {spec.dtype}")
 
 
-def _steps(run: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first."""
-    folders = [path for path in run.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _check_numbers(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError for weights that are not finite, and for scales by which nothing can be divided."""
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{folder}: {name} holds NaN or infinity")
+        if name.startswith("normalizer.") and name.endswith("_scale") and not (tensor > 0).all():
+            raise CheckpointError(f"{folder}: {name} must be above 0; got {tensor.min().item():g}")

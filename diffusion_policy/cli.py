@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import json
 import re
 import sys
 import traceback
@@ -22,10 +21,12 @@ from diffusion_policy.commands.demo import Demo
 from diffusion_policy.commands.doctor import Doctor
 from diffusion_policy.commands.evaluate import Evaluate
 from diffusion_policy.commands.rollout import Rollout
+from diffusion_policy.commands.runs import read_options, to_fields
 from diffusion_policy.commands.study import Study
+from diffusion_policy.commands.sweep import Sweep
 from diffusion_policy.commands.toy import Toy
 from diffusion_policy.commands.train import Train
-from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, from_dict
+from diffusion_policy.config import ConfigError
 
 DESCRIPTION = """Learn multimodal robot behaviour from demonstrations, and measure success per mode.
 
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-Command = Collect | Train | Dataset | Evaluate | Compare | Rollout | Study | Doctor | Toy | Demo
+Command = Collect | Train | Sweep | Dataset | Evaluate | Compare | Rollout | Study | Doctor | Toy | Demo
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -69,6 +70,7 @@ def parse(arguments: Sequence[str]) -> Command:
     commands: Any = (
         Annotated[Collect, tyro.conf.subcommand("collect")]
         | Annotated[Train, tyro.conf.subcommand("train", default=_train_defaults(arguments))]
+        | Annotated[Sweep, tyro.conf.subcommand("sweep", default=_sweep_defaults(arguments))]
         | Annotated[Dataset, tyro.conf.subcommand("dataset")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Compare, tyro.conf.subcommand("compare")]
@@ -96,32 +98,31 @@ def _one_line(box: str) -> str:
 
 
 def _train_defaults(arguments: Sequence[str]) -> Train:
-    """Options of `train --config FILE`, so that the other flags override them; plain defaults without it."""
+    """Options of `train --resume RUN` or `train --config FILE`, so that the other flags override them; plain defaults
+    without."""
     defaults = Train(dataset=tyro.MISSING, output=tyro.MISSING)
+    if not arguments or arguments[0] != "train":
+        return defaults
     flags = [argument.partition("=") for argument in arguments]
-    for i, (flag, equals, value) in enumerate(flags):
-        if arguments[0] == "train" and flag == "--config" and (equals or i + 1 < len(arguments)):
-            return _read_options(Path(value if equals else arguments[i + 1]), defaults)
+    values = {
+        flag: Path(value if equals else arguments[i + 1])
+        for i, (flag, equals, value) in enumerate(flags)
+        if equals or i + 1 < len(arguments)
+    }
+    if "--resume" in values:
+        return Train.to_resume(values["--resume"])
+    if "--config" in values:
+        path = values["--config"]
+        return dataclasses.replace(defaults, config=path, **to_fields(read_options(path)))
     return defaults
 
 
-def _read_options(path: Path, defaults: Train) -> Train:
-    """What the JSON of a checkpoint says of training; raises ConfigError when it says nothing."""
-    try:
-        options = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"--config {path} is not JSON: {error}") from error
-    if not isinstance(options, dict) or not options.keys() & {"policy", "training"}:
-        raise ConfigError(f"--config {path} must be a JSON object with `policy` or `training`")
-    return dataclasses.replace(
-        defaults,
-        config=path,
-        observation=tuple(map(str, options.get("observation", ()))),
-        action=options.get("action"),
-        angles=tuple(map(str, options.get("angles", ()))),
-        policy=from_dict(PolicyConfig, options.get("policy", {})),
-        training=from_dict(TrainConfig, options.get("training", {})),
-    )
+def _sweep_defaults(arguments: Sequence[str]) -> Sweep:
+    """Options of `sweep --config FILE`, as for train."""
+    others = [argument for argument in arguments[1:] if argument != "--resume"]  # which is train's too
+    base = _train_defaults(["train" if "sweep" in arguments[:1] else "", *others])
+    names = ("config", "observation", "action", "angles", "policy", "training")
+    return Sweep(dataset=tyro.MISSING, output=tyro.MISSING, **{name: getattr(base, name) for name in names})
 
 
 if __name__ == "__main__":

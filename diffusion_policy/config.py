@@ -15,6 +15,8 @@ SamplerName = Literal[
 ]
 SpacingName = Literal["trailing", "leading", "even", "log-snr"]
 NormalizationName = Literal["limits", "moments", "quantiles"]
+PrecisionName = Literal["fp32", "bf16", "fp16"]
+MetricName = Literal["validation_loss", "action_error", "action_error_best", "success_rate"]
 ClipName = Literal["static", "dynamic", "none"]
 GuidanceScheduleName = Literal["constant", "falling", "rising", "middle"]
 
@@ -140,12 +142,41 @@ class TrainConfig:
     """Steps between two validations."""
     checkpoint_every: int = 1000
     """Steps between two checkpoints."""
+    keep: int = 1
+    """Checkpoints that stay: the newest so many, ..."""
+    keep_best: MetricName | None = None
+    """... and the best by this metric; a link `best` in the run's folder leads to it."""
+    rollout_every: int = 0
+    """Steps between two rollouts of the averaged weights in the environment; 0 for none."""
+    rollout_episodes: int = 20
+    """Episodes of each, always the same seeds, apart from those of demonstrations and evaluations."""
+    precision: PrecisionName = "fp32"
+    """What the network computes in; its weights stay fp32."""
+    accumulation: int = 1
+    """Parts of a batch that are computed one after the other, which takes less memory and gives the same result but for
+    rounding."""
+    compile: bool = False
+    """Have the network compiled by torch.compile: a minute at the start, then faster on a GPU."""
     seed: int = 0
     """Seed of the weights, the split, the order and the noise."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, ("steps", "batch_size", "validate_every", "checkpoint_every"))
-        require_at_least(self, 0, ("weight_decay", "warmup_steps"))
+        require_at_least(self, 1, ("steps", "batch_size", "validate_every", "checkpoint_every", "keep", "accumulation"))
+        require_at_least(self, 0, ("weight_decay", "warmup_steps", "rollout_every"))
+        require_at_least(self, 1, ("rollout_episodes",))
+        check_choice("precision", self.precision, get_args(PrecisionName))
+        if self.keep_best is not None:
+            check_choice("keep-best", self.keep_best, get_args(MetricName))
+            measured, every = ("rollout-every", self.rollout_every), self.checkpoint_every
+            if self.keep_best != "success_rate":
+                measured = "validate-every", self.validate_every
+            if measured[1] == 0 or every % measured[1]:
+                raise ConfigError(
+                    f"keep-best {self.keep_best} is measured by {measured[0]}, which must divide checkpoint-every "
+                    f"{every}; got {measured[1]}"
+                )
+            if self.keep_best != "success_rate" and self.validation_share == 0:
+                raise ConfigError(f"keep-best {self.keep_best} needs held-out episodes; got validation-share 0")
         require_seed(self)
         for name in ("learning_rate", "gradient_clip", "average_power"):
             _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))

@@ -4,6 +4,7 @@ Knows tensors of any shape (B, ...) and a network (xt, level (B,), cond (B, C)) 
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,19 @@ from diffusion_policy.variance import LearnedVariance
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(xt (B, ..., A), level (B,), cond (B, C)) → output like xt, or (B, ..., 2 A) where a variance is learned."""
+
+
+class Part(NamedTuple):
+    """Where some rows stand in a batch that is computed in parts, on several processes or one after the other. Random
+    numbers are drawn for the whole batch, so that the division does not change them."""
+
+    first: int
+    whole: int
+    """Rows of the batch."""
+
+    def of(self, drawn: Tensor, rows: int) -> Tensor:
+        """Of what was drawn for the batch, (whole, ...), that for these rows, (rows, ...)."""
+        return drawn[self.first : self.first + rows]
 
 
 class Diffusion(nn.Module):
@@ -44,11 +58,15 @@ class Diffusion(nn.Module):
         shape = (-1, *[1] * (like.ndim - 1)) if alpha.ndim else ()
         return alpha.reshape(shape), sigma.reshape(shape)
 
-    def loss(self, network: Network, x0: Tensor, cond: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(
+        self, network: Network, x0: Tensor, cond: Tensor, generator: torch.Generator, part: Part | None = None
+    ) -> Tensor:
         """Mean squared error of the prediction at random levels (Ho et al. 2020, eq. 14), with the bound where a
-        variance is learned, (); `generator` draws levels and noise, on the CPU."""
-        level = torch.randint(len(self.schedule), x0.shape[:1], generator=generator).to(x0.device)
-        eps = torch.randn(x0.shape, generator=generator).to(x0)
+        variance is learned, (); `generator` draws levels and noise, on the CPU, for the batch that these rows are
+        `part` of."""
+        part = part or Part(0, len(x0))
+        level = part.of(torch.randint(len(self.schedule), (part.whole,), generator=generator), len(x0)).to(x0.device)
+        eps = part.of(torch.randn((part.whole, *x0.shape[1:]), generator=generator), len(x0)).to(x0)
         alpha, sigma = self.tables(level, x0)
         xt = alpha * x0 + sigma * eps
         output, share = self._split(network(xt, level, cond))

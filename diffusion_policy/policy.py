@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from diffusion_policy.config import PolicyConfig, SampleConfig
 from diffusion_policy.datasets.statistics import Statistics, measure
-from diffusion_policy.diffusion import Diffusion, count_draws
+from diffusion_policy.diffusion import Diffusion, Part, count_draws
 from diffusion_policy.guidance import CLIPS, GUIDANCE_SCHEDULES, classifier_free
 from diffusion_policy.networks.encoders import StateEncoder
 from diffusion_policy.networks.temporal_unet import TemporalUnet
@@ -134,20 +134,23 @@ class DiffusionPolicy(nn.Module):
         actions: Tensor,
         generator: torch.Generator,
         modes: Tensor | None = None,
+        part: Part | None = None,
     ) -> Tensor:
         """Mean squared error of the prediction at random levels, (); see `Diffusion.loss`.
 
         `observations`: raw {key: (B, To, ...)}; `actions`: raw (B, T, A); `generator` draws levels, noise and which
-        rows lose their condition, on the CPU; `modes`: (B,) int64, see `encode`. Raises ValueError for a policy that is
-        conditioned on modes when there are none.
+        rows lose their condition, on the CPU; `modes`: (B,) int64, see `encode`; `part`: where these rows stand in
+        their batch. Raises ValueError for a policy that is conditioned on modes when there are none.
         """
         if self.modes and modes is None:
             raise ValueError("a policy with condition-on-mode is trained with the modes of its windows; got none")
         cond = self.encode(observations, modes)
         if self.config.condition_dropout:
-            dropped = torch.rand(len(cond), 1, generator=generator) < self.config.condition_dropout
+            part = part or Part(0, len(cond))
+            drawn = part.of(torch.rand(part.whole, 1, generator=generator), len(cond))
+            dropped = drawn < self.config.condition_dropout
             cond = torch.where(dropped.to(cond.device), self.unconditional(cond), cond)
-        return self.diffusion.loss(self.network, self.normalizer.normalize("action", actions), cond, generator)
+        return self.diffusion.loss(self.network, self.normalizer.normalize("action", actions), cond, generator, part)
 
     @torch.no_grad()
     def sample(

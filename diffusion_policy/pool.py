@@ -1,4 +1,5 @@
-"""Environments in numbered slots, in this process or spread over worker processes that may crash or hang.
+"""Environments in numbered slots, in this process or spread over worker processes that may crash or hang, here or on a
+Ray cluster.
 
 Knows processes, seeds and actions. Knows no policy. A slot whose environment or worker fails answers with a `Fault`; it
 can be reset again at once, in a fresh environment.
@@ -10,13 +11,17 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Mapping, MutableSequence
+from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gymnasium
 import numpy as np
 
-from diffusion_policy.engines import HANG_AFTER, end_with_parent, no_interrupts
+from diffusion_policy.engines import HANG_AFTER, Engine, cluster, end_with_parent, no_interrupts
+
+if TYPE_CHECKING:
+    from diffusion_policy.ray_cluster import RayWorker
 
 STARTS_WITHIN = 120.0
 """A worker that has not begun its first turn within this time hangs [s]: it imports the simulator first."""
@@ -89,7 +94,7 @@ class EnvironmentHost:
 
     def _step(self, slot: int, sequence: np.ndarray) -> Stretch:
         observations, rewards, ended, info = [], [], False, {}
-        for action in sequence:
+        for action in np.array(sequence):  # a copy: what another process sent may be read-only
             self._at_work[1] += 1
             observation, reward, terminated, truncated, info = self._envs[slot].step(action)
             observations.append(observation)
@@ -101,33 +106,37 @@ class EnvironmentHost:
         return Stretch(stacked, rewards, ended, told)
 
 
-class _Worker:
+class Worker:
     """A process with a host, and what it was asked."""
 
     def __init__(self, make_env: Callable[[], gymnasium.Env]) -> None:
         context = multiprocessing.get_context("spawn")
-        self.at_work = context.RawArray("q", 2)
+        self._at_work = context.RawArray("q", 2)
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(make_env, theirs, self.at_work), daemon=True)
+        self.process = context.Process(target=_serve, args=(make_env, theirs, self._at_work), daemon=True)
         with no_interrupts():
             self.process.start()
         theirs.close()
 
-    def send(self, message: object) -> None:
+    @property
+    def culprit(self) -> int | None:
+        """The slot that is at work, or was when the worker failed; None before its first turn."""
+        return self._at_work[0] if self._at_work[1] else None
+
+    def send(self, method: str, arguments: Mapping[int, Any]) -> None:
         """Ask; a worker that is gone is noticed when it should answer."""
-        with contextlib.suppress(OSError):
-            self.connection.send(message)
+        self._send((method, arguments))
 
     def answer(self, hang_after: float) -> tuple[dict[int, Any], float] | str:
         """The results and the seconds they took; why there are none, where the worker has crashed or hangs."""
-        turns = self.at_work[1]
+        turns = self._at_work[1]
         try:
             patience = hang_after if turns else max(hang_after, STARTS_WITHIN)
             while not self.connection.poll(patience):
                 patience = hang_after
-                if self.at_work[1] == turns:
+                if self._at_work[1] == turns:
                     return f"its environment did not answer within {hang_after:g} s"
-                turns = self.at_work[1]
+                turns = self._at_work[1]
             return self.connection.recv()
         except (EOFError, OSError):
             self.process.join(timeout=5)
@@ -135,30 +144,45 @@ class _Worker:
 
     def end(self, patience: float) -> None:
         """Ask the process to close its environments and end, then kill it; `patience` [s] in between."""
-        self.send(None)
+        self._send(None)
         self.process.join(timeout=patience)
         self.process.kill()
         self.process.join()
         self.connection.close()
 
+    def _send(self, message: object) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.send(message)
+
 
 class EnvironmentPool:
-    """Environments in numbered slots; one worker is this process, where a crash or a hang cannot be survived.
+    """Environments in numbered slots; one local worker is this process, where a crash or a hang cannot be survived.
 
-    A slot belongs to the worker `slot % workers`; results do not depend on their number.
+    A slot belongs to the worker `slot % workers`; results depend neither on their number nor on the engine.
     """
 
-    def __init__(self, make_env: Callable[[], gymnasium.Env], workers: int = 1, hang_after: float = HANG_AFTER) -> None:
-        """`make_env` must be picklable for more than one worker; `hang_after`: see HANG_AFTER."""
+    def __init__(
+        self,
+        make_env: Callable[[], gymnasium.Env],
+        workers: int = 1,
+        hang_after: float = HANG_AFTER,
+        engine: Engine = "local",
+    ) -> None:
+        """`make_env` must be picklable for more than one worker and for a cluster; `hang_after`: see HANG_AFTER."""
         self._make_env = make_env
         self._hang_after = hang_after
-        self._host = EnvironmentHost(make_env) if workers == 1 else None
-        self._workers = [_Worker(make_env) for _ in range(workers)] if workers > 1 else []
+        self._engine: Engine = engine
+        in_this_process = workers == 1 and engine == "local"
+        self._host = EnvironmentHost(make_env) if in_this_process else None
         self._slots: set[int] = set()
         self.seconds_asked = 0.0
         """Time spent waiting for answers."""
         self.seconds_worked = 0.0
         """Time of it in which the busiest worker simulated; the rest went into traffic between processes."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(cluster(engine, workers))
+            self._workers = [] if in_this_process else [self._hire() for _ in range(workers)]
+            self._cluster = stack.pop_all()
 
     def __enter__(self) -> "EnvironmentPool":
         return self
@@ -182,9 +206,10 @@ class EnvironmentPool:
         """End the workers."""
         if self._host:
             self._host.close()
-        for worker in self._workers:
-            worker.end(patience=5)
-        self._workers = []
+        with self._cluster:
+            for worker in self._workers:
+                worker.end(patience=5)
+            self._workers = []
 
     def _ask(self, method: str, arguments: Mapping[int, Any]) -> dict[int, Any]:
         """Send every worker its share, then wait for all; a worker that fails is replaced."""
@@ -193,7 +218,7 @@ class EnvironmentPool:
         shares = [{slot: value for slot, value in arguments.items() if slot % count == i} for i in range(count)]
         for worker, share in zip(self._workers, shares, strict=True):
             if share:
-                worker.send((method, share))
+                worker.send(method, share)
         results: dict[int, Any] = {}
         longest = 0.0
         for i in range(count):
@@ -212,11 +237,18 @@ class EnvironmentPool:
     def _replace(self, index: int, reason: str) -> dict[int, Fault]:
         """Put a fresh worker in the place of a failed one; returns the faults of all its slots."""
         failed = self._workers[index]
-        culprit = failed.at_work[0] if failed.at_work[1] else None  # None: it failed before its first turn
+        culprit = failed.culprit
         failed.end(patience=0)
-        self._workers[index] = _Worker(self._make_env)
+        self._workers[index] = self._hire()
         fallen = [slot for slot in self._slots if slot % len(self._workers) == index]
         return {slot: Fault(reason, blamed=culprit in (slot, None)) for slot in fallen}
+
+    def _hire(self) -> "Worker | RayWorker":
+        if self._engine == "local":
+            return Worker(self._make_env)
+        from diffusion_policy.ray_cluster import RayWorker
+
+        return RayWorker(partial(Worker, self._make_env))
 
 
 def _serve(make_env: Callable[[], gymnasium.Env], connection: Connection, at_work: MutableSequence[int]) -> None:

@@ -13,7 +13,7 @@ import gymnasium
 import numpy as np
 
 from diffusion_policy.controller import Controller, planning_generator
-from diffusion_policy.engines import HANG_AFTER
+from diffusion_policy.engines import HANG_AFTER, Engine
 from diffusion_policy.metrics import Episode, Lost, Plan
 from diffusion_policy.pool import EnvironmentPool, Fault, Stretch
 
@@ -74,17 +74,19 @@ def rollout(
     repeats: int = 1,
     on_lost: Callable[[Lost], None] = lost_is_an_error,
     hang_after: float = HANG_AFTER,
+    engine: Engine = "local",
 ) -> list[Episode]:
     """`repeats` episodes a seed, which differ in their planning noise, in the order of the seeds.
 
-    `make_env` must be picklable for more than one worker; `make_controller(slots)` makes the controller; `parallel`:
-    how many environments run at once; `on_lost` hears of an episode whose environment raised an error, crashed its
-    worker or did not answer within `hang_after` [s] at each attempt. Raises RolloutError when none can be run.
+    `make_env` must be picklable for more than one worker and for a cluster; `make_controller(slots)` makes the
+    controller; `parallel`: how many environments run at once; `on_lost` hears of an episode whose environment raised an
+    error, crashed its worker or did not answer within `hang_after` [s] at each attempt. Raises RolloutError when none
+    can be run.
     """
     names = list(itertools.product(seeds, range(repeats)))
     slots = min(parallel, len(names))
     course = _Course(names, make_controller(slots), slots, mode_of, on_episode, on_lost)
-    with EnvironmentPool(make_env, min(workers, slots), hang_after) as pool:
+    with EnvironmentPool(make_env, min(workers, slots), hang_after, engine) as pool:
         while course.running or course.waiting:
             course.begin_episodes(pool)
             if course.running:

@@ -1,24 +1,50 @@
 """The one training loop: AdamW, a cosine learning rate with warm-up, gradient clipping, averaged weights, validation.
 
-Knows a policy and windows. Display, trackers and checkpoints come in as a callback.
+All that is random in a step derives from the seed and the step's number, and is drawn for the whole batch. So what goes
+on from a checkpoint, or is divided among processes or into parts of a batch, is the same training.
+
+Knows a policy and windows. Display, trackers, rollouts and checkpoints come in as callbacks.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
-from diffusion_policy.config import TrainConfig
-from diffusion_policy.datasets.windows import StreamedWindows, Windows
+from diffusion_policy.config import SampleConfig, TrainConfig
+from diffusion_policy.datasets.windows import Batch, Share, StreamedWindows, Windows
+from diffusion_policy.diffusion import Part
 from diffusion_policy.policy import DiffusionPolicy, derive_generator
+from diffusion_policy.processes import Processes
 
 VALIDATION_WINDOWS = 2048
-"""At most so many windows are looked at in a validation."""
+"""At most so many windows are looked at in a validation, ..."""
+SAMPLED_WINDOWS = 64
+"""... and actions are sampled for so many of them, ..."""
+SAMPLES = 4
+"""... so many sequences for each (N) ..."""
+SAMPLING_STEPS = 16
+"""... in so many steps of DDIM."""
+NOISE, VALIDATION, SAMPLING = 0, 2, 3
+"""Streams of random numbers that derive from the seed."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Validation(NamedTuple):
+    """What the averaged weights do on held-out windows, with the same noise each time."""
+
+    loss: float
+    action_error: float | None
+    """Distance of a sampled action from the demonstrated one, in raw units, a mean over the Ta executed steps and N
+    samples; None for a policy that must be told a mode."""
+    action_error_best: float | None
+    """The same of the best of N samples."""
 
 
 class Progress(NamedTuple):
@@ -29,11 +55,33 @@ class Progress(NamedTuple):
     loss: float
     """Training loss, averaged over the steps since the last report."""
     validation_loss: float | None
-    """Loss of the averaged weights on held-out episodes, with the same noise each time; None between validations."""
+    """See `Validation`; None between validations."""
+    action_error: float | None
+    action_error_best: float | None
+    success_rate: float | None
+    """Of rollouts; None between them."""
     learning_rate: float
     gradient_norm: float
     """Before clipping, at this step."""
     steps_per_second: float
+
+
+class Diverged(FloatingPointError):
+    """The loss or its gradient is no longer finite."""
+
+    def __init__(self, step: int, loss: float, gradient_norm: float, rows: np.ndarray | None) -> None:
+        super().__init__(f"at step {step} the loss became {loss}, its gradient's norm {gradient_norm}")
+        self.step = step
+        self.rows = rows
+        """Rows of the store that were *now* in the batch of that step, in this process's part of it, (B,)."""
+
+
+class _Step(NamedTuple):
+    """What a step leaves for the next report."""
+
+    figures: Tensor
+    """Loss and gradient norm, (2,)."""
+    rows: np.ndarray | None
 
 
 class Trainer:
@@ -45,19 +93,38 @@ class Trainer:
         windows: Windows | StreamedWindows,
         validation: Windows | None,
         config: TrainConfig,
+        processes: Processes | None = None,
+        roll_out: Callable[[DiffusionPolicy], float] | None = None,
     ) -> None:
-        """`validation`: windows of held-out episodes, or None."""
+        """`validation`: windows of held-out episodes, or None; `processes`: those that train this policy together;
+        `roll_out`: the success rate of a policy. Raises ValueError for batches that cannot be divided so often."""
         self.config = config
+        self._processes = processes or Processes()
         self._policy = policy
-        self._validation = validation
+        self._windows, self._validation = windows, validation
+        self._roll_out = roll_out
         self._optimizer = torch.optim.AdamW(
             policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.95, 0.999)
         )
-        self._scheduler = LambdaLR(self._optimizer, lambda step: learning_rate_factor(step, config))
         self._averaged = AveragedModel(policy, avg_fn=self._average)
-        self._generator = derive_generator(config.seed, 0)  # levels and noise
-        self._batches = windows.batches(config.batch_size, config.seed)
+        self._scaler = torch.amp.GradScaler(policy.device.type, enabled=config.precision == "fp16")
+        self._share = Share(self._processes.index, self._processes.count)
+        self._batch_size = min(config.batch_size, len(windows))
+        if self._batch_size < config.accumulation * self._processes.count:
+            raise ValueError(
+                f"a batch of {self._batch_size} windows cannot be divided among {self._processes.count} processes in "
+                f"{config.accumulation} parts each"
+            )
+        if config.compile:
+            policy.network.compile()
+        self._batches = windows.batches(config.batch_size, config.seed, 0, self._share)
+        self._unreported: list[_Step] = []
         self.step = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self._processes.is_main
 
     @property
     def averaged(self) -> DiffusionPolicy:
@@ -73,30 +140,46 @@ class Trainer:
         report_every: int = 10,
     ) -> None:
         """Train to the last step, or until `should_stop` between two steps; `on_progress` hears every `report_every`
-        steps, at each validation and when a checkpoint is due. Raises FloatingPointError when loss or gradient is not
-        finite."""
-        losses: list[Tensor] = []
-        since = time.perf_counter()
+        steps, at each validation and rollout and when a checkpoint is due. Of several processes, all stop when one
+        should, at the next report. Raises Diverged when loss or gradient is not finite."""
+        config, started, since = self.config, self.step, time.perf_counter()
+        stop = torch.zeros((), device=self._policy.device)
+        alone = self._processes.count == 1
         self._policy.train()
-        while self.step < self.config.steps and not should_stop():
-            loss, gradient_norm = self._train_step()
-            losses.append(loss)
-            validate = self.step % self.config.validate_every == 0 or self.step == self.config.steps
-            if validate or self.step % report_every == 0 or self.step % self.config.checkpoint_every == 0:
-                mean_loss, norm = torch.stack([torch.stack(losses).mean(), gradient_norm]).tolist()
-                if not (math.isfinite(mean_loss) and math.isfinite(norm)):
-                    raise FloatingPointError(
-                        f"by step {self.step} the loss became {mean_loss}, its gradient's norm {norm}; "
-                        "lower the learning rate"
+        while self.step < config.steps and not (alone and should_stop()):
+            stop.fill_(float(not alone and should_stop()))
+            self._train_step(stop)
+            last = self.step == config.steps
+            validate = last or self.step % config.validate_every == 0
+            roll_out = config.rollout_every > 0 and (last or self.step % config.rollout_every == 0)
+            if validate or roll_out or self.step % report_every == 0 or self.step % config.checkpoint_every == 0:
+                stopping = not alone and bool(stop)
+                loss, gradient_norm = self._report()
+                rate = (self.step - started) / (time.perf_counter() - since)
+                if self._processes.is_main:
+                    seen = self.validate() if validate else None
+                    success_rate = self._roll_out(self.averaged) if roll_out and self._roll_out else None
+                    learning_rate = config.learning_rate * learning_rate_factor(self.step, config)
+                    on_progress(
+                        Progress(
+                            self.step,
+                            loss,
+                            *(seen or (None, None, None)),
+                            success_rate=success_rate,
+                            learning_rate=learning_rate,
+                            gradient_norm=gradient_norm,
+                            steps_per_second=rate,
+                        )
                     )
-                rate = len(losses) / (time.perf_counter() - since)
-                validation_loss = self.validate() if validate else None
-                learning_rate = float(self._optimizer.param_groups[0]["lr"])
-                on_progress(Progress(self.step, mean_loss, validation_loss, learning_rate, norm, rate))
-                losses, since = [], time.perf_counter()
+                started, since = self.step, time.perf_counter()
+                if stopping:
+                    break
+        if self._unreported:
+            self._figures()  # so that no checkpoint is made of weights that are not finite
 
     def state(self) -> dict[str, Tensor]:
-        """What training holds beside the averaged policy, by name: raw weights and the optimizer's moments."""
+        """What training holds beside the averaged policy and the number of steps, by name: raw weights, the optimizer's
+        moments, the scale of fp16 and what the next report is to average."""
         weights = {f"weights.{name}": weight.contiguous() for name, weight in self._policy.state_dict().items()}
         names = [name for name, _ in self._policy.named_parameters()]
         moments = {
@@ -104,32 +187,124 @@ class Trainer:
             for index, values in self._optimizer.state_dict()["state"].items()
             for name, value in values.items()
         }
-        return weights | moments
+        scale = {f"scaler.{name}": torch.tensor(value) for name, value in self._scaler.state_dict().items()}
+        unreported = torch.stack([step.figures for step in self._unreported]) if self._unreported else None
+        return weights | moments | scale | ({} if unreported is None else {"unreported": unreported})
 
-    def _train_step(self) -> tuple[Tensor, Tensor]:
-        batch = next(self._batches)
-        loss = self._policy.loss(batch.observations, batch.actions, self._generator, batch.modes)
+    def restore(self, step: int, averaged: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """Go on after `step` steps, from averaged weights and a `state`. Raises ValueError for those of another policy
+        or another precision."""
+        groups: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}, "scaler": {}, "unreported": {}}
+        for name, tensor in state.items():
+            kind, _, rest = name.partition(".")
+            groups.setdefault(kind, {})[rest] = tensor
+        names = [name for name, _ in self._policy.named_parameters()]
+        moments = {
+            index: {key: groups["optimizer"].get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            for index, name in enumerate(names)
+        }
+        missing = [names[index] for index, values in moments.items() if any(v is None for v in values.values())]
+        if missing and groups["optimizer"]:
+            raise ValueError(f"the training's state lacks what the optimizer knew of {missing[0]}")
+        if bool(groups["scaler"]) != self._scaler.is_enabled():
+            raise ValueError(f"the training's state is not that of the precision {self.config.precision}")
+        try:
+            self._policy.load_state_dict(groups["weights"])
+            self.averaged.load_state_dict(dict(averaged))
+        except RuntimeError as error:
+            raise ValueError(f"the training's state is not that of this policy: {error}") from error
+        if groups["optimizer"]:
+            saved = {"state": moments, "param_groups": self._optimizer.state_dict()["param_groups"]}
+            self._optimizer.load_state_dict(saved)
+        if groups["scaler"]:
+            self._scaler.load_state_dict({name: value.item() for name, value in groups["scaler"].items()})
+        self._averaged.n_averaged.fill_(step)
+        device = self._policy.device
+        self._unreported = [_Step(row.to(device), None) for row in groups["unreported"].get("", torch.empty(0, 2))]
+        self._batches = self._windows.batches(self.config.batch_size, self.config.seed, step, self._share)
+        self.step = step
+
+    def _train_step(self, stop: Tensor) -> None:
+        """One step; `stop`, (), becomes how many processes should stop."""
+        config, batch = self.config, next(self._batches)
+        for group in self._optimizer.param_groups:
+            group["lr"] = config.learning_rate * learning_rate_factor(self.step, config)
         self._optimizer.zero_grad()
-        loss.backward()
-        gradient_norm = torch.nn.utils.clip_grad_norm_(self._policy.parameters(), self.config.gradient_clip)
-        self._optimizer.step()
-        self._scheduler.step()
+        loss = torch.zeros((), device=self._policy.device)
+        rows = len(batch.actions)
+        for part in range(config.accumulation):
+            first, last = Share(part, config.accumulation).of(rows)
+            part_loss = self._part_of_loss(batch, first, last)
+            self._scaler.scale(part_loss).backward()
+            loss += part_loss.detach()
+        gradients = [weight.grad for weight in self._policy.parameters() if weight.grad is not None]
+        self._processes.add_up([*gradients, loss, stop])
+        self._scaler.unscale_(self._optimizer)
+        gradient_norm = torch.nn.utils.clip_grad_norm_(self._policy.parameters(), config.gradient_clip)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
         self._averaged.update_parameters(self._policy)
         self.step += 1
-        return loss.detach(), gradient_norm
+        self._unreported.append(_Step(torch.stack([loss, gradient_norm]), batch.rows))
+
+    def _part_of_loss(self, batch: Batch, first: int, last: int) -> Tensor:
+        """What rows `first` to `last` of this process's share contribute to the mean loss of the whole batch, ()."""
+        observations = {key: values[first:last] for key, values in batch.observations.items()}
+        modes = None if batch.modes is None else batch.modes[first:last]
+        part = Part(self._share.of(self._batch_size)[0] + first, self._batch_size)
+        generator = derive_generator(self.config.seed, NOISE, self.step)
+        with self._autocast():
+            loss = self._policy.loss(observations, batch.actions[first:last], generator, modes, part)
+        return loss * ((last - first) / self._batch_size)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The chosen precision."""
+        dtype = DTYPES.get(self.config.precision)
+        return torch.autocast(self._policy.device.type, dtype) if dtype else contextlib.nullcontext()
+
+    def _report(self) -> tuple[float, float]:
+        """Mean loss since the last report, and the gradient norm of the last step."""
+        figures = self._figures()
+        self._unreported = []
+        return float(np.mean([loss for loss, _ in figures])), figures[-1][1]
+
+    def _figures(self) -> list[list[float]]:
+        """Loss and gradient norm of each step since the last report; raises Diverged when one is not finite. With fp16
+        a gradient may overflow: its step is left out, and the scale lowered."""
+        figures = torch.stack([step.figures for step in self._unreported]).tolist()
+        for i, (loss, norm) in enumerate(figures):
+            if not math.isfinite(loss) or (not math.isfinite(norm) and not self._scaler.is_enabled()):
+                raise Diverged(self.step - len(figures) + 1 + i, loss, norm, self._unreported[i].rows)
+        return figures
 
     @torch.no_grad()
-    def validate(self) -> float | None:
-        """Loss of the averaged weights on held-out windows, with noise that is the same at each call."""
+    def validate(self) -> Validation | None:
+        """Look at held-out windows; None where there are none."""
         if self._validation is None:
             return None
-        generator = derive_generator(self.config.seed, 2)
+        generator = derive_generator(self.config.seed, VALIDATION)
         chosen = torch.randperm(len(self._validation), generator=generator)[:VALIDATION_WINDOWS]
         total = 0.0
         for indices in chosen.split(self.config.batch_size):
             batch = self._validation.gather(indices)
             total += len(indices) * self.averaged.loss(batch.observations, batch.actions, generator, batch.modes).item()
-        return total / len(chosen)
+        errors = self._action_errors(self._validation.gather(chosen[:SAMPLED_WINDOWS]))
+        mean, best = (None, None) if errors is None else (errors.mean().item(), errors.amin(dim=1).mean().item())
+        return Validation(total / len(chosen), mean, best)
+
+    def _action_errors(self, batch: Batch) -> Tensor | None:
+        """Distance of each sampled sequence from the demonstrated one, (B, N); see `Validation`."""
+        policy, config = self.averaged, self.averaged.config
+        if policy.modes and not config.condition_dropout:
+            return None
+        generators = [derive_generator(self.config.seed, SAMPLING, row) for row in range(len(batch.actions))]
+        sampling = SampleConfig(sampling_steps=min(SAMPLING_STEPS, config.levels))
+        sampled = policy.sample(batch.observations, generators, SAMPLES, sampling)  # (B, N, T, A)
+        difference = sampled - batch.actions[:, None]
+        for column in policy.shapes.angles.get("action", ()):
+            difference[..., column] = torch.remainder(difference[..., column] + math.pi, 2 * math.pi) - math.pi
+        first = config.observation_horizon - 1
+        return difference[:, :, first : first + config.action_horizon].norm(dim=-1).mean(dim=-1)
 
     def _average(self, averaged: Tensor, current: Tensor, _count: Tensor | int) -> Tensor:
         """Exponential average whose memory grows with the steps done."""

@@ -8,7 +8,7 @@ import torch
 from diffusion_policy.config import PolicyConfig, TrainConfig
 from diffusion_policy.datasets.windows import Windows
 from diffusion_policy.policy import DiffusionPolicy
-from diffusion_policy.trainer import Progress, Trainer, learning_rate_factor
+from diffusion_policy.trainer import Diverged, Progress, Trainer, learning_rate_factor
 
 CONFIG = PolicyConfig(prediction_horizon=8, action_horizon=4, widths=(16, 32), level_dim=32, levels=20)
 RNG = np.random.default_rng(0)
@@ -16,9 +16,9 @@ DATA = {"state": RNG.normal(size=(60, 2)).astype(np.float32), "action": RNG.norm
 ENDS = np.array([20, 40, 60])
 
 
-def new_trainer(**options) -> Trainer:
+def new_trainer(data=DATA, **options) -> Trainer:
     torch.manual_seed(0)
-    windows = Windows(DATA, ENDS, [0, 1], CONFIG.observation_horizon, CONFIG.prediction_horizon)
+    windows = Windows(data, ENDS, [0, 1], CONFIG.observation_horizon, CONFIG.prediction_horizon)
     validation = Windows(DATA, ENDS, [2], CONFIG.observation_horizon, CONFIG.prediction_horizon)
     policy = DiffusionPolicy.for_data(CONFIG, DATA)
     defaults = {"steps": 20, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 5, "validate_every": 10}
@@ -48,7 +48,124 @@ def test_validation_comes_at_its_steps_with_the_same_noise_each_time() -> None:
     trainer.run(reports.append, report_every=7)
     assert [report.step for report in reports] == [7, 10, 14, 20, 21, 25]
     assert [report.step for report in reports if report.validation_loss is not None] == [10, 20, 25]
-    assert trainer.validate() == trainer.validate() == reports[-1].validation_loss
+    assert trainer.validate() == trainer.validate() == reports[-1][2:5]
+
+
+def test_the_best_of_several_samples_is_nearer_than_they_are_on_average() -> None:
+    trainer = new_trainer(steps=1)
+    trainer.run()
+    seen = trainer.validate()
+    assert seen is not None
+    assert 0 < seen.action_error_best < seen.action_error
+
+
+def test_the_error_of_an_action_is_its_distance_in_raw_units_over_the_executed_steps(monkeypatch) -> None:
+    trainer = new_trainer(steps=1)
+    batch = Windows(DATA, ENDS, [2], CONFIG.observation_horizon, CONFIG.prediction_horizon).gather(np.arange(5))
+    off = torch.zeros(5, 4, 8, 2)
+    off[:, 0, 1:5] = torch.tensor([3.0, 4.0])  # the steps that are executed: To - 1 to To - 1 + Ta
+    off[:, 1, [0, 5, 6, 7]] = 100.0  # the others
+    monkeypatch.setattr(trainer.averaged, "sample", lambda *_: batch.actions[:, None] + off)
+    errors = trainer._action_errors(batch)
+    torch.testing.assert_close(errors, torch.tensor([[5.0, 0, 0, 0]] * 5))
+
+
+def test_the_error_of_an_angle_goes_round_the_circle(monkeypatch) -> None:
+    config = replace(CONFIG, levels=4)
+    policy = DiffusionPolicy.for_data(config, DATA, angles={"action": (1,)})
+    windows = Windows(DATA, ENDS, [0, 1], config.observation_horizon, config.prediction_horizon)
+    trainer = Trainer(policy, windows, None, TrainConfig(steps=1))
+    batch = windows.gather(np.arange(3))
+    turned = batch.actions[:, None] + torch.tensor([0.0, 2 * np.pi - 0.1])
+    monkeypatch.setattr(trainer.averaged, "sample", lambda *_: turned)
+    torch.testing.assert_close(trainer._action_errors(batch), torch.full((3, 1), 0.1), atol=1e-4, rtol=0)
+
+
+def test_rollouts_come_at_their_steps_and_change_nothing() -> None:
+    plain = new_trainer()
+    plain.run()
+    trainer = new_trainer(rollout_every=7)
+    trainer._roll_out = lambda policy: float(policy is trainer.averaged)
+    reports: list[Progress] = []
+    trainer.run(reports.append)
+    assert [report.step for report in reports if report.success_rate == 1.0] == [7, 14, 20]
+    assert same_weights(plain, trainer)
+
+
+# The same training, however it is interrupted or divided
+
+
+def same_weights(a: Trainer, b: Trainer) -> bool:
+    """Bit by bit: averaged weights and all else that training holds."""
+    states = [{**trainer.state(), **trainer.averaged.state_dict()} for trainer in (a, b)]
+    return states[0].keys() == states[1].keys() and all(
+        torch.equal(states[0][key], states[1][key]) for key in states[0]
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("steps", [[7], [10], [3, 8, 19]])
+def test_what_goes_on_from_a_state_is_the_same_training_bit_by_bit(steps: list[int], precision: str) -> None:
+    whole, reports = new_trainer(precision=precision), []
+    whole.run(reports.append)
+    trainer, pieces = new_trainer(precision=precision), []
+    for stop in steps:
+        trainer.run(pieces.append, should_stop=lambda stop=stop: trainer.step == stop)  # noqa: B023
+        step, averaged, state = trainer.step, trainer.averaged.state_dict(), trainer.state()
+        trainer = new_trainer(precision=precision)
+        trainer.restore(step, averaged, state)
+    trainer.run(pieces.append)
+    assert same_weights(whole, trainer)
+    assert [report[:-1] for report in pieces] == [report[:-1] for report in reports]  # all but its speed
+
+
+def test_a_state_of_another_policy_or_precision_is_refused() -> None:
+    trainer = new_trainer(steps=2)
+    trainer.run()
+    averaged, state = trainer.averaged.state_dict(), trainer.state()
+    with pytest.raises(ValueError, match="is not that of the precision fp16"):
+        new_trainer(precision="fp16").restore(2, averaged, state)
+    with pytest.raises(ValueError, match="is not that of this policy"):
+        new_trainer().restore(2, averaged, state | {"weights.network.out.1.bias": torch.zeros(7)})
+    del state["optimizer.network.out.1.bias.exp_avg"]
+    with pytest.raises(ValueError, match=r"lacks what the optimizer knew of network\.out\.1\.bias"):
+        new_trainer().restore(2, averaged, state)
+
+
+def test_parts_of_a_batch_add_up_to_it() -> None:
+    whole, parts = new_trainer(), new_trainer(accumulation=3)
+    for trainer in (whole, parts):
+        trainer.run()
+    for a, b in zip(whole.averaged.parameters(), parts.averaged.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert not same_weights(whole, parts)  # they differ in rounding: it was divided
+
+
+def test_a_batch_is_not_divided_into_more_parts_than_it_has_windows() -> None:
+    with pytest.raises(ValueError, match="a batch of 32 windows cannot be divided among 1 processes in 33 parts each"):
+        new_trainer(accumulation=33)
+
+
+@pytest.mark.parametrize("precision, allowed", [("bf16", 0.05), ("fp16", 0.02)])
+def test_half_precision_learns_the_same_within_its_rounding(precision: str, allowed: float) -> None:
+    losses = []
+    for name in ("fp32", precision):
+        trainer, reports = new_trainer(steps=60, precision=name), []
+        trainer.run(reports.append)
+        losses.append(reports[-1].validation_loss)
+        assert {weight.dtype for weight in trainer.averaged.parameters()} == {torch.float32}
+    assert losses[1] != losses[0]
+    assert losses[1] == pytest.approx(losses[0], rel=allowed)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same() -> None:
+    plain, compiled = new_trainer(steps=5), new_trainer(steps=5, compile=True)
+    for trainer in (plain, compiled):
+        trainer.run()
+    for (name, a), (other, b) in zip(plain.state().items(), compiled.state().items(), strict=True):
+        assert name == other
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
 def test_a_report_comes_whenever_a_checkpoint_is_due() -> None:
@@ -90,8 +207,30 @@ def test_the_learning_rate_rises_then_falls_to_zero() -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_training() -> None:
     trainer = new_trainer(learning_rate=1e30)
-    with pytest.raises(FloatingPointError, match=r"by step \d+ the loss became .*; lower the learning rate"):
+    with pytest.raises(FloatingPointError, match=r"at step \d+ the loss became .*, its gradient's norm"):
         trainer.run()
+
+
+@pytest.mark.parametrize("report_every", [1, 10])
+def test_the_batch_that_brought_what_is_not_finite_is_named(report_every: int) -> None:
+    broken = {key: rows.copy() for key, rows in DATA.items()}
+    broken["state"][3] = np.nan  # of the windows of now = 3 and 4
+    trainer = new_trainer(broken, batch_size=8)
+    trainer._policy.normalizer.load_state_dict(new_trainer()._policy.normalizer.state_dict())
+    with pytest.raises(Diverged) as caught:
+        trainer.run(report_every=report_every)
+    assert {3, 4} & set(caught.value.rows.tolist())
+    assert caught.value.step <= 5
+    before = Windows(DATA, ENDS, [0, 1], CONFIG.observation_horizon, CONFIG.prediction_horizon).batches(8, 0)
+    batches = [next(before).rows for _ in range(caught.value.step)]
+    np.testing.assert_array_equal(batches[-1], caught.value.rows)
+    assert not any({3, 4} & set(rows.tolist()) for rows in batches[:-1])
+
+
+def test_no_state_is_left_that_is_not_finite() -> None:
+    trainer = new_trainer(learning_rate=1e30)
+    with pytest.raises(Diverged):
+        trainer.run(should_stop=lambda: trainer.step == 9, report_every=100)
 
 
 def test_the_state_names_every_weight_and_its_moments() -> None:

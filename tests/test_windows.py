@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from diffusion_policy.datasets.store import EpisodeStore, StoreError
 from diffusion_policy.datasets.windows import (
+    Share,
     StreamedWindows,
     Windows,
     episodes_within,
@@ -160,6 +161,34 @@ def test_the_order_goes_on_from_any_step(tmp_path: Path, pool: int | None, first
         assert torch.equal(a.observations["state"], b.observations["state"])
 
 
+@pytest.mark.parametrize("pool", [None, 800])
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_shares_of_every_batch_make_it_whole(tmp_path: Path, pool: int | None, parts: int) -> None:
+    store = make_store(tmp_path / "s.zarr", LENGTHS)
+    windows = (
+        StreamedWindows(store, KEYS, range(9), 2, 8, pool_bytes=pool)
+        if pool
+        else hold_windows(store, KEYS, range(9), 2, 8)
+    )
+    whole = itertools.islice(windows.batches(32, seed=3, first_step=2), 14)
+    shares = [itertools.islice(windows.batches(32, 3, 2, Share(which, parts)), 14) for which in range(parts)]
+    for batch, *divided in zip(whole, *shares, strict=True):
+        assert torch.equal(batch.actions, torch.cat([part.actions for part in divided]))
+        assert torch.equal(batch.observations["state"], torch.cat([part.observations["state"] for part in divided]))
+        np.testing.assert_array_equal(batch.rows, np.concatenate([part.rows for part in divided]))
+        assert max(len(part.actions) for part in divided) - min(len(part.actions) for part in divided) <= 1
+
+
+@pytest.mark.parametrize("pool", [None, 800])
+def test_a_window_says_which_row_of_the_store_is_now(tmp_path: Path, pool: int | None) -> None:
+    store = make_store(tmp_path / "s.zarr", LENGTHS)
+    few = [1, 4, 8]
+    windows = StreamedWindows(store, KEYS, few, 2, 8, pool_bytes=pool) if pool else hold_windows(store, KEYS, few, 2, 8)
+    batch = next(windows.batches(20, seed=0))
+    expected = np.stack([store.read_rows("state", row, row + 1)[0] for row in batch.rows])
+    np.testing.assert_array_equal(batch.observations["state"][:, -1], expected)
+
+
 def test_a_stream_is_shuffled_differently_in_each_pass_and_by_each_seed(tmp_path: Path) -> None:
     windows = StreamedWindows(make_store(tmp_path / "s.zarr", LENGTHS), KEYS, range(9), 1, 8, pool_bytes=1500)
     per_pass = len(windows) // 16
@@ -192,7 +221,7 @@ def test_a_stream_reads_only_the_pool_and_the_next(tmp_path: Path, monkeypatch: 
 def test_windows_are_held_in_memory_while_they_fit(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s.zarr", LENGTHS)
     needed = memory_needed(store, KEYS, range(9))
-    assert needed == sum(LENGTHS) * (3 * 4 + 4 + 32)
+    assert needed == sum(LENGTHS) * (3 * 4 + 4 + 40)
     assert isinstance(load_windows(store, KEYS, range(9), 2, 8, "cpu", None, needed), Windows)
     assert isinstance(load_windows(store, KEYS, range(9), 2, 8, "cpu", None, needed - 1), StreamedWindows)
     np.testing.assert_array_equal(episodes_within(store, KEYS, [4, 1, 7], 48 * 245), [4, 1])

@@ -25,6 +25,7 @@ from diffusion_policy.commands.common import (
     stop_on_signal,
 )
 from diffusion_policy.config import ConfigError, Signals, from_dict, require_at_least, require_seed
+from diffusion_policy.engines import Engine, require_engine
 
 if TYPE_CHECKING:
     from diffusion_policy.datasets.store import Demonstration, EpisodeStore
@@ -71,11 +72,15 @@ class Collect:
     action is recorded, so the policy learns to come back from where the noise leads."""
     workers: int = dataclasses.field(default_factory=available_cores)
     """Worker processes; the result is the same for any number."""
+    engine: Engine = "local"
+    """Where they run: on this machine, or on the Ray cluster of the environment variable RAY_ADDRESS (without it, one
+    is started here). The result is the same."""
 
     def __post_init__(self) -> None:
         if (self.output is None) == (self.resume is None):
             raise ConfigError("collect needs either --output, a store to create, or --resume, one to go on with")
         require_at_least(self, 1, ("workers",))
+        require_engine(self.engine)
         if self.episodes is not None:
             require_at_least(self, 1, ("episodes",))
         if self.noise is not None:
@@ -119,7 +124,7 @@ class Collect:
                 def show(demonstration: Demonstration) -> None:
                     bar.advance(task, bool(demonstration.success))
 
-                spread = partial(ordered_map, workers=self.workers)
+                spread = partial(ordered_map, workers=self.workers, engine=self.engine)
                 try:
                     if kept < settings.episodes:
                         collect(store, make_demonstrator, settings.episodes, first_seed, spread, show, stop.is_set)

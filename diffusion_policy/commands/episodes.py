@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from diffusion_policy import __version__
 from diffusion_policy.commands.common import Interrupted, Loaded, progress_bar
 from diffusion_policy.config import ConfigError, SampleConfig
-from diffusion_policy.engines import HANG_AFTER
+from diffusion_policy.engines import HANG_AFTER, Engine
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,6 +84,7 @@ def run_episodes(
     repeats: int = 1,
     delay_steps: int = 0,
     hang_after: float = HANG_AFTER,
+    engine: Engine = "local",
 ) -> RolledOut:
     """The episodes of these seeds, behind a progress bar; raises Interrupted on Ctrl-C."""
     finished = successes = 0
@@ -113,6 +114,7 @@ def run_episodes(
                 repeats,
                 lost.append,
                 hang_after,
+                engine,
             )
             return RolledOut(episodes, lost)
     except KeyboardInterrupt:

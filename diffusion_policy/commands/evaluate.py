@@ -32,7 +32,7 @@ from diffusion_policy.commands.episodes import (
     sample_starts,
 )
 from diffusion_policy.config import ConfigError, SampleConfig, Signals, require_at_least, require_seed
-from diffusion_policy.engines import HANG_AFTER
+from diffusion_policy.engines import HANG_AFTER, Engine, require_engine
 
 if TYPE_CHECKING:
     from diffusion_policy.metrics import Episode
@@ -74,8 +74,12 @@ class Evaluate:
     can change the last digits of a plan."""
     workers: int = dataclasses.field(default_factory=available_cores)
     """Processes that simulate; the result is the same for any number."""
+    engine: Engine = "local"
+    """Where they run: on this machine, or on the Ray cluster of the environment variable RAY_ADDRESS (without it, one
+    is started here). The result is the same."""
     hang_after: float = HANG_AFTER
-    """A simulator that does not answer within this time [s] hangs: its episode is begun again. Needs two workers."""
+    """A simulator that does not answer within this time [s] hangs: its episode is begun again. Needs two workers, or
+    Ray."""
     videos: int = 6
     """Episodes to film for the page: one of each mode, then failures."""
     backend: Literal["eager", "compile"] = "eager"
@@ -87,6 +91,7 @@ class Evaluate:
         require_at_least(self, 1, ("episodes", "workers", "parallel", "repeats"))
         require_at_least(self, 0, ("videos",))
         require_seed(self)
+        require_engine(self.engine)
         if not self.hang_after > 0:
             raise ConfigError(f"hang-after must be above 0; got {self.hang_after}")
         if not self.delay_steps or len(set(self.delay_steps)) < len(self.delay_steps):
@@ -131,7 +136,7 @@ class Evaluate:
         if len(self.delay_steps) > 1:
             console.print(f"planning takes {delay} control steps")
         rolled_out = run_episodes(
-            loaded, seeds, self.sampling, self.parallel, self.workers, self.repeats, delay, self.hang_after
+            loaded, seeds, self.sampling, self.parallel, self.workers, self.repeats, delay, self.hang_after, self.engine
         )
         if not rolled_out.episodes:
             raise Failed(f"every episode failed: {rolled_out.lost[0].reason}")

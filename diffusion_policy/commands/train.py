@@ -5,24 +5,25 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from diffusion_policy.commands import runs
 from diffusion_policy.commands.common import (
     Interrupted,
     Keys,
     choose_angles,
     choose_keys,
+    choose_task,
     console,
     open_store,
-    progress_bar,
     require_fresh,
     stop_on_signal,
 )
-from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig
+from diffusion_policy.config import ConfigError, PolicyConfig, Signals, TrainConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,24 +33,35 @@ if TYPE_CHECKING:
     from diffusion_policy.datasets.statistics import Summary
     from diffusion_policy.datasets.store import EpisodeStore
     from diffusion_policy.datasets.windows import StreamedWindows, Windows
-    from diffusion_policy.trainer import Progress, Trainer
+    from diffusion_policy.policy import DiffusionPolicy
+    from diffusion_policy.processes import Processes
+    from diffusion_policy.trainer import Diverged, Progress, Trainer
 
 
 VALIDATION_BYTES = 2**24
 """Memory of the held-out windows where the others are streamed."""
+FIRST_ROLLOUT_SEED = 200_000
+"""Seeds of rollouts in training begin here: those of demonstrations begin at 0, those of evaluations at 100,000."""
+MEASURED = ("validation_loss", "action_error", "action_error_best", "success_rate")
+"""What a checkpoint says of itself, where it was measured at its step."""
 
 
 @dataclass(frozen=True)
 class Train:
     """Train a diffusion policy on a data set; write checkpoints and metrics.jsonl into a new folder.
 
-    Ctrl-C leaves a checkpoint of the last step.
+    Ctrl-C and SIGTERM leave a checkpoint of the last step; --resume goes on from there, or from the newest checkpoint
+    after any other end. It is then the same training, on the CPU bit by bit. Started by torchrun or accelerate
+    launch, several processes divide every batch.
     """
 
     dataset: str
     """Store of demonstrations: a path or URL."""
     output: Path
     """Folder of this run."""
+    resume: Path | None = None
+    """Go on with the training in this folder. It needs no other option; those of policy and training cannot change, but
+    keep, keep-best, checkpoint-every and rollouts."""
     config: Path | None = None
     """Take policy and training options from this JSON, such as a checkpoint's config.json; flags override it."""
     observation: tuple[str, ...] = ()
@@ -61,22 +73,51 @@ class Train:
     that the store names."""
     device: str = "auto"
     """auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps."""
+    tracker: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where numbers go beside metrics.jsonl. Each needs the extra of its name."""
+    env: str | None = None
+    """Environment of the rollouts, if not that of the demonstrations."""
+    env_kwargs: str | None = None
+    """Its arguments, as JSON."""
     policy: Annotated[PolicyConfig, tyro.conf.arg(name="")] = field(default_factory=PolicyConfig)
     training: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
+    @classmethod
+    def to_resume(cls, run: Path) -> Train:
+        """The training of this folder, to go on with; raises ConfigError where there is none."""
+        options = runs.read_run(run)
+        location = options.get("dataset", {}).get("location")
+        if not isinstance(location, str):
+            raise ConfigError(f"{run}/{runs.OPTIONS} does not say which data set it was")
+        return cls(location, run, resume=run, **runs.to_fields(options))
+
     def run(self) -> None:
-        """Train; raises ValueError for bad data, a bad device, or an output folder that holds something."""
+        """Train; raises ValueError for bad data, a bad device, an output folder that holds something or is in use, and
+        when another training would be resumed; FloatingPointError when the loss is no longer finite."""
+        from diffusion_policy.processes import join_processes
+
+        if self.resume and self.resume.resolve() != self.output.resolve():
+            raise ConfigError(f"--resume {self.resume} goes on in its own folder; got --output {self.output}")
+        with join_processes(self.device) as (processes, device):
+            quiet, console.quiet = console.quiet, not processes.is_main
+            try:
+                self._run(processes, device)
+            finally:
+                console.quiet = quiet
+
+    def _run(self, processes: Processes, device_name: str) -> None:
         import numpy as np
         import torch
 
-        from diffusion_policy import checkpoint
         from diffusion_policy.datasets.statistics import summarize
+        from diffusion_policy.datasets.storage import lock
         from diffusion_policy.datasets.windows import Windows, split_episodes
         from diffusion_policy.policy import DiffusionPolicy, choose_device
         from diffusion_policy.trainer import Trainer
 
-        require_fresh(self.output)
-        device = choose_device(self.device)
+        if not self.resume and processes.is_main:
+            require_fresh(self.output)
+        device = choose_device(device_name)
         store = open_store(self.dataset)
         keys = choose_keys(store, self.observation, self.action)
         angles = choose_angles(store, self.angles, keys)
@@ -84,33 +125,74 @@ class Train:
         settings = self.training
         chosen, held_out = split_episodes(len(lengths), settings.validation_share, settings.seed, settings.max_episodes)
         self._look_at_lengths(lengths[chosen])
+        roll_out = self._make_rollouts(store) if settings.rollout_every else None
 
         torch.manual_seed(settings.seed)
         with console.status("measuring the data"):
             summary = summarize(store, keys.observations, keys.action, chosen)
         policy = DiffusionPolicy.for_statistics(self.policy, summary.statistics, store.modes, angles).to(device)
+        told = runs.to_options(self._completed(keys, angles), summary.fingerprint)
+        if self.resume:
+            runs.require_same(self.resume, runs.read_run(self.resume), told)
         with console.status("reading the data"):
             windows, validation = self._cut_windows(store, keys, chosen, held_out, device)
-        trainer = Trainer(policy, windows, validation, settings)
-        environment, dataset = describe(store, keys, summary)
+        trainer = Trainer(policy, windows, validation, settings, processes, roll_out)
         parameters = sum(weight.numel() for weight in policy.parameters())
         console.print(
             f"{len(chosen)} training and {len(held_out)} validation episodes, {len(windows)} windows"
             f"{'' if isinstance(windows, Windows) else ' streamed from the store'}, "
             f"{parameters / 1e6:.1f} M parameters, on {device}"
+            f"{'' if processes.count == 1 else f', {processes.count} processes'}"
         )
+        if processes.is_main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            unlock = lock(self.output, "choose another --output")
+            if not self.resume:
+                runs.write_options(self.output, told)
+        else:
+            unlock = None
+        try:
+            self._restore(trainer)
+            self._train(trainer, *describe(store, keys, summary), store.episode_ends)
+        finally:
+            if unlock:
+                unlock()
 
-        def save() -> Path:
-            point = checkpoint.Checkpoint(trainer.averaged, self.training, environment, dataset, trainer.step)
-            return checkpoint.save(self.output, point, trainer.state())
+    def _completed(self, keys: Keys, angles: dict[str, tuple[int, ...]]) -> Train:
+        """With the keys and angles that the store named."""
+        stored = {name: key for key, name in keys.names.items()}
+        texts = tuple(f"{stored[key]}:{','.join(map(str, columns))}" for key, columns in angles.items())
+        return replace(self, observation=keys.observations, action=keys.action, angles=texts)
 
-        self.output.mkdir(parents=True, exist_ok=True)
-        with stop_on_signal() as stop:
-            self._train(trainer, stop.is_set, save)
-            folder = save()
-        if trainer.step < self.training.steps:
-            raise Interrupted(f"stopped after step {trainer.step} of {self.training.steps}; checkpoint in {folder}")
-        console.print(f"checkpoint in {folder}")
+    def _restore(self, trainer: Trainer) -> None:
+        """Take up the newest checkpoint of the run, if it goes on and has one."""
+        from diffusion_policy import checkpoint
+
+        if not self.resume or not checkpoint.steps_of(self.resume):
+            return
+        folder = checkpoint.find(self.resume)
+        loaded = checkpoint.load(folder)
+        trainer.restore(loaded.step, loaded.policy.state_dict(), checkpoint.load_training(folder))
+        console.print(f"going on from {folder}")
+
+    def _make_rollouts(self, store: EpisodeStore) -> Callable[[DiffusionPolicy], float]:
+        """Measures the success rate of a policy on a few seeds; raises ConfigError where there is no environment."""
+        from functools import partial
+
+        from diffusion_policy.controller import Controller
+        from diffusion_policy.rollout import rollout
+
+        task, _ = choose_task(
+            self.dataset, store.attributes.get("environment", {}), self.env, self.env_kwargs, Signals()
+        )
+        seeds = range(FIRST_ROLLOUT_SEED, FIRST_ROLLOUT_SEED + self.training.rollout_episodes)
+        mode_of = task().get_wrapper_attr("mode")
+
+        def success_rate(policy: DiffusionPolicy) -> float:
+            episodes = rollout(task, partial(Controller, policy), seeds, mode_of)
+            return sum(episode.success for episode in episodes) / len(episodes)
+
+        return success_rate
 
     def _cut_windows(
         self, store: EpisodeStore, keys: Keys, chosen: np.ndarray, held_out: np.ndarray, device: torch.device
@@ -142,23 +224,80 @@ class Train:
                 f"{lengths.min()}); their last action is repeated"
             )
 
-    def _train(self, trainer: Trainer, should_stop: Callable[[], bool], save: Callable[[], object]) -> None:
-        """Train with a bar, a line at each validation, metrics.jsonl, and a checkpoint from time to time."""
-        with progress_bar("steps") as bar, (self.output / "metrics.jsonl").open("w") as metrics:
-            task = bar.add_task("training", total=self.training.steps, note="")
+    def _train(self, trainer: Trainer, environment: Environment, dataset: Dataset, episode_ends: np.ndarray) -> None:
+        """Train with a panel, trackers, and a checkpoint from time to time."""
+        from diffusion_policy import checkpoint
+        from diffusion_policy.commands.panel import Panel
+        from diffusion_policy.trackers import make_trackers
+        from diffusion_policy.trainer import Diverged
+
+        settings, first_step = self.training, trainer.step
+        if first_step >= settings.steps:
+            console.print(f"{self.output} has all its {settings.steps} steps")
+            return
+
+        def save(metrics: dict[str, float]) -> Path:
+            point = checkpoint.Checkpoint(trainer.averaged, settings, environment, dataset, trainer.step, metrics)
+            return checkpoint.save(self.output, point, trainer.state(), settings.keep, settings.keep_best)
+
+        latest: dict[str, Any] = {}
+
+        def measured() -> dict[str, float]:
+            """What was measured at this very step."""
+            now = latest if latest.get("step") == trainer.step else {}
+            return {name: now[name] for name in MEASURED if now.get(name) is not None}
+
+        if not trainer.is_main:
+            with stop_on_signal() as stop:
+                trainer.run(should_stop=stop.is_set)
+            return
+        told = runs.read_run(self.output)
+        with (
+            stop_on_signal() as stop,
+            Panel(settings.steps, first_step, str(trainer.averaged.device)) as panel,
+            make_trackers(self.tracker, self.output, told, first_step, panel.note) as trackers,
+        ):
 
             def show(progress: Progress) -> None:
-                note = f"loss {progress.loss:.3f}, {progress.steps_per_second:.1f}/s"
-                bar.update(task, completed=progress.step, note=note)
-                metrics.write(json.dumps(progress._asdict()) + "\n")
-                metrics.flush()
-                if progress.validation_loss is not None:
-                    losses = f"loss {progress.loss:.4f}, validation loss {progress.validation_loss:.4f}"
-                    bar.console.print(f"step {progress.step}: {losses}")
-                if progress.step % self.training.checkpoint_every == 0:
-                    save()
+                latest.update(progress._asdict())
+                panel.update(progress)
+                trackers.log(progress.step, progress._asdict())
+                if progress.step % settings.checkpoint_every == 0 and progress.step < settings.steps:
+                    try:
+                        panel.note("", checkpoint=save(measured()))
+                    except checkpoint.CheckpointError as error:
+                        panel.note(f"no checkpoint at step {progress.step}: {error}")
 
-            trainer.run(show, should_stop)
+            try:
+                trainer.run(show, stop.is_set)
+            except Diverged as error:
+                raise FloatingPointError(self._explain(error, episode_ends)) from error
+            folder = save(measured())
+        if trainer.step < settings.steps:
+            raise Interrupted(
+                f"stopped after step {trainer.step} of {settings.steps}; checkpoint in {folder}; go on with: "
+                f"diffusion-policy train --resume {self.output}"
+            )
+        console.print(f"checkpoint in {folder}")
+
+    def _explain(self, error: Diverged, episode_ends: np.ndarray) -> str:
+        """Which windows the batch of a divergence held, also written to diverged.json, and what is left."""
+        import numpy as np
+
+        from diffusion_policy import checkpoint
+
+        told = ""
+        if error.rows is not None:
+            episodes = np.searchsorted(episode_ends, error.rows, side="right")
+            steps = error.rows - np.concatenate([[0], episode_ends])[episodes]
+            windows = [{"episode": int(e), "step": int(s)} for e, s in zip(episodes, steps, strict=True)]
+            report = self.output / "diverged.json"
+            report.write_text(json.dumps({"step": error.step, "windows": windows}, indent=1) + "\n")
+            some = ", ".join(f"episode {one['episode']} step {one['step']}" for one in windows[:3])
+            told = f"; its batch held {some}{' ...' if len(windows) > 3 else ''} (all in {report})"
+        saved = checkpoint.steps_of(self.output)
+        left = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        return f"{error}{told}; {left}; lower the learning rate"
 
 
 def describe(store: EpisodeStore, keys: Keys, summary: Summary) -> tuple[Environment, Dataset]:

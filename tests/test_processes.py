@@ -1,0 +1,124 @@
+"""Real processes that train together, started as users start them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion_policy import checkpoint
+from diffusion_policy.commands.train import Train
+from diffusion_policy.config import PolicyConfig, TrainConfig
+from diffusion_policy.processes import Processes
+
+TINY = PolicyConfig(widths=(16, 32), level_dim=32, levels=20)
+TRAINING = TrainConfig(
+    steps=50, batch_size=64, learning_rate=1e-3, warmup_steps=5, validate_every=25, checkpoint_every=20
+)
+FLAGS = [
+    *["--widths", "16", "32", "--level-dim", "32", "--levels", "20", "--steps", "50", "--batch-size", "64"],
+    *["--learning-rate", "1e-3", "--warmup-steps", "5", "--validate-every", "25", "--checkpoint-every", "20"],
+    *["--device", "cpu"],
+]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def launch(processes: int, *arguments: str, launcher: str) -> subprocess.CompletedProcess:
+    """`train` in so many processes on this machine."""
+    start = {
+        "torchrun": [*["torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port())]],
+        "accelerate": [
+            *["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)],
+            *["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"],
+            *["--main_process_port", str(free_port()), "--num_cpu_threads_per_process", "1"],
+        ],
+    }[launcher]
+    command = [sys.executable, "-m", *start, "-m", "diffusion_policy.cli", "train", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.fixture(scope="module")
+def alone(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    Train(str(demonstrations), run, policy=TINY, training=TRAINING, device="cpu").run()
+    return run
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    """Of all weights: averaged, raw."""
+    states = [
+        {**checkpoint.load(run).policy.state_dict(), **checkpoint.load_training(checkpoint.find(run))} for run in (a, b)
+    ]
+    names = [name for name in states[0] if not name.startswith("optimizer.")]
+    assert len(names) > 40
+    return max((states[0][name] - states[1][name]).abs().max().item() for name in names)
+
+
+def test_two_processes_train_as_one_does(demonstrations: Path, alone: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = launch(2, "--dataset", str(demonstrations), "--output", str(run), *FLAGS, launcher="accelerate")
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stderr.split())
+    assert "on cpu, 2 processes" in said
+    assert said.count("step-000050") == 1  # only one writes
+    assert largest_difference(alone, run) < 1e-5
+    lines = [[json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()] for one in (alone, run)]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+    assert lines[1][-1]["loss"] == pytest.approx(lines[0][-1]["loss"], rel=1e-4)
+
+
+def test_another_number_of_processes_goes_on_with_a_run(demonstrations: Path, alone: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = Train(str(demonstrations), run, policy=TINY, training=TRAINING, device="cpu")
+    stopped = replace(first, training=replace(TRAINING, steps=50))
+    stop_after(stopped, 30)
+    done = launch(2, "--resume", str(run), "--device", "cpu", launcher="torchrun")
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stderr
+    assert largest_difference(alone, run) < 1e-5
+
+
+def stop_after(train: Train, step: int) -> None:
+    """Train in this process until someone presses Ctrl-C at this step."""
+    from diffusion_policy.commands.common import Interrupted
+    from diffusion_policy.trainer import Trainer
+
+    original = Trainer._train_step
+
+    def train_step(self, stop):
+        original(self, stop)
+        if self.step == step:
+            signal_self()
+
+    Trainer._train_step = train_step
+    try:
+        with pytest.raises(Interrupted, match=rf"stopped after step {step} of 50; .*go on with: .* --resume"):
+            train.run()
+    finally:
+        Trainer._train_step = original
+
+
+def signal_self() -> None:
+    import signal
+
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_alone_a_sum_is_what_it_is() -> None:
+    numbers = [torch.ones(2), torch.tensor(3.0)]
+    Processes().add_up(numbers)
+    assert [number.tolist() for number in numbers] == [[1, 1], 3]
+    assert Processes().is_main
+    assert not Processes(1, 2).is_main

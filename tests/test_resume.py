@@ -1,0 +1,296 @@
+"""Trainings that are interrupted in every way, and go on as if nothing had happened."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffusion_policy import checkpoint
+from diffusion_policy.cli import main
+from diffusion_policy.commands.common import Interrupted
+from diffusion_policy.commands.train import Train
+from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig
+from diffusion_policy.datasets.store import EpisodeStore
+from diffusion_policy.trainer import Trainer
+
+TINY = PolicyConfig(widths=(16, 32), level_dim=32, levels=20)
+TRAINING = TrainConfig(
+    steps=60, batch_size=32, learning_rate=1e-3, warmup_steps=5, validate_every=15, checkpoint_every=10, keep=2
+)
+
+
+def train(dataset: Path, run: Path, **options) -> Train:
+    return Train(str(dataset), run, policy=TINY, training=replace(TRAINING, **options), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def whole(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(demonstrations, run).run()
+    return run
+
+
+def left_by(run: Path) -> tuple[bytes, bytes, list[dict]]:
+    """All that a run leaves but its speed: weights, the training's state, and its log."""
+    newest = checkpoint.find(run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["steps_per_second"]
+    return (newest / "model.safetensors").read_bytes(), (newest / "training.safetensors").read_bytes(), lines
+
+
+@pytest.fixture
+def press(monkeypatch: pytest.MonkeyPatch):
+    """Sends this process a signal in chosen steps."""
+
+    def at(chosen: dict[int, signal.Signals]) -> None:
+        original = Trainer._train_step
+
+        def train_step(self, stop):
+            original(self, stop)
+            if self.step in chosen:
+                os.kill(os.getpid(), chosen.pop(self.step))
+
+        monkeypatch.setattr(Trainer, "_train_step", train_step)
+
+    return at
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_how_to_go_on_and_becomes_the_same(
+    demonstrations: Path, whole: Path, tmp_path: Path, press, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    press({17: number, 44: number})
+    with pytest.raises(
+        Interrupted, match=rf"after step 17 of 60; .* go on with: diffusion-policy train --resume {run}"
+    ):
+        train(demonstrations, run).run()
+    with pytest.raises(Interrupted, match="after step 44"):
+        Train.to_resume(run).run()
+    assert main(["train", "--resume", str(run), "--device", "cpu"]) == 0
+    assert left_by(run) == left_by(whole)
+
+
+def test_a_finished_run_has_nothing_left_to_do(whole: Path, capsys) -> None:
+    before = left_by(whole)
+    Train.to_resume(whole).run()
+    assert "has all its 60 steps" in " ".join(capsys.readouterr().err.split())
+    assert left_by(whole) == before
+
+
+DRIVER = """
+import os, sys, warnings
+warnings.simplefilter("ignore")
+from pathlib import Path
+from diffusion_policy import checkpoint
+from diffusion_policy.commands import panel
+from diffusion_policy.commands.train import Train
+import diffusion_policy.trainer, diffusion_policy.datasets.statistics, diffusion_policy.trackers
+for line in sys.stdin:  # one attempt a line, each in a fork, since imports take longest
+    child = os.fork()
+    if child == 0:
+        Train.to_resume(Path(line.strip())).run()
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.parametrize("kills, steps", [(5, 120), pytest.param(100, 4000, marks=pytest.mark.slow)])
+def test_kills_at_any_moment_change_nothing(demonstrations: Path, tmp_path: Path, kills: int, steps: int) -> None:
+    start = train(demonstrations, tmp_path / "run", steps=steps, validate_every=steps // 4, checkpoint_every=7)
+    whole = tmp_path / "whole"
+    replace(start, output=whole).run()
+    begin_only(start)
+    rng = random.Random(0)
+    killed, status = 0, -signal.SIGKILL
+    with subprocess.Popen(
+        [sys.executable, "-c", DRIVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as driver:
+        assert driver.stdin is not None
+        assert driver.stdout is not None
+        while status == -signal.SIGKILL:
+            driver.stdin.write(f"{start.output}\n")
+            driver.stdin.flush()
+            child = int(driver.stdout.readline())
+            if killed < kills:
+                target = last_logged(start.output) + rng.choice([0, 1])  # the log is written every 10 steps
+                wait_for(lambda target=target: last_logged(start.output) >= target or not alive(child))  # noqa: B023
+                time.sleep(rng.uniform(0, 0.1))
+                kill(child)
+            status = int(driver.stdout.readline())
+            killed += status == -signal.SIGKILL
+    assert status == 0
+    assert killed == kills or (killed >= 3 and kills == 5)  # a fast machine may come to the end before
+    assert left_by(start.output) == left_by(whole)
+
+
+def begin_only(start: Train) -> None:
+    """As if killed before the first checkpoint: the options are there, and nothing else."""
+    original, Trainer.run = Trainer.run, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start.run()
+    finally:
+        Trainer.run = original
+    assert not checkpoint.steps_of(start.output)
+
+
+def last_logged(run: Path) -> int:
+    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+    steps = [int(line.split(",")[0].split()[1]) for line in lines if line.endswith("}")]
+    return steps[-1] if steps else 0
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def kill(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+# What cannot go on
+
+
+def test_another_training_is_refused_with_all_differences(whole: Path, demonstrations: Path) -> None:
+    asked = Train.to_resume(whole)
+    other = replace(
+        asked,
+        observation=("actual_xy",),
+        policy=replace(TINY, widths=(16, 64), levels=25),
+        training=replace(asked.training, batch_size=16, keep=3),
+    )
+    with pytest.raises(ConfigError) as caught:
+        other.run()
+    said = str(caught.value)
+    for difference in ("widths 16 32, now 16 64", "levels 20, now 25", "batch-size 32, now 16", "now actual_xy"):
+        assert difference in said
+    assert "keep" not in said
+
+
+def test_flags_that_contradict_the_run_are_refused(whole: Path, capsys) -> None:
+    assert main(["train", "--resume", str(whole), "--learning-rate", "0.1", "--widths", "16", "32"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "cannot go on as another training: learning-rate 0.001, now 0.1" in said
+    assert "widths" not in said
+
+
+def test_other_data_are_refused(whole: Path, demonstrations: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.zarr"
+    from diffusion_policy.commands.collect import Collect
+
+    Collect(other, env_kwargs='{"rows": 1}', episodes=12, seed=50, workers=1).run()
+    with pytest.raises(ConfigError, match="the data are others"):
+        replace(Train.to_resume(whole), dataset=str(other)).run()
+
+
+def test_a_copy_of_the_data_elsewhere_is_the_same(demonstrations: Path, whole: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(demonstrations, copy)
+    replace(Train.to_resume(whole), dataset=str(copy)).run()
+
+
+def test_there_must_be_a_run(tmp_path: Path, capsys) -> None:
+    assert main(["train", "--resume", str(tmp_path / "nothing")]) == 2
+    assert "holds no training to go on with: it has no run.json" in capsys.readouterr().err
+    (tmp_path / "run.json").write_text("{")
+    assert main(["train", "--resume", str(tmp_path)]) == 2
+    assert "is not JSON" in capsys.readouterr().err
+    (tmp_path / "run.json").write_text(json.dumps({"training": {"stepz": 3}, "dataset": {"location": "x"}}))
+    assert main(["train", "--resume", str(tmp_path)]) == 2
+    assert "unknown option 'stepz'; did you mean steps?" in capsys.readouterr().err
+
+
+def test_a_run_in_use_is_left_alone(demonstrations: Path, tmp_path: Path) -> None:
+    from diffusion_policy.datasets.storage import lock
+
+    run = tmp_path / "run"
+    begin_only(train(demonstrations, run))
+    unlock = lock(run)
+    with pytest.raises(ValueError, match=rf"{run} is being written by another process.*choose another --output"):
+        Train.to_resume(run).run()
+    unlock()
+
+
+def test_a_full_disk_keeps_what_is_there_and_training_goes_on(
+    demonstrations: Path, whole: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    original, calls = checkpoint.save, []
+
+    def save(run: Path, point: checkpoint.Checkpoint, *rest) -> Path:
+        calls.append(point.step)
+        if point.step == 30:
+            raise checkpoint.CheckpointError("No space left on device")
+        return original(run, point, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    run = tmp_path / "run"
+    train(demonstrations, run).run()
+    assert "no checkpoint at step 30: No space left on device" in " ".join(capsys.readouterr().err.split())
+    assert calls == [10, 20, 30, 40, 50, 60]
+    assert left_by(run) == left_by(whole)
+
+
+def test_what_made_the_loss_meaningless_is_said(demonstrations: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(FloatingPointError) as caught:
+        train(demonstrations, run, learning_rate=1e30).run()
+    said = str(caught.value)
+    assert "its batch held episode " in said
+    assert "there is no checkpoint yet; lower the learning rate" in said
+    report = json.loads((run / "diverged.json").read_text())
+    lengths = np.diff(EpisodeStore.open(demonstrations).episode_ends, prepend=0)
+    assert len(report["windows"]) == 32
+    assert all(0 <= one["step"] < lengths[one["episode"]] for one in report["windows"])
+
+
+def test_the_best_checkpoint_by_a_metric_stays(demonstrations: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(demonstrations, run, keep=1, keep_best="validation_loss", validate_every=5, learning_rate=1e-2).run()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["validation_loss"] for line in lines if line["step"] % 10 == 0}
+    best = min(losses, key=losses.__getitem__)
+    assert (run / "best").resolve().name == f"step-{best:06d}"
+    loaded = checkpoint.load(run / "best")
+    assert loaded.step == best
+    assert loaded.metrics["validation_loss"] == losses[best]
+    assert {int(folder.name[5:]) for folder in checkpoint.steps_of(run)} == {best, 60}
+
+
+def test_rollouts_say_whether_it_learns(demonstrations: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(demonstrations, run, rollout_every=30, rollout_episodes=2).run()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["success_rate"] is not None] == [30, 60]
+    assert checkpoint.load(run).metrics["success_rate"] in (0.0, 0.5, 1.0)
+    assert left_by(run)[0] == left_by(whole)[0]  # they changed nothing

@@ -1,0 +1,220 @@
+"""Sweeps of tiny trainings, each in a process of its own."""
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffusion_policy.cli import main, parse
+from diffusion_policy.commands import sweep
+from diffusion_policy.commands.common import Failed, Interrupted
+from diffusion_policy.commands.sweep import Sweep, Trial, draw_points, read_grid
+from diffusion_policy.commands.train import Train
+from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig
+from tests.conftest import TINY
+
+TRAINING = TrainConfig(steps=4, batch_size=16, validate_every=2, validation_share=0.2)
+GRID = ("learning-rate=1e-3,1e30", "widths=16:32,32:32")
+"""The second learning rate ends in numbers that are not finite."""
+
+
+@pytest.fixture(scope="module")
+def finished(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Sweep, dict[str, Any]]:
+    """A 2 x 2 grid, half of which fails; what run returned."""
+    output = tmp_path_factory.mktemp("sweeps") / "grid"
+    asked = Sweep(str(demonstrations), output, GRID, episodes=0, device="cpu", policy=TINY, training=TRAINING)
+    return asked, asked.run()
+
+
+def test_every_point_of_the_grid_is_a_trial(finished: tuple[Sweep, dict[str, Any]]) -> None:
+    asked, results = finished
+    assert [row["options"] for row in results["trials"]] == [
+        {"learning_rate": rate, "widths": widths} for rate in (1e-3, 1e30) for widths in ([16, 32], [32, 32])
+    ]
+    assert json.loads((asked.output / "sweep.json").read_text()) == json.loads(json.dumps(results))
+    for row in results["trials"][:2]:
+        config = json.loads((asked.output / row["name"] / "step-000004" / "config.json").read_text())
+        assert config["policy"]["widths"] == row["options"]["widths"]
+        assert [step for step, _ in row["curve"]] == [2, 4]
+        assert row["validation_loss"] == row["curve"][-1][1] > 0
+
+
+def test_a_failed_trial_is_told_in_one_line_and_ends_no_other(finished: tuple[Sweep, dict[str, Any]]) -> None:
+    asked, results = finished
+    assert [row["status"] for row in results["trials"]] == ["finished", "finished", "failed", "failed"]
+    assert "loss" in results["trials"][2]["reason"]
+    assert "\n" not in results["trials"][2]["reason"]
+    assert "Traceback" in (asked.output / "trial-002.log").read_text()
+
+
+def test_the_best_trial_comes_with_the_command_that_repeats_it(finished: tuple[Sweep, dict[str, Any]]) -> None:
+    asked, results = finished
+    losses = {row["name"]: row["validation_loss"] for row in results["trials"][:2]}
+    assert results["best"] == min(losses, key=lambda name: losses[name])
+    row = next(row for row in results["trials"] if row["name"] == results["best"])
+    program, *arguments = shlex.split(row["command"])
+    assert program == "diffusion-policy"
+    again = parse(arguments)
+    assert isinstance(again, Train)
+    trial = next(trial for trial in asked.trials() if trial.name == results["best"])
+    assert replace(again, output=trial.train.output) == trial.train
+
+
+def test_the_page_shows_every_trial(finished: tuple[Sweep, dict[str, Any]]) -> None:
+    asked, results = finished
+    page = (asked.output / "sweep.html").read_text()
+    body = page[page.index("<tbody>") : page.index("</tbody>")]
+    for row in results["trials"]:
+        assert body.count(f">{row['name']}</td>") == 1
+    assert body.count("failed") == 2
+    assert 'class="best"' in body
+    assert "data:image/png;base64," in page
+    assert "http:" not in page  # it loads nothing
+    assert "https:" not in page
+
+
+def test_finished_trials_are_not_run_again(finished: tuple[Sweep, dict[str, Any]], tmp_path: Path) -> None:
+    asked, results = finished
+    output = tmp_path / "copy"
+    shutil.copytree(asked.output, output)
+    shutil.rmtree(output / "trial-001")
+    resumed = replace(asked, output=output, grid=("learning-rate=1e-3,1e30", "widths=16:32,32:32"), resume=True)
+    ran: list[str] = []
+    again = spy(resumed, lambda trial: ran.append(trial.name))
+    assert ran == ["trial-001", "trial-002", "trial-003"]
+    for name in ("status", "options", "validation_loss"):
+        assert again["trials"][0][name] == results["trials"][0][name]
+    with pytest.raises(ConfigError, match="cannot go on as another sweep: trial-001 was another"):
+        replace(resumed, grid=("learning-rate=1e-3,1e30", "widths=16:32,16:16")).run()
+    with pytest.raises(ConfigError, match="already holds something"):
+        replace(resumed, resume=False).run()
+    with pytest.raises(ConfigError, match="holds no sweep to go on with"):
+        replace(resumed, output=tmp_path).run()
+
+
+def spy(asked: Sweep, run: Callable[[Trial], object]) -> dict[str, Any]:
+    """What a sweep returns whose trials all fail, and are given to `run` instead."""
+
+    def alone(_function, trials, *_options):
+        for trial in trials:
+            run(trial)
+            yield trial, "not run"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "each_alone", alone)
+        return asked.run()
+
+
+def test_ctrl_c_keeps_what_has_finished(demonstrations: Path, tmp_path: Path) -> None:
+    def stop_at_two(trial: Trial) -> None:
+        if trial.name == "trial-001":
+            raise KeyboardInterrupt
+
+    asked = Sweep(str(demonstrations), tmp_path / "sweep", ("seed=0,1,2",), episodes=0, policy=TINY, training=TRAINING)
+    with pytest.raises(Interrupted, match=r"stopped: 0 of 3 trials are finished .* goes on with --resume"):
+        spy(asked, stop_at_two)
+    statuses = [row["status"] for row in json.loads((tmp_path / "sweep" / "sweep.json").read_text())["trials"]]
+    assert statuses == ["failed", "waiting", "waiting"]
+    with pytest.raises(Failed, match="no trial can be the best: not run"):
+        spy(replace(asked, resume=True), lambda _: None)
+
+
+def test_each_policy_is_evaluated_on_unseen_seeds(demonstrations: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "base.json").write_text(json.dumps({"policy": {"widths": [16, 32], "level_dim": 32, "levels": 20}}))
+    command = ["sweep", "--dataset", str(demonstrations), "--output", str(tmp_path / "sweep"), "--steps", "4"]
+    command += ["--config", str(tmp_path / "base.json"), "--random", "learning-rate=log:1e-4:1e-3", "--runs", "1"]
+    command += [
+        "--episodes",
+        "2",
+        "--metric",
+        "success_rate",
+        "--batch-size",
+        "16",
+        "--device",
+        "cpu",
+        "--sampling-steps",
+        "1",
+    ]
+    assert main(command) == 0
+    (row,) = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["trials"]
+    assert (row["policy"]["widths"], row["policy"]["levels"]) == ([16, 32], 20)
+    assert 1e-4 <= row["options"]["learning_rate"] == row["training"]["learning_rate"] <= 1e-3
+    assert 0 <= row["success_rate"]["low"] <= row["success_rate"]["value"] <= row["success_rate"]["high"] <= 1
+    assert 'href="trial-000/evaluation/report.html"' in (tmp_path / "sweep" / "sweep.html").read_text()
+    assert "best: trial-000" in capsys.readouterr().err
+
+
+def test_random_points_come_from_the_seed() -> None:
+    asked = ("learning-rate=log:1e-5:1e-3", "batch-size=choice:64,128", "steps=int:100:200",
+             "condition-dropout=uniform:0:0.5", "widths=choice:32:64,64:128", "max-episodes=log:10:1000")  # fmt: skip
+    points = draw_points(asked, 40, seed=0)
+    assert points == draw_points(asked, 40, seed=0)
+    assert points[:8] == draw_points(asked, 8, seed=0)
+    assert points != draw_points(asked, 40, seed=1)
+    rates = sorted(point["learning_rate"] for point in points)
+    assert 1e-5 <= rates[0] < 1e-4 < rates[20] * 3 < 1e-3  # half of them on each side of the geometric middle
+    assert {point["batch_size"] for point in points} == {64, 128}
+    assert {tuple(point["widths"]) for point in points} == {(32, 64), (64, 128)}
+    assert all(type(point["steps"]) is int and 100 <= point["steps"] <= 200 for point in points)
+    assert all(0 <= point["condition_dropout"] <= 0.5 for point in points)
+    assert all(type(point["max_episodes"]) is int for point in points)
+
+
+def test_values_have_the_types_of_their_options() -> None:
+    assert read_grid(["condition-on-mode=true,False", "max-episodes=none,5"]) == [
+        {"condition_on_mode": on, "max_episodes": most} for on in (True, False) for most in (None, 5)
+    ]
+    assert read_grid(["widths=64,64:128", "prediction=noise"]) == [
+        {"widths": [64], "prediction": "noise"},
+        {"widths": [64, 128], "prediction": "noise"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (("--grid", "learning-rat=1e-3"), "unknown option 'learning-rat'; did you mean learning-rate?"),
+        (("--grid", "learning-rate=fast"), "trial-000 (learning-rate fast): learning_rate must be float; got 'fast'"),
+        (("--grid", "learning-rate"), "--grid takes options with values, as in learning-rate=...; got 'learning-rate'"),
+        (("--grid", "steps=1", "steps=2"), "--grid names steps twice"),
+        (("--grid", "widths=64:60"), "trial-000 (widths 64 60): widths must be multiples of the 8 groups; got [60]"),
+        (("--grid", "prediction=nose"), "trial-000 (prediction nose): unknown prediction 'nose'; choose from noise"),
+        (
+            ("--grid", "validation-share=0"),
+            "the metric validation_loss needs held-out episodes; got validation-share 0",
+        ),
+        (("--random", "steps=100:200"), "--random steps must be drawn like log:1e-5:1e-3, uniform:0:0.2"),
+        (("--random", "learning-rate=log:0:1"), "--random learning-rate must be drawn like"),
+        ((), "sweep needs either --grid learning-rate=1e-4,3e-4 or --random"),
+        (("--grid", "steps=1", "--random", "steps=int:1:2"), "sweep needs either --grid"),
+        (("--grid", "steps=1", "--metric", "success_rate", "--episodes", "0"), "needs episodes of at least 1; got 0"),
+        (("--grid", "steps=1", "--gpus", "1"), "gpus are those of a Ray cluster: they need --engine ray; got 1"),
+        (("--grid", "steps=1", "--workers", "0"), "workers must be at least 1; got 0"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_trained(options: tuple, said: str, tmp_path: Path, capsys) -> None:
+    assert main(["sweep", "--dataset", "none.zarr", "--output", str(tmp_path / "sweep"), *options]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_gives_the_same_table(demonstrations: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    tables = []
+    for engine in ("local", "ray"):
+        asked = Sweep(str(demonstrations), tmp_path / engine, GRID, episodes=2, workers=2, engine=engine,
+                      device="cpu", policy=TINY, training=TRAINING)  # fmt: skip
+        rows = asked.run()["trials"]
+        tables.append([{name: row[name] for name in ("options", "status", "curve", "success_rate")} for row in rows])
+    assert tables[0] == tables[1]
+
+
+def test_defaults_of_the_command_line_are_those_of_the_class() -> None:
+    parsed = parse(["sweep", "--dataset", "d", "--output", "o", "--grid", "steps=1", "--resume"])
+    assert parsed == Sweep("d", Path("o"), ("steps=1",), resume=True, policy=PolicyConfig(), training=TrainConfig())
