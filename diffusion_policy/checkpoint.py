@@ -118,6 +118,7 @@ def _write(folder: Path, checkpoint: Checkpoint, training_state: Mapping[str, Te
         MODEL: {name: tensor.contiguous() for name, tensor in policy.state_dict().items()},
         TRAINING: dict(training_state),
     }
+    _check_numbers(folder, tensors[MODEL])
     for name, content in tensors.items():
         save_file(content, folder / name)
     contents = Contents(

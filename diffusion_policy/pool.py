@@ -168,7 +168,8 @@ class EnvironmentPool:
         hang_after: float = HANG_AFTER,
         engine: Engine = "local",
     ) -> None:
-        """`make_env` must be picklable for more than one worker and for a cluster; `hang_after`: see HANG_AFTER."""
+        """`make_env` must be picklable for more than one worker, and of a module that can be imported there for a
+        cluster; `hang_after`: see HANG_AFTER."""
         self._make_env = make_env
         self._hang_after = hang_after
         self._engine: Engine = engine

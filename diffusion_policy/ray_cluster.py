@@ -19,8 +19,8 @@ os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
-import ray  # noqa: E402
-from ray.exceptions import RayError, RayTaskError  # noqa: E402
+import ray
+from ray.exceptions import RayError, RayTaskError
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -419,8 +420,10 @@ def test_a_run_that_is_a_file_is_a_mistake_in_one_line(point: Checkpoint, tmp_pa
 
 def test_what_could_not_be_read_again_is_not_written(point: Checkpoint, tmp_path: Path) -> None:
     hostile = dataclasses.replace(point, environment=Environment(None, {}, ("left\x1b[2J",)))
-    for wrong, state in ((hostile, {}), (point, {"mask": torch.ones(3, dtype=torch.bool)})):
-        with pytest.raises(CheckpointError, match=r"printable characters|is of dtype 'BOOL'"):
+    diverged = dataclasses.replace(point, policy=deepcopy(point.policy))
+    diverged.policy.state_dict()["network.out.1.bias"][0] = float("nan")
+    for wrong, state in ((hostile, {}), (diverged, {}), (point, {"mask": torch.ones(3, dtype=torch.bool)})):
+        with pytest.raises(CheckpointError, match=r"printable characters|bias holds NaN|is of dtype 'BOOL'"):
             checkpoint.save(tmp_path, wrong, state)
     assert names(tmp_path) == []
 
@@ -445,8 +448,7 @@ def kill_again_and_again(kills: int, point: Checkpoint, tmp_path: Path) -> int:
             assert loaded.step >= step - 1
             assert state["small"] == loaded.step
             assert (state["large"] == loaded.step).all()
-            for folder in (*checkpoint.steps_of(run), run / "best"):
-                checkpoint.load(folder)
+            checkpoint.load(run / "best")
             step = loaded.step + 1
     checkpoint.save(run, at(point, step, success_rate=9.0), {}, keep=2, best="success_rate")
     assert names(run) == ["best", f"step-{step - 1:06d}", f"step-{step:06d}"]

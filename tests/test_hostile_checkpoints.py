@@ -160,8 +160,8 @@ def test_the_measure_of_memory_notices_what_is_allocated_and_freed() -> None:
         pytest.skip("the system does not say")
     forget_peak()
     before = peak_memory()
-    assert len(bytes(bytearray(b"x") * 300_000_000)) == 300_000_000
-    assert peak_memory() - before > 250e6
+    assert len(bytearray(b"x") * 250_000_000) == 250_000_000
+    assert peak_memory() - before > 200e6
 
 
 # config.json
@@ -219,10 +219,10 @@ def test_a_large_configuration_is_not_parsed(copy: Path, size: int) -> None:
 @pytest.mark.parametrize("item", ["[]", "{}", "1.5", '"abc"', "10"])
 def test_the_largest_configurations_are_refused_in_a_second(copy: Path, item: str) -> None:
     config = json.loads((copy / "config.json").read_text())
-    count = (MAX_JSON_BYTES - 10_000) // (len(item) + 2)
+    filled = "[" + ",".join([item] * ((MAX_JSON_BYTES - 10_000) // (len(item) + 1))) + "]"
     for part, where in (("observation", config), ("widths", config["policy"]), ("statistics", config["dataset"])):
-        before, where[part] = where[part], [json.loads(item)] * count
-        (copy / "config.json").write_text(json.dumps(config))
+        before, where[part] = where[part], "here"
+        (copy / "config.json").write_text(json.dumps(config).replace('"here"', filled))
         where[part] = before
         with refused(f"config.json, .*{part} must be|lists and objects; at most 20000 are read"):
             checkpoint.load(copy)
@@ -369,7 +369,7 @@ def test_a_zip_bomb_is_not_unpacked(copy: Path) -> None:
         zipfile.ZipFile(copy / MODEL, "w", zipfile.ZIP_DEFLATED) as archive,
         archive.open("archive/data.pkl", "w", force_zip64=True) as member,
     ):
-        for _ in range(300):
+        for _ in range(100):
             member.write(bytes(2**20))
     seal(copy)
     with refused("is no safetensors file that can be read"):

