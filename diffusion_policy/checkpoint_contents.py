@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def read_contents(folder: Path) -> Contents:
     path = folder / "config.json"
     try:
         contents = from_json(read_config(folder), Contents, str(path))
-        _check_bounds(contents)
+        _check_contents(contents)
     except CheckpointError:
         raise
     except ValueError as error:  # of the options themselves
@@ -144,9 +144,8 @@ def read_contents(folder: Path) -> Contents:
     return contents
 
 
-def _check_bounds(contents: Contents) -> None:
-    """Raise ValueError where a configuration asks for what would fill the memory, or holds what could be none."""
-    policy, shapes = contents.policy, contents.shapes
+def check_bounds(policy: PolicyConfig, shapes: Shapes, modes: Sequence[str]) -> None:
+    """Raise ValueError where a policy is larger than any that is loaded."""
     for shape in (*shapes.observations.values(), shapes.action):
         if len(shape) > MAX_DIMENSIONS or any(size < 1 for size in shape):
             raise ValueError(f"a shape has at most {MAX_DIMENSIONS} numbers, all positive; got {shape}")
@@ -161,17 +160,23 @@ def _check_bounds(contents: Contents) -> None:
         "number of keys": (len(shapes.observations), 1, MAX_KEYS),
         "size of an observation": (observed, 1, MAX_OBSERVED_NUMBERS),
         "size of an action": (math.prod(shapes.action), 1, MAX_ACTION_NUMBERS),
-        "number of modes": (len(contents.environment.modes), 0, MAX_MODES),
-        "step": (contents.step, 0, MAX_STEP),
+        "number of modes": (len(modes), 0, MAX_MODES),
     }
     for name, (value, least, most) in bounds.items():
         if not least <= value <= most:
             raise ValueError(f"the {name} must be from {least} to {most}; got {value}")
-    for label in (*shapes.observations, *contents.environment.modes):
+    for label in (*shapes.observations, *modes):
         if len(label) > MAX_LABEL or not label.isprintable():
             raise ValueError(f"keys and modes have at most {MAX_LABEL} printable characters; got {label[:50]!r}")
     if "action" in shapes.observations:
         raise ValueError("an observation cannot be called 'action'")
+
+
+def _check_contents(contents: Contents) -> None:
+    """Raise ValueError where a config.json asks for what would fill the memory, or holds what could be none."""
+    check_bounds(contents.policy, contents.shapes, contents.environment.modes)
+    if not 0 <= contents.step <= MAX_STEP:
+        raise ValueError(f"the step must be from 0 to {MAX_STEP}; got {contents.step}")
     if contents.files.keys() != {MODEL, TRAINING}:
         raise ValueError(f"its files must be {MODEL} and {TRAINING}; got {', '.join(map(repr, contents.files))}")
     if not all(map(math.isfinite, contents.metrics.values())) or not _is_finite(contents.dataset.statistics):

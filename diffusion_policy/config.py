@@ -299,7 +299,7 @@ def _from_json(value: Any, hint: Any) -> Any:
     if get_origin(hint) is Literal:
         hint = str
     if hint is float and type(value) is int:
-        return float(value)
+        return float(value) if abs(value) < 2**1023 else math.inf  # as JSON's 1e400
     if type(value) not in (get_args(hint) or (hint,)):
         raise TypeError
     return value

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from diffusion_policy.engines import no_interrupts, ordered_map
+from diffusion_policy.engines import each_alone, no_interrupts, ordered_map, require_engine
 
 
 def square(x: int) -> int:
@@ -36,6 +36,32 @@ def test_endless_items_can_be_stopped(workers: int) -> None:
 def test_one_worker_is_this_process_and_several_are_not() -> None:
     assert set(ordered_map(make_pid, range(3), 1)) == {os.getpid()}
     assert os.getpid() not in set(ordered_map(make_pid, range(8), 2))
+
+
+def report(item: str) -> str | None:
+    if item == "dies":
+        os._exit(3)
+    if item == "waits":
+        time.sleep(60)
+    return item if item == "fails" else None
+
+
+def test_each_runs_alone_and_a_crash_is_told() -> None:
+    told = dict(each_alone(report, ["works", "dies", "fails"], 2))
+    assert told == {"works": None, "dies": "its process died (exit status 3)", "fails": "fails"}
+
+
+def test_stopping_early_ends_what_runs() -> None:
+    started = time.monotonic()
+    told = each_alone(report, ["waits", "works"], 2)
+    assert next(told) == ("works", None)
+    told.close()
+    assert time.monotonic() - started < 30
+
+
+def test_an_unknown_engine_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown engine 'spark'; choose from local, ray"):
+        require_engine("spark")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="signals have no masks here")

@@ -109,6 +109,8 @@ class Train:
         import numpy as np
         import torch
 
+        from diffusion_policy.checkpoint import MAX_WEIGHTS
+        from diffusion_policy.checkpoint_contents import check_bounds
         from diffusion_policy.datasets.statistics import summarize
         from diffusion_policy.datasets.storage import lock
         from diffusion_policy.datasets.windows import Windows, split_episodes
@@ -131,6 +133,7 @@ class Train:
         with console.status("measuring the data"):
             summary = summarize(store, keys.observations, keys.action, chosen)
         policy = DiffusionPolicy.for_statistics(self.policy, summary.statistics, store.modes, angles).to(device)
+        check_bounds(self.policy, policy.shapes, store.modes)
         told = runs.to_options(self._completed(keys, angles), summary.fingerprint)
         if self.resume:
             runs.require_same(self.resume, runs.read_run(self.resume), told)
@@ -138,6 +141,8 @@ class Train:
             windows, validation = self._cut_windows(store, keys, chosen, held_out, device)
         trainer = Trainer(policy, windows, validation, settings, processes, roll_out)
         parameters = sum(weight.numel() for weight in policy.parameters())
+        if parameters > MAX_WEIGHTS:
+            raise ConfigError(f"a policy has at most {MAX_WEIGHTS} weights; got {parameters}; lower the widths")
         console.print(
             f"{len(chosen)} training and {len(held_out)} validation episodes, {len(windows)} windows"
             f"{'' if isinstance(windows, Windows) else ' streamed from the store'}, "
@@ -273,12 +278,12 @@ class Train:
             except Diverged as error:
                 raise FloatingPointError(self._explain(error, episode_ends)) from error
             folder = save(measured())
+            panel.note(f"checkpoint in {folder}", checkpoint=folder)
         if trainer.step < settings.steps:
             raise Interrupted(
                 f"stopped after step {trainer.step} of {settings.steps}; checkpoint in {folder}; go on with: "
                 f"diffusion-policy train --resume {self.output}"
             )
-        console.print(f"checkpoint in {folder}")
 
     def _explain(self, error: Diverged, episode_ends: np.ndarray) -> str:
         """Which windows the batch of a divergence held, also written to diverged.json, and what is left."""
