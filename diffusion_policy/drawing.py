@@ -16,6 +16,8 @@ from diffusion_policy.gallery import Scene
 from diffusion_policy.metrics import NONE
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+MOST_CURVES_NAMED = 12
+"""More of them are drawn without a legend."""
 FEW_COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")
 """Told apart by the colour-blind too (Okabe & Ito 2008)."""
 OBSTACLE, FINISH = "#c8402f", "#1a9850"
@@ -173,6 +175,24 @@ def draw_delay(rows: Sequence[Mapping[str, Any]], control_period: float | None) 
         seconds.tick_params(colors=MUTED, labelsize=9)
         seconds.spines["top"].set_color(GRID)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    clean(axis)
+    return figure
+
+
+def draw_curves(rows: Sequence[Mapping[str, Any]], best: str | None) -> Figure:
+    """Validation loss over the steps, a curve a trial; the best one is thick."""
+    shown = [row for row in rows if row["curve"]]
+    colors = mode_colors([row["name"] for row in shown])
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    for row in shown:
+        steps, losses = zip(*row["curve"], strict=True)
+        width = 3 if row["name"] == best else 1.2
+        axis.plot(steps, losses, color=colors[row["name"]], linewidth=width, marker=".", label=row["name"])
+    axis.set(xlabel="training step", yscale="log" if min(y for row in shown for _, y in row["curve"]) > 0 else "linear")
+    axis.set_title("validation loss, averaged weights", loc="left", color=INK, fontsize=11)
+    if len(shown) <= MOST_CURVES_NAMED:
+        figure.legend(loc="outside right upper", frameon=False)
     clean(axis)
     return figure
 

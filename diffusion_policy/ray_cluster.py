@@ -6,7 +6,9 @@ Every machine of the cluster needs this package, in the same version.
 import contextlib
 import logging
 import os
+import re
 import signal
+import socket
 import threading
 import uuid
 import warnings
@@ -56,8 +58,10 @@ def _initialize(workers: int) -> None:
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     try:
+        if address and (place := re.fullmatch(r"([^/]+):(\d+)", address)):  # ray itself gives up after minutes
+            socket.create_connection((place[1], int(place[2])), timeout=5).close()
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"no Ray cluster {f'at RAY_ADDRESS={address}' if address else 'could be started'}: {reason}"

@@ -93,12 +93,12 @@ def write_report(path: Path, results: Mapping[str, Any], pictures: Pictures) -> 
         }
         for video in pictures.videos
     ]
-    page = _templates().get_template("report.html.jinja")
+    page = templates().get_template("report.html.jinja")
     text = page.render(
         results=results,
         lines=lines,
         tiles=wording.tiles(lines, results["measures"]),
-        figures={name: _embed(figure) for name, figure in figures.items() if figure},
+        figures={name: embed(figure) for name, figure in figures.items() if figure},
         tree=tree,
         colors=colors,
         episodes_of=_episodes_of(results),
@@ -116,7 +116,7 @@ def write_comparison(path: Path, a: Mapping[str, Any], b: Mapping[str, Any], com
     of_a, of_b = ({(one["seed"], one["repeat"]): one for one in results["outcomes"]} for results in (a, b))
     discordant = sorted(map(tuple, (*comparison["only_a_seeds"], *comparison["only_b_seeds"])))
     by_name = {line.name: line for line in wording.scorecard_lines(b)}
-    page = _templates().get_template("report_compare.html.jinja")
+    page = templates().get_template("report_compare.html.jinja")
     text = page.render(
         a=_side(a, colors),
         b=_side(b, colors),
@@ -132,7 +132,7 @@ def write_comparison(path: Path, a: Mapping[str, Any], b: Mapping[str, Any], com
 def _side(results: Mapping[str, Any], colors: Mapping[str, str]) -> dict[str, Any]:
     """One of two evaluations."""
     tree = _tree(results)
-    bars = _embed(draw_modes(results, colors)) if wording.known_modes(results) and not tree else None
+    bars = embed(draw_modes(results, colors)) if wording.known_modes(results) and not tree else None
     tiles = wording.tiles(wording.scorecard_lines(results), results["measures"])
     return {"results": results, "tiles": tiles, "tree": tree, "modes": bars}
 
@@ -150,7 +150,7 @@ def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, 
     return [(name, one, other) for name, one, other in both if one != other]
 
 
-def _templates() -> jinja2.Environment:
+def templates() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("diffusion_policy", "."),
         autoescape=True,
@@ -267,7 +267,7 @@ def _short(value: float | None) -> float | None:
     return float(f"{value:.4g}") if value is not None and math.isfinite(value) else None
 
 
-def _embed(figure: Figure) -> str:
+def embed(figure: Figure) -> str:
     """A figure as the base64 of its PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

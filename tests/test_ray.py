@@ -237,6 +237,18 @@ def test_mistakes_are_one_sentence(
     assert "pip install 'diffusion-policy-toolkit[ray]'" in capsys.readouterr().err
 
 
+def test_a_cluster_that_does_not_answer_is_told_at_once(tmp_path: Path) -> None:
+    command = ["collect", "--output", str(tmp_path / "store.zarr"), "--workers", "1", "--engine", "ray"]
+    environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "diffusion_policy.cli", *command],
+        stderr=subprocess.PIPE, text=True, env=environment, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "error: no Ray cluster at RAY_ADDRESS=127.0.0.1:1: " in done.stderr
+    assert not (tmp_path / "store.zarr").exists()
+
+
 def holds_episodes(path: Path) -> bool:
     try:
         return len(EpisodeStore.open(path).episode_ends) > 0

@@ -13,11 +13,12 @@ import pytest
 from diffusion_policy.cli import main, parse
 from diffusion_policy.commands import sweep
 from diffusion_policy.commands.common import Failed, Interrupted
-from diffusion_policy.commands.sweep import Sweep, Trial, draw_points, read_grid
+from diffusion_policy.commands.points import draw_points, read_grid
+from diffusion_policy.commands.sweep import Sweep, Trial
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig
-from tests.conftest import TINY
 
+TINY = PolicyConfig(widths=(16, 32), level_dim=32, levels=20)
 TRAINING = TrainConfig(steps=4, batch_size=16, validate_every=2, validation_share=0.2)
 GRID = ("learning-rate=1e-3,1e30", "widths=16:32,32:32")
 """The second learning rate ends in numbers that are not finite."""

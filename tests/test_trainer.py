@@ -159,6 +159,7 @@ def test_half_precision_learns_the_same_within_its_rounding(precision: str, allo
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inside torch.compile
 def test_a_compiled_network_learns_the_same() -> None:
     plain, compiled = new_trainer(steps=5), new_trainer(steps=5, compile=True)
     for trainer in (plain, compiled):

@@ -6,10 +6,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from diffusion_policy.envs.adapters import Task
 
 DEFAULT_ENV = "diffusion_policy/Avoid-v0"
+ONE_PRESS = 0.5
+"""Signals within this time of the first are the same press of Ctrl-C [s]."""
 MOST_FILMED = 16
 """Episodes in one video: they are tiles of one picture."""
 
@@ -168,12 +172,16 @@ def print_by_steps(title: str, samplers: Mapping[str, Mapping[str, Any]], figure
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
     """Within the context, Ctrl-C and SIGTERM set the event, so that the step under way is finished; a second Ctrl-C
-    interrupts at once."""
+    interrupts at once (torchrun hands on the first one, which then comes twice)."""
     stop = threading.Event()
+    first = math.inf  # [s]
 
     def handle(_signal: int, _frame: object) -> None:
-        if stop.is_set():
+        nonlocal first
+        if stop.is_set() and time.monotonic() - first > ONE_PRESS:
             raise KeyboardInterrupt
+        if not stop.is_set():
+            first = time.monotonic()
         stop.set()
 
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only

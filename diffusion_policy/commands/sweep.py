@@ -4,41 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
-import itertools
 import json
 import math
 import os
 import shlex
 import shutil
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 from rich.table import Table
 
 from diffusion_policy.commands.common import Failed, Interrupted, console, open_store, progress_bar, require_fresh
 from diffusion_policy.commands.evaluate import Evaluate
-from diffusion_policy.commands.runs import absolute
+from diffusion_policy.commands.points import draw_points, read_grid
+from diffusion_policy.commands.runs import OPTIONS, absolute
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import ConfigError, PolicyConfig, SampleConfig, TrainConfig, from_dict, require_at_least
 from diffusion_policy.engines import Engine, each_alone, require_engine
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-HINTS = {kind: get_type_hints(kind) for kind in (PolicyConfig, TrainConfig)}
-"""The options that can be varied, and what they are."""
-DISTRIBUTIONS = ("log:1e-5:1e-3", "uniform:0:0.2", "int:100:200", "choice:64,128")
-"""What --random can draw from."""
 MEANINGS = ("prediction", "schedule", "schedule_options", "levels", "snr_gamma", "learn_variance", "normalization",
             "prediction_horizon", "validation_share", "seed")  # fmt: skip
 """Options that change what the validation loss is, or on which episodes, so that its values cannot be compared."""
-MOST_NAMED = 12
-"""Curves that a legend can name."""
 
 
 class Trial(NamedTuple):
@@ -245,8 +235,11 @@ def run_trial(trial: Trial) -> str | None:
             os.dup2(log.fileno(), stream)
     try:
         if not trial.trained:
-            shutil.rmtree(trial.train.output, ignore_errors=True)
-            trial.train.run()
+            if (trial.train.output / OPTIONS).is_file():  # it was interrupted
+                dataclasses.replace(trial.train, resume=trial.train.output).run()
+            else:
+                shutil.rmtree(trial.train.output, ignore_errors=True)
+                trial.train.run()
         if trial.episodes and not (trial.evaluation / "results.json").is_file():
             shutil.rmtree(trial.evaluation, ignore_errors=True)
             Evaluate(
@@ -326,80 +319,6 @@ def vary(config: Any, point: Mapping[str, Any]) -> Any:
     return from_dict(type(config), values | {name: point[name] for name in point.keys() & values.keys()})
 
 
-def read_grid(texts: Iterable[str]) -> list[dict[str, Any]]:
-    """The points of a grid such as learning-rate=1e-4,3e-4 widths=32:64,64:128, {field: value as JSON}."""
-    axes = {name: [read_value(name, value) for value in values.split(",")] for name, values in split(texts, "grid")}
-    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-
-
-def draw_points(texts: Iterable[str], count: int, seed: int) -> list[dict[str, Any]]:
-    """So many random points of options such as learning-rate=log:1e-5:1e-3, {field: value as JSON}."""
-    import numpy as np
-
-    asked = split(texts, "random")
-    generators = [np.random.default_rng([seed, i]) for i in range(count)]
-    return [{name: draw(name, text, rng) for name, text in asked} for rng in generators]
-
-
-def draw(name: str, text: str, rng: Any) -> Any:
-    """One value of an option, as JSON, from `kind:...`; real numbers are rounded to four digits."""
-    kind, _, rest = text.partition(":")
-    if kind == "choice" and rest:
-        values = rest.split(",")
-        return read_value(name, values[rng.integers(len(values))])
-    try:
-        low, high = map(float, rest.split(":"))
-    except ValueError:
-        low = high = math.nan
-    if kind not in ("log", "uniform", "int") or not low <= high < math.inf or (kind == "log" and low <= 0):
-        raise ConfigError(
-            f"--random {name.replace('_', '-')} must be drawn like {', '.join(DISTRIBUTIONS)}; got {text!r}"
-        )
-    if kind == "int":
-        return int(rng.integers(int(low), int(high), endpoint=True))
-    value = math.exp(rng.uniform(math.log(low), math.log(high))) if kind == "log" else rng.uniform(low, high)
-    return round(value) if int in (hint := hint_of(name), *get_args(hint)) else float(f"{value:.4g}")
-
-
-def split(texts: Iterable[str], flag: str) -> list[tuple[str, str]]:
-    """Texts `option=values` as (field, values); raises ConfigError for unknown options, with the nearest."""
-    found: dict[str, str] = {}
-    for text in texts:
-        option, equals, values = text.partition("=")
-        name = option.replace("-", "_")
-        if not equals or not values:
-            raise ConfigError(f"--{flag} takes options with values, as in learning-rate=...; got {text!r}")
-        hint_of(name)
-        if name in found:
-            raise ConfigError(f"--{flag} names {option} twice")
-        found[name] = values
-    return list(found.items())
-
-
-def hint_of(name: str) -> Any:
-    """The type of an option; raises ConfigError for an unknown one, with the nearest."""
-    known = {key: hint for hints in HINTS.values() for key, hint in hints.items()}
-    if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
-        raise ConfigError(f"unknown option {name!r}; {hint}".replace("_", "-"))
-    return known[name]
-
-
-def read_value(name: str, text: str) -> Any:
-    """A value as JSON; a:b:c for several numbers."""
-    if get_origin(hint_of(name)) is tuple:
-        return [read_scalar(part) for part in text.split(":") if part]
-    return read_scalar(text)
-
-
-def read_scalar(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return {"True": True, "False": False, "None": None, "none": None}.get(text, text)
-
-
 def say(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
@@ -437,40 +356,19 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 def write_page(path: Path, results: Mapping[str, Any]) -> None:
     """The sweep as one page that works offline; `results` is what sweep.json holds."""
     from diffusion_policy import report
+    from diffusion_policy.drawing import draw_curves
 
     rows = results["trials"]
     pages = {row["name"]: f"{row['name']}/evaluation/report.html" for row in rows}
     curves = any(row["curve"] for row in rows)
-    page = report._templates().get_template("report_sweep.html.jinja")
+    page = report.templates().get_template("report_sweep.html.jinja")
     text = page.render(
         results=results,
         best=next((row for row in rows if row["name"] == results["best"]), None),
         names=list(rows[0]["options"]),
         pages={name: page for name, page in pages.items() if (path.parent / page).is_file()},
-        picture=report._embed(draw_curves(rows, results["best"])) if curves else None,
+        picture=report.embed(draw_curves(rows, results["best"])) if curves else None,
         say=say,
         incomparable=results["metric"] == "validation_loss" and bool(set(MEANINGS) & rows[0]["options"].keys()),
     )
     path.write_text(text, encoding="utf-8")
-
-
-def draw_curves(rows: Sequence[Mapping[str, Any]], best: str | None) -> Figure:
-    """Validation loss over the steps, a curve a trial; the best one is thick."""
-    from matplotlib.figure import Figure
-
-    from diffusion_policy.drawing import INK, clean, mode_colors
-
-    shown = [row for row in rows if row["curve"]]
-    colors = mode_colors([row["name"] for row in shown])
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axis = figure.subplots()
-    for row in shown:
-        steps, losses = zip(*row["curve"], strict=True)
-        width = 3 if row["name"] == best else 1.2
-        axis.plot(steps, losses, color=colors[row["name"]], linewidth=width, marker=".", label=row["name"])
-    axis.set(xlabel="training step", yscale="log" if min(y for row in shown for _, y in row["curve"]) > 0 else "linear")
-    axis.set_title("validation loss, averaged weights", loc="left", color=INK, fontsize=11)
-    if len(shown) <= MOST_NAMED:
-        figure.legend(loc="outside right upper", frameon=False)
-    clean(axis)
-    return figure

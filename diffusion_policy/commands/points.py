@@ -1,0 +1,91 @@
+"""What a sweep varies: the points of a grid, or random ones, from texts such as learning-rate=1e-4,3e-4."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+import math
+from collections.abc import Iterable
+from typing import Any, get_args, get_origin, get_type_hints
+
+from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig
+
+HINTS = {kind: get_type_hints(kind) for kind in (PolicyConfig, TrainConfig)}
+"""The options that can be varied, and what they are."""
+DISTRIBUTIONS = ("log:1e-5:1e-3", "uniform:0:0.2", "int:100:200", "choice:64,128")
+"""What --random can draw from."""
+
+
+def read_grid(texts: Iterable[str]) -> list[dict[str, Any]]:
+    """The points of a grid such as learning-rate=1e-4,3e-4 widths=32:64,64:128, {field: value as JSON}."""
+    axes = {name: [read_value(name, value) for value in values.split(",")] for name, values in split(texts, "grid")}
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def draw_points(texts: Iterable[str], count: int, seed: int) -> list[dict[str, Any]]:
+    """So many random points of options such as learning-rate=log:1e-5:1e-3, {field: value as JSON}."""
+    import numpy as np
+
+    asked = split(texts, "random")
+    generators = [np.random.default_rng([seed, i]) for i in range(count)]
+    return [{name: draw(name, text, rng) for name, text in asked} for rng in generators]
+
+
+def draw(name: str, text: str, rng: Any) -> Any:
+    """One value of an option, as JSON, from `kind:...`; real numbers are rounded to four digits."""
+    kind, _, rest = text.partition(":")
+    if kind == "choice" and rest:
+        values = rest.split(",")
+        return read_value(name, values[rng.integers(len(values))])
+    try:
+        low, high = map(float, rest.split(":"))
+    except ValueError:
+        low = high = math.nan
+    if kind not in ("log", "uniform", "int") or not low <= high < math.inf or (kind == "log" and low <= 0):
+        raise ConfigError(
+            f"--random {name.replace('_', '-')} must be drawn like {', '.join(DISTRIBUTIONS)}; got {text!r}"
+        )
+    if kind == "int":
+        return int(rng.integers(int(low), int(high), endpoint=True))
+    value = math.exp(rng.uniform(math.log(low), math.log(high))) if kind == "log" else rng.uniform(low, high)
+    return round(value) if int in (hint := hint_of(name), *get_args(hint)) else float(f"{value:.4g}")
+
+
+def split(texts: Iterable[str], flag: str) -> list[tuple[str, str]]:
+    """Texts `option=values` as (field, values); raises ConfigError for unknown options, with the nearest."""
+    found: dict[str, str] = {}
+    for text in texts:
+        option, equals, values = text.partition("=")
+        name = option.replace("-", "_")
+        if not equals or not values:
+            raise ConfigError(f"--{flag} takes options with values, as in learning-rate=...; got {text!r}")
+        hint_of(name)
+        if name in found:
+            raise ConfigError(f"--{flag} names {option} twice")
+        found[name] = values
+    return list(found.items())
+
+
+def hint_of(name: str) -> Any:
+    """The type of an option; raises ConfigError for an unknown one, with the nearest."""
+    known = {key: hint for hints in HINTS.values() for key, hint in hints.items()}
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
+        raise ConfigError(f"unknown option {name!r}; {hint}".replace("_", "-"))
+    return known[name]
+
+
+def read_value(name: str, text: str) -> Any:
+    """A value as JSON; a:b:c for several numbers."""
+    if get_origin(hint_of(name)) is tuple:
+        return [read_scalar(part) for part in text.split(":") if part]
+    return read_scalar(text)
+
+
+def read_scalar(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"True": True, "False": False, "None": None, "none": None}.get(text, text)
