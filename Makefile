@@ -9,11 +9,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 demo: .venv/.installed  ## collect, train, evaluate; writes runs/demo/evaluation/report.html
 	$(BIN)/diffusion-policy demo
 
+# A process a core, each with one thread: the networks of tests are small.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
 test: .venv/.installed-dev  ## the default test suite
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: .venv/.installed-dev  ## full counts and real trainings too
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 check: .venv/.installed-dev  ## format, lint, types
 	$(BIN)/ruff format --check .

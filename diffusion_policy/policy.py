@@ -11,7 +11,7 @@ The predicted sequence starts at the first observed step, so what is executed is
 Knows no simulator and no file.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -79,7 +79,6 @@ class DiffusionPolicy(nn.Module):
             outputs=(2 if config.learn_variance else 1) * action_dim,
         )
         schedule = make_schedule(config.schedule, config.levels, config.schedule_options)
-        self._compiled: Callable[..., Tensor] | None = None  # set by compile_sampling
         self.diffusion = Diffusion(schedule, PREDICTIONS[config.prediction], config.snr_gamma, config.learn_variance)
 
     @classmethod
@@ -176,14 +175,14 @@ class DiffusionPolicy(nn.Module):
         noise = rearrange(rows, "b draws n t a -> draws (b n) t a").to(self.device)
         mode = -1 if config.mode is None else self.modes.index(config.mode)
         cond = self.encode(observations, torch.full((len(generators),), mode, device=self.device))
-        x0 = (self._compiled or self.denoise_from)(noise, repeat(cond, "b c -> (b n) c", n=num_samples), levels, config)
+        x0 = self.denoise_from(noise, repeat(cond, "b c -> (b n) c", n=num_samples), levels, config)
         actions = self.normalizer.unnormalize("action", x0)
         return rearrange(actions, "(b n) t a -> b n t a", n=num_samples)
 
     def compile_sampling(self) -> None:
-        """Have the sampling loop compiled by torch.compile at its first call; needs a C++ compiler on the CPU. It can
-        change the last digits of a sequence."""
-        self._compiled = torch.compile(self.denoise_from, fullgraph=True)
+        """Have the network compiled by torch.compile at its first call, which needs a C++ compiler on the CPU. It can
+        change the last digits of a sequence. (The whole loop is one graph too, but takes minutes for 16 steps.)"""
+        self.network.compile(fullgraph=True)
 
     def require(self, config: SampleConfig) -> tuple[Sampler, list[int]]:
         """The sampler and the levels that these options mean. Raises ValueError for more steps than noise levels, for

@@ -224,7 +224,7 @@ def test_windows_are_held_in_memory_while_they_fit(tmp_path: Path) -> None:
     assert needed == sum(LENGTHS) * (3 * 4 + 4 + 40)
     assert isinstance(load_windows(store, KEYS, range(9), 2, 8, "cpu", None, needed), Windows)
     assert isinstance(load_windows(store, KEYS, range(9), 2, 8, "cpu", None, needed - 1), StreamedWindows)
-    np.testing.assert_array_equal(episodes_within(store, KEYS, [4, 1, 7], 48 * 245), [4, 1])
+    np.testing.assert_array_equal(episodes_within(store, KEYS, [4, 1, 7], 56 * 245), [4, 1])
     np.testing.assert_array_equal(episodes_within(store, KEYS, [4, 1, 7], 1), [4])
 
 
