@@ -53,6 +53,8 @@ from diffusion_policy.policy import DiffusionPolicy
 
 WRITING = ".writing-"
 DELETING = ".deleting-"
+STATE_BESIDES = 2**16
+"""Numbers of a training's state beside weights and moments."""
 MAX_WEIGHTS = 2**28
 """Of a policy that is loaded."""
 
@@ -212,9 +214,16 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
     )
 
 
-def load_training(folder: Path) -> dict[str, Tensor]:
-    """What `save` was given as training state, on the CPU; raises CheckpointError where it is damaged."""
-    return _read_tensors(folder, TRAINING, read_contents(folder), lambda _: None)
+def load_training(folder: Path, weights: int = MAX_WEIGHTS) -> dict[str, Tensor]:
+    """What `save` was given as training state, on the CPU; raises CheckpointError where it is damaged, or larger than
+    that of a policy with so many `weights`."""
+
+    def check(found: dict[str, Spec]) -> None:
+        numbers = sum(math.prod(spec.shape) for spec in found.values())
+        if numbers > 3 * weights + STATE_BESIDES:  # the weights, and two moments of each
+            raise CheckpointError(f"{folder}/{TRAINING} holds {numbers} numbers, too many for {weights} weights")
+
+    return _read_tensors(folder, TRAINING, read_contents(folder), check)
 
 
 def find(path: Path) -> Path:

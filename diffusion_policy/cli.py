@@ -110,7 +110,9 @@ def _train_defaults(arguments: Sequence[str]) -> Train:
         if equals or i + 1 < len(arguments)
     }
     if "--resume" in values:
-        return Train.to_resume(values["--resume"])
+        if "--config" in values:
+            raise ConfigError("--resume takes the options of the run itself, so --config cannot be given too")
+        return Train.to_resume(values["--resume"], trust="--env" in values)
     if "--config" in values:
         path = values["--config"]
         return dataclasses.replace(defaults, config=path, **to_fields(read_options(path)))

@@ -38,11 +38,6 @@ class Processes:
         for tensor, total in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
 
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.count > 1:
-            dist.barrier()
-
 
 @contextlib.contextmanager
 def join_processes(device: str) -> Iterator[tuple[Processes, str]]:
@@ -52,7 +47,9 @@ def join_processes(device: str) -> Iterator[tuple[Processes, str]]:
     if count == 1:
         yield Processes(), device
         return
-    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"several processes take the device auto, cpu or cuda, a GPU for each; got {device!r}")
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     device = "cuda" if on_gpu else "cpu"
     if on_gpu:
         local = int(os.environ.get("LOCAL_RANK", "0"))

@@ -120,7 +120,7 @@ def each_alone(
     with connect(workers):
         of_nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         cores = max(1, min(sum(of_nodes) // workers, max(of_nodes)))
-        run = ray.remote(num_cpus=cores, num_gpus=gpus, max_calls=1, max_retries=0)(function)
+        run = ray.remote(num_cpus=cores, num_gpus=gpus, max_calls=1, max_retries=RETRIES)(function)
         running: dict[ray.ObjectRef, T] = {}
         source = iter(items)
         while True:

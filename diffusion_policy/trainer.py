@@ -22,6 +22,7 @@ from diffusion_policy.datasets.windows import Batch, Share, StreamedWindows, Win
 from diffusion_policy.diffusion import Part
 from diffusion_policy.policy import DiffusionPolicy, derive_generator
 from diffusion_policy.processes import Processes
+from diffusion_policy.samplers import SAMPLERS
 
 VALIDATION_WINDOWS = 2048
 """At most so many windows are looked at in a validation, ..."""
@@ -30,7 +31,7 @@ SAMPLED_WINDOWS = 64
 SAMPLES = 4
 """... so many sequences for each (N) ..."""
 SAMPLING_STEPS = 16
-"""... in so many steps of DDIM."""
+"""... in at most so many steps of DDIM."""
 NOISE, VALIDATION, SAMPLING = 0, 2, 3
 """Streams of random numbers that derive from the seed."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,15 +74,7 @@ class Diverged(FloatingPointError):
         super().__init__(f"at step {step} the loss became {loss}, its gradient's norm {gradient_norm}")
         self.step = step
         self.rows = rows
-        """Rows of the store that were *now* in the batch of that step, in this process's part of it, (B,)."""
-
-
-class _Step(NamedTuple):
-    """What a step leaves for the next report."""
-
-    figures: Tensor
-    """Loss and gradient norm, (2,)."""
-    rows: np.ndarray | None
+        """Rows of the store that were *now* in the batch of that step, (B,)."""
 
 
 class Trainer:
@@ -94,10 +87,11 @@ class Trainer:
         validation: Windows | None,
         config: TrainConfig,
         processes: Processes | None = None,
-        roll_out: Callable[[DiffusionPolicy], float] | None = None,
+        roll_out: Callable[[DiffusionPolicy], float | None] | None = None,
     ) -> None:
         """`validation`: windows of held-out episodes, or None; `processes`: those that train this policy together;
-        `roll_out`: the success rate of a policy. Raises ValueError for batches that cannot be divided so often."""
+        `roll_out`: the success rate of a policy, None where it failed. Raises ValueError for batches that cannot be
+        divided so often."""
         self.config = config
         self._processes = processes or Processes()
         self._policy = policy
@@ -118,7 +112,7 @@ class Trainer:
         if config.compile:
             policy.network.compile()
         self._batches = windows.batches(config.batch_size, config.seed, 0, self._share)
-        self._unreported: list[_Step] = []
+        self._unreported: list[Tensor] = []  # loss and gradient norm of each step since the last report, (2,)
         self.step = 0
 
     @property
@@ -142,38 +136,22 @@ class Trainer:
         """Train to the last step, or until `should_stop` between two steps; `on_progress` hears every `report_every`
         steps, at each validation and rollout and when a checkpoint is due. Of several processes, all stop when one
         should, at the next report. Raises Diverged when loss or gradient is not finite."""
-        config, started, since = self.config, self.step, time.perf_counter()
-        stop = torch.zeros((), device=self._policy.device)
+        started, since = self.step, time.perf_counter()
+        votes = torch.zeros((), device=self._policy.device)
         alone = self._processes.count == 1
         self._policy.train()
-        while self.step < config.steps and not (alone and should_stop()):
-            stop.fill_(float(not alone and should_stop()))
-            self._train_step(stop)
-            last = self.step == config.steps
-            validate = last or self.step % config.validate_every == 0
-            roll_out = config.rollout_every > 0 and (last or self.step % config.rollout_every == 0)
-            if validate or roll_out or self.step % report_every == 0 or self.step % config.checkpoint_every == 0:
-                stopping = not alone and bool(stop)
-                loss, gradient_norm = self._report()
-                rate = (self.step - started) / (time.perf_counter() - since)
-                if self._processes.is_main:
-                    seen = self.validate() if validate else None
-                    success_rate = self._roll_out(self.averaged) if roll_out and self._roll_out else None
-                    learning_rate = config.learning_rate * learning_rate_factor(self.step, config)
-                    on_progress(
-                        Progress(
-                            self.step,
-                            loss,
-                            *(seen or (None, None, None)),
-                            success_rate=success_rate,
-                            learning_rate=learning_rate,
-                            gradient_norm=gradient_norm,
-                            steps_per_second=rate,
-                        )
-                    )
+        while True:
+            due = bool(self._unreported) and self._report_is_due(report_every)
+            last = self.step == self.config.steps
+            if not last and (should_stop() if alone else due and bool(votes)):
+                break  # a report that is due comes when the training goes on
+            if due:
+                self._report(on_progress, (self.step - started) / (time.perf_counter() - since))
                 started, since = self.step, time.perf_counter()
-                if stopping:
-                    break
+            if last:
+                break
+            votes.fill_(float(not alone and should_stop()))
+            self._train_step(votes)
         if self._unreported:
             self._figures()  # so that no checkpoint is made of weights that are not finite
 
@@ -188,8 +166,7 @@ class Trainer:
             for name, value in values.items()
         }
         scale = {f"scaler.{name}": torch.tensor(value) for name, value in self._scaler.state_dict().items()}
-        unreported = torch.stack([step.figures for step in self._unreported]) if self._unreported else None
-        return weights | moments | scale | ({} if unreported is None else {"unreported": unreported})
+        return weights | moments | scale | ({"unreported": torch.stack(self._unreported)} if self._unreported else {})
 
     def restore(self, step: int, averaged: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """Go on after `step` steps, from averaged weights and a `state`. Raises ValueError for those of another policy
@@ -219,13 +196,12 @@ class Trainer:
         if groups["scaler"]:
             self._scaler.load_state_dict({name: value.item() for name, value in groups["scaler"].items()})
         self._averaged.n_averaged.fill_(step)
-        device = self._policy.device
-        self._unreported = [_Step(row.to(device), None) for row in groups["unreported"].get("", torch.empty(0, 2))]
+        self._unreported = list(groups["unreported"].get("", torch.empty(0, 2)).to(self._policy.device))
         self._batches = self._windows.batches(self.config.batch_size, self.config.seed, step, self._share)
         self.step = step
 
-    def _train_step(self, stop: Tensor) -> None:
-        """One step; `stop`, (), becomes how many processes should stop."""
+    def _train_step(self, votes: Tensor) -> None:
+        """One step; `votes`, (), becomes the sum over all processes."""
         config, batch = self.config, next(self._batches)
         for group in self._optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(self.step, config)
@@ -238,14 +214,14 @@ class Trainer:
             self._scaler.scale(part_loss).backward()
             loss += part_loss.detach()
         gradients = [weight.grad for weight in self._policy.parameters() if weight.grad is not None]
-        self._processes.add_up([*gradients, loss, stop])
+        self._processes.add_up([*gradients, loss, votes])
         self._scaler.unscale_(self._optimizer)
         gradient_norm = torch.nn.utils.clip_grad_norm_(self._policy.parameters(), config.gradient_clip)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._averaged.update_parameters(self._policy)
         self.step += 1
-        self._unreported.append(_Step(torch.stack([loss, gradient_norm]), batch.rows))
+        self._unreported.append(torch.stack([loss, gradient_norm]))
 
     def _part_of_loss(self, batch: Batch, first: int, last: int) -> Tensor:
         """What rows `first` to `last` of this process's share contribute to the mean loss of the whole batch, ()."""
@@ -262,19 +238,40 @@ class Trainer:
         dtype = DTYPES.get(self.config.precision)
         return torch.autocast(self._policy.device.type, dtype) if dtype else contextlib.nullcontext()
 
-    def _report(self) -> tuple[float, float]:
-        """Mean loss since the last report, and the gradient norm of the last step."""
+    def _report_is_due(self, report_every: int) -> bool:
+        config = self.config
+        periods = report_every, config.validate_every, config.checkpoint_every, config.rollout_every
+        return self.step == config.steps or any(period and self.step % period == 0 for period in periods)
+
+    def _report(self, on_progress: Callable[[Progress], None], steps_per_second: float) -> None:
+        """Tell what is known after this step; only the main process looks at held-out windows and rolls out."""
+        config, last = self.config, self.step == self.config.steps
         figures = self._figures()
         self._unreported = []
-        return float(np.mean([loss for loss, _ in figures])), figures[-1][1]
+        if not self.is_main:
+            return
+        seen = self.validate() if last or self.step % config.validate_every == 0 else None
+        roll_out = config.rollout_every and (last or self.step % config.rollout_every == 0)
+        on_progress(
+            Progress(
+                self.step,
+                float(np.mean([loss for loss, _ in figures])),
+                *(seen or (None, None, None)),
+                success_rate=self._roll_out(self.averaged) if roll_out and self._roll_out else None,
+                learning_rate=config.learning_rate * learning_rate_factor(self.step, config),
+                gradient_norm=figures[-1][1],
+                steps_per_second=steps_per_second,
+            )
+        )
 
     def _figures(self) -> list[list[float]]:
         """Loss and gradient norm of each step since the last report; raises Diverged when one is not finite. With fp16
         a gradient may overflow: its step is left out, and the scale lowered."""
-        figures = torch.stack([step.figures for step in self._unreported]).tolist()
-        for i, (loss, norm) in enumerate(figures):
+        figures = torch.stack(self._unreported).tolist()
+        for step, (loss, norm) in enumerate(figures, start=self.step - len(figures) + 1):
             if not math.isfinite(loss) or (not math.isfinite(norm) and not self._scaler.is_enabled()):
-                raise Diverged(self.step - len(figures) + 1 + i, loss, norm, self._unreported[i].rows)
+                batch = next(self._windows.batches(self.config.batch_size, self.config.seed, step - 1))
+                raise Diverged(step, loss, norm, batch.rows)
         return figures
 
     @torch.no_grad()
@@ -298,8 +295,7 @@ class Trainer:
         if policy.modes and not config.condition_dropout:
             return None
         generators = [derive_generator(self.config.seed, SAMPLING, row) for row in range(len(batch.actions))]
-        sampling = SampleConfig(sampling_steps=min(SAMPLING_STEPS, config.levels))
-        sampled = policy.sample(batch.observations, generators, SAMPLES, sampling)  # (B, N, T, A)
+        sampled = policy.sample(batch.observations, generators, SAMPLES, quick_sampling(policy))  # (B, N, T, A)
         difference = sampled - batch.actions[:, None]
         for column in policy.shapes.angles.get("action", ()):
             difference[..., column] = torch.remainder(difference[..., column] + math.pi, 2 * math.pi) - math.pi
@@ -310,6 +306,11 @@ class Trainer:
         """Exponential average whose memory grows with the steps done."""
         keep = min(self.config.average_limit, 1 - (1 + self.step) ** -self.config.average_power)
         return torch.lerp(current, averaged, keep)
+
+
+def quick_sampling(policy: DiffusionPolicy) -> SampleConfig:
+    """How actions are sampled while a policy is trained: in 16 steps of DDIM, or as many as it has."""
+    return SampleConfig(sampling_steps=min(SAMPLING_STEPS, policy.diffusion.most_steps(SAMPLERS["ddim"])))
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:

@@ -30,7 +30,7 @@ OURS_ALLOWED = {
     "policy": LEARNING | {"datasets.statistics"},
     "controller": {"config", "policy"},
     "processes": set(),
-    "trainer": {"config", "diffusion", "policy", "processes", "datasets.windows"},
+    "trainer": {"config", "diffusion", "policy", "processes", "samplers", "datasets.windows"},
     "trackers": {"config"},
     "checkpoint": {"checkpoint_contents", "checkpoint_files", "config", "policy"},
     "checkpoint_contents": {"checkpoint_files", "config", "policy"},

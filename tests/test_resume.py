@@ -144,7 +144,7 @@ def begin_only(start: Train) -> None:
     """As if killed before the first checkpoint: the options are there, and nothing else."""
     original, Trainer.run = Trainer.run, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted, match="stopped at once; there is no checkpoint yet"):
             start.run()
     finally:
         Trainer.run = original
@@ -223,10 +223,15 @@ def test_a_copy_of_the_data_elsewhere_is_the_same(demonstrations: Path, whole: P
 def test_there_must_be_a_run(tmp_path: Path, capsys) -> None:
     assert main(["train", "--resume", str(tmp_path / "nothing")]) == 2
     assert "holds no training to go on with: it has no run.json" in capsys.readouterr().err
+    (tmp_path / "run.json").write_text('{"training": {}, "dataset": "x"}')
+    assert main(["train", "--resume", str(tmp_path)]) == 2
+    assert "run.json does not say which data set it was" in capsys.readouterr().err
     (tmp_path / "run.json").write_text("{")
     assert main(["train", "--resume", str(tmp_path)]) == 2
     assert "is not JSON" in capsys.readouterr().err
-    (tmp_path / "run.json").write_text(json.dumps({"training": {"stepz": 3}, "dataset": {"location": "x"}}))
+    (tmp_path / "run.json").write_text(
+        json.dumps({"training": {"stepz": 3}, "dataset": {"location": "x", "fingerprint": "y"}})
+    )
     assert main(["train", "--resume", str(tmp_path)]) == 2
     assert "unknown option 'stepz'; did you mean steps?" in capsys.readouterr().err
 
@@ -256,7 +261,8 @@ def test_a_full_disk_keeps_what_is_there_and_training_goes_on(
     monkeypatch.setattr(checkpoint, "save", save)
     run = tmp_path / "run"
     train(demonstrations, run).run()
-    assert "no checkpoint at step 30: No space left on device" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"no checkpoint at step 30: No space left on device; the last checkpoint is {run}/step-000020" in said
     assert calls == [10, 20, 30, 40, 50, 60]
     assert left_by(run) == left_by(whole)
 
@@ -267,11 +273,83 @@ def test_what_made_the_loss_meaningless_is_said(demonstrations: Path, tmp_path: 
         train(demonstrations, run, learning_rate=1e30).run()
     said = str(caught.value)
     assert "its batch held episode " in said
-    assert "there is no checkpoint yet; lower the learning rate" in said
+    assert "there is no checkpoint yet; look at these steps, or begin a new run with a lower learning rate" in said
     report = json.loads((run / "diverged.json").read_text())
     lengths = np.diff(EpisodeStore.open(demonstrations).episode_ends, prepend=0)
     assert len(report["windows"]) == 32
     assert all(0 <= one["step"] < lengths[one["episode"]] for one in report["windows"])
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(
+    demonstrations: Path, whole: Path, tmp_path: Path, press, capsys
+) -> None:
+    run = tmp_path / "run"
+    press({44: signal.SIGTERM})
+    with pytest.raises(Interrupted):
+        train(demonstrations, run).run()
+    newest = checkpoint.find(run) / "model.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    Train.to_resume(run).run()
+    said = " ".join(capsys.readouterr().err.split())
+    assert "is damaged" in said
+    assert f"going on from {run}/step-000040" in said
+    assert left_by(run) == left_by(whole)
+
+
+def test_what_may_change_is_remembered(demonstrations: Path, tmp_path: Path, press) -> None:
+    run = tmp_path / "run"
+    press({17: signal.SIGTERM, 37: signal.SIGTERM})
+    with pytest.raises(Interrupted):
+        replace(train(demonstrations, run), tracker=("tensorboard",)).run()
+    assert Train.to_resume(run).tracker == ("tensorboard",)
+    assert Train.to_resume(run).device == "cpu"
+    assert main(["train", "--resume", str(run), "--keep", "9"]) == 130
+    Train.to_resume(run).run()
+    assert [int(folder.name[5:]) for folder in checkpoint.steps_of(run)] == [10, 17, 20, 30, 37, 40, 50, 60]
+
+
+def test_a_stop_where_much_is_due_comes_at_once_and_nothing_is_lost(
+    demonstrations: Path, whole: Path, tmp_path: Path, press
+) -> None:
+    run = tmp_path / "run"
+    press({30: signal.SIGTERM})  # a validation, a checkpoint, and the end of a report
+    with pytest.raises(Interrupted):
+        train(demonstrations, run).run()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 20
+    Train.to_resume(run).run()
+    assert left_by(run) == left_by(whole)
+
+
+def test_a_module_that_only_the_run_names_is_not_imported(demonstrations: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    begin_only(train(demonstrations, run))
+    options = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(options | {"env": "stranger:Id-v0"}))
+    with pytest.raises(ConfigError, match=r"by the module stranger, .* give it yourself: --env stranger:Id-v0"):
+        Train.to_resume(run)
+    assert Train.to_resume(run, trust=True).env == "stranger:Id-v0"
+
+
+def test_what_cannot_be_measured_is_refused_before_training(demonstrations: Path, tmp_path: Path) -> None:
+    start = train(demonstrations, tmp_path / "run", rollout_every=10)
+    with pytest.raises(ValueError, match="this policy must be told a mode"):
+        replace(start, policy=replace(TINY, condition_on_mode=True)).run()
+    best = replace(start.training, keep_best="action_error", validate_every=10)
+    with pytest.raises(ConfigError, match="a policy with condition-on-mode has no action error"):
+        replace(start, policy=replace(TINY, condition_on_mode=True), training=best).run()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("schedule, levels", [("cosine", 8), ("flow", 10)])
+def test_policies_of_few_levels_are_measured_with_as_many_steps(
+    demonstrations: Path, tmp_path: Path, schedule, levels: int
+) -> None:
+    start = train(demonstrations, tmp_path / "run", steps=4, rollout_every=4, rollout_episodes=1)
+    replace(start, policy=replace(TINY, schedule=schedule, levels=levels)).run()
+    assert checkpoint.load(tmp_path / "run").metrics.keys() >= {"action_error", "success_rate"}
 
 
 def test_the_best_checkpoint_by_a_metric_stays(demonstrations: Path, tmp_path: Path) -> None:

@@ -172,13 +172,13 @@ def print_by_steps(title: str, samplers: Mapping[str, Mapping[str, Any]], figure
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
     """Within the context, Ctrl-C and SIGTERM set the event, so that the step under way is finished; a second Ctrl-C
-    interrupts at once (torchrun hands on the first one, which then comes twice)."""
+    interrupts at once (but torchrun hands on the first one, which then comes twice)."""
     stop = threading.Event()
     first = math.inf  # [s]
 
-    def handle(_signal: int, _frame: object) -> None:
+    def handle(number: int, _frame: object) -> None:
         nonlocal first
-        if stop.is_set() and time.monotonic() - first > ONE_PRESS:
+        if number == signal.SIGINT and stop.is_set() and time.monotonic() - first > ONE_PRESS:
             raise KeyboardInterrupt
         if not stop.is_set():
             first = time.monotonic()

@@ -42,7 +42,7 @@ def draw(name: str, text: str, rng: Any) -> Any:
         low, high = map(float, rest.split(":"))
     except ValueError:
         low = high = math.nan
-    if kind not in ("log", "uniform", "int") or not low <= high < math.inf or (kind == "log" and low <= 0):
+    if kind not in ("log", "uniform", "int") or not -math.inf < low <= high < math.inf or (kind == "log" and low <= 0):
         raise ConfigError(
             f"--random {name.replace('_', '-')} must be drawn like {', '.join(DISTRIBUTIONS)}; got {text!r}"
         )

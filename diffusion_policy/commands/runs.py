@@ -3,9 +3,11 @@ interruption, and only as the same training. Nothing here imports torch before i
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +18,12 @@ if TYPE_CHECKING:
     from diffusion_policy.commands.train import Train
 
 OPTIONS = "run.json"
-FREE = {"keep", "keep_best", "checkpoint_every", "rollout_every", "rollout_episodes"}
+FREE = {"keep", "checkpoint_every", "rollout_every", "rollout_episodes"}
 """Options of training that may change when it goes on: the weights do not depend on them."""
+TAKEN = {"dataset", "observation", "action", "angles", "device", "tracker", "env", "env_kwargs", "policy", "training"}
+"""What a file of options may say of a training ..."""
+KNOWN = TAKEN | {"format", "format_version", "package_version", "step", "metrics", "shapes", "environment", "files"}
+"""... and what else a checkpoint's config.json holds."""
 
 
 def write_options(run: Path, options: Mapping[str, Any]) -> None:
@@ -38,6 +44,10 @@ def read_options(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not JSON: {error}") from error
     if not isinstance(options, dict) or not options.keys() & {"policy", "training"}:
         raise ConfigError(f"{path} must be a JSON object with `policy` or `training`")
+    for name in options.keys() - KNOWN:
+        nearest = difflib.get_close_matches(name, KNOWN, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(sorted(KNOWN))}"
+        raise ConfigError(f"{path}: unknown option {name!r}; {hint}")
     return options
 
 
@@ -45,33 +55,46 @@ def read_run(run: Path) -> dict[str, Any]:
     """What the training in a folder was told; raises ConfigError where there is none."""
     if not (run / OPTIONS).is_file():
         raise ConfigError(f"{run} holds no training to go on with: it has no {OPTIONS}")
-    return read_options(run / OPTIONS)
+    options = read_options(run / OPTIONS)
+    dataset = options.get("dataset")
+    if not isinstance(dataset, dict) or {type(dataset.get(name)) for name in ("location", "fingerprint")} != {str}:
+        raise ConfigError(f"{run}/{OPTIONS} does not say which data set it was")
+    return options
 
 
 def to_fields(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options as fields of `Train`; raises ConfigError for unknown names, with the nearest, and for wrong types."""
-    action = options.get("action")
-    if action is not None and not isinstance(action, str):
-        raise ConfigError(f"action must be the name of a key; got {action!r}")
-    lists = {name: options.get(name, ()) for name in ("observation", "angles")}
-    for name, texts in lists.items():
-        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-            raise ConfigError(f"{name} must be a list of texts; got {texts!r}")
+    texts = {name: options[name] for name in ("action", "device", "env", "env_kwargs") if options.get(name) is not None}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise ConfigError(f"{name} must be a text; got {text!r}")
+    lists = {name: options.get(name, ()) for name in ("observation", "angles", "tracker")}
+    for name, values in lists.items():
+        if not isinstance(values, list | tuple) or not all(isinstance(text, str) for text in values):
+            raise ConfigError(f"{name} must be a list of texts; got {values!r}")
     return {
-        **{name: tuple(texts) for name, texts in lists.items()},
-        "action": action,
+        **{name: tuple(values) for name, values in lists.items()},
+        "action": None,
+        "env": None,
+        **texts,
         "policy": from_dict(PolicyConfig, options.get("policy", {})),
         "training": from_dict(TrainConfig, options.get("training", {})),
     }
 
 
-def to_options(train: Train, fingerprint: str) -> dict[str, Any]:
-    """What a training is told, as JSON; `fingerprint`: that of its rows."""
+def to_options(train: Train, fingerprint: str, modes: Sequence[Any] = ()) -> dict[str, Any]:
+    """What a training is told, as JSON; `fingerprint`: that of its rows; `modes`: what it learns of modes."""
+    if modes:
+        fingerprint = hashlib.sha256(json.dumps([fingerprint, *modes]).encode()).hexdigest()
     return {
         "dataset": {"location": absolute(train.dataset), "fingerprint": fingerprint},
         "observation": list(train.observation),
         "action": train.action,
         "angles": list(train.angles),
+        "device": train.device,
+        "tracker": list(train.tracker),
+        "env": train.env,
+        "env_kwargs": train.env_kwargs,
         "policy": asdict(train.policy),
         "training": asdict(train.training),
     }

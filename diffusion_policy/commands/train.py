@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from diffusion_policy.commands.common import (
     choose_task,
     console,
     open_store,
+    refuse_modules,
     require_fresh,
     stop_on_signal,
 )
@@ -60,8 +62,8 @@ class Train:
     output: Path
     """Folder of this run."""
     resume: Path | None = None
-    """Go on with the training in this folder. It needs no other option; those of policy and training cannot change, but
-    keep, keep-best, checkpoint-every and rollouts."""
+    """Go on with the training in this folder. It needs no other option; of those of policy and training only keep,
+    checkpoint-every and rollouts can change."""
     config: Path | None = None
     """Take policy and training options from this JSON, such as a checkpoint's config.json; flags override it."""
     observation: tuple[str, ...] = ()
@@ -83,13 +85,14 @@ class Train:
     training: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
     @classmethod
-    def to_resume(cls, run: Path) -> Train:
-        """The training of this folder, to go on with; raises ConfigError where there is none."""
+    def to_resume(cls, run: Path, trust: bool = False) -> Train:
+        """The training of this folder, to go on with; raises ConfigError where there is none, and, unless there is
+        `trust`, where it names a module to import for its environment."""
         options = runs.read_run(run)
-        location = options.get("dataset", {}).get("location")
-        if not isinstance(location, str):
-            raise ConfigError(f"{run}/{runs.OPTIONS} does not say which data set it was")
-        return cls(location, run, resume=run, **runs.to_fields(options))
+        fields = runs.to_fields(options)
+        if not trust:
+            refuse_modules(run, [fields["env"]], [f"--env {fields['env']}"])
+        return cls(options["dataset"]["location"], run, resume=run, **fields)
 
     def run(self) -> None:
         """Train; raises ValueError for bad data, a bad device, an output folder that holds something or is in use, and
@@ -98,6 +101,8 @@ class Train:
 
         if self.resume and self.resume.resolve() != self.output.resolve():
             raise ConfigError(f"--resume {self.resume} goes on in its own folder; got --output {self.output}")
+        if self.policy.condition_on_mode and (self.training.keep_best or "").startswith("action_error"):
+            raise ConfigError("a policy with condition-on-mode has no action error; choose another --keep-best")
         with join_processes(self.device) as (processes, device):
             quiet, console.quiet = console.quiet, not processes.is_main
             try:
@@ -127,14 +132,15 @@ class Train:
         settings = self.training
         chosen, held_out = split_episodes(len(lengths), settings.validation_share, settings.seed, settings.max_episodes)
         self._look_at_lengths(lengths[chosen])
-        roll_out = self._make_rollouts(store) if settings.rollout_every else None
 
         torch.manual_seed(settings.seed)
         with console.status("measuring the data"):
             summary = summarize(store, keys.observations, keys.action, chosen)
         policy = DiffusionPolicy.for_statistics(self.policy, summary.statistics, store.modes, angles).to(device)
         check_bounds(self.policy, policy.shapes, store.modes)
-        told = runs.to_options(self._completed(keys, angles), summary.fingerprint)
+        roll_out = self._make_rollouts(store, policy) if settings.rollout_every else None
+        modes = [store.modes, store.mode_indices().tolist()] if self.policy.condition_on_mode else []
+        told = runs.to_options(self._completed(keys, angles), summary.fingerprint, modes)
         if self.resume:
             runs.require_same(self.resume, runs.read_run(self.resume), told)
         with console.status("reading the data"):
@@ -152,11 +158,13 @@ class Train:
         if processes.is_main:
             self.output.mkdir(parents=True, exist_ok=True)
             unlock = lock(self.output, "choose another --output")
-            if not self.resume:
-                runs.write_options(self.output, told)
         else:
             unlock = None
         try:
+            if processes.is_main:
+                if not self.resume:
+                    require_fresh(self.output)  # another may have been quicker
+                runs.write_options(self.output, told)
             self._restore(trainer)
             self._train(trainer, *describe(store, keys, summary), store.episode_ends)
         finally:
@@ -170,31 +178,48 @@ class Train:
         return replace(self, observation=keys.observations, action=keys.action, angles=texts)
 
     def _restore(self, trainer: Trainer) -> None:
-        """Take up the newest checkpoint of the run, if it goes on and has one."""
+        """Take up the newest checkpoint of the run that is whole, if it goes on and has one; raises CheckpointError
+        where all are damaged."""
         from diffusion_policy import checkpoint
 
-        if not self.resume or not checkpoint.steps_of(self.resume):
+        folders = checkpoint.steps_of(self.resume) if self.resume else []
+        for folder in reversed(folders):
+            try:
+                loaded = checkpoint.load(folder)
+                weights = loaded.policy.state_dict()
+                state = checkpoint.load_training(folder, sum(weight.numel() for weight in weights.values()))
+            except checkpoint.CheckpointError as error:
+                if folder == folders[0]:
+                    raise
+                console.print(f"{error}; going on from an older checkpoint", soft_wrap=True)
+                continue
+            trainer.restore(loaded.step, weights, state)
+            console.print(f"going on from {folder}", soft_wrap=True)
             return
-        folder = checkpoint.find(self.resume)
-        loaded = checkpoint.load(folder)
-        trainer.restore(loaded.step, loaded.policy.state_dict(), checkpoint.load_training(folder))
-        console.print(f"going on from {folder}")
 
-    def _make_rollouts(self, store: EpisodeStore) -> Callable[[DiffusionPolicy], float]:
-        """Measures the success rate of a policy on a few seeds; raises ConfigError where there is no environment."""
+    def _make_rollouts(self, store: EpisodeStore, policy: DiffusionPolicy) -> Callable[[DiffusionPolicy], float | None]:
+        """Measures the success rate of a policy on a few seeds, None where the simulator fails; raises ValueError where
+        there is no environment, and for a policy that cannot act without being told a mode."""
         from functools import partial
 
         from diffusion_policy.controller import Controller
-        from diffusion_policy.rollout import rollout
+        from diffusion_policy.rollout import RolloutError, rollout
+        from diffusion_policy.trainer import quick_sampling
 
         task, _ = choose_task(
             self.dataset, store.attributes.get("environment", {}), self.env, self.env_kwargs, Signals()
         )
         seeds = range(FIRST_ROLLOUT_SEED, FIRST_ROLLOUT_SEED + self.training.rollout_episodes)
         mode_of = task().get_wrapper_attr("mode")
+        sampling = quick_sampling(policy)
+        policy.require(sampling)
 
-        def success_rate(policy: DiffusionPolicy) -> float:
-            episodes = rollout(task, partial(Controller, policy), seeds, mode_of)
+        def success_rate(policy: DiffusionPolicy) -> float | None:
+            try:
+                episodes = rollout(task, partial(Controller, policy, sampling=sampling), seeds, mode_of)
+            except RolloutError as error:
+                console.print(f"no rollouts at this step: {error}", soft_wrap=True)
+                return None
             return sum(episode.success for episode in episodes) / len(episodes)
 
         return success_rate
@@ -271,25 +296,27 @@ class Train:
                     try:
                         panel.note("", checkpoint=save(measured()))
                     except checkpoint.CheckpointError as error:
-                        panel.note(f"no checkpoint at step {progress.step}: {error}")
+                        panel.note(f"no checkpoint at step {progress.step}: {error}; {self._left()}")
 
             try:
                 trainer.run(show, stop.is_set)
+                folder = save(measured())
             except Diverged as error:
                 raise FloatingPointError(self._explain(error, episode_ends)) from error
-            folder = save(measured())
+            except (OSError, checkpoint.CheckpointError) as error:  # such as a full disk
+                raise OSError(f"{error}; {self._left()}; go on with: {self._again()}") from error
+            except KeyboardInterrupt:
+                raise Interrupted(f"stopped at once; {self._left()}; go on with: {self._again()}") from None
             panel.note(f"checkpoint in {folder}", checkpoint=folder)
         if trainer.step < settings.steps:
             raise Interrupted(
-                f"stopped after step {trainer.step} of {settings.steps}; checkpoint in {folder}; go on with: "
-                f"diffusion-policy train --resume {self.output}"
+                f"stopped after step {trainer.step} of {settings.steps}; checkpoint in {folder}; "
+                f"go on with: {self._again()}"
             )
 
     def _explain(self, error: Diverged, episode_ends: np.ndarray) -> str:
         """Which windows the batch of a divergence held, also written to diverged.json, and what is left."""
         import numpy as np
-
-        from diffusion_policy import checkpoint
 
         told = ""
         if error.rows is not None:
@@ -300,9 +327,18 @@ class Train:
             report.write_text(json.dumps({"step": error.step, "windows": windows}, indent=1) + "\n")
             some = ", ".join(f"episode {one['episode']} step {one['step']}" for one in windows[:3])
             told = f"; its batch held {some}{' ...' if len(windows) > 3 else ''} (all in {report})"
+        return f"{error}{told}; {self._left()}; look at these steps, or begin a new run with a lower learning rate"
+
+    def _left(self) -> str:
+        """Which checkpoint there is."""
+        from diffusion_policy import checkpoint
+
         saved = checkpoint.steps_of(self.output)
-        left = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-        return f"{error}{told}; {left}; lower the learning rate"
+        return f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+
+    def _again(self) -> str:
+        """The command that goes on with this run."""
+        return f"diffusion-policy train --resume {shlex.quote(str(self.output))}"
 
 
 def describe(store: EpisodeStore, keys: Keys, summary: Summary) -> tuple[Environment, Dataset]:
