@@ -171,9 +171,9 @@ class RayWorker:
         """The results and the seconds they took; why there are none, where the worker has died or hangs."""
         try:
             answer, self.culprit = ray.get(self._keeper.answer.remote(hang_after))
-        except RayError:
+        except RayError as error:  # such as a module that the other machine lacks
             self.culprit = None
-            return "its worker on the Ray cluster died"
+            return f"its worker on the Ray cluster died: {str(error).strip().splitlines()[-1].strip()}"
         return answer
 
     def end(self, patience: float) -> None:

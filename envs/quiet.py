@@ -1,6 +1,7 @@
 """Hiding what simulators print while they start."""
 
 import contextlib
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -8,10 +9,8 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Hide what is printed, also by C code (PyBullet's build time, its arguments); Python's own streams are flushed
-    first."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """Hide what is printed, also by C code (PyBullet's build time, its arguments)."""
+    flush()
     saved = os.dup(1), os.dup(2)
     with open(os.devnull, "w") as null:
         os.dup2(null.fileno(), 1)
@@ -19,9 +18,16 @@ def silence() -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            flush()
             os.dup2(saved[0], 1)
             os.dup2(saved[1], 2)
             os.close(saved[0])
             os.close(saved[1])
+
+
+def flush() -> None:
+    """Write out what Python and C hold back; C does where standard output is a file or a pipe."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # on Windows there is no such library
+        ctypes.CDLL(None).fflush(None)

@@ -1,5 +1,7 @@
 """Every registered id, and what is particular to each task."""
 
+import subprocess
+import sys
 import warnings
 from functools import partial
 from importlib.util import find_spec
@@ -277,3 +279,9 @@ def test_a_plan_chooses_a_gate_of_the_row_that_comes_next(y: float, xs: list[flo
         points[-1] = (0.62, -0.05)
     observation = {"desired_xy": points[0], "actual_xy": points[0]}
     assert envs.make(AVOID).unwrapped.choice(observation, np.diff(points, axis=0)) == expected
+
+
+def test_nothing_is_printed_where_output_is_a_pipe() -> None:
+    code = 'from diffusion_policy import envs; env = envs.make("diffusion_policy/Avoid-v0"); env.reset(); env.close()'
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -26,6 +26,7 @@ from diffusion_policy.commands.common import (
     stop_on_signal,
 )
 from diffusion_policy.config import ConfigError, PolicyConfig, Signals, TrainConfig
+from diffusion_policy.trackers import TrackerName
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,7 +76,7 @@ class Train:
     that the store names."""
     device: str = "auto"
     """auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps."""
-    tracker: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    tracker: tuple[TrackerName, ...] = ()
     """Where numbers go beside metrics.jsonl. Each needs the extra of its name."""
     env: str | None = None
     """Environment of the rollouts, if not that of the demonstrations."""
