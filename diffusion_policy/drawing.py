@@ -137,11 +137,9 @@ def draw_training(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     if validated:
         steps, losses = [row["step"] for row in validated], [row["validation_loss"] for row in validated]
         axis.plot(steps, losses, color=FEW_COLORS[3], marker="o", markersize=4, label="validation, averaged weights")
-    axis.set(yscale="log", xlabel="training step")
+    axis.set(xlabel="training step")
     axis.set_title("loss of the prediction", loc="left", color=INK, fontsize=11)
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("")
+    _scale_losses(axis)
     axis.legend(frameon=False)
     clean(axis)
     return figure
@@ -189,12 +187,22 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], best: str | None) -> Figure:
         steps, losses = zip(*row["curve"], strict=True)
         width = 3 if row["name"] == best else 1.2
         axis.plot(steps, losses, color=colors[row["name"]], linewidth=width, marker=".", label=row["name"])
-    axis.set(xlabel="training step", yscale="log" if min(y for row in shown for _, y in row["curve"]) > 0 else "linear")
+    axis.set(xlabel="training step")
+    if min(loss for row in shown for _, loss in row["curve"]) > 0:
+        _scale_losses(axis)
     axis.set_title("validation loss, averaged weights", loc="left", color=INK, fontsize=11)
     if len(shown) <= MOST_CURVES_NAMED:
         figure.legend(loc="outside right upper", frameon=False)
     clean(axis)
     return figure
+
+
+def _scale_losses(axis: Axes) -> None:
+    """A logarithmic axis with plain numbers."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
 
 
 def clean(axis: Axes) -> None:

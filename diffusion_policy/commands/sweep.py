@@ -348,7 +348,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
             *(say(row["options"][name]) for name in names),
             wording.number(row["validation_loss"]),
             f"{wording.share(success['value'])} ({wording.share_interval(success)})" if success else wording.NOTHING,
-            row["reason"],
+            "failed" if row["reason"] else "",
         )
     console.print(table, markup=False)
 
