@@ -16,6 +16,7 @@ import pytest
 
 from diffusion_policy import checkpoint
 from diffusion_policy.cli import main
+from diffusion_policy.commands import runs
 from diffusion_policy.commands.common import Interrupted
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig
@@ -321,6 +322,13 @@ def test_a_stop_where_much_is_due_comes_at_once_and_nothing_is_lost(
     assert lines[-1]["step"] == 20
     Train.to_resume(run).run()
     assert left_by(run) == left_by(whole)
+
+
+def test_options_that_cannot_be_written_are_said_and_leave_nothing(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(ConfigError, match=r"run\.json cannot be written: .*No space left on device"):
+        runs.write_options(tmp_path, {"policy": {}})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_module_that_only_the_run_names_is_not_imported(demonstrations: Path, tmp_path: Path) -> None:

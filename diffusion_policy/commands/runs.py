@@ -27,13 +27,21 @@ KNOWN = TAKEN | {"format", "format_version", "package_version", "step", "metrics
 
 
 def write_options(run: Path, options: Mapping[str, Any]) -> None:
-    """Write what a training was told, whole or not at all."""
+    """Write what a training was told, whole or not at all, unless it stands there already; raises ConfigError where it
+    cannot be written."""
+    text = json.dumps(options, indent=2) + "\n"
+    if (run / OPTIONS).is_file() and (run / OPTIONS).read_text() == text:
+        return
     temporary = run / f".{OPTIONS}.{os.getpid()}"
-    with temporary.open("w") as file:
-        json.dump(options, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(run / OPTIONS)
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(run / OPTIONS)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ConfigError(f"{run}/{OPTIONS} cannot be written: {error}") from error
 
 
 def read_options(path: Path) -> dict[str, Any]:
