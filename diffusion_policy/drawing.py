@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Circle, Rectangle
+from matplotlib.patches import Circle, Polygon
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
 from diffusion_policy.gallery import Scene
@@ -92,10 +92,8 @@ def label_modes(figure: Figure, colors: Mapping[str, str], columns: int = 6) -> 
 
 def draw_scene(axis: Axes, scene: Scene, title: str) -> None:
     """Places, obstacles and finish line of a plane, in an axis of its ranges."""
-    for x, y, side, color in scene.squares:
-        axis.add_patch(
-            Rectangle((x - side / 2, y - side / 2), side, side, facecolor=color, edgecolor="none", alpha=0.3)
-        )
+    for corners, color in scene.places:
+        axis.add_patch(Polygon(corners, facecolor=color, edgecolor="none", alpha=0.3))
     for x, y, radius in scene.circles:
         axis.add_patch(Circle((x, y), radius, facecolor=OBSTACLE, edgecolor="none", zorder=3))
     if scene.finish_y is not None:

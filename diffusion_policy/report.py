@@ -215,9 +215,9 @@ def _plane(scene: Scene) -> dict[str, Any]:
         "height": plane.height,
         "finish_y": None if scene.finish_y is None else place(0, scene.finish_y)["y"],
         "circles": [{**place(x, y), "radius": round(radius * plane.scale)} for x, y, radius in scene.circles],
-        "squares": [
-            {**place(x, y), "width": round(width * plane.scale), "color": matplotlib.colors.to_hex(color)}
-            for x, y, width, color in scene.squares
+        "places": [
+            {"points": plane.points(np.array(corners)), "color": matplotlib.colors.to_hex(color)}
+            for corners, color in scene.places
         ],
     }
 

@@ -45,6 +45,10 @@ KEYPOINTS = np.array(
 `data/state`. They agree to 2e-5 px where nothing touches the block; where it overlaps with the agent, the recorded
 ones lie up to 2 px ahead (0.03 px in 99 % of all steps): they were taken a moment later, on the block's way out."""
 
+CORNERS = np.array([(-60, 0), (60, 0), (60, 30), (15, 30), (15, 120), (-15, 120), (-15, 30), (-60, 30)])
+"""The block's outline in its own frame, (8, 2) [px]."""
+GOAL_POSITION, GOAL_ANGLE = np.array([256.0, 256.0]), np.pi / 4
+"""Where the block's origin shall be [px], and how it shall be turned [rad]."""
 CENTER_OF_GRAVITY_Y = 45.0
 """The centre of gravity lies at (0, 45) in the block's own frame [px]."""
 REACH = 200.0
@@ -52,13 +56,22 @@ REACH = 200.0
 the agent's radius is 15 px, and a contact throws the block by 19 px at most."""
 
 
+def place(points: np.ndarray, position: np.ndarray, angle: np.ndarray | float) -> np.ndarray:
+    """Where points (n, 2) [px] of the block lie when it is at `position` (..., 2) [px], turned by `angle` (...) [rad]:
+    (..., n, 2) [px]."""
+    cos, sin = np.cos(angle), np.sin(angle)
+    turned_back = np.stack([np.stack([cos, sin], -1), np.stack([-sin, cos], -1)], -2)  # (..., 2, 2), for row vectors
+    return points @ turned_back + position[..., None, :]
+
+
 def keypoints(state: np.ndarray) -> np.ndarray:
     """Where the nine keypoints of the block lie, (..., 9, 2) [px], in states (..., 5)."""
     state = np.asarray(state)
-    angle = state[..., 4]
-    cos, sin = np.cos(angle), np.sin(angle)
-    turned_back = np.stack([np.stack([cos, sin], -1), np.stack([-sin, cos], -1)], -2)  # (..., 2, 2), for row vectors
-    return KEYPOINTS @ turned_back + state[..., None, 2:4]
+    return place(KEYPOINTS, state[..., 2:4], state[..., 4])
+
+
+GOAL = tuple(map(tuple, place(CORNERS, GOAL_POSITION, GOAL_ANGLE).tolist())), "lightgreen"
+"""The goal's outline, as `Scene` takes it."""
 
 
 def published_start(seed: int) -> np.ndarray:
@@ -109,8 +122,8 @@ class PushTEnv(gymnasium.Env):
     }
     modes: tuple[str, ...] = ()
     """Unknown: in how many ways a T can be pushed home is not settled."""
-    scene = Scene((0, SIZE), (SIZE, 0), unit="px")
-    """The empty plane; y_range falls because y points down."""
+    scene = Scene((0, SIZE), (SIZE, 0), places=(GOAL,), unit="px")
+    """The plane with the goal's outline; y_range falls because y points down."""
 
     def __init__(self, render_mode: str | None = None) -> None:
         """Raises ValueError where gym-pusht is not installed or cannot be loaded."""

@@ -12,6 +12,6 @@ class Scene(NamedTuple):
     """Obstacles: centre x, centre y, radius."""
     finish_y: float | None = None
     """The goal is everything above this line."""
-    squares: tuple[tuple[float, float, float, str], ...] = ()
-    """Places: centre x, centre y, width, colour."""
+    places: tuple[tuple[tuple[tuple[float, float], ...], str], ...] = ()
+    """Where something shall be: the corners (x, y) of a polygon, and its colour."""
     unit: str = "m"

@@ -19,7 +19,8 @@ CHROMIUM = shutil.which("chromium")
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 MODES = ("left-near", "left-far", "right-near", HOSTILE)
-SCENE = Scene((-1.0, 1.0), (0.0, 2.0), ((0.0, 1.0, 0.2),), 1.8, ((0.5, 0.5, 0.2, "tab:green"),))
+TRIANGLE = ((0.4, 0.4), (0.6, 0.4), (0.6, 0.6))
+SCENE = Scene((-1.0, 1.0), (0.0, 2.0), ((0.0, 1.0, 0.2),), 1.8, ((TRIANGLE, "tab:green"),))
 EPISODES = 40
 """One in five fails, and completes no mode."""
 

@@ -13,6 +13,7 @@ from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs.push_t import PICTURE_SIZE, PushTEnv, keypoints, published_start
 
 pytest.importorskip("gym_pusht", reason="gym-pusht is not installed (the extra `pusht`)")
+import shapely
 
 DEMONSTRATIONS = Path(__file__).parents[2] / "shared" / "data" / "pusht_cchi_v7_replay.zarr"
 needs_demonstrations = pytest.mark.skipif(
@@ -310,3 +311,15 @@ def test_a_package_that_cannot_be_loaded_says_why(monkeypatch: pytest.MonkeyPatc
         monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(ValueError, match=r"gym-pusht is installed, but cannot be loaded: libGL.so.1: cannot open"):
         PushTEnv()
+
+
+def test_the_outline_in_the_plane_is_the_simulators_goal() -> None:
+    env = PushTEnv()
+    env.reset(seed=0)
+    goal = shapely.Polygon(env.scene.places[0][0])
+    whole = env._simulation.get_goal_pose_body(env._simulation.goal_pose)
+    parts = [
+        [whole.local_to_world(corner) for corner in shape.get_vertices()] for shape in env._simulation.block.shapes
+    ]
+    drawn = shapely.union_all([shapely.Polygon(corners) for corners in parts])
+    assert goal.symmetric_difference(drawn).area < 1e-6 * drawn.area

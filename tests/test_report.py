@@ -68,7 +68,8 @@ def two_modes() -> dict[str, Any]:
 
 
 def pictures() -> Pictures:
-    scene = Scene((0.28, 0.72), (-0.35, 0.4), ((0.5, -0.1, 0.03),), 0.35, ((0.4, 0.2, 0.05, "tab:green"),))
+    triangle = ((0.4, 0.2), (0.45, 0.2), (0.4, 0.25))
+    scene = Scene((0.28, 0.72), (-0.35, 0.4), ((0.5, -0.1, 0.03),), 0.35, ((triangle, "tab:green"),))
     line = np.linspace([0.5, -0.28], [0.4, 0.3], 20)
     modes = ["left"] * 6 + ["right"] * 3 + [None]
     paths = [PlanePath(mode, mode is not None, line + 0.01 * i, 100 + i) for i, mode in enumerate(modes)]
