@@ -16,7 +16,7 @@ test: .venv/.installed-dev  ## the default test suite
 	$(PYTEST)
 
 test-slow: .venv/.installed-dev  ## full counts and real trainings too
-	$(PYTEST) -m "slow or not slow"
+	$(PYTEST) --dist worksteal -m "slow or not slow"
 
 check: .venv/.installed-dev  ## format, lint, types
 	$(BIN)/ruff format --check .
