@@ -6,6 +6,8 @@ Knows zarr and files. Knows no episodes.
 import math
 import os
 import re
+import shutil
+import time
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -156,3 +158,14 @@ def say(error: Exception) -> str:
     """An error of a library, in one line."""
     text = " ".join(str(error).split())
     return text if isinstance(error, (ValueError, OSError)) and text else f"{type(error).__name__}: {text}"
+
+
+def remove(folder: Path) -> None:
+    """Delete what was begun and failed. Threads of zarr may go on writing for a moment, and make it anew."""
+    absent = 0
+    for _ in range(40):
+        shutil.rmtree(folder, ignore_errors=True)
+        absent = 0 if folder.exists() else absent + 1
+        if absent == 3:
+            return
+        time.sleep(0.02)

@@ -31,6 +31,7 @@ from diffusion_policy.datasets.storage import (
     list_names,
     lock,
     open_group,
+    remove,
     row_bytes,
     say,
 )
@@ -95,7 +96,7 @@ class EpisodeStore:
             create_array(group, "meta/episode_ends", np.empty(0, np.int64), fill_value=-1)
             unfinished.rename(path)
         except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            remove(unfinished)
             raise
         return cls.append_to(path)
 
