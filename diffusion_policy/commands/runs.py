@@ -3,19 +3,25 @@ interruption, and only as the same training. Nothing here imports torch before i
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusion_policy.commands.common import require_fresh
 from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, from_dict
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from diffusion_policy.commands.train import Train
+    from diffusion_policy.trainer import Diverged
 
 OPTIONS = "run.json"
 FREE = {"keep", "checkpoint_every", "rollout_every", "rollout_episodes"}
@@ -135,3 +141,49 @@ def absolute(location: str) -> str:
 
 def _say(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+@contextlib.contextmanager
+def hold(run: Path, options: Mapping[str, Any], begun: bool) -> Iterator[None]:
+    """Keep other trainings away from a folder, and write there what this one is told; `begun`: whether the folder
+    is its own already. Raises ValueError where another process holds it, or it is not empty."""
+    from diffusion_policy.datasets.storage import lock
+
+    run.mkdir(parents=True, exist_ok=True)
+    unlock = lock(run, "choose another --output")
+    try:
+        if not begun:
+            require_fresh(run)  # another may have been quicker
+        write_options(run, options)
+        yield
+    finally:
+        unlock()
+
+
+def left(run: Path) -> str:
+    """Which checkpoint there is, in words."""
+    from diffusion_policy import checkpoint
+
+    saved = checkpoint.steps_of(run)
+    return f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+
+
+def again(run: Path) -> str:
+    """How to go on with a run, in words."""
+    return f"go on with: diffusion-policy train --resume {shlex.quote(str(run))}"
+
+
+def explain(run: Path, error: Diverged, episode_ends: np.ndarray) -> str:
+    """What is known of a divergence, and what is left; the windows of its batch go into diverged.json."""
+    import numpy as np
+
+    told = ""
+    if error.rows is not None:
+        episodes = np.searchsorted(episode_ends, error.rows, side="right")
+        steps = error.rows - np.concatenate([[0], episode_ends])[episodes]
+        windows = [{"episode": int(e), "step": int(s)} for e, s in zip(episodes, steps, strict=True)]
+        report = run / "diverged.json"
+        report.write_text(json.dumps({"step": error.step, "windows": windows}, indent=1) + "\n")
+        some = ", ".join(f"episode {one['episode']} step {one['step']}" for one in windows[:3])
+        told = f"; its batch held {some}{' ...' if len(windows) > 3 else ''} (all in {report})"
+    return f"{error}{told}; {left(run)}; look at these steps, or begin a new run with a lower learning rate"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from diffusion_policy.datasets.windows import StreamedWindows, Windows
     from diffusion_policy.policy import DiffusionPolicy
     from diffusion_policy.processes import Processes
-    from diffusion_policy.trainer import Diverged, Progress, Trainer
+    from diffusion_policy.trainer import Progress, Trainer
 
 
 VALIDATION_BYTES = 2**24
@@ -118,7 +117,6 @@ class Train:
         from diffusion_policy.checkpoint import MAX_WEIGHTS
         from diffusion_policy.checkpoint_contents import check_bounds
         from diffusion_policy.datasets.statistics import summarize
-        from diffusion_policy.datasets.storage import lock
         from diffusion_policy.datasets.windows import Windows, split_episodes
         from diffusion_policy.policy import DiffusionPolicy, choose_device
         from diffusion_policy.trainer import Trainer
@@ -156,21 +154,9 @@ class Train:
             f"{parameters / 1e6:.1f} M parameters, on {device}"
             f"{'' if processes.count == 1 else f', {processes.count} processes'}"
         )
-        if processes.is_main:
-            self.output.mkdir(parents=True, exist_ok=True)
-            unlock = lock(self.output, "choose another --output")
-        else:
-            unlock = None
-        try:
-            if processes.is_main:
-                if not self.resume:
-                    require_fresh(self.output)  # another may have been quicker
-                runs.write_options(self.output, told)
+        with runs.hold(self.output, told, begun=self.resume is not None) if processes.is_main else nullcontext():
             self._restore(trainer)
             self._train(trainer, *describe(store, keys, summary), store.episode_ends)
-        finally:
-            if unlock:
-                unlock()
 
     def _completed(self, keys: Keys, angles: dict[str, tuple[int, ...]]) -> Train:
         """With the keys and angles that the store named."""
@@ -297,49 +283,23 @@ class Train:
                     try:
                         panel.note("", checkpoint=save(measured()))
                     except checkpoint.CheckpointError as error:
-                        panel.note(f"no checkpoint at step {progress.step}: {error}; {self._left()}")
+                        panel.note(f"no checkpoint at step {progress.step}: {error}; {runs.left(self.output)}")
 
             try:
                 trainer.run(show, stop.is_set)
                 folder = save(measured())
             except Diverged as error:
-                raise FloatingPointError(self._explain(error, episode_ends)) from error
+                raise FloatingPointError(runs.explain(self.output, error, episode_ends)) from error
             except (OSError, checkpoint.CheckpointError) as error:  # such as a full disk
-                raise OSError(f"{error}; {self._left()}; go on with: {self._again()}") from error
+                raise OSError(f"{error}; {runs.left(self.output)}; {runs.again(self.output)}") from error
             except KeyboardInterrupt:
-                raise Interrupted(f"stopped at once; {self._left()}; go on with: {self._again()}") from None
+                raise Interrupted(f"stopped at once; {runs.left(self.output)}; {runs.again(self.output)}") from None
             panel.note(f"checkpoint in {folder}", checkpoint=folder)
         if trainer.step < settings.steps:
             raise Interrupted(
                 f"stopped after step {trainer.step} of {settings.steps}; checkpoint in {folder}; "
-                f"go on with: {self._again()}"
+                f"{runs.again(self.output)}"
             )
-
-    def _explain(self, error: Diverged, episode_ends: np.ndarray) -> str:
-        """Which windows the batch of a divergence held, also written to diverged.json, and what is left."""
-        import numpy as np
-
-        told = ""
-        if error.rows is not None:
-            episodes = np.searchsorted(episode_ends, error.rows, side="right")
-            steps = error.rows - np.concatenate([[0], episode_ends])[episodes]
-            windows = [{"episode": int(e), "step": int(s)} for e, s in zip(episodes, steps, strict=True)]
-            report = self.output / "diverged.json"
-            report.write_text(json.dumps({"step": error.step, "windows": windows}, indent=1) + "\n")
-            some = ", ".join(f"episode {one['episode']} step {one['step']}" for one in windows[:3])
-            told = f"; its batch held {some}{' ...' if len(windows) > 3 else ''} (all in {report})"
-        return f"{error}{told}; {self._left()}; look at these steps, or begin a new run with a lower learning rate"
-
-    def _left(self) -> str:
-        """Which checkpoint there is."""
-        from diffusion_policy import checkpoint
-
-        saved = checkpoint.steps_of(self.output)
-        return f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-
-    def _again(self) -> str:
-        """The command that goes on with this run."""
-        return f"diffusion-policy train --resume {shlex.quote(str(self.output))}"
 
 
 def describe(store: EpisodeStore, keys: Keys, summary: Summary) -> tuple[Environment, Dataset]:
