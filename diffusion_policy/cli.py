@@ -24,6 +24,7 @@ from diffusion_policy.commands.rollout import Rollout
 from diffusion_policy.commands.runs import read_options, to_fields
 from diffusion_policy.commands.study import Study
 from diffusion_policy.commands.sweep import Sweep
+from diffusion_policy.commands.terminal import console, open_standard_streams, out
 from diffusion_policy.commands.toy import Toy
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import ConfigError
@@ -37,29 +38,35 @@ A mistake is answered with one line and exit status 2; --debug, anywhere, shows 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 (a check failed), 2 (a user's mistake), 130 (interrupted). A
     fault of ours is raised."""
+    open_standard_streams()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     if arguments == ["--version"]:
-        print(__version__)
+        out.print(__version__)
         return 0
     try:
         parse(arguments or ["--help"]).run()
     except (ValueError, OSError, FloatingPointError) as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(f"error: {' '.join(str(error).split())}")
         return 2
     except Failed as finding:
-        print(finding, file=sys.stderr)
+        _say(finding)
         return 1
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        _say(stop)
         return 130
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        _say("stopped")
         return 130
     return 0
+
+
+def _say(text: object) -> None:
+    """The last word, on one line."""
+    console.print(str(text), soft_wrap=True)
 
 
 Command = Collect | Train | Sweep | Dataset | Evaluate | Compare | Rollout | Study | Doctor | Toy | Demo

@@ -27,7 +27,8 @@ def silence() -> Iterator[None]:
 
 def flush() -> None:
     """Write out what Python and C hold back; C does where standard output is a file or a pipe."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full, or not there at all
+            stream.flush()
     with contextlib.suppress(OSError, TypeError, AttributeError):  # on Windows there is no such library
         ctypes.CDLL(None).fflush(None)

@@ -16,10 +16,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError, SampleConfig, Signals, from_dict
 
 if TYPE_CHECKING:
@@ -34,9 +34,6 @@ ONE_PRESS = 0.5
 """Signals within this time of the first are the same press of Ctrl-C [s]."""
 MOST_FILMED = 16
 """Episodes in one video: they are tiles of one picture."""
-
-console = Console(stderr=True, highlight=False)
-"""Progress and remarks; results go to standard output."""
 
 
 class Interrupted(Exception):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from diffusion_policy.commands.common import console, require_fresh
+from diffusion_policy.commands.terminal import out
 from diffusion_policy.config import ConfigError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Compare:
         comparison = compare(first["outcomes"], second["outcomes"])
         result = dataclasses.asdict(comparison)
         text = json.dumps({"a": str(self.a), "b": str(self.b), **result}, indent=2)
-        print(text if self.json else f"A is {self.a}, B is {self.b}\n{comparison.sentence}")
+        out.print(text if self.json else f"A is {self.a}, B is {self.b}\n{comparison.sentence}")
         if self.output is not None:
             self.output.mkdir(parents=True, exist_ok=True)
             (self.output / "comparison.json").write_text(text + "\n")

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from diffusion_policy.commands.common import Failed, choose_keys, console, open_store, parse_angles, require_fresh
 from diffusion_policy.commands.replay import Replay
+from diffusion_policy.commands.terminal import out
 from diffusion_policy.config import ConfigError, require_seed
 
 if TYPE_CHECKING:
@@ -46,20 +45,17 @@ class Inspect:
         with console.status("reading"):
             found = inspect(store)
         if self.json:
-            print(json.dumps(found, indent=2))
+            out.print(json.dumps(found, indent=2))
             return found
-        out = Console(highlight=False)
         table = Table(box=box.SIMPLE_HEAD)
         for name in ("key", "step", "type", "lowest", "highest", "chunk", "MB", "packed"):
             table.add_column(name, no_wrap=True)
         for key, part in found["keys"].items():
             size = ("-", "-") if part["bytes"] is None else (f"{part['bytes'] / 1e6:.2f}", f"{part['ratio']:.1f}x")
             shape, limits = "x".join(map(str, part["shape"])) or "1", (min(part["min"]), max(part["max"]))
-            table.add_row(
-                escape(key), shape, part["dtype"], *(f"{n:.4g}" for n in limits), str(part["chunk_rows"]), *size
-            )
+            table.add_row(key, shape, part["dtype"], *(f"{n:.4g}" for n in limits), str(part["chunk_rows"]), *size)
         roles = {role: [key for key in found["keys"] if found["keys"][key]["role"] == role] for role in ROLES}
-        out.print(escape("; ".join(f"{role}: {', '.join(keys)}" for role, keys in roles.items() if keys)))
+        out.print("; ".join(f"{role}: {', '.join(keys)}" for role, keys in roles.items() if keys))
         out.print(table)
         packings = {" + ".join(part["codecs"]) for part in found["keys"].values()}
         out.print(f"packed with {'; '.join(sorted(packings))}")
@@ -69,9 +65,9 @@ class Inspect:
             f"{lengths['longest']}, median {lengths['median']:g}"
         )
         if found["modes"]:
-            out.print("modes: " + ", ".join(f"{escape(mode)} {count}" for mode, count in found["modes"].items()))
+            out.print("modes: " + ", ".join(f"{mode} {count}" for mode, count in found["modes"].items()))
         for name, value in found["attributes"].items():
-            out.print(f"{escape(name)}: {escape(json.dumps(value))}", soft_wrap=True)
+            out.print(f"{name}: {json.dumps(value)}")
         return found
 
 
@@ -92,10 +88,10 @@ class Validate:
             findings = validate(self.store)
         rows = [finding._asdict() for finding in findings]
         if self.json:
-            print(json.dumps(rows, indent=2))
+            out.print(json.dumps(rows, indent=2))
         else:
             for finding in findings:
-                print(f"{'problem' if finding.serious else 'note'}: {finding.path}: {finding.what}")
+                out.print(f"{'problem' if finding.serious else 'note'}: {finding.path}: {finding.what}")
         serious = sum(finding.serious for finding in findings)
         if serious:
             raise Failed(f"{self.store}: {serious} problem{'s' if serious > 1 else ''}")

@@ -43,4 +43,4 @@ class Demo:
         ).run()
         console.rule("3 of 3: evaluation")
         Evaluate(policy, evaluation, seed=self.seed + FIRST_TEST_SEED).run()
-        console.print(f"\nOpen [bold]{(evaluation / 'report.html').resolve()}[/bold] in a browser.")
+        console.print(f"\nOpen {(evaluation / 'report.html').resolve()} in a browser.", soft_wrap=True)

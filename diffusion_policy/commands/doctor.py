@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from rich.markup import escape
+from rich.text import Text
 
 from diffusion_policy import __version__
 from diffusion_policy.commands.common import (
@@ -24,6 +24,7 @@ from diffusion_policy.commands.common import (
     progress_bar,
     require_fresh,
 )
+from diffusion_policy.commands.terminal import printable
 from diffusion_policy.config import ConfigError, PolicyConfig, SampleConfig, require_at_least, require_seed
 
 if TYPE_CHECKING:
@@ -103,10 +104,10 @@ class Doctor:
         try:
             for check in chain(missing, self._checks(config, loaded, store, keys, device)):
                 checks.append(check)
-                color = COLORS[check.status]
-                console.print(f"[{color}]{check.status}[/]  [bold]{check.name}[/]: {escape(check.figure)}")
+                status, name = Text(check.status, COLORS[check.status]), Text(check.name, "bold")
+                console.print(Text("  ").join([status, Text.assemble(name, ": ", printable(check.figure))]))
                 if check.advice:
-                    console.print(f"      -> {escape(check.advice)}")
+                    console.print(f"      -> {check.advice}")
         finally:  # whatever ends it, the checks that were made are kept
             if self.output:
                 self._write(checks, store)

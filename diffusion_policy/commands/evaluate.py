@@ -223,6 +223,5 @@ def print_scorecard(results: Mapping[str, Any]) -> None:
         first = results["errors"][0]
         console.print(
             f"{len(results['errors'])} episodes could not be run and count nowhere, such as seed {first['seed']}: "
-            f"{first['reason']}",
-            markup=False,
+            f"{first['reason']}"
         )

@@ -25,7 +25,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from diffusion_policy.commands.common import console as shared_console
+from diffusion_policy.commands.terminal import console as shared_console
+from diffusion_policy.commands.terminal import printable
 
 if TYPE_CHECKING:
     from diffusion_policy.trainer import Progress
@@ -275,7 +276,7 @@ class Panel:
         return before._replace(last=value)
 
     def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, soft_wrap=True)
+        self._console.print(printable(line), markup=False, soft_wrap=True)
 
 
 def resident_memory() -> int | None:

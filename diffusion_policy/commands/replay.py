@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import tyro
 
 from diffusion_policy.commands.common import MOST_FILMED, Failed, choose_task, console, open_store
+from diffusion_policy.commands.terminal import out
 from diffusion_policy.config import ConfigError, Signals, require_at_least
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Replay:
                 films.append(np.stack(replayed.frames) if replayed.frames else None)
         env.close()
         for key, difference in largest.items():
-            print(f"{key}: off by {difference:.2g} at most, in {count} episodes")
+            out.print(f"{key}: off by {difference:.2g} at most, in {count} episodes")
         if self.video:
             self.video.parent.mkdir(parents=True, exist_ok=True)
             write_video(self.video, tile(films, columns=2), env.metadata.get("render_fps") or 30)

@@ -22,6 +22,7 @@ from diffusion_policy.commands.common import (
     progress_bar,
 )
 from diffusion_policy.commands.episodes import FIRST_TEST_SEED, PLANNING_BATCH, run_episodes
+from diffusion_policy.commands.terminal import out
 from diffusion_policy.config import ConfigError, SampleConfig, Signals, require_at_least, require_seed
 
 if TYPE_CHECKING:
@@ -83,7 +84,9 @@ class Rollout:
         episodes = self._roll_out(loaded, seeds)
         for episode in episodes:
             outcome = "success" if episode.success else "failure"
-            print(f"seed {episode.seed}: {outcome} after {len(episode.actions)} steps, mode {episode.mode or 'none'}")
+            out.print(
+                f"seed {episode.seed}: {outcome} after {len(episode.actions)} steps, mode {episode.mode or 'none'}"
+            )
         if self.record:
             record_episodes(self.record, loaded, episodes)
             console.print(f"{len(episodes)} episodes in {self.record}")
@@ -106,7 +109,7 @@ class Rollout:
             parallel = workers = 1
         episodes, lost = run_episodes(loaded, seeds, self.sampling, parallel, workers)
         for one in lost:
-            console.print(f"seed {one.seed} could not be run: {one.reason}", markup=False)
+            console.print(f"seed {one.seed} could not be run: {one.reason}")
         if not episodes:
             raise Failed("every episode failed")
         return episodes

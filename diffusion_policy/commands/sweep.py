@@ -124,7 +124,7 @@ class Sweep:
                 for trial, reason in ended:
                     row = rows[trials.index(trial)] = describe(trial, reason)
                     results = self._write(rows)
-                    bar.console.print(f"{trial.name}: {reason or say_numbers(row)}", markup=False)
+                    bar.console.print(f"{trial.name}: {reason or say_numbers(row)}")
                     bar.advance(task)
         except KeyboardInterrupt:
             done = sum(row["status"] == "finished" for row in rows)
@@ -224,7 +224,7 @@ class Sweep:
             reasons = [row["reason"] for row in rows if row["reason"]] or [f"no trial has a {self.metric}"]
             raise Failed(f"no trial can be the best: {reasons[0]}")
         console.print(f"best: {best['name']}, {say_numbers(best)}, {say_options(best['options'])}; to train it again:")
-        console.print(best["command"], soft_wrap=True, markup=False)
+        console.print(best["command"], soft_wrap=True)
 
 
 def run_trial(trial: Trial) -> str | None:
@@ -350,7 +350,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
             f"{wording.share(success['value'])} ({wording.share_interval(success)})" if success else wording.NOTHING,
             "failed" if row["reason"] else "",
         )
-    console.print(table, markup=False)
+    console.print(table)
 
 
 def write_page(path: Path, results: Mapping[str, Any]) -> None:

@@ -1,0 +1,84 @@
+"""Everything that is printed: results on standard output, progress and remarks on standard error.
+
+What a stranger's file, folder or simulator says reaches the terminal as plain text: nothing in it is obeyed, as escape
+sequence or markup. Output that cannot be written (a closed pipe, a full disk) never ends the work.
+"""
+
+import os
+import sys
+import unicodedata
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+OBEYED = {"Cc", "Cf", "Cs", "Cn", "Zl", "Zp"}
+"""Unicode categories of what is not shown but acted upon: control characters, reversed writing, line separators."""
+
+
+def printable(text: object) -> str:
+    """Text in which whatever a terminal would obey is spelled out, as in \\x1b; lines and tabs stay."""
+    return "".join(
+        character
+        if character in "\n\t" or unicodedata.category(character) not in OBEYED
+        else character.encode("unicode_escape").decode()
+        for character in str(text)
+    )
+
+
+class Terminal(Console):
+    """A console that prints texts as they are: no markup, and nothing that a terminal would obey. Where it cannot write
+    it falls silent."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Texts and cells of tables."""
+        return super().render_str(printable(text), **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich's."""
+        self._write(lambda: super(Terminal, self).print(*objects, **options))
+
+    def on_broken_pipe(self) -> None:
+        """Who read has gone (`| head`)."""
+        raise BrokenPipeError
+
+    def _write(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except (OSError, ValueError):  # ValueError: the file was closed
+            self._fall_silent()
+
+    def _fall_silent(self) -> None:
+        self.quiet = True
+        self._buffer.clear()
+        stream = sys.stderr if self.stderr else sys.stdout
+        try:  # what Python still holds back would be an error when it ends
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
+        except (OSError, ValueError, AttributeError):
+            pass
+
+
+console = Terminal(stderr=True)
+"""Progress and remarks."""
+out = Terminal(soft_wrap=True)
+"""Results: each line stays one line, however long."""
+
+
+def open_standard_streams() -> None:
+    """Have standard input, output and error lead somewhere, where they were closed before: else the next file that is
+    opened takes their place and gets what simulators print. Characters that the output's encoding lacks are spelled
+    out."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest number that is free
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,120 @@
+"""Bytes that a stranger may have made: files and JSON, read within bounds and never waited for.
+
+Only regular files, or what a link to one leads to, are opened: devices, pipes, sockets and folders are refused at once.
+A file is as large as it says and no larger than the reader allows; JSON is bounded before anything is built of it. What
+is wrong is a FileError of one line. Imports nothing of ours, and only the standard library.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+MAX_JSON_BYTES = 4 * 2**20
+"""A larger JSON file is refused unless its reader says otherwise."""
+MAX_BRACKETS = 20_000
+"""Lists and objects in JSON; each becomes an object, which takes far more than its byte."""
+MAX_COMMAS = 2**19
+"""Items in JSON, all together."""
+MAX_DEPTH = 32
+"""Levels of nested JSON."""
+
+
+class FileError(ValueError):
+    """A file is missing, no regular one, too large, or not what it should be; the message says which, in one line."""
+
+    def __init__(self, message: str) -> None:
+        message = " ".join(message.split())
+        super().__init__(message if len(message) < 1000 else f"{message[:1000]} ...")
+
+
+def refuse_irregular(path: Path | str, most_bytes: int | None = None) -> int:
+    """Size of a regular file, or of what a link to one leads to [bytes], without opening it. Raises FileError for
+    anything else, and for more than `most_bytes`."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError as error:
+        raise FileError(f"{path} is missing") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        raise FileError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    return _check(path, found, most_bytes)
+
+
+@contextmanager
+def open_regular(path: Path | str, most_bytes: int | None = None) -> Iterator[BufferedReader]:
+    """Open a regular file, or what a link to one leads to. Raises FileError for anything else, without waiting for it,
+    and for more than `most_bytes`."""
+    refuse_irregular(path, most_bytes)  # before it is opened: a device may act on that
+    try:
+        file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115  (closed below)
+    except FileNotFoundError as error:
+        raise FileError(f"{path} is missing") from error
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror or error}") from error
+    with file:
+        _check(path, os.fstat(file.fileno()), most_bytes)  # it may have been exchanged since
+        yield file
+
+
+def read_bytes(path: Path | str, most_bytes: int) -> bytes:
+    """All of a regular file; raises FileError where it is none, or larger."""
+    with open_regular(path, most_bytes) as file:
+        try:
+            return file.read(os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            raise FileError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def read_json(path: Path | str, most_bytes: int = MAX_JSON_BYTES) -> Any:
+    """The JSON of a regular file; raises FileError when that is too large, too deeply nested, or none."""
+    content = read_bytes(path, most_bytes)
+    try:
+        return parse_json(content)
+    except ValueError as error:
+        raise FileError(f"{path} is not JSON that can be read: {error}") from error
+
+
+def parse_json(content: bytes | str) -> Any:
+    """What JSON says; raises ValueError where it is none, nested too deeply, of too many parts, or holds text that no
+    file could hold (half a surrogate pair)."""
+    text = content.decode() if isinstance(content, bytes) else content
+    brackets = text.count("[") + text.count("{")
+    if brackets > MAX_BRACKETS:
+        raise ValueError(f"it has {brackets} lists and objects; at most {MAX_BRACKETS} are read")
+    if text.count(",") > MAX_COMMAS:
+        raise ValueError(f"it has more than {MAX_COMMAS} items")
+    try:
+        tree = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep") from error
+    _check_depth(tree)
+    if "\\ud" in text.lower():
+        try:
+            json.dumps(tree, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("it holds half a surrogate pair, which is no text") from error
+    return tree
+
+
+def _check(path: Path | str, found: os.stat_result, most_bytes: int | None) -> int:
+    if not stat.S_ISREG(found.st_mode):
+        raise FileError(f"{path} is no regular file")
+    if most_bytes is not None and found.st_size > most_bytes:
+        raise FileError(f"{path} has {found.st_size} bytes; at most {most_bytes} are read")
+    return found.st_size
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _check_depth(tree: Any, depth: int = 0) -> None:
+    if depth > MAX_DEPTH:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+    if isinstance(tree, dict | list):
+        for item in tree.values() if isinstance(tree, dict) else tree:
+            _check_depth(item, depth + 1)

@@ -1,0 +1,67 @@
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from diffusion_policy.files import MAX_BRACKETS, FileError, open_regular, parse_json, read_bytes, read_json
+
+
+def test_regular_files_and_links_to_them_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"x": [1, 2.5, null, "é"]}')
+    (tmp_path / "link").symlink_to("a.json")
+    for name in ("a.json", "link"):
+        assert read_json(tmp_path / name) == {"x": [1, 2.5, None, "é"]}
+        assert len(read_bytes(tmp_path / name, 100)) == 27
+
+
+def test_whatever_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "device").symlink_to("/dev/zero")
+    (tmp_path / "to_pipe").symlink_to("pipe")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket"))
+        for name in ("pipe", "folder", "device", "to_pipe", "socket"):
+            with pytest.raises(FileError, match=f"{name} is no regular file"):
+                read_bytes(tmp_path / name, 100)
+    with pytest.raises(FileError, match="dangling is missing"):
+        read_bytes(tmp_path / "dangling", 100)
+    for name in ("loop", "a\0b"):
+        with pytest.raises(FileError, match="cannot read"), open_regular(tmp_path / name):
+            pass
+
+
+def test_a_file_larger_than_allowed_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(5 * 2**30)
+    with pytest.raises(FileError, match="has 5368709120 bytes; at most 1000 are read"):
+        read_bytes(tmp_path / "sparse", 1000)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[" * 100 + "]" * 100, "nested more than 32 levels"),
+        ("[" * (MAX_BRACKETS + 1), "lists and objects; at most"),
+        ("[" + "0," * 2**20 + "0]", "more than 524288 items"),
+        ('{"a": 1', "Expecting"),
+        ('"\\ud800"', "half a surrogate pair"),
+        ("1" * 5000, "4300"),
+    ],
+)
+def test_json_is_bounded_before_anything_is_built_of_it(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_json(text)
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(FileError, match=f"a.json is not JSON that can be read: .*{message}"):
+        read_json(tmp_path / "a.json")
+
+
+def test_bytes_that_are_no_text_are_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(FileError, match="is not JSON") as info:
+        read_json(tmp_path / "a.json")
+    assert "\n" not in str(info.value)
