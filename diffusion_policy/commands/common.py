@@ -67,6 +67,24 @@ def open_store(location: str | Path) -> EpisodeStore:
     return store
 
 
+def recorded_location(source: object, location: str) -> str:
+    """Where a checkpoint or a run (`source`) says that its data set lies, which is told. Raises ConfigError for a URL:
+    what only a stranger's file names is fetched from nowhere."""
+    if "://" in location or "::" in location:
+        raise ConfigError(
+            f"{source} names its data set by the URL {location[:200]!r}, which would be opened; if you trust it, give "
+            "it yourself with --dataset"
+        )
+    console.print(f"the data set is {location}, as {source} says")
+    return location
+
+
+def open_recorded(source: object, location: str) -> EpisodeStore:
+    """Open the data set that only a checkpoint or a run (`source`) names: a local one, said; ConfigError for a URL, and
+    StoreError as `open_store`."""
+    return open_store(recorded_location(source, location))
+
+
 def choose_keys(store: EpisodeStore, observations: Sequence[str] = (), action: str | None = None) -> Keys:
     """Keys of a store that a policy learns from: those wanted, else those that the store names, else `action` and all
     others. Raises ConfigError for keys that it does not have, and when none are left to observe."""
