@@ -112,16 +112,16 @@ def _train_defaults(arguments: Sequence[str]) -> Train:
         return defaults
     flags = [argument.partition("=") for argument in arguments]
     values = {
-        flag: Path(value if equals else arguments[i + 1])
+        flag: value if equals else arguments[i + 1]
         for i, (flag, equals, value) in enumerate(flags)
         if equals or i + 1 < len(arguments)
     }
     if "--resume" in values:
         if "--config" in values:
             raise ConfigError("--resume takes the options of the run itself, so --config cannot be given too")
-        return Train.to_resume(values["--resume"], trust="--env" in values)
+        return Train.to_resume(Path(values["--resume"]), values.get("--dataset"), trust="--env" in values)
     if "--config" in values:
-        path = values["--config"]
+        path = Path(values["--config"])
         return dataclasses.replace(defaults, config=path, **to_fields(read_options(path)))
     return defaults
 

@@ -20,6 +20,7 @@ from diffusion_policy.commands.common import (
     choose_task,
     console,
     open_store,
+    recorded_location,
     refuse_modules,
     require_fresh,
     stop_on_signal,
@@ -85,14 +86,15 @@ class Train:
     training: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
     @classmethod
-    def to_resume(cls, run: Path, trust: bool = False) -> Train:
-        """The training of this folder, to go on with; raises ConfigError where there is none, and, unless there is
-        `trust`, where it names a module to import for its environment."""
+    def to_resume(cls, run: Path, dataset: str | None = None, trust: bool = False) -> Train:
+        """The training of this folder, to go on with, on its own data set unless one is named; raises ConfigError where
+        there is none, where it alone names a URL, and, unless there is `trust`, where it names a module to import for
+        its environment."""
         options = runs.read_run(run)
         fields = runs.to_fields(options)
         if not trust:
             refuse_modules(run, [fields["env"]], [f"--env {fields['env']}"])
-        return cls(options["dataset"]["location"], run, resume=run, **fields)
+        return cls(dataset or recorded_location(run, options["dataset"]["location"]), run, resume=run, **fields)
 
     def run(self) -> None:
         """Train; raises ValueError for bad data, a bad device, an output folder that holds something or is in use, and
