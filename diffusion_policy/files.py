@@ -1,14 +1,16 @@
-"""Bytes that a stranger may have made: files and JSON, read within bounds and never waited for.
+"""Files and JSON: those that a stranger may have made, read within bounds and never waited for; ours, written whole.
 
 Only regular files, or what a link to one leads to, are opened: devices, pipes, sockets and folders are refused at once.
 A file is as large as it says and no larger than the reader allows; JSON is bounded before anything is built of it. What
 is wrong is a FileError of one line. Imports nothing of ours, and only the standard library.
 """
 
+import contextlib
 import json
+import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -22,6 +24,8 @@ MAX_COMMAS = 2**19
 """Items in JSON, all together."""
 MAX_DEPTH = 32
 """Levels of nested JSON."""
+WRITING = ".writing-"
+"""The name of a file begins with it until it is whole; after a kill such a file is worth nothing."""
 
 
 class FileError(ValueError):
@@ -98,6 +102,55 @@ def parse_json(content: bytes | str) -> Any:
         except UnicodeEncodeError as error:
             raise ValueError("it holds half a surrogate pair, which is no text") from error
     return tree
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, whatever happens meanwhile: under another name, synced, then renamed. Raises
+    FileError where it cannot be written (a full disk, say); what was there before is still there then."""
+    temporary = path.with_name(f"{WRITING}{path.name}")
+    try:
+        temporary.unlink(missing_ok=True)  # what a killed process left
+        try:
+            with open(temporary, "xb") as file:
+                file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+    except OSError as error:
+        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder reach the disk, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def format_json(tree: Any) -> str:
+    """JSON that every reader understands, of our own results: numbers of numpy as plain ones, null for what is not
+    finite, text for what JSON has no word for."""
+    return json.dumps(_plain(tree), indent=2, allow_nan=False) + "\n"
+
+
+def _plain(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {str(name): _plain(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_plain(item) for item in tree]
+    if hasattr(tree, "tolist"):  # numpy's scalars and arrays
+        return _plain(tree.tolist())
+    if isinstance(tree, float):
+        return float(tree) if math.isfinite(tree) else None
+    return tree if tree is None or isinstance(tree, bool | int | str) else str(tree)
 
 
 def _check(path: Path | str, found: os.stat_result, most_bytes: int | None) -> int:

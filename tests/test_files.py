@@ -1,10 +1,22 @@
+import json
+import math
 import os
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from diffusion_policy.files import MAX_BRACKETS, FileError, open_regular, parse_json, read_bytes, read_json
+from diffusion_policy.files import (
+    MAX_BRACKETS,
+    FileError,
+    format_json,
+    open_regular,
+    parse_json,
+    read_bytes,
+    read_json,
+    write_whole,
+)
 
 
 def test_regular_files_and_links_to_them_are_read(tmp_path: Path) -> None:
@@ -65,3 +77,23 @@ def test_bytes_that_are_no_text_are_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="is not JSON") as info:
         read_json(tmp_path / "a.json")
     assert "\n" not in str(info.value)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results [1].json"
+    (tmp_path / f".writing-{path.name}").write_text("half of what a killed process wr")
+    write_whole(path, "first")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(FileError, match=r"cannot write .*json: No space left on device"):
+        write_whole(path, "second")
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    assert path.read_text() == "first"
+
+
+def test_json_of_results_has_only_what_json_knows() -> None:
+    tree = {"a": np.float32(0.5), 1: (np.int64(3), math.nan), "b": [np.array([1.0, np.inf]), np.bool_(True), Path("x")]}
+    assert json.loads(format_json(tree)) == {"a": 0.5, "1": [3, None], "b": [[1.0, None], True, "x"]}
