@@ -11,6 +11,7 @@ import numpy as np
 
 from diffusion_policy.datasets.convert import read, write
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore, StoreError
+from diffusion_policy.streams import derive_rng
 
 
 def merge(locations: Sequence[Path | str], target: Path) -> int:
@@ -52,7 +53,7 @@ def split(location: Path | str, targets: tuple[Path, Path], share: float, seed: 
     for target in targets:
         if target.exists():
             raise StoreError(f"{target} already exists; choose another output or delete it first")
-    order = np.random.default_rng(seed).permutation(count)
+    order = derive_rng("parts of a data set", seed).permutation(count)
     for target, chosen in zip(targets, (order[:first], order[first:]), strict=True):
         source = read(location)
         episodes = store.episodes(np.sort(chosen))

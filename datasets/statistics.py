@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_policy.datasets.store import EpisodeStore
+from diffusion_policy.streams import derive_rng
 
 QUANTILES = (0.01, 0.99)
 SAMPLE_ROWS = 2**16
@@ -47,7 +48,7 @@ class Measuring:
 
     def __init__(self, seed: int = 0) -> None:
         """`seed`: of the random rows that quantiles are taken from when there are many."""
-        self._rng = np.random.default_rng([seed, 0x5A4D])  # no stream that data may come from
+        self._rng = derive_rng("quantiles", seed)
         self._count = 0
         self.sample = np.empty(0)
         """Rows drawn at random from all, or all while they are few."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffusion_policy.datasets.store import EpisodeStore
+from diffusion_policy.streams import derive_rng
 
 POOL_BYTES = 2**26
 """Memory of the rows that a stream shuffles at a time; the next ones are read meanwhile into as much again."""
@@ -113,7 +114,7 @@ class Windows:
         first, stop = share.of(batch_size)
         number, done = divmod(first_step, len(self) // batch_size)
         while True:
-            order = np.random.default_rng([seed, number]).permutation(len(self))
+            order = derive_rng("order of windows", seed, number).permutation(len(self))
             for start in range(done * batch_size, len(self) - batch_size + 1, batch_size):
                 yield self.gather(order[start + first : start + stop])
             number, done = number + 1, 0
@@ -167,7 +168,7 @@ class StreamedWindows:
         """The batches of one pass over the windows, after the first `skipped` windows."""
         first_row, stop_row = share.of(batch_size)
         blocks = np.flatnonzero(self._windows_in_block)
-        order = np.random.default_rng([seed, number]).permutation(blocks)
+        order = derive_rng("order of blocks", seed, number).permutation(blocks)
         pools = [order[i : i + self._blocks_together] for i in range(0, len(order), self._blocks_together)]
         first = 0
         while skipped >= (count := int(self._windows_in_block[pools[first]].sum())):
@@ -176,7 +177,7 @@ class StreamedWindows:
         missing = batch_size
         with contextlib.closing(self._load_ahead(pools[first:])) as loaded:
             for i, (windows, indices) in enumerate(loaded, start=first):
-                shuffled = np.random.default_rng([seed, number, i]).permutation(indices)[skipped:]
+                shuffled = derive_rng("order in a pool", seed, number, i).permutation(indices)[skipped:]
                 skipped = 0
                 while len(shuffled):
                     taken, shuffled = np.split(shuffled, [missing])
@@ -335,5 +336,5 @@ def split_episodes(
             f"cannot hold out {validation_share:.0%} of {count} episodes and still train; "
             "take more episodes or a validation share of 0"
         )
-    order = np.random.default_rng(seed).permutation(count)
+    order = np.random.default_rng(seed).permutation(count)  # by no name, so that runs of earlier versions go on
     return np.sort(order[held_out:][:most]), np.sort(order[:held_out])

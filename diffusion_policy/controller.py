@@ -14,7 +14,7 @@ from diffusion_policy.policy import DiffusionPolicy, derive_generator
 
 def planning_generator(seed: int, repeat: int = 0) -> torch.Generator:
     """The source of an episode's planning noise: derived from the environment's seed and the repeat."""
-    return derive_generator(seed, repeat)
+    return derive_generator("planning", seed, repeat)
 
 
 class Controller:

@@ -168,7 +168,7 @@ def check_overfit(
 ) -> Check:
     """Train this new policy on 32 windows: whatever cannot learn those by heart cannot learn. Its loss should weigh all
     levels alike and drop no condition, or the bound means nothing."""
-    generator = derive_generator(seed)
+    generator = derive_generator("doctor overfit", seed)
     chosen = torch.randperm(len(windows), generator=generator)[:OVERFIT_WINDOWS].to(policy.device)
     batch = windows.gather(chosen)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0)
@@ -217,7 +217,7 @@ class Probe(NamedTuple):
 def noised(policy: DiffusionPolicy, actions: Tensor, seed: int) -> list[tuple[int, np.ndarray]]:
     """One sequence of raw actions (T, A), normalized: noised to a low, a middle and a high level."""
     x0 = policy.normalizer.normalize("action", actions)
-    eps = torch.randn(x0.shape, generator=derive_generator(seed, 2)).to(x0)
+    eps = torch.randn(x0.shape, generator=derive_generator("doctor noised", seed)).to(x0)
     rows = []
     for level in low_middle_high(policy.diffusion.schedule):
         alpha, sigma = policy.diffusion.tables(level, x0)
@@ -228,7 +228,7 @@ def noised(policy: DiffusionPolicy, actions: Tensor, seed: int) -> list[tuple[in
 @torch.no_grad()
 def probe(policy: DiffusionPolicy, batch: Batch, seed: int) -> list[Probe]:
     """The policy at some levels, from the lowest to the highest that holds signal."""
-    generator = derive_generator(seed)
+    generator = derive_generator("doctor probe", seed)
     x0 = policy.normalizer.normalize("action", batch.actions)
     denoise = policy.diffusion.denoiser(policy.network, policy.encode(batch.observations, batch.modes))
     probes = []
@@ -311,7 +311,7 @@ def check_copying(policy: DiffusionPolicy, batch: Batch, seed: int) -> Check:
 @torch.no_grad()
 def _error(policy: DiffusionPolicy, batch: Batch, observations: Mapping[str, Tensor], seed: int) -> float:
     """Error of x0 under these observations, at the noisier half of the levels, where conditions count."""
-    generator = derive_generator(seed)
+    generator = derive_generator("doctor error", seed)
     x0 = policy.normalizer.normalize("action", batch.actions)
     denoise = policy.diffusion.denoiser(policy.network, policy.encode(observations, batch.modes))
     levels = _levels(policy.diffusion.schedule)
@@ -344,7 +344,7 @@ def check_clipping(normalized: Tensor, clip: str) -> Check:
 def check_jumps(policy: DiffusionPolicy, batch: Batch, largest: np.ndarray, sampling: SampleConfig, seed: int) -> Check:
     """Sampled actions should not jump from step to step further than the demonstrated ones ever do. `largest`: the
     largest demonstrated jump of each number of an action, (A,)."""
-    generators = [derive_generator(seed, row) for row in range(len(batch.actions))]
+    generators = [derive_generator("doctor plans", seed, row) for row in range(len(batch.actions))]
     plans = policy.sample(batch.observations, generators, config=sampling)[:, 0].cpu().numpy()  # (B, T, A)
     ratios = np.abs(np.diff(plans, axis=1)) / np.maximum(largest, 1e-6)
     share = float(np.mean(~(ratios <= 1.2)))
@@ -372,7 +372,7 @@ def check_bound(policy: DiffusionPolicy, batch: Batch, seed: int) -> Check:
     schedule = policy.diffusion.schedule
     levels = list(range(len(schedule) - 1 - schedule.ends_silent, -1, -1))
     x0 = policy.normalizer.normalize("action", batch.actions).cpu().double()
-    noise = torch.randn((len(levels), *x0.shape), generator=derive_generator(seed), dtype=torch.float64)
+    noise = torch.randn((len(levels), *x0.shape), generator=derive_generator("doctor bound", seed), dtype=torch.float64)
     network = policy.diffusion.denoiser(policy.network, policy.encode(batch.observations, batch.modes))
 
     def denoise(xt: Tensor, level: int) -> Tensor:

@@ -30,6 +30,7 @@ from diffusion_policy.normalizer import NORMALIZATIONS, Normalizer
 from diffusion_policy.prediction import PREDICTIONS
 from diffusion_policy.samplers import SAMPLERS, Denoise, Levels, Sampler, ddim
 from diffusion_policy.schedules import make_schedule
+from diffusion_policy.streams import derive_entropy
 
 
 class Shapes(NamedTuple):
@@ -227,10 +228,15 @@ def find_sampler(config: SampleConfig) -> Sampler:
     return Sampler(partial(ddim, eta=config.eta), needs_noise=True) if config.eta else SAMPLERS[config.sampler]
 
 
-def derive_generator(*entropy: int) -> torch.Generator:
-    """A CPU generator of its own for each sequence of numbers, such as (seed, repeat)."""
-    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
+def derive_generator(tag: str, *numbers: int) -> torch.Generator:
+    """A CPU generator of its own for each tag and sequence of numbers, such as ("planning", seed, repeat). All its
+    state is filled, since `manual_seed` takes 32 bits of a seed, by which some of 100,000 streams would be the same."""
+    generator = torch.Generator()
+    state = generator.manual_seed(0).get_state()
+    state[24 : 24 + 8 * 624].view(torch.int64).copy_(
+        torch.from_numpy(derive_entropy(tag, *numbers).generate_state(624).astype(np.int64))  # the Mersenne Twister's
+    )
+    return generator.set_state(state)
 
 
 def choose_device(name: str) -> torch.device:

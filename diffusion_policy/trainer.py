@@ -32,8 +32,6 @@ SAMPLES = 4
 """... so many sequences for each (N) ..."""
 SAMPLING_STEPS = 16
 """... in at most so many steps of DDIM."""
-NOISE, VALIDATION, SAMPLING = 0, 2, 3
-"""Streams of random numbers that derive from the seed."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -228,7 +226,7 @@ class Trainer:
         observations = {key: values[first:last] for key, values in batch.observations.items()}
         modes = None if batch.modes is None else batch.modes[first:last]
         part = Part(self._share.of(self._batch_size)[0] + first, self._batch_size)
-        generator = derive_generator(self.config.seed, NOISE, self.step)
+        generator = derive_generator("training noise", self.config.seed, self.step)
         with self._autocast():
             loss = self._policy.loss(observations, batch.actions[first:last], generator, modes, part)
         return loss * ((last - first) / self._batch_size)
@@ -279,7 +277,7 @@ class Trainer:
         """Look at held-out windows; None where there are none."""
         if self._validation is None:
             return None
-        generator = derive_generator(self.config.seed, VALIDATION)
+        generator = derive_generator("validation", self.config.seed)
         chosen = torch.randperm(len(self._validation), generator=generator)[:VALIDATION_WINDOWS]
         total = 0.0
         for indices in chosen.split(self.config.batch_size):
@@ -294,7 +292,9 @@ class Trainer:
         policy, config = self.averaged, self.averaged.config
         if policy.modes and not config.condition_dropout:
             return None
-        generators = [derive_generator(self.config.seed, SAMPLING, row) for row in range(len(batch.actions))]
+        generators = [
+            derive_generator("validation samples", self.config.seed, row) for row in range(len(batch.actions))
+        ]
         sampled = policy.sample(batch.observations, generators, SAMPLES, quick_sampling(policy))  # (B, N, T, A)
         difference = sampled - batch.actions[:, None]
         for column in policy.shapes.angles.get("action", ()):

@@ -137,7 +137,7 @@ def test_parts_of_a_batch_add_up_to_it() -> None:
     for trainer in (whole, parts):
         trainer.run()
     for a, b in zip(whole.averaged.parameters(), parts.averaged.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     assert not same_weights(whole, parts)  # they differ in rounding: it was divided
 
 

@@ -237,7 +237,7 @@ class Doctor:
         from diffusion_policy import doctor
         from diffusion_policy.policy import derive_generator
 
-        order = torch.randperm(len(windows), generator=derive_generator(self.seed, 1))
+        order = torch.randperm(len(windows), generator=derive_generator("doctor windows", self.seed))
         batch, few = windows.gather(order[:PROBED]), windows.gather(order[:PLANNED])
         probes = doctor.probe(policy, batch, self.seed)
         yield doctor.check_noise_scale(probes)

@@ -25,8 +25,6 @@ PLANNING_BATCH = 25
 """Environments that run, and plan, together."""
 DIVERSITY_STATES, DIVERSITY_PLANS = 20, 32
 """Initial states, and sequences sampled for each, that the diversity is taken from."""
-DIVERSITY_STREAM = 1_000_000
-"""Keeps the noise of these sequences apart from that of every repeat."""
 
 
 class RolledOut(NamedTuple):
@@ -132,9 +130,7 @@ def sample_starts(policy: DiffusionPolicy, episodes: Sequence[Episode], sampling
     plans = []
     for episode in firsts:
         observations = observe(policy, episode, 0)
-        plan = policy.sample(
-            observations, [derive_generator(episode.seed, DIVERSITY_STREAM)], DIVERSITY_PLANS, sampling
-        )
+        plan = policy.sample(observations, [derive_generator("diversity", episode.seed)], DIVERSITY_PLANS, sampling)
         plans.append(policy.normalizer.normalize("action", plan)[0].cpu())
     return np.asarray(torch.stack(plans))
 

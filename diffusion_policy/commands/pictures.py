@@ -79,7 +79,7 @@ def sample_plans(
     (steps, count, T - To + 1, A)."""
     observed = [observe(policy, episode, step) for step in steps]
     together = {key: torch.cat([one[key] for one in observed]) for key in policy.shapes.observations}
-    generators = [derive_generator(episode.seed, episode.repeat, step) for step in steps]
+    generators = [derive_generator("pictures", episode.seed, episode.repeat, step) for step in steps]
     plans = policy.sample(together, generators, count, sampling)
     return plans[:, :, policy.config.observation_horizon - 1 :].cpu().numpy()
 

@@ -25,10 +25,10 @@ def read_grid(texts: Iterable[str]) -> list[dict[str, Any]]:
 
 def draw_points(texts: Iterable[str], count: int, seed: int) -> list[dict[str, Any]]:
     """So many random points of options such as learning-rate=log:1e-5:1e-3, {field: value as JSON}."""
-    import numpy as np
+    from diffusion_policy.streams import derive_rng
 
     asked = split(texts, "random")
-    generators = [np.random.default_rng([seed, i]) for i in range(count)]
+    generators = [derive_rng("sweep point", seed, i) for i in range(count)]
     return [{name: draw(name, text, rng) for name, text in asked} for rng in generators]
 
 
