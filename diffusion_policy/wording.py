@@ -3,9 +3,11 @@
 Knows results as plain data. Knows no figure and no page.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from diffusion_policy.digits import three_digits
 from diffusion_policy.metrics import NONE
 
 NOTHING = "\N{EN DASH}"
@@ -34,9 +36,9 @@ class Line(NamedTuple):
 
 def number(value: float | None, unit: str = "") -> str:
     """Three digits, more only before the point, and the unit."""
-    if value is None:
+    if value is None or math.isnan(value):
         return NOTHING
-    digits = f"{value:.0f}" if abs(value) >= 1000 else f"{round(value, 9):.3g}"  # 1e-16 is 0
+    digits = three_digits(round(value, 9))  # 1e-16 is 0
     return f"{digits}{SPACE}{unit}" if unit else digits
 
 

@@ -27,6 +27,7 @@ from rich.text import Text
 
 from diffusion_policy.commands.terminal import console as shared_console
 from diffusion_policy.commands.terminal import printable
+from diffusion_policy.digits import three_digits
 
 if TYPE_CHECKING:
     from diffusion_policy.trainer import Progress
@@ -297,8 +298,8 @@ def _smooth(before: float | None, value: float) -> float:
 
 
 def _number(value: float) -> str:
-    """Three digits that count, none of them dropped: 0.100, 12.3, 1.20e-05."""
-    return f"{value:#.3g}".rstrip(".")
+    """Three digits that count, none of them dropped: 0.100, 12.3, 1.20e-5."""
+    return three_digits(value, keep_zeros=True)
 
 
 def _show(name: str, value: float) -> str:
