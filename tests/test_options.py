@@ -1,0 +1,176 @@
+"""Every option of every command, with a value other than its default, in miniature: the commands run one after another
+as a user gives them, and each finds what the one before has left."""
+
+import dataclasses
+import itertools
+import json
+import shlex
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import tyro
+
+from diffusion_policy import cli
+from diffusion_policy.cli import main
+from diffusion_policy.commands.dataset import Convert, Dataset, Inspect, Merge, Plot, Repair, Replay, Split, Validate
+from diffusion_policy.config import PolicyConfig, SampleConfig, Signals, TrainConfig
+
+SMALL = "--widths 16 32 --groups 4 --level-dim 16 --levels 20 --steps 4 --batch-size 32 --device cpu"
+SESSION = f"""
+collect --output a.zarr --env diffusion_policy/Avoid-v0 --env-kwargs '{{"rows":1}}' --episodes 6 --seed 50 --noise \
+    0.2 --workers 1 --no-sync
+collect --resume a.zarr --episodes 8 --workers 1
+collect --output car.zarr --env MountainCarContinuous-v0 --success 'return>=90' --fresh --noise 0.1 --workers 1 \
+    --episodes 2 --expert diffusion_policy.envs.examples:MountainCarExpert --mode-function \
+    diffusion_policy.envs.examples:mountain_car_mode --mode-labels left right
+dataset inspect a.zarr --json
+dataset validate a.zarr --json
+dataset plot a.zarr --output plots --plane measured_xy:0,1 --action action
+dataset replay a.zarr --episodes 1 --tolerance 1e-3 --env diffusion_policy/Avoid-v0 --env-kwargs '{{"rows":1}}' \
+    --success none --video replay.gif
+dataset replay car.zarr --episodes 1 --success none --fresh --mode-function \
+    diffusion_policy.envs.examples:mountain_car_mode --mode-labels left right --env MountainCarContinuous-v0
+dataset split a.zarr --output b.zarr c.zarr --share 0.5 --seed 1
+dataset merge b.zarr c.zarr --output d.zarr
+dataset repair d.zarr
+dataset convert d.zarr d.archive --output-format npz --observation desired_xy --action action --angles desired_xy:0
+dataset convert d.archive e.zarr --source-format npz
+train --dataset a.zarr --output r {SMALL} --observation desired_xy measured_xy --action action --angles \
+    desired_xy:0 --tracker tensorboard --env diffusion_policy/Avoid-v0 --env-kwargs '{{"rows":1}}' \
+    --observation-horizon 3 --prediction-horizon 8 --action-horizon 4 --kernel-size 3 --schedule linear \
+    --schedule-options 0.001 0.3 --prediction velocity --snr-gamma 5 --learn-variance --condition-dropout 0.2 \
+    --normalization moments --condition-on-mode --learning-rate 1e-3 --weight-decay 1e-4 --warmup-steps 1 \
+    --gradient-clip 0.5 --average-power 0.6 --average-limit 0.9 --validation-share 0.2 --max-episodes 3 \
+    --memory-gb 0 --validate-every 2 --checkpoint-every 2 --keep 2 --keep-best validation_loss --rollout-every 4 \
+    --rollout-episodes 2 --precision bf16 --accumulation 2 --seed 3
+train --resume r
+train --config r/best/config.json --dataset a.zarr --output s --steps 2 --rollout-every 0 --device cpu
+sweep --dataset a.zarr --output w --config r/best/config.json --grid seed=4 steps=2 --episodes 1 --metric \
+    success_rate --rollout-every 0 --observation desired_xy --action action --angles desired_xy:0 --device cpu \
+    --workers 2 --sampler ddpm --sampling-steps 2 --spacing even --clip dynamic --guidance 0.5 --guidance-schedule \
+    rising --mode left --corrector-steps 1 --corrector-size 0.02
+evaluate --checkpoint r --output ev --episodes 2 --seed 100500 --repeats 2 --delay-steps 1 0 --env \
+    diffusion_policy/Avoid-v0 --env-kwargs '{{"rows":1}}' --success none --fresh --sampler dpm-solver-2m \
+    --sampling-steps 3 --spacing even --clip dynamic --guidance 0.5 --guidance-schedule falling --mode left \
+    --corrector-steps 1 --corrector-size 0.02 --parallel 2 --workers 1 --hang-after 30 --videos 1 --device cpu
+evaluate --checkpoint r --output ew --episodes 2 --seed 100500 --repeats 2 --success none --fresh --eta 0.5 \
+    --sampling-steps 2 --workers 1 --videos 0 --mode-function {{module}}:label --mode-labels up down
+compare ev ev --output cmp --json
+rollout --checkpoint r --episodes 1 --seed 100600 --video v.gif --record rec.zarr --env diffusion_policy/Avoid-v0 \
+    --env-kwargs '{{"rows":1}}' --success none --fresh --mode-function {{module}}:label --mode-labels up down \
+    --sampler unipc --sampling-steps 2 --spacing leading --clip none --guidance 0.5 --guidance-schedule middle \
+    --mode right --corrector-steps 1 --corrector-size 0.1 --workers 1 --device cpu
+rollout --checkpoint r --episodes 1 --sampling-steps 2 --eta 0.3 --workers 1
+rollout --checkpoint r --episodes 2 --sampling-steps 2 --env {{module}}:tiny/Window-v0 --render human
+study samplers --checkpoint r --output st --samplers ddim --steps 1 2 --mode left --guidance 0.5 --episodes 1 \
+    --seed 100700 --env diffusion_policy/Avoid-v0 --env-kwargs '{{"rows":1}}' --success none --fresh \
+    --mode-function {{module}}:label --mode-labels up down --workers 1 --device cpu
+doctor --dataset a.zarr --checkpoint r --output doc --overfit-steps 3 --seed 1 --device cpu --sampler euler \
+    --sampling-steps 2 --spacing even --clip none --guidance 0.5 --guidance-schedule rising --mode left \
+    --corrector-steps 1 --corrector-size 0.1
+doctor --dataset a.zarr --observation desired_xy --action action --angles desired_xy:0 --overfit-steps 0 --eta 0.5 \
+    --observation-horizon 3 --prediction-horizon 8 --action-horizon 4 --widths 16 32 --kernel-size 3 --groups 4 \
+    --level-dim 16 --schedule linear --levels 20 --schedule-options 0.001 0.3 --prediction velocity --snr-gamma 5 \
+    --learn-variance --condition-dropout 0.2 --normalization moments --condition-on-mode
+"""
+"""What a user types, a line a command."""
+
+LONG = f"""
+collect --output a.zarr --env-kwargs '{{{{"rows":1}}}}' --episodes 4 --engine ray
+train --dataset a.zarr --output r {SMALL} --compile
+evaluate --checkpoint r --output ev --episodes 2 --engine ray --sampling-steps 2
+evaluate --checkpoint r --output ew --episodes 2 --backend compile --sampling-steps 2
+sweep --dataset a.zarr --output w {SMALL} --random learning-rate=log:1e-4:1e-3 --runs 1 --episodes 0 --engine ray
+sweep --dataset a.zarr --output w {SMALL} --random learning-rate=log:1e-4:1e-3 --runs 2 --episodes 0 --resume
+"""
+"""What takes a compiler or a cluster."""
+
+MODULE = """
+import gymnasium, numpy as np
+
+class Window(gymnasium.Env):
+    metadata = {"render_modes": ["human"], "render_fps": 1000}
+
+    def __init__(self, render_mode=None):
+        box = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+        self.observation_space = gymnasium.spaces.Dict({"desired_xy": box, "measured_xy": box})
+        self.action_space, self.render_mode = box, render_mode
+
+    def reset(self, *, seed=None, options=None):
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert self.render_mode == "human"
+        return self.observation_space.sample(), 0.0, True, False, {"is_success": True}
+
+gymnasium.register("tiny/Window-v0", Window)
+
+def label(observations):
+    path = observations["desired_xy"]
+    return "up" if path[-1, 1] > path[0, 1] else "down"
+"""
+
+NEEDS_GPU = {"gpus"}
+LEAVES = (Inspect, Validate, Convert, Merge, Split, Repair, Plot, Replay)
+"""The verbs of `dataset`."""
+UNTRIED = {"demo": "test_demo.py", "toy": "test_toy.py"}
+"""Commands that have tests of their own and no smaller size."""
+
+
+def lines(session: str = SESSION) -> list[list[str]]:
+    return [shlex.split(line) for line in session.strip().splitlines()]
+
+
+@pytest.mark.parametrize("session", [SESSION, pytest.param(LONG, marks=pytest.mark.slow)], ids=["short", "long"])
+def test_every_command_of_a_session_finds_what_the_one_before_has_left(
+    session: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = f"labels_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{module}.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for line in lines(session):
+        line = [part.replace("{module}", module) for part in line]
+        status = main(line)
+        said = capsys.readouterr()
+        wanted = (0, 1) if line[0] == "doctor" else (0,)  # a policy of four steps is not healthy
+        assert status in wanted, f"{shlex.join(line)}\n{said.err}"
+        if "--json" in line:
+            json.loads(said.out)
+
+
+def test_the_session_gives_every_option_a_value_other_than_its_default() -> None:
+    for command in get_args(cli.Command):
+        for leaf in LEAVES if command is Dataset else [command]:
+            name = leaf.__name__.lower()
+            if name not in UNTRIED:
+                require_all(leaf, given_to(name), name)
+    for config in (PolicyConfig, TrainConfig, SampleConfig, Signals):  # which several commands take alike
+        require_all(config, given_to(), config.__name__)
+
+
+def given_to(command: str | None = None) -> dict[str, set[str]]:
+    """{flag: texts that the session gives it}, of one command or of all."""
+    given: dict[str, set[str]] = {}
+    for line in lines(SESSION) + lines(LONG):
+        if command in (None, line[1] if line[0] == "dataset" else line[0]):
+            for i, part in enumerate(line):
+                if part.startswith("--"):
+                    values = itertools.takewhile(lambda text: not text.startswith("--"), line[i + 1 :])
+                    given.setdefault(part.removeprefix("--").removeprefix("no-"), set()).add(" ".join(values))
+    return given
+
+
+def require_all(kind: Any, given: dict[str, set[str]], name: str) -> None:
+    """Every field of a dataclass that is a flag is given what is not its default."""
+    hints = get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        nested = dataclasses.is_dataclass(default) and not isinstance(default, type)
+        positional = tyro.conf.Positional in getattr(hints[field.name], "__metadata__", ())
+        if nested or positional or field.name in NEEDS_GPU:
+            continue
+        flag = field.name.replace("_", "-")
+        usual = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        assert given.get(flag, set()) - {usual}, f"no test gives {name} another --{flag} than {usual}"
