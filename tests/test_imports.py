@@ -19,6 +19,7 @@ LEARNING = {"config", "diffusion", "guidance", "networks", "normalizer", "predic
 OURS_ALLOWED = {
     "config": set(),
     "files": set(),
+    "names": set(),
     "schedules": set(),
     "streams": set(),
     "prediction": set(),

@@ -1,0 +1,199 @@
+"""What an environment may offer beside Gymnasium's own: modes, drawing, choices; and whether a seed repeats an episode.
+
+An environment of somebody else's can have a `path` (of a file), a `scene` (of a simulator), a `mode` ("train") or a
+`choice` by chance. So nobody asks for attributes: the functions here say whether they are what is meant.
+
+    task = as_drawable(env)
+    if task is not None:
+        draw(task.scene, task.path(observations))
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import gymnasium
+import numpy as np
+
+from diffusion_policy.envs.scene import Scene
+from diffusion_policy.envs.spaces import TaskError, observed_space
+from diffusion_policy.names import MOST_CHARACTERS, is_label
+
+Observations = Mapping[str, np.ndarray]
+"""{key: (...)} of one step, or {key: (steps, ...)} of several."""
+
+
+class Multimodal(Protocol):
+    """Knows the discrete ways in which its task can be solved."""
+
+    modes: Sequence[str]
+    """All labels; () where they are not known."""
+
+    def mode(self, observations: Observations) -> str | None:
+        """The label of an episode, {key: (steps + 1, ...)}; None where there is none yet."""
+        ...
+
+
+class Drawable(Protocol):
+    """Can be drawn in a plane."""
+
+    @property
+    def scene(self) -> Scene:
+        """The plane and what stands in it."""
+        ...
+
+    def path(self, observations: Observations) -> np.ndarray:
+        """Where an episode went, (steps, 2)."""
+        ...
+
+    def planned_path(self, observation: Observations, actions: np.ndarray) -> np.ndarray:
+        """Where actions (..., steps, A) would lead from one observation on, (..., steps + 1, 2)."""
+        ...
+
+
+class Pictured(Drawable, Protocol):
+    """Knows where the points of its plane lie in the picture of `render`."""
+
+    def pixels(self, xy: np.ndarray) -> np.ndarray:
+        """Points (..., 2) of the plane → column and row, (..., 2) [px]."""
+        ...
+
+
+class Choosing(Protocol):
+    """Knows the decisions that lie ahead."""
+
+    def choice(self, observation: Observations, actions: np.ndarray) -> tuple[str, str] | None:
+        """Which decision comes next and how planned actions (steps, A) take it: ("row 2", "left"); None if none."""
+        ...
+
+
+class TaskEnv(gymnasium.Env):
+    """An environment that keeps the whole contract itself: observations are a flat Dict of float Boxes, actions a
+    float32 Box (A,) that it clips itself, every info has `is_success`, and it is Multimodal. No adapter is put around
+    it."""
+
+
+def as_multimodal(env: gymnasium.Env) -> Multimodal | None:
+    """The environment, or the wrapper around it, that knows the modes of what `env` observes. Raises TaskError for
+    labels that cannot be printed."""
+    for layer in layers(env):
+        modes = _get(layer, "modes")
+        if not isinstance(modes, list | tuple) or not _takes(layer, "mode", 1) or not _observes_alike(env, layer):
+            continue
+        if all(isinstance(label, str) for label in modes) and len(set(modes)) == len(modes):
+            for label in modes:
+                check_label(label, type(layer).__name__)
+            return cast(Multimodal, layer)
+    return None
+
+
+def as_drawable(env: gymnasium.Env) -> Drawable | None:
+    """The environment within, where it can be drawn and no wrapper changes what it observes or takes."""
+    task: Any = env.unwrapped
+    offers = isinstance(_get(task, "scene"), Scene) and _takes(task, "path", 1) and _takes(task, "planned_path", 2)
+    return task if offers and _observes_alike(env, task) and _acts_alike(env, task) else None
+
+
+def as_pictured(env: gymnasium.Env) -> Pictured | None:
+    """As `as_drawable`, where the plane can also be found in the picture."""
+    task = as_drawable(env)
+    return cast(Pictured, task) if _takes(task, "pixels", 1) else None
+
+
+def as_choosing(env: gymnasium.Env) -> Choosing | None:
+    """The environment within, where it knows its decisions and no wrapper changes what it observes or takes."""
+    task: Any = env.unwrapped
+    return task if _takes(task, "choice", 2) and _observes_alike(env, task) and _acts_alike(env, task) else None
+
+
+def layers(env: gymnasium.Env) -> list[gymnasium.Env]:
+    """The environment with its wrappers, from the outermost to the one within."""
+    found = [env]
+    while isinstance(found[-1], gymnasium.Wrapper):
+        found.append(found[-1].env)
+    return found
+
+
+def check_label(label: object, who: str) -> None:
+    """Raise TaskError for what cannot be the label of a mode."""
+    if not is_label(label):
+        raise TaskError(
+            f"{who} has the mode {label!r:.60}; a label is printable text of one line with at most "
+            f"{MOST_CHARACTERS} characters"
+        )
+
+
+def repeats_by_seed(make_env: Callable[[], gymnasium.Env], seed: int, steps: int = 10) -> bool:
+    """Whether a seed repeats an episode: whether two fresh environments, and one of them again after another episode,
+    observe the same at its start and in its first steps, under the same actions."""
+    first, second = make_env(), make_env()
+    try:
+        alone, other = _trace(first, seed, steps), _trace(second, seed, steps)
+        _trace(second, seed + 1, steps)
+        return _equal(alone, other) and _equal(alone, _trace(second, seed, steps))
+    finally:
+        first.close()
+        second.close()
+
+
+def _trace(env: gymnasium.Env, seed: int, steps: int) -> list[Any]:
+    """What is observed in the beginning of an episode, and whether it ended."""
+    space: Any = env.action_space
+    rng = np.random.default_rng(seed)
+    low, high = (np.nan_to_num(bound, posinf=1, neginf=-1) for bound in (space.low, space.high))
+    trace: list[Any] = [env.reset(seed=seed)[0]]
+    ended = False
+    while not ended and len(trace) < steps:
+        action = rng.uniform(np.maximum(low, -1e6), np.minimum(high, 1e6)).astype(space.dtype)
+        observation, _, terminated, truncated, _ = env.step(action)
+        ended = bool(terminated or truncated)
+        trace.append(observation)
+    return trace
+
+
+def _equal(a: list[Any], b: list[Any]) -> bool:
+    """Whether two traces of flat observations are the same to the last digit."""
+    return len(a) == len(b) and all(
+        one.keys() == other.keys() and all(np.array_equal(one[key], other[key], equal_nan=True) for key in one)
+        for one, other in zip(a, b, strict=True)
+    )
+
+
+def _observes_alike(env: gymnasium.Env, layer: gymnasium.Env) -> bool:
+    """Whether what `env` observes is what `layer`, within it, observes."""
+    if env is layer:
+        return True
+    try:
+        return observed_space(env.observation_space) == observed_space(layer.observation_space)
+    except TaskError:
+        return False
+
+
+def _acts_alike(env: gymnasium.Env, layer: gymnasium.Env) -> bool:
+    outer, inner = env.action_space, layer.action_space
+    return outer == inner or (
+        isinstance(outer, gymnasium.spaces.Box)
+        and isinstance(inner, gymnasium.spaces.Box)
+        and np.array_equal(outer.low.reshape(-1), inner.low.reshape(-1).astype(outer.dtype))
+        and np.array_equal(outer.high.reshape(-1), inner.high.reshape(-1).astype(outer.dtype))
+    )
+
+
+def _get(task: object, name: str) -> Any:
+    """An attribute, None where there is none or a foreign property raises."""
+    try:
+        return getattr(task, name, None)
+    except Exception:
+        return None
+
+
+def _takes(task: object, name: str, count: int) -> bool:
+    """Whether this is a method that needs exactly so many arguments."""
+    method = _get(task, name)
+    try:
+        parameters = inspect.signature(method).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    needed = [each for each in parameters if each.default is each.empty]
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return len(needed) == count and all(each.kind in kinds for each in needed)

@@ -1,0 +1,142 @@
+"""What an observation is called and how it is shaped: one idea of it for recorder, adapter, converters and policies.
+
+An observation is a flat dict of named arrays. A Box is called `observation`, what lies in a Dict or Tuple by its path,
+`camera.depth` or `joints.0`. A Box keeps its type (float64 stays float64, pictures stay uint8); Discrete and
+MultiDiscrete are one-hot, MultiBinary is 0 and 1, float32; a single number is a row (1,). An action is a row (A,).
+
+Knows Gymnasium's spaces. Knows no environment.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from functools import reduce
+from operator import getitem
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
+
+from diffusion_policy.names import MOST_CHARACTERS, join_names
+
+Observation = dict[str, np.ndarray]
+KEPT = (np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64, np.float32, np.float64)
+"""Types of numbers that an observation keeps; others become float32, longer ones float64."""
+
+
+class TaskError(ValueError):
+    """A task that is described wrongly or breaks the contract of Gymnasium, or a user's function that fails."""
+
+    hopeless = True
+    """Trying again does not help."""
+
+
+class Part(NamedTuple):
+    """A named part of an observation."""
+
+    path: tuple[Any, ...]
+    """Where it lies in nested Dicts and Tuples."""
+    space: gymnasium.Space
+    """What the environment gives."""
+    box: Box
+    """What is observed of it."""
+
+
+def observed_parts(space: gymnasium.Space, who: str) -> dict[str, Part]:
+    """The parts of an observation by name; raises TaskError, which says that of `who`, for what cannot be observed."""
+    found = [(join_names(path) or "observation", path, leaf) for path, leaf in _leaves(space)]
+    parts = {name: Part(path, leaf, _box(leaf, name, who)) for name, path, leaf in found}
+    if not parts or len(parts) < len(found) or "action" in parts:
+        raise TaskError(
+            f"{who} must observe something, under names that differ and are not `action`, where the actions are; "
+            f"got {space}"
+        )
+    for name in parts:
+        if len(name) > MOST_CHARACTERS or not re.match(r"\w", name) or name == "zarr.json":
+            raise TaskError(
+                f"{who} observes {name[:50]!r}; a name begins with a letter, digit or '_' and has at most "
+                f"{MOST_CHARACTERS} characters; rename it"
+            )
+    return parts
+
+
+def observed_space(space: gymnasium.Space, who: str = "the environment") -> gymnasium.spaces.Dict:
+    """The space of what is observed: a flat Dict of Boxes."""
+    return gymnasium.spaces.Dict({name: part.box for name, part in observed_parts(space, who).items()})
+
+
+def observe(parts: Mapping[str, Part], observation: Any, who: str) -> Observation:
+    """An observation by the names of its parts, copied, as some environments change theirs in place. Raises TaskError
+    where it is none of its space's: a part is missing, or has another shape or type. Its bounds are not looked at."""
+    return {name: _take(name, part, observation, who) for name, part in parts.items()}
+
+
+def action_box(space: gymnasium.Space, who: str) -> Box:
+    """Actions as rows (A,) of float32 or float64, from a Box of floats of any shape; raises TaskError for others."""
+    if not isinstance(space, Box) or not np.issubdtype(space.dtype, np.floating):
+        raise TaskError(
+            f"{who} takes actions of {space}; a policy can only give those of a Box of floats: wrap it in an "
+            "ActionWrapper that takes such and makes of them what it needs"
+        )
+    dtype = np.float32 if space.dtype.itemsize <= 4 else np.float64
+    return Box(space.low.reshape(-1).astype(dtype), space.high.reshape(-1).astype(dtype), dtype=dtype)
+
+
+def action_row(box: Box, action: Any, who: str) -> np.ndarray:
+    """An action of any shape as a row of `action_box`, copied; raises TaskError unless it is A finite numbers."""
+    try:
+        row = np.array(action, box.dtype).reshape(-1)
+    except (TypeError, ValueError):
+        row = np.empty(0)
+    if row.shape != box.shape or not np.isfinite(row).all():
+        raise TaskError(f"an action of {who} is {box.shape[0]} finite numbers; got {action}")
+    return row
+
+
+def _leaves(space: gymnasium.Space, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple, gymnasium.Space]]:
+    """(path, space) of what lies in nested Dicts and Tuples."""
+    if isinstance(space, gymnasium.spaces.Dict):
+        for key, part in space.items():
+            yield from _leaves(part, (*path, key))
+    elif isinstance(space, gymnasium.spaces.Tuple):
+        for i, part in enumerate(space):
+            yield from _leaves(part, (*path, i))
+    else:
+        yield path, space
+
+
+def _box(space: gymnasium.Space, name: str, who: str) -> Box:
+    """What is observed of a part."""
+    if isinstance(space, Discrete | MultiDiscrete | MultiBinary):
+        return Box(0, 1, (gymnasium.spaces.flatdim(space),), np.float32)
+    if not isinstance(space, Box):
+        raise TaskError(
+            f"{who} observes {name}: {space}; allowed are Box, Discrete, MultiDiscrete and MultiBinary, and Dict and "
+            "Tuple of them"
+        )
+    if 0 in space.shape:
+        raise TaskError(f"{who} observes {name}: {space}, which holds no numbers; leave it out with FilterObservation")
+    longer = np.float64 if space.dtype.kind == "f" and space.dtype.itemsize > 8 else np.float32
+    dtype = space.dtype if space.dtype in KEPT else np.dtype(longer)
+    shape = space.shape or (1,)
+    return Box(space.low.reshape(shape).astype(dtype), space.high.reshape(shape).astype(dtype), dtype=dtype.type)
+
+
+def _take(name: str, part: Part, observation: Any, who: str) -> np.ndarray:
+    box = part.box
+    try:
+        value = reduce(getitem, part.path, observation)
+        if not isinstance(part.space, Box):
+            value = gymnasium.spaces.flatten(part.space, value)
+        array = np.array(value)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise TaskError(
+            f"{who} gives no {name} as its observation space has it, {part.space}: {type(error).__name__}: {error}"
+        ) from error
+    fits = array.shape in (part.space.shape, box.shape) or array.size == math.prod(box.shape) == 1
+    if array.dtype.kind not in "biuf" or not fits or (array.dtype.kind == "f" and box.dtype.kind in "iu"):
+        raise TaskError(
+            f"{who} gives {name} as {array.dtype} of shape {array.shape}; its observation space says {part.space}"
+        )
+    return array.astype(box.dtype, copy=False).reshape(box.shape)
