@@ -10,8 +10,6 @@ before it can take more memory than its own files have.
 """
 
 import contextlib
-import dataclasses
-import json
 import math
 import os
 import re
@@ -32,18 +30,20 @@ from diffusion_policy.checkpoint_contents import (
     FORMAT,
     FORMAT_VERSION,
     MODEL,
-    RENAMES,
+    TENSORS,
     TRAINING,
     Contents,
     Dataset,
     Environment,
+    format_contents,
     read_contents,
 )
 from diffusion_policy.checkpoint_files import (
     CheckpointError,
+    Recorded,
     Spec,
     describe,
-    open_regular,
+    open_file,
     read_header,
     read_tensors,
     sync,
@@ -110,20 +110,24 @@ def save(
     return folder
 
 
-def _write(folder: Path, checkpoint: Checkpoint, training_state: Mapping[str, Tensor]) -> None:
-    """Write all files of a checkpoint and have them reach the disk; raises CheckpointError for what could not be read
-    again."""
-    folder.mkdir()
+def require_savable(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError where `save` would, whatever the training finds: for a policy that is too large, contents
+    that config.json cannot hold, and a normalizer by which nothing can be divided. The policy may be one that was made
+    within `without_memory`."""
+    policy = checkpoint.policy
+    weights = sum(weight.numel() for weight in policy.parameters())
+    if weights > MAX_WEIGHTS:
+        raise CheckpointError(f"a policy has at most {MAX_WEIGHTS} weights; got {weights}; lower the widths")
+    made = {name: tensor for name, tensor in policy.state_dict().items() if not tensor.is_meta}
+    _check_numbers("the policy", made)
+    format_contents(_contents(checkpoint, {name: Recorded("0" * 64, 2**40) for name in (MODEL, TRAINING)}))
+
+
+def _contents(checkpoint: Checkpoint, files: dict[str, Recorded]) -> Contents:
+    """What config.json says."""
     policy, dataset = checkpoint.policy, checkpoint.dataset
     keys = {"action": dataset.action_key}
-    tensors = {
-        MODEL: {name: tensor.contiguous() for name, tensor in policy.state_dict().items()},
-        TRAINING: dict(training_state),
-    }
-    _check_numbers(folder, tensors[MODEL])
-    for name, content in tensors.items():
-        save_file(content, folder / name)
-    contents = Contents(
+    return Contents(
         format=FORMAT,
         format_version=FORMAT_VERSION,
         package_version=__version__,
@@ -137,14 +141,26 @@ def _write(folder: Path, checkpoint: Checkpoint, training_state: Mapping[str, Te
         shapes=policy.shapes,
         environment=checkpoint.environment,
         dataset=dataset,
-        files={name: describe(folder / name) for name in tensors},
+        files=files,
     )
-    config = dataclasses.asdict(contents) | {"shapes": policy.shapes._asdict()}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    read_contents(folder)
+
+
+def _write(folder: Path, checkpoint: Checkpoint, training_state: Mapping[str, Tensor]) -> None:
+    """Write all files of a checkpoint and have them reach the disk; raises CheckpointError for what could not be read
+    again."""
+    folder.mkdir()
+    tensors = {
+        MODEL: {name: tensor.contiguous() for name, tensor in checkpoint.policy.state_dict().items()},
+        TRAINING: dict(training_state),
+    }
+    _check_numbers(folder, tensors[MODEL])
+    for name, content in tensors.items():
+        save_file(content, folder / name)
+    contents = _contents(checkpoint, {name: describe(folder / name) for name in tensors})
+    (folder / "config.json").write_text(format_contents(contents), encoding="utf-8")
     for name in tensors:
         shutil.copymode(folder / "config.json", folder / name)  # safetensors lets nobody else read
-        with open_regular(folder / name) as file:
+        with open_file(folder / name) as file:
             read_header(file, folder / name)
     for path in (*folder.iterdir(), folder):
         sync(path)
@@ -200,7 +216,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
     folder = find(Path(path))
     contents = read_contents(folder)
     try:
-        with _WithoutMemory():
+        with without_memory():
             policy = DiffusionPolicy(contents.policy, contents.shapes, contents.environment.modes)
     except (ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder}/config.json describes no policy: {error}") from error
@@ -246,7 +262,7 @@ def _number(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-class _WithoutMemory(TorchFunctionMode):
+class without_memory(TorchFunctionMode):
     """Within it weights have a shape but take no memory; tables, such as a schedule's, are made as ever."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -256,18 +272,20 @@ class _WithoutMemory(TorchFunctionMode):
 def _read_tensors(
     folder: Path, name: str, contents: Contents, check: Callable[[dict[str, Spec]], None]
 ) -> dict[str, Tensor]:
-    """Tensors of a checkpoint under the names of today's format."""
+    """Tensors of a checkpoint, in today's format."""
 
-    def today(name: str) -> str:
+    def today(name: str, dtype: torch.dtype) -> tuple[str, torch.dtype]:
         for version in range(contents.format_version, FORMAT_VERSION):
-            name = RENAMES.get(version, str)(name)
-        return name
+            name, dtype = TENSORS.get(version, lambda *same: same)(name, dtype)
+        return name, dtype
 
-    def check_renamed(found: dict[str, Spec]) -> None:
-        check({today(name): spec for name, spec in found.items()})
+    def check_migrated(found: dict[str, Spec]) -> None:
+        migrated = {today(name, spec.dtype): spec.shape for name, spec in found.items()}
+        check({name: Spec(dtype, shape) for (name, dtype), shape in migrated.items()})
 
-    tensors = read_tensors(folder / name, contents.files[name], check_renamed)
-    return {today(name): tensor for name, tensor in tensors.items()}
+    tensors = read_tensors(folder / name, contents.files[name], check_migrated)
+    migrated = ((*today(name, tensor.dtype), tensor) for name, tensor in tensors.items())
+    return {name: tensor.to(dtype) for name, dtype, tensor in migrated}
 
 
 def _check_specs(folder: Path, expected: Mapping[str, Spec], found: Mapping[str, Spec]) -> None:
@@ -290,7 +308,7 @@ def _check_specs(folder: Path, expected: Mapping[str, Spec], found: Mapping[str,
             raise CheckpointError(f"{folder}: {name} is {found[name].dtype}; its configuration needs {spec.dtype}")
 
 
-def _check_numbers(folder: Path, weights: Mapping[str, Tensor]) -> None:
+def _check_numbers(folder: object, weights: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError for weights that are not finite, and for scales by which nothing can be divided."""
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():

@@ -1,11 +1,17 @@
-"""Options as frozen dataclasses, validated when they are built. The CLI's flags and the checkpoint's JSON are made from
-these fields and their docstrings; nothing here imports torch."""
+"""Options as frozen dataclasses, validated when they are built; and the one decoder that makes them, or anything else
+that has type hints, of JSON. The CLI's flags and the checkpoint's JSON are made from these fields and their docstrings;
+nothing here imports torch."""
 
+import contextlib
+import dataclasses
 import difflib
+import functools
 import math
+import reprlib
+import types
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 # Names of what the registries of the diffusion core hold; written here since those need torch.
 ScheduleName = Literal["cosine", "linear", "sigmoid", "constant", "flow"]
@@ -19,6 +25,19 @@ PrecisionName = Literal["fp32", "bf16", "fp16"]
 MetricName = Literal["validation_loss", "action_error", "action_error_best", "success_rate"]
 ClipName = Literal["static", "dynamic", "none"]
 GuidanceScheduleName = Literal["constant", "falling", "rising", "middle"]
+
+# What options may ask for, far beyond what anyone trains: a checkpoint that asks for more is a stranger's.
+MAX_HORIZON = 1024
+MAX_RESOLUTIONS = 10
+MAX_WIDTH = 8192
+"""Channels, also of the noise level's embedding."""
+MAX_KERNEL_SIZE = 255
+MAX_LEVELS = 100_000
+MAX_STEP = 10**12
+MAX_ITEMS = 1024
+"""Items of a list in JSON."""
+MAX_LABEL = 200
+"""Characters of a key or of a mode's label."""
 
 
 class ConfigError(ValueError):
@@ -34,6 +53,28 @@ def require_at_least(config: object, lowest: float, names: Iterable[str]) -> Non
     """Raise ConfigError when one of these fields is below `lowest`, or NaN."""
     for name in names:
         _require(getattr(config, name) >= lowest, name, f"at least {lowest}", getattr(config, name))
+
+
+def require_at_most(config: object, highest: float, names: Iterable[str]) -> None:
+    """Raise ConfigError when one of these fields is above `highest`, or NaN."""
+    for name in names:
+        _require(getattr(config, name) <= highest, name, f"at most {highest}", getattr(config, name))
+
+
+def require_numbers(config: Any) -> None:
+    """Raise ConfigError when a number among the fields is infinite, NaN, or an integer beyond 64 bits."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float):
+                _require(abs(number) < 2**63, field.name, "between -2^63 and 2^63", number)
+
+
+def require_labels(labels: Iterable[str]) -> None:
+    """Raise ConfigError for names of keys and modes that do not fit one line."""
+    for label in labels:
+        if not 1 <= len(label) <= MAX_LABEL or not label.isprintable():
+            raise ConfigError(f"keys and modes have at most {MAX_LABEL} printable characters; got {label[:50]!r}")
 
 
 @dataclass(frozen=True)
@@ -80,7 +121,13 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         require_at_least(self, 1, ("observation_horizon", "prediction_horizon", "action_horizon", "groups"))
         require_at_least(self, 2, ("levels",))
+        require_at_most(self, MAX_HORIZON, ("prediction_horizon",))
+        require_at_most(self, MAX_LEVELS, ("levels",))
+        require_at_most(self, MAX_KERNEL_SIZE, ("kernel_size",))
+        require_at_most(self, MAX_WIDTH, ("level_dim",))
         _require(len(self.widths) >= 1 and min(self.widths) >= 1, "widths", "positive numbers", self.widths)
+        fit = len(self.widths) <= MAX_RESOLUTIONS and max(self.widths) <= MAX_WIDTH
+        _require(fit, "widths", f"at most {MAX_RESOLUTIONS} numbers up to {MAX_WIDTH}", reprlib.repr(self.widths))
         stride = 2 ** (len(self.widths) - 1)
         if self.prediction_horizon % stride:
             raise ConfigError(
@@ -110,6 +157,7 @@ class PolicyConfig:
         _require(0 <= self.condition_dropout < 1, "condition_dropout", "from 0 to below 1", self.condition_dropout)
         finite = all(math.isfinite(number) for number in self.schedule_options)
         _require(finite, "schedule_options", "finite numbers", self.schedule_options)
+        require_numbers(self)
 
 
 @dataclass(frozen=True)
@@ -164,6 +212,8 @@ class TrainConfig:
         require_at_least(self, 1, ("steps", "batch_size", "validate_every", "checkpoint_every", "keep", "accumulation"))
         require_at_least(self, 0, ("weight_decay", "warmup_steps", "rollout_every"))
         require_at_least(self, 1, ("rollout_episodes",))
+        require_at_most(self, MAX_STEP, ("steps",))
+        require_at_most(self, 100_000, ("rollout_episodes",))
         check_choice("precision", self.precision, get_args(PrecisionName))
         if self.keep_best is not None:
             check_choice("keep-best", self.keep_best, get_args(MetricName))
@@ -183,7 +233,9 @@ class TrainConfig:
         _require(0 <= self.average_limit < 1, "average_limit", "from 0 to below 1", self.average_limit)
         _require(self.max_episodes is None or self.max_episodes >= 1, "max_episodes", "at least 1", self.max_episodes)
         require_at_least(self, 0, ("memory_gb",))
+        require_at_most(self, 1e6, ("memory_gb",))
         _require(0 <= self.validation_share < 1, "validation_share", "from 0 to below 1", self.validation_share)
+        require_numbers(self)
 
 
 @dataclass(frozen=True)
@@ -226,13 +278,16 @@ class SampleConfig:
         ):
             check_choice(name.replace("_", "-"), getattr(self, name), get_args(choices))
         require_at_least(self, 1, ("sampling_steps",))
+        require_at_most(self, MAX_LEVELS, ("sampling_steps",))
         require_at_least(self, 0, ("corrector_steps",))
+        require_at_most(self, 1000, ("corrector_steps",))
         if self.corrector_steps and self.sampling_steps == 1:
             raise ConfigError("corrector-steps act between sampling steps, so sampling-steps must be at least 2; got 1")
         _require(0 <= self.eta <= 1, "eta", "from 0 to 1", self.eta)
         _require(self.eta == 0 or self.sampler == "ddim", "eta", f"0 with the sampler {self.sampler}", self.eta)
         _require(-1 <= self.guidance < math.inf, "guidance", "at least -1", self.guidance)
         _require(0 < self.corrector_size <= 1, "corrector_size", "above 0 and at most 1", self.corrector_size)
+        require_numbers(self)
 
 
 @dataclass(frozen=True)
@@ -250,6 +305,9 @@ class Signals:
     """All labels that the mode function can give."""
     fresh: bool = False
     """Make the environment anew for each episode, where a seed alone does not repeat one, as in panda-gym's Push."""
+
+    def __post_init__(self) -> None:
+        require_labels(self.mode_labels)
 
     @property
     def given(self) -> dict[str, Any]:
@@ -270,36 +328,104 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise ConfigError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
 
 
-ConfigT = TypeVar("ConfigT", PolicyConfig, TrainConfig, SampleConfig, Signals)
+T = TypeVar("T")
 
 
-def from_dict(kind: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
     """Build a config from JSON's types; raises ConfigError for unknown names (with the nearest) and wrong types."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"the options of {kind.__name__} must be a JSON object; got {values!r}")
-    hints = get_type_hints(kind)
-    arguments: dict[str, Any] = {}
-    for name, value in values.items():
+        raise ConfigError(f"the options of {kind.__name__} must be a JSON object; got {reprlib.repr(values)}")
+    return decode(dict(values), kind, "")
+
+
+def decode(value: Any, hint: Any, where: str) -> Any:
+    """What a type hint asks for, made of JSON: a dataclass or NamedTuple of an object, in which fields that have a
+    default may be missing; a tuple of a list (or a tuple); None of null. `where` names the value in messages.
+
+    Raises ConfigError for unknown fields, with the nearest, and for wrong types: numbers are finite, whole ones are no
+    booleans and fit 64 bits. What the dataclasses themselves refuse is their own ConfigError.
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _decode_one_of(value, hint, where)
+    if dataclasses.is_dataclass(hint) or hasattr(hint, "_fields"):
+        return _decode_object(value, hint, where)
+    if origin is dict and type(value) is dict:
+        return {key: decode(item, arguments[1], _join(where, reprlib.repr(key))) for key, item in value.items()}
+    if origin is tuple and type(value) in (list, tuple) and len(value) <= MAX_ITEMS:
+        hints = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(hints) == len(value):
+            return tuple(decode(item, hints[i], f"{where}[{i}]") for i, item in enumerate(value))
+    elif origin is Literal and value in arguments:
+        return value
+    elif type(value) is hint:
+        if type(value) not in (int, float) or abs(value) < 2**63:
+            return value
+    elif hint is float and type(value) is int and abs(value) < 2**63:
+        return float(value)
+    raise ConfigError(f"{where or 'this'} must be {_say(hint)}; got {reprlib.repr(value)}")
+
+
+def _decode_one_of(value: Any, hint: Any, where: str) -> Any:
+    """The first of several types that fits."""
+    options = [option for option in get_args(hint) if option is not type(None)]
+    if value is None and len(options) < len(get_args(hint)):
+        return None
+    for option in options[:-1]:
+        with contextlib.suppress(ConfigError):
+            return decode(value, option, where)
+    return decode(value, options[-1], where)
+
+
+def _decode_object(value: Any, kind: Any, where: str) -> Any:
+    """A dataclass or NamedTuple."""
+    if type(value) is not dict:
+        raise ConfigError(f"{where or kind.__name__} must be a JSON object; got {reprlib.repr(value)}")
+    hints, prefix = _hints_of(kind), f"{where}: " if where else ""
+    for name in value:
         if name not in hints:
-            nearest = difflib.get_close_matches(name, hints, n=1)
+            nearest = difflib.get_close_matches(name[:MAX_LABEL], hints, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(hints)}"
-            raise ConfigError(f"unknown option {name!r}; {hint}")
-        try:
-            arguments[name] = _from_json(value, hints[name])
-        except TypeError:
-            wanted = getattr(hints[name], "__name__", str(hints[name])).replace("Literal", "str")
-            raise ConfigError(f"{name} must be {wanted}; got {value!r}") from None
-    return kind(**arguments)
+            raise ConfigError(f"{prefix}unknown option {reprlib.repr(name)}; {hint}")
+    missing = _required(kind) - value.keys()
+    if missing:
+        raise ConfigError(f"{prefix}{min(missing)!r} is missing")
+    fields = {name: decode(item, hints[name], _join(where, name)) for name, item in value.items()}
+    try:
+        return kind(**fields)
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from error
 
 
-def _from_json(value: Any, hint: Any) -> Any:
-    """A JSON value as what a type hint asks for; raises TypeError where it is something else."""
-    if get_origin(hint) is tuple and isinstance(value, list):
-        return tuple(_from_json(item, get_args(hint)[0]) for item in value)
-    if get_origin(hint) is Literal:
-        hint = str
-    if hint is float and type(value) is int:
-        return float(value) if abs(value) < 2**1023 else math.inf  # as JSON's 1e400
-    if type(value) not in (get_args(hint) or (hint,)):
-        raise TypeError
-    return value
+_hints_of = functools.cache(get_type_hints)
+
+
+@functools.cache
+def _required(kind: Any) -> set[str]:
+    """Fields without a default."""
+    if not dataclasses.is_dataclass(kind):
+        return set(kind._fields) - kind._field_defaults.keys()
+    none = dataclasses.MISSING
+    return {field.name for field in dataclasses.fields(kind) if field.default is none and field.default_factory is none}
+
+
+def _join(where: str, name: str) -> str:
+    return f"{where}, {name}" if where else name
+
+
+NAMES = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", type(None): "null"}
+"""What JSON calls a type."""
+
+
+def _say(hint: Any) -> str:
+    """A type in words."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"a list of at most {MAX_ITEMS} items, each {_say(arguments[0])}"
+    if origin is tuple:
+        return f"a list of {len(arguments)} items, each {_say(arguments[0])}"
+    return NAMES.get(hint, "a JSON object")

@@ -58,7 +58,7 @@ def point() -> Checkpoint:
     config = PolicyConfig(widths=(16, 32), level_dim=32, levels=20)
     policy = DiffusionPolicy.for_data(config, data, angles={"pose": (2,)})
     environment = Environment("a/B-v0", {"rows": 1}, ("left", "right"))
-    dataset = Dataset("/data", "abc", 2, 30, {"left": 2}, (0, 1), statistics={"pose": {"rows": 30, "std": [1, 1, 0.5]}})
+    dataset = Dataset("/data", "abc", 2, 30, {"left": 2}, (0, 1))
     return Checkpoint(policy, TrainConfig(steps=30), environment, dataset, 30, {"validation_loss": 0.5})
 
 
@@ -94,12 +94,25 @@ def rewrite_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     edit_config(folder, files=files)
 
 
+def make_version_2(folder: Path) -> None:
+    """What the package wrote before it normalized in double precision."""
+    weights = load_file(folder / "model.safetensors")
+    rewrite_weights(
+        folder, {name: value.float() if name.startswith("normalizer.") else value for name, value in weights.items()}
+    )
+    config = json.loads((folder / "config.json").read_text())
+    del config["environment"]["wrappers"]
+    config["dataset"]["statistics"] = {"pose": {"rows": 30, "std": [1.0, 1.0, 0.5]}}
+    (folder / "config.json").write_text(json.dumps(config | {"format_version": 2}))
+
+
 def make_version_1(folder: Path) -> None:
     """What the first versions of the package wrote."""
+    make_version_2(folder)
     config = json.loads((folder / "config.json").read_text())
     config["format_version"] = 1
     for part, missing in (
-        (config, ("metrics", "angles")),
+        (config, ("metrics", "observation", "action", "angles")),
         (config["shapes"], ("angles",)),
         (config["environment"], ("signals",)),
         (config["dataset"], ("action_key", "statistics")),
@@ -225,13 +238,13 @@ def test_shapes_that_disagree_with_the_configuration_are_named(copy: Path) -> No
 def test_newer_formats_and_other_files_are_refused(copy: Path) -> None:
     for version in (checkpoint_contents.FORMAT_VERSION + 1, 0, True, "1", None):
         edit_config(copy, format_version=version)
-        with pytest.raises(CheckpointError, match=rf"has format version {version!r}; this package reads up to 2"):
+        with pytest.raises(CheckpointError, match=rf"has format version {version!r}; this package reads up to 3"):
             checkpoint.load(copy)
     edit_config(copy, format="something else")
     with pytest.raises(CheckpointError, match="is not the configuration of a checkpoint"):
         checkpoint.load(copy)
     (copy / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="cannot read"):
+    with pytest.raises(CheckpointError, match="is not JSON that can be read"):
         checkpoint.load(copy)
 
 
@@ -240,11 +253,34 @@ def test_an_incomplete_configuration_is_refused(copy: Path, part: str) -> None:
     config = json.loads((copy / "config.json").read_text())
     del config[part]
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=f"config.json (is incomplete:|lacks) '{part}'"):
+    with pytest.raises(CheckpointError, match=f"config.json(: '{part}' is missing| is incomplete: '{part}')"):
         checkpoint.load(copy)
 
 
 # Older versions
+
+
+def test_a_checkpoint_of_version_2_normalizes_with_the_same_numbers_in_double_precision(
+    copy: Path, point: Checkpoint
+) -> None:
+    make_version_2(copy)
+    loaded = checkpoint.load(copy)
+    assert loaded.environment == point.environment
+    assert loaded.dataset == point.dataset
+    for name, value in point.policy.state_dict().items():
+        found = loaded.policy.state_dict()[name]
+        assert found.dtype == value.dtype
+        assert torch.equal(found, value.float().to(value.dtype))
+    assert loaded.policy.state_dict()["normalizer.pose_scale"].dtype == torch.float64
+    again = checkpoint.load(checkpoint.save(copy.parent / "again", loaded, {}))
+    assert same_weights(again, loaded)
+
+
+def test_an_option_that_a_checkpoint_does_not_know_yet_takes_its_default(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    del config["policy"]["learn_variance"], config["training"]["precision"]
+    (copy / "config.json").write_text(json.dumps(config))
+    assert checkpoint.load(copy).policy.config.learn_variance is False
 
 
 def test_a_checkpoint_of_version_1_is_migrated(copy: Path, point: Checkpoint) -> None:
@@ -255,7 +291,7 @@ def test_a_checkpoint_of_version_1_is_migrated(copy: Path, point: Checkpoint) ->
     loaded = checkpoint.load(copy)
     assert loaded.metrics == {}
     assert loaded.environment == point.environment
-    assert loaded.dataset == dataclasses.replace(point.dataset, statistics={})
+    assert loaded.dataset == point.dataset
     assert loaded.policy.config == point.policy.config
     assert torch.equal(
         loaded.policy.state_dict()["network.out.1.bias"], point.policy.state_dict()["network.out.1.bias"]
@@ -279,7 +315,9 @@ def test_migrations_and_new_names_are_applied_in_turn(
 
     monkeypatch.setitem(checkpoint_contents.MIGRATIONS, newest - 2, triple)
     monkeypatch.setitem(checkpoint_contents.MIGRATIONS, newest - 1, add_one)
-    monkeypatch.setitem(checkpoint_contents.RENAMES, newest - 1, lambda name: name.replace("old.", "network."))
+    monkeypatch.setitem(
+        checkpoint_contents.TENSORS, newest - 1, lambda name, dtype: (name.replace("old.", "network."), dtype)
+    )
     weights = load_file(copy / "model.safetensors")
     rewrite_weights(copy, {name.replace("network.", "old."): value for name, value in weights.items()})
     loaded = checkpoint.load(copy)

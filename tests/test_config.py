@@ -83,7 +83,7 @@ def test_wrong_types_are_refused(options) -> None:
 def test_options_that_are_no_object_or_hold_no_numbers_are_refused() -> None:
     with pytest.raises(ConfigError, match="the options of TrainConfig must be a JSON object; got 3"):
         from_dict(TrainConfig, 3)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ConfigError, match="widths must be tuple"):
+    with pytest.raises(ConfigError, match=r"widths\[0\] must be a whole number; got 'a'"):
         from_dict(PolicyConfig, {"widths": ["a"]})
 
 

@@ -36,7 +36,7 @@ OURS_ALLOWED = {
     "trainer": {"config", "diffusion", "policy", "processes", "samplers", "datasets.windows"},
     "trackers": {"config"},
     "checkpoint": {"checkpoint_contents", "checkpoint_files", "config", "policy"},
-    "checkpoint_contents": {"checkpoint_files", "config", "policy"},
+    "checkpoint_contents": {"checkpoint_files", "config", "files", "policy"},
     "checkpoint_files": {"config", "files"},
     "engines": {"ray_cluster"},
     "ray_cluster": set(),

@@ -25,7 +25,7 @@ from diffusion_policy.commands.common import (
     require_fresh,
     stop_on_signal,
 )
-from diffusion_policy.config import ConfigError, PolicyConfig, Signals, TrainConfig
+from diffusion_policy.config import ConfigError, PolicyConfig, Signals, TrainConfig, decode
 from diffusion_policy.trackers import TrackerName
 
 if TYPE_CHECKING:
@@ -116,8 +116,7 @@ class Train:
         import numpy as np
         import torch
 
-        from diffusion_policy.checkpoint import MAX_WEIGHTS
-        from diffusion_policy.checkpoint_contents import check_bounds
+        from diffusion_policy import checkpoint
         from diffusion_policy.datasets.statistics import summarize
         from diffusion_policy.datasets.windows import Windows, split_episodes
         from diffusion_policy.policy import DiffusionPolicy, choose_device
@@ -134,11 +133,14 @@ class Train:
         chosen, held_out = split_episodes(len(lengths), settings.validation_share, settings.seed, settings.max_episodes)
         self._look_at_lengths(lengths[chosen])
 
-        torch.manual_seed(settings.seed)
         with console.status("measuring the data"):
             summary = summarize(store, keys.observations, keys.action, chosen)
+        environment, dataset = describe(store, keys, summary)
+        with checkpoint.without_memory():
+            sketch = DiffusionPolicy.for_statistics(self.policy, summary.statistics, store.modes, angles)
+        checkpoint.require_savable(checkpoint.Checkpoint(sketch, settings, environment, dataset, settings.steps))
+        torch.manual_seed(settings.seed)
         policy = DiffusionPolicy.for_statistics(self.policy, summary.statistics, store.modes, angles).to(device)
-        check_bounds(self.policy, policy.shapes, store.modes)
         roll_out = self._make_rollouts(store, policy) if settings.rollout_every else None
         modes = [store.modes, store.mode_indices().tolist()] if self.policy.condition_on_mode else []
         told = runs.to_options(self._completed(keys, angles), summary.fingerprint, modes)
@@ -148,8 +150,6 @@ class Train:
             windows, validation = self._cut_windows(store, keys, chosen, held_out, device)
         trainer = Trainer(policy, windows, validation, settings, processes, roll_out)
         parameters = sum(weight.numel() for weight in policy.parameters())
-        if parameters > MAX_WEIGHTS:
-            raise ConfigError(f"a policy has at most {MAX_WEIGHTS} weights; got {parameters}; lower the widths")
         console.print(
             f"{len(chosen)} training and {len(held_out)} validation episodes, {len(windows)} windows"
             f"{'' if isinstance(windows, Windows) else ' streamed from the store'}, "
@@ -158,7 +158,7 @@ class Train:
         )
         with runs.hold(self.output, told, begun=self.resume is not None) if processes.is_main else nullcontext():
             self._restore(trainer)
-            self._train(trainer, *describe(store, keys, summary), store.episode_ends)
+            self._train(trainer, environment, dataset, store.episode_ends)
 
     def _completed(self, keys: Keys, angles: dict[str, tuple[int, ...]]) -> Train:
         """With the keys and angles that the store named."""
@@ -307,7 +307,6 @@ class Train:
 def describe(store: EpisodeStore, keys: Keys, summary: Summary) -> tuple[Environment, Dataset]:
     """What a checkpoint says of its data set."""
     from diffusion_policy.checkpoint import Dataset, Environment
-    from diffusion_policy.datasets.statistics import to_json
     from diffusion_policy.metrics import NONE
 
     recorded = store.attributes.get("environment", {})
@@ -315,7 +314,11 @@ def describe(store: EpisodeStore, keys: Keys, summary: Summary) -> tuple[Environ
     seeds = store.seeds()
     local = Path(store.location)
     environment = Environment(
-        recorded.get("id"), recorded.get("arguments", {}), store.modes, recorded.get("signals", {})
+        recorded.get("id"),
+        recorded.get("arguments", {}),
+        store.modes,
+        recorded.get("signals", {}),
+        decode(recorded.get("wrappers", []), tuple[dict[str, Any], ...], f"{store.location}, wrappers"),
     )
     dataset = Dataset(
         location=str(local.resolve()) if local.exists() else store.location,
@@ -325,6 +328,5 @@ def describe(store: EpisodeStore, keys: Keys, summary: Summary) -> tuple[Environ
         modes=dict(sorted(Counter(modes).items())),
         seeds=(int(seeds.min()), int(seeds.max())) if len(seeds) else None,
         action_key=keys.action,
-        statistics=to_json(summary.statistics),
     )
     return environment, dataset
