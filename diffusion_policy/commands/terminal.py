@@ -6,25 +6,13 @@ sequence or markup. Output that cannot be written (a closed pipe, a full disk) n
 
 import os
 import sys
-import unicodedata
 from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-OBEYED = {"Cc", "Cf", "Cs", "Cn", "Zl", "Zp"}
-"""Unicode categories of what is not shown but acted upon: control characters, reversed writing, line separators."""
-
-
-def printable(text: object) -> str:
-    """Text in which whatever a terminal would obey is spelled out, as in \\x1b; lines and tabs stay."""
-    return "".join(
-        character
-        if character in "\n\t" or unicodedata.category(character) not in OBEYED
-        else character.encode("unicode_escape").decode()
-        for character in str(text)
-    )
+from diffusion_policy.lines import printable
 
 
 class Terminal(Console):
