@@ -2,13 +2,15 @@
 
 Every task is a plain `gymnasium.Env` with `info["is_success"]` at each step, `modes` (all labels) and
 `mode(observations) -> label | None`. Optional are `info["measures"]` (how the episode stands, as named numbers; those
-of its last step count), what is offered for drawing (`scene`, `path`, `planned_path`, `pixels`) and `choice`, how a
-plan takes the decision that lies ahead. `adapters` makes any other Gymnasium environment such a task.
+of its last step count), and what `protocols` has of drawing and of decisions. `adapters` makes any other Gymnasium
+environment such a task.
 """
 
 from typing import Any
 
 import gymnasium
+
+from diffusion_policy.envs.modules import say
 
 _TASKS = {  # entry point, control steps after which Gymnasium's time limit ends an episode
     "diffusion_policy/Avoid-v0": ("diffusion_policy.envs.avoid:AvoidEnv", 250),
@@ -29,10 +31,13 @@ def make(env_id: str, /, **arguments: Any) -> gymnasium.Env:
     """
     try:
         return gymnasium.make(env_id, **arguments)
-    except (gymnasium.error.Error, ImportError) as error:
+    except gymnasium.error.UnregisteredEnv as error:
         raise ValueError(
             f"unknown environment {env_id!r}; choose from {', '.join(ENV_IDS)}, or any id that Gymnasium knows "
             f"(module:Id imports the module that registers it). Gymnasium says: {error}"
         ) from error
-    except TypeError as error:
-        raise ValueError(f"{env_id} does not take the arguments {arguments}: {error}") from error
+    except (Exception, SystemExit) as error:
+        if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
+            given = {name: value for name, value in arguments.items() if name != "disable_env_checker"}
+            raise ValueError(f"{env_id} does not take the arguments {given}: {error}") from error
+        raise ValueError(f"{env_id} could not be made: {say(error)}") from error

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
+from diffusion_policy.envs.protocols import TaskEnv
 from diffusion_policy.envs.robots import panda_with_rod
 from diffusion_policy.envs.scene import Scene
 from diffusion_policy.envs.simulation import Camera, Simulation
@@ -60,7 +61,7 @@ def modes(rows: int) -> tuple[str, ...]:
     return tuple("-".join(gates) for gates in itertools.product(*(row.gates for row in ROWS[:rows])))
 
 
-class AvoidEnv(gymnasium.Env):
+class AvoidEnv(TaskEnv):
     """Observation: `desired_xy`, the commanded, and `actual_xy`, the measured position of the rod (each (2,), [m]).
     Action: change of the commanded position, (2,) [m]. Reward: 1 at success, else 0. The episode ends at success
     (beyond the finish line) or at any contact between rod and cylinder.

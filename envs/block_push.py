@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
+from diffusion_policy.envs.protocols import TaskEnv
 from diffusion_policy.envs.robots import xarm_with_rod
 from diffusion_policy.envs.scene import Scene
 from diffusion_policy.envs.simulation import Camera, Simulation
@@ -134,7 +135,7 @@ def relative_features(state: np.ndarray) -> np.ndarray:
     return np.concatenate(parts, axis=-1).astype(np.float32)
 
 
-class BlockPushEnv(gymnasium.Env):
+class BlockPushEnv(TaskEnv):
     """Observation: `state` (16,): red block x, y [m], yaw [rad]; blue block likewise; effector x, y; commanded effector
     x, y; green target x, y, yaw; yellow target likewise (yaw modulo pi); and `relative` (22,), made from it by
     `relative_features`. Action: (2,) [m], the change of the commanded position, or that position itself. Reward: 0.49

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
+from diffusion_policy.envs.protocols import TaskEnv
 from diffusion_policy.envs.scene import Scene
 
 SIZE = 512
@@ -106,7 +107,7 @@ class SavedState(NamedTuple):
     """Since then, each (2,) [px]."""
 
 
-class PushTEnv(gymnasium.Env):
+class PushTEnv(TaskEnv):
     """Observation: `state` (5,), as the module says, the angle in [0, 2 pi), and `keypoint` (9, 2) [px], both as in the
     published data set. Action: where the agent shall go, (2,) [px], absolute. Reward: clip(coverage / 0.95, 0, 1).
     The episode ends at success, more than 95 % of the outline covered.

@@ -11,18 +11,32 @@ from collections.abc import Iterator
 def silence() -> Iterator[None]:
     """Hide what is printed, also by C code (PyBullet's build time, its arguments)."""
     flush()
-    saved = os.dup(1), os.dup(2)
-    with open(os.devnull, "w") as null:
-        os.dup2(null.fileno(), 1)
-        os.dup2(null.fileno(), 2)
-        try:
-            yield
-        finally:
-            flush()
-            os.dup2(saved[0], 1)
-            os.dup2(saved[1], 2)
-            os.close(saved[0])
-            os.close(saved[1])
+    with contextlib.ExitStack() as stack:
+        null = os.open(os.devnull, os.O_WRONLY)
+        stack.callback(os.close, null)
+        for number in (1, 2):
+            if number != null:
+                stack.callback(_restore, _duplicate(number), number)
+                os.dup2(null, number)
+        stack.callback(flush)
+        yield
+
+
+def _duplicate(number: int) -> int | None:
+    """A second descriptor of an open file; None where it is closed, as after `>&-`."""
+    try:
+        return os.dup(number)
+    except OSError:
+        return None
+
+
+def _restore(saved: int | None, number: int) -> None:
+    """Give a descriptor its file back."""
+    if saved is None:
+        os.close(number)
+    else:
+        os.dup2(saved, number)
+        os.close(saved)
 
 
 def flush() -> None:

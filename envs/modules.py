@@ -1,0 +1,69 @@
+"""The user's own modules: functions and classes that are named `module:function`.
+
+Knows how to import, also from the working directory. Whoever calls it has made sure that the user named the module.
+"""
+
+import contextlib
+import difflib
+import importlib
+import os
+import pkgutil
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from diffusion_policy.envs.spaces import TaskError
+
+
+def load(name: str) -> Callable[..., Any]:
+    """The function or class that `module:function` names, also from a file in the working directory; raises
+    TaskError."""
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise TaskError(f"a function is named module:function, such as my_task:mode; got {name!r}")
+    module = import_module(module_name)
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        offered = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise TaskError(f"{module_name} has no function {attribute!r}{nearest(attribute, offered)}")
+    return function
+
+
+def import_module(name: str) -> Any:
+    """Import a module, also from the working directory: last, so that nothing installed is hidden by a file there."""
+    with contextlib.suppress(FileNotFoundError):  # a working directory that was deleted
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is None or not f"{name}.".startswith(f"{missing}."):
+            raise TaskError(f"importing {name} failed: {say(error)}") from error
+        parent, _, last = missing.rpartition(".")
+        beside = pkgutil.iter_modules(getattr(sys.modules.get(parent), "__path__", []) if parent else None)
+        raise TaskError(f"there is no module {missing!r}{nearest(last, [each.name for each in beside])}") from error
+
+
+def nearest(name: str, offered: Sequence[str]) -> str:
+    """The end of a message that names what was probably meant."""
+    near = difflib.get_close_matches(name, offered, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a user's function; what it raises is named in one line."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        raise TaskError(f"{name_of(function)} failed: {say(error)}") from error
+
+
+def say(error: BaseException) -> str:
+    """What somebody else's error says, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """What a function is named by."""
+    return f"{function.__module__}:{getattr(function, '__qualname__', function)}"

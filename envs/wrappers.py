@@ -1,0 +1,201 @@
+"""The wrappers around an environment: what a store or checkpoint keeps of them, and how they are put on again.
+
+An environment is written as {"id", "arguments", "wrappers"?}. A wrapper is {"entry_point":
+"gymnasium.wrappers...:Name", "kwargs": {...}}, the inner ones first, as Gymnasium's EnvSpec has them; what cannot be
+kept is {"entry_point": None, "name": what it is}. A time limit directly around the environment is the argument
+`max_episode_steps`.
+
+Knows Gymnasium's wrappers. Whoever makes one has made sure that the user named its module: see `foreign`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from diffusion_policy.envs.contract import name_of_env
+from diffusion_policy.envs.modules import load, say
+from diffusion_policy.envs.protocols import layers
+from diffusion_policy.envs.spaces import TaskError
+
+Wrapped = Mapping[str, Any]
+"""One wrapper, as it is written."""
+
+KEPT = {
+    *("TimeLimit", "ClipAction", "RescaleAction", "StickyAction", "RepeatAction", "AtariPreprocessing"),
+    *("FilterObservation", "FlattenObservation", "ReshapeObservation", "RescaleObservation", "DtypeObservation"),
+    *("GrayscaleObservation", "ResizeObservation", "AddRenderObservation", "MaxAndSkipObservation"),
+    *("DelayObservation", "TimeAwareObservation", "FrameStackObservation", "DiscretizeObservation"),
+}
+"""Gymnasium's wrappers whose arguments say all that they do. Only these are made from what a file says: RecordVideo,
+for one, writes into folders, and NormalizeObservation has seen what is in no argument."""
+UNSEEN = {
+    *("OrderEnforcing", "PassiveEnvChecker", "RecordEpisodeStatistics", "RecordVideo", "HumanRendering"),
+    *("RenderCollection", "AddWhiteNoise", "ObstructView", "NormalizeReward", "TransformReward", "ClipReward"),
+}
+"""Gymnasium's wrappers that change nothing of what is observed or done."""
+OURS = {"Contract", "Fresh", "Recorder"}
+MOST = 4096
+"""Largest whole number in the arguments of a wrapper, but a limit of steps: what is allocated grows with it."""
+
+
+def describe(env: gymnasium.Env) -> dict[str, Any] | None:
+    """The environment with its wrappers, as it is written; None where Gymnasium does not know how it was made."""
+    spec = env.unwrapped.spec
+    found = layers(env)
+    for i, layer in enumerate(found):
+        described = getattr(layer, "described", None)
+        if isinstance(layer, gymnasium.Wrapper) and described is not None:  # a Task has made it
+            wrappers = [*described.get("wrappers", ()), *(_outside(one) for one in _wrappers(found[:i]))]
+            return {**described, "wrappers": wrappers} if wrappers else dict(described)
+    if spec is None:
+        return None
+    arguments, wrappers = {}, []
+    registered = gymnasium.registry.get(spec.id)
+    for name, value in spec.kwargs.items():
+        try:
+            arguments[name] = _plain(value)
+        except ValueError:
+            if not (registered and _same(registered.kwargs.get(name), value)):  # that one comes with the id
+                wrappers.append({"entry_point": None, "name": f"the argument {name} of {spec.id}"})
+    within = _wrappers(found[:-1])
+    limits = []
+    while within and _is(within[0], "TimeLimit"):
+        limits.append(within.pop(0)["kwargs"]["max_episode_steps"])
+    limit = min(limits, default=None)
+    if limit != (registered.max_episode_steps if registered else None):
+        arguments["max_episode_steps"] = -1 if limit is None else limit
+    if not any(_is(one, "AddRenderObservation") for one in within):
+        arguments.pop("render_mode", None)
+    wrappers += within
+    return {"id": spec.id, "arguments": arguments} | ({"wrappers": wrappers} if wrappers else {})
+
+
+def lost(wrappers: Sequence[Wrapped]) -> list[str]:
+    """What of the wrappers could not be kept, by name."""
+    return [str(one.get("name", "a wrapper")) for one in wrappers if one.get("entry_point") is None]
+
+
+def foreign(wrappers: Sequence[Wrapped]) -> list[str]:
+    """Entry points of wrappers that are not Gymnasium's: their modules would be imported."""
+    points = [one.get("entry_point") for one in wrappers]
+    return [str(point) for point in points if point is not None and _ours_or_gymnasiums(point) is None]
+
+
+def wrap(env: gymnasium.Env, wrapped: Wrapped) -> gymnasium.Env:
+    """Put a wrapper on again; raises TaskError where it cannot be. A module that its entry point names is imported."""
+    point = wrapped.get("entry_point")
+    if point is None:
+        raise TaskError(f"{name_of_env(env)} was wrapped in {lost([wrapped])[0]}, which cannot be made again")
+    name, kwargs = _ours_or_gymnasiums(point), wrapped.get("kwargs", {})
+    try:
+        if name is None:
+            return load(str(point))(env, **_revive(kwargs))
+        _check_sizes(name, kwargs)
+        return getattr(gymnasium.wrappers, name)(env, **_revive(kwargs))
+    except TaskError:
+        raise
+    except Exception as error:
+        raise TaskError(f"the wrapper {point} cannot be put around {name_of_env(env)}: {say(error)}") from error
+
+
+def is_written(value: object) -> bool:
+    """Whether JSON is a list of wrappers as they are written."""
+    return isinstance(value, list | tuple) and all(
+        isinstance(one, Mapping)
+        and isinstance(one.get("entry_point"), str | None)
+        and isinstance(one.get("kwargs", {}), Mapping)
+        and isinstance(one.get("name", ""), str)
+        for one in value
+    )
+
+
+def _wrappers(found: Sequence[gymnasium.Env]) -> list[dict[str, Any]]:
+    """What is written of these wrappers, from the outermost in; the inner first."""
+    written = [_written(layer) for layer in found]
+    return [one for one in reversed(written) if one is not None]
+
+
+def _outside(wrapped: dict[str, Any]) -> dict[str, Any]:
+    """A wrapper around an Adapter, which a Task would put within it: there observations have other names."""
+    _, _, name = str(wrapped["entry_point"]).partition(":")
+    return {"entry_point": None, "name": name} if "Observation" in name else wrapped
+
+
+def _written(layer: Any) -> dict[str, Any] | None:
+    """What is written of a wrapper; None where it changes nothing."""
+    kind = type(layer)
+    gymnasiums = kind.__module__.startswith("gymnasium.wrappers.")
+    if gymnasiums and kind.__name__ in UNSEEN:
+        return None
+    if kind.__module__.startswith("diffusion_policy."):
+        plain = kind.__name__ in OURS or getattr(layer, "plain", False)
+        if issubclass(kind, gymnasium.wrappers.TimeLimit):
+            return {"entry_point": "gymnasium.wrappers.common:TimeLimit", "kwargs": dict(layer._saved_kwargs)}
+        return None if plain else {"entry_point": None, "name": f"{kind.__name__} with functions"}
+    importable = "<" not in kind.__qualname__ and kind.__module__ != "__main__"
+    known = isinstance(layer, gymnasium.utils.RecordConstructorArgs) and importable
+    if known and (not gymnasiums or kind.__name__ in KEPT):
+        try:
+            kwargs = {name: _keep(value) for name, value in layer._saved_kwargs.items() if name != "env"}
+            return {"entry_point": f"{kind.__module__}:{kind.__qualname__}", "kwargs": kwargs}
+        except ValueError:
+            pass
+    return {"entry_point": None, "name": kind.__name__}
+
+
+def _is(wrapped: Wrapped, name: str) -> bool:
+    return _ours_or_gymnasiums(wrapped.get("entry_point")) == name
+
+
+def _ours_or_gymnasiums(point: object) -> str | None:
+    """The name of the wrapper of Gymnasium's that an entry point means, None where it is another."""
+    module, _, name = str(point).partition(":")
+    return name if module.startswith("gymnasium.wrappers.") and name in KEPT else None
+
+
+def _plain(value: Any) -> Any:
+    """An argument as JSON; raises ValueError where it is none."""
+    if isinstance(value, np.generic) and not isinstance(value, np.void):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _plain(one) for key, one in value.items()}
+    raise ValueError(f"{value!r} is no JSON")
+
+
+def _keep(value: Any) -> Any:
+    """An argument of a wrapper as JSON: arrays and types of numbers too; raises ValueError where it is none."""
+    if isinstance(value, np.ndarray):
+        return {"array": _plain(value.tolist()), "dtype": value.dtype.str}
+    if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
+        return np.dtype(value).name
+    return _plain(value)
+
+
+def _revive(value: Any) -> Any:
+    """What `_keep` was given; a list is a tuple, which wrappers want for shapes."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"array", "dtype"}:
+            return np.array(value["array"], np.dtype(str(value["dtype"])))
+        return {str(key): _revive(one) for key, one in value.items()}
+    return tuple(_revive(one) for one in value) if isinstance(value, list | tuple) else value
+
+
+def _check_sizes(name: str, value: Any) -> None:
+    """Raise TaskError for numbers with which a wrapper would fill the memory."""
+    if isinstance(value, Mapping | list | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            _check_sizes(name, one)
+    elif isinstance(value, int) and value > MOST and name != "TimeLimit":
+        raise TaskError(f"the numbers in the arguments of {name} must be at most {MOST}; got {value}")
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether an argument is the one that stands in the registry, which Gymnasium copies."""
+    return a is b or (isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and np.array_equal(a, b))
