@@ -10,9 +10,26 @@ from typing import Any
 
 from diffusion_policy.datasets.storage import StoreError
 
+LONGEST_LABEL = 200
+"""Characters."""
+
+
+def is_label(value: Any) -> bool:
+    """Whether it is text that stands on one line anywhere: printable, at most 200 characters."""
+    return isinstance(value, str) and value.isprintable() and len(value) <= LONGEST_LABEL
+
 
 def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+    return isinstance(value, list) and all(map(is_label, value))
+
+
+def _is_wrapper(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("entry_point"), str | None)
+        and isinstance(value.get("name", ""), str)
+        and isinstance(value.get("kwargs") or {}, dict)
+    )
 
 
 def _are_angles(value: Any) -> bool:
@@ -26,6 +43,8 @@ def _is_environment(value: Any) -> bool:
         and isinstance(value.get("id"), str)
         and isinstance(value.get("arguments"), dict)
         and isinstance(value.get("signals", {}), dict)
+        and isinstance(value.get("wrappers", []), list)
+        and all(map(_is_wrapper, value.get("wrappers", [])))
     )
 
 
@@ -38,9 +57,9 @@ def _is_collection(value: Any) -> bool:
 
 
 ATTRIBUTES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "modes": (_are_names, "a list of labels"),
+    "modes": (_are_names, f"a list of labels, each one line of at most {LONGEST_LABEL} printable characters"),
     "observation_keys": (_are_names, "a list of keys"),
-    "action_key": (lambda value: isinstance(value, str), "a key"),
+    "action_key": (is_label, "a key"),
     "angles": (_are_angles, "lists of columns by key"),
     "environment": (_is_environment, "an id and arguments"),
     "control_frequency": (lambda value: isinstance(value, int | float) and 0 < value < math.inf, "a rate above 0 [Hz]"),

@@ -2,7 +2,9 @@
 
 The layout is that of the published Push-T data set, which opens as it is: zarr v2 or v3, a folder, a `.zip`, or any
 fsspec URL. Writing `meta/episode_ends` last is the commit: rows beyond it belong to no episode and are never read.
-Every file is replaced whole, so a writer killed at any moment loses only what it had not committed.
+Every file is replaced whole, and is on the disk before the commit, so a writer killed at any moment, or without power,
+loses only what it had not committed. `meta/episode_crc32c` holds a checksum of each episode's rows in each array, which
+finds what the checksums of chunks do not: whole chunks in the wrong place.
 
 Knows arrays and files. Knows no environment and no policy.
 """
@@ -12,15 +14,18 @@ import hashlib
 import math
 import shutil
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from os import getpid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
 
-from diffusion_policy.datasets.attributes import check_attributes, fits
+from diffusion_policy.datasets.attributes import check_attributes, fits, is_label
+from diffusion_policy.datasets.checksums import RowChecksums, checksum
+from diffusion_policy.datasets.durable import DurableFolder, make_parents, sync_tree, unfinished_path
 from diffusion_policy.datasets.guard import refuse_unsafe, trust
 from diffusion_policy.datasets.storage import (
     KEY,
@@ -28,6 +33,7 @@ from diffusion_policy.datasets.storage import (
     TEMPORARY,
     StoreError,
     create_array,
+    drop_consolidated,
     list_names,
     lock,
     open_group,
@@ -35,9 +41,14 @@ from diffusion_policy.datasets.storage import (
     row_bytes,
     say,
 )
+from diffusion_policy.files import sync_folder
 
 FORMAT = "diffusion-policy episodes"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 has checksums of episodes; 1 is read, and goes on without."""
+CHECKSUMS = "meta/episode_crc32c"
+"""(episodes, arrays + 1) uint32: a column for each array of data/, sorted by name, and one for what is known of the
+episode."""
 BLOCK_BYTES = 2**23
 """About so much is read at a time where a whole array is walked through."""
 
@@ -59,11 +70,14 @@ class EpisodeStore:
     """A zarr group of episodes. `create` and `append_to` give one to append to, which no one else can write until it is
     closed; `open` reads one. A context manager."""
 
-    def __init__(self, group: zarr.Group, location: str, lock: Callable[[], object] = lambda: None) -> None:
-        """`lock`: what lets other writers in."""
+    def __init__(
+        self, group: zarr.Group, location: str, lock: Callable[[], object] = lambda: None, sync: bool = True
+    ) -> None:
+        """`lock`: what lets other writers in; `sync`: whether what is appended is put on the disk at once."""
         self.group = group
         """The zarr group, its contents not yet trusted."""
         self._unlock = weakref.finalize(self, lock)
+        self._sync = sync
         self._checked: dict[str, zarr.Array] = {}
         self._written: dict[str, zarr.Array] = {}
         self._expected: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
@@ -71,15 +85,23 @@ class EpisodeStore:
         """Path or URL."""
         self.dropped: dict[str, int] = {}
         """Rows of an interrupted append that `append_to` has dropped, by array."""
-        self.attributes = self._read_attributes()
-        """Attributes of the group; empty in stores of other tools."""
-        self._ends = self._read_ends()
+        self.mended: tuple[str, ...] = ()
+        """What else `append_to` has put right, in sentences."""
+        self.attributes, self.passed_over = self._read_attributes()
+        """Attributes of the group, none in stores of other tools; and names of those by which another tool means
+        something else than we do, which are not among them."""
+        stored = self._read_ends()
+        self._kept = np.diff(stored, prepend=0) != 0
+        self._ends = stored[self._kept]
 
     @classmethod
-    def create(cls, path: Path | str, attributes: Mapping[str, Any], modes: Sequence[str]) -> "EpisodeStore":
+    def create(
+        cls, path: Path | str, attributes: Mapping[str, Any], modes: Sequence[str], sync: bool = True
+    ) -> "EpisodeStore":
         """Make an empty store in a new folder; raises StoreError where something already lies there.
 
         `attributes` (environment id, its arguments, control frequency [Hz], ...) become attributes of the group.
+        `sync`: what `append` has committed survives a loss of power; without, it does so some seconds later.
         """
         path = Path(path)
         if path.exists():
@@ -88,35 +110,44 @@ class EpisodeStore:
             raise StoreError(f"{path} cannot be appended to; make a folder, and a zip of it with: dataset convert")
         header = {"format": FORMAT, "format_version": FORMAT_VERSION, "modes": list(modes), **attributes}
         check_attributes(header, str(path))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{getpid()}")
+        make_parents(path)
+        unfinished = unfinished_path(path)
         try:
-            group = zarr.create_group(unfinished, attributes=header)
+            group = zarr.create_group(DurableFolder(unfinished, sync=False), attributes=header)
             group.create_group("data")
             create_array(group, "meta/episode_ends", np.empty(0, np.int64), fill_value=-1)
+            if sync:
+                sync_tree(unfinished)
             unfinished.rename(path)
         except BaseException:
             remove(unfinished)
             raise
-        return cls.append_to(path)
+        if sync:
+            sync_folder(path.parent)
+        return cls.append_to(path, sync)
 
     @classmethod
-    def append_to(cls, path: Path | str) -> "EpisodeStore":
-        """Open a store of ours to append to, whatever is left of an interrupted append dropped. Raises StoreError when
-        it is no folder of ours, is damaged, or when someone else is writing to it."""
+    def append_to(cls, path: Path | str, sync: bool = True) -> "EpisodeStore":
+        """Open a store of ours to append to, whatever is left of an interrupted append dropped, and a consolidated copy
+        of its metadata, which would not know what is appended. Raises StoreError when it is no folder of ours, is
+        damaged, or when someone else is writing to it. `sync`: see `create`."""
         path = Path(path)
         if path.suffix == ".zip" or (path / ".zgroup").exists():
             raise StoreError(f"{path} can only be read; make a copy to append to with: dataset convert {path} NEW.zarr")
-        group = open_group(str(path), "r+")
+        group = open_group(str(path), "r+", sync)
         if any(file.is_symlink() for file in path.rglob("*")):
             raise StoreError(f"{path} holds links, which may lead out of it; make a copy with: dataset convert")
-        store = cls(group, str(path), lock(path))
+        store = cls(group, str(path), lock(path), sync)
         if store.attributes.get("format") != FORMAT:
             raise StoreError(f"{path} was not written by this toolkit; copy it with: dataset convert {path} NEW.zarr")
         store._check()
+        if len(store.empty_episodes):
+            raise StoreError(f"{path}: {store.remarks()[-1]}; make a copy to append to with: dataset convert")
         if len(store.episode_ends):
             for array in store._layout():
                 store._array(array)
+        if drop_consolidated(group):
+            store.mended = ("dropped a consolidated copy of the metadata, which would not know what is appended",)
         store._drop_uncommitted()
         return store
 
@@ -144,8 +175,19 @@ class EpisodeStore:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Names of the arrays of one row a step, sorted."""
-        return tuple(name for name in self._names("data") if self._is_array(f"data/{name}"))
+        """Names of the arrays of one row a step that can be used, sorted."""
+        return tuple(name for name in self.names("data") if name not in self.left_out)
+
+    @cached_property
+    def left_out(self) -> dict[str, str]:
+        """What lies beside the arrays that can be used, by name, and why it cannot."""
+        found = {}
+        for name in self.names("data"):
+            try:
+                self.readable_array(f"data/{name}")
+            except StoreError as error:
+                found[name] = str(error).removeprefix(f"{self.location}: data/{name} ")
+        return found
 
     @property
     def action_key(self) -> str:
@@ -156,7 +198,16 @@ class EpisodeStore:
     def observation_keys(self) -> tuple[str, ...]:
         """The keys that a policy observes: those that the store names, else all but the action."""
         named = self.attributes.get("observation_keys")
-        return tuple(named) if named else tuple(key for key in self.keys if key != self.action_key)
+        return tuple(named) if named else tuple(key for key in self.keys if key not in self.parts(self.action_key))
+
+    def parts(self, key: str) -> tuple[str, ...]:
+        """The arrays of a key: `a+b` means the columns of a and of b side by side, unless an array has that name."""
+        return (key,) if "+" not in key or key in self.names("data") else tuple(key.split("+"))
+
+    def columns(self, key: str) -> dict[str, int]:
+        """Where the columns of each array of a key begin."""
+        sizes = [math.prod(self.shape(part)) for part in self.parts(key)]
+        return dict(zip(self.parts(key), np.cumsum([0, *sizes]).tolist(), strict=False))
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -165,25 +216,44 @@ class EpisodeStore:
 
     @property
     def episode_ends(self) -> np.ndarray:
-        """Row after the last of each episode, (episodes,) int64."""
+        """Row after the last of each episode, (episodes,) int64; episodes without rows are left out."""
         return self._ends
 
+    @property
+    def empty_episodes(self) -> np.ndarray:
+        """Places in meta/episode_ends of the episodes without rows."""
+        return np.flatnonzero(~self._kept)
+
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of one step of an array."""
-        return tuple(self._array(f"data/{key}").shape[1:])
+        """Shape of one step of a key: of its array, or (columns,) of several. A step that is one number is (1,)."""
+        shapes = [self._array(f"data/{part}").shape[1:] or (1,) for part in self.parts(key)]
+        return tuple(shapes[0]) if len(shapes) == 1 else (sum(map(math.prod, shapes)),)
 
     def dtype(self, key: str) -> np.dtype:
-        """Type of the numbers of an array."""
-        return self._array(f"data/{key}").dtype
+        """Type of the numbers of a key."""
+        return np.result_type(*(self._array(f"data/{part}").dtype for part in self.parts(key)))
 
     def chunk_rows(self, key: str) -> int:
-        """Rows of an array that are stored together."""
-        array = self._array(f"data/{key}")
-        return (array.shards or array.chunks)[0]
+        """Rows of a key that are stored together."""
+        arrays = [self._array(f"data/{part}") for part in self.parts(key)]
+        return max((array.shards or array.chunks)[0] for array in arrays)
 
     def stored_bytes(self, key: str) -> int | None:
-        """Size of the files of an array; None where they cannot be listed."""
-        return self._array(f"data/{key}").nbytes_stored() or None
+        """Size of the files of a key; None where they cannot be listed."""
+        return sum(self._array(f"data/{part}").nbytes_stored() for part in self.parts(key)) or None
+
+    def remarks(self) -> list[str]:
+        """What the store holds that is not read, and why, a sentence each."""
+        said = [f"data/{name} is left out: it {why}" for name, why in self.left_out.items()]
+        if self.passed_over:
+            said.append(f"attributes of another meaning are passed over: {', '.join(self.passed_over)}")
+        rows = max(self.uncommitted().values(), default=0)
+        if rows:
+            said.append(f"{rows} rows beyond its last complete episode are not read")
+        empty = self.empty_episodes
+        if len(empty):
+            said.append(f"{len(empty)} of {len(self._kept)} episodes have no rows and are left out, first {empty[0]}")
+        return said
 
     # Reading
 
@@ -194,18 +264,21 @@ class EpisodeStore:
     def read_rows(self, key: str, start: int, stop: int) -> np.ndarray:
         """Some rows of one array, (stop - start, ...); raises StoreError for unknown keys, damage and non-finite
         values."""
-        array = self._array(f"data/{key}")
-        with self._foreign(f"data/{key}", " is damaged:"):
+        return _side_by_side([self._read_part(part, start, stop) for part in self.parts(key)])
+
+    def _read_part(self, part: str, start: int, stop: int) -> np.ndarray:
+        array = self._array(f"data/{part}")
+        with self._foreign(f"data/{part}", " is damaged:"):
             rows = np.asarray(array[start:stop])
         bad = nonfinite_rows(rows)
         if len(bad):
             row = start + int(bad[0])
             episode = int(np.searchsorted(self.episode_ends, row, side="right"))
             raise StoreError(
-                f"{self.location}: data/{key} has NaN or infinity in {len(bad)} rows, first in episode {episode} "
-                f"(row {row})"
+                f"{self.location}: data/{part} has NaN or infinity in {len(bad)} rows, first in episode {episode} "
+                f"(row {row}); name the keys to read, without it"
             )
-        return rows
+        return rows if rows.ndim > 1 else rows[:, None]
 
     def block_spans(self, key: str) -> Iterator[tuple[int, int]]:
         """First row, and row after the last, of blocks of some whole chunks that are well read at a time."""
@@ -222,14 +295,14 @@ class EpisodeStore:
     def read_meta(self, name: str) -> np.ndarray | None:
         """One value an episode, (episodes, ...), or None where the store has no such array; -1 where a mode, seed or
         success is unknown."""
-        if f"episode_{name}" not in self._names("meta"):
+        if f"episode_{name}" not in self.names("meta"):
             return None
         array = self._array(f"meta/episode_{name}")
         if name in ("mode", "seed", "success") and (array.ndim != 1 or array.dtype.kind not in "biu"):
             found = f"{array.dtype} of shape {array.shape}"
             raise StoreError(f"{self.location}: meta/episode_{name} must be one row of whole numbers; got {found}")
         with self._foreign(f"meta/episode_{name}", " is damaged:"):
-            return np.asarray(array[: len(self.episode_ends)])
+            return np.asarray(array[: len(self._kept)])[self._kept]
 
     def seeds(self) -> np.ndarray:
         """The seeds that are known, (at most episodes,) int64."""
@@ -247,14 +320,17 @@ class EpisodeStore:
         """Each episode's mode label; None where it is unknown."""
         return [self.modes[i] if i >= 0 else None for i in self.mode_indices()]
 
-    def episodes(self, indices: Sequence[int] | np.ndarray | None = None) -> Iterator[Demonstration]:
-        """The episodes, or those with these indices in the order given, one after the other."""
+    def episodes(
+        self, indices: Sequence[int] | np.ndarray | None = None, keys: Sequence[str] | None = None
+    ) -> Iterator[Demonstration]:
+        """The episodes, or those with these indices in the order given, one after the other, with all keys that can be
+        used, or these. Raises StoreError where a checksum says that rows are not those that were written."""
         ends = self.episode_ends
         starts = np.concatenate([[0], ends[:-1]])
-        keys, modes = self.keys, self.episode_modes()
+        modes, checksums = self.episode_modes(), self.checksums()
         seeds, successes = self.read_meta("seed"), self.read_meta("success")
-        names = [name.removeprefix("episode_") for name in self._names("meta") if name.startswith("episode_final_")]
-        finals = {name: rows for name in names if (rows := self.read_meta(name)) is not None}
+        finals = self.finals() if keys is None else {key: rows for key, rows in self.finals().items() if key in keys}
+        keys = self.keys if keys is None else keys
         most_rows = 2 * BLOCK_BYTES // max(1, sum(row_bytes(self.shape(key), self.dtype(key)) for key in keys))
         chosen = np.arange(len(ends)) if indices is None else np.asarray(indices)
         for run in _runs(chosen, ends - starts, most_rows):
@@ -262,13 +338,35 @@ class EpisodeStore:
             rows = {key: self.read_rows(key, first, int(ends[run[-1]])) for key in keys}
             for i in run:
                 span = slice(starts[i] - first, ends[i] - first)
+                for key in rows.keys() & checksums.keys():
+                    self._compare(key, i, checksum(key, i, rows[key][span]), checksums)
                 yield Demonstration(
                     {key: array[span] for key, array in rows.items()},
                     None if seeds is None or seeds[i] < 0 else int(seeds[i]),
                     modes[i],
                     None if successes is None or successes[i] < 0 else bool(successes[i]),
-                    {name.removeprefix("final_"): array[i] for name, array in finals.items()} or None,
+                    {key: array[i] for key, array in finals.items()} or None,
                 )
+
+    def finals(self) -> dict[str, np.ndarray]:
+        """The observation after the last action of each episode, by key, (episodes, ...); empty where it is unknown."""
+        names = [name.removeprefix("episode_") for name in self.names("meta") if name.startswith("episode_final_")]
+        found = {name.removeprefix("final_"): self.read_meta(name) for name in names}
+        return {key: rows if rows.ndim > 1 else rows[:, None] for key, rows in found.items() if rows is not None}
+
+    def checksums(self) -> dict[str, np.ndarray]:
+        """The checksum of each episode, (episodes,), by array of data/ and, of what is known of it, by `meta`; empty
+        where the store has none, or none that fit its arrays."""
+        table = self.read_meta("crc32c") if self.attributes.get("format_version", 1) != 1 else None
+        names = [*self.names("data"), "meta"]
+        if table is None or table.dtype != np.uint32 or table.shape != (len(self._ends), len(names)):
+            return {}
+        return dict(zip(names, table.T, strict=True))
+
+    def _compare(self, key: str, episode: int, value: int, checksums: Mapping[str, np.ndarray]) -> None:
+        """Raise StoreError unless an episode's rows are those that were written."""
+        if value != checksums[key][episode]:
+            raise StoreError(f"{self.location}: data/{key}: {exchanged(episode)}")
 
     def fingerprint(
         self,
@@ -277,21 +375,29 @@ class EpisodeStore:
         on_rows: Callable[[str, int, np.ndarray], None] = lambda key, start, rows: None,
     ) -> str:
         """SHA-256 of the committed rows of the action and these keys, and of the episode ends: equal for equal data,
-        wherever and however it is stored. `on_rows` hears (key, first row, rows) of the same pass."""
+        wherever and however it is stored. `on_rows` hears (key, first row, rows) of the same pass. Raises StoreError
+        where a checksum says that rows are not those that were written."""
         digest = hashlib.sha256(self.episode_ends.tobytes())
+        checksums = self.checksums()
         for key in sorted({*observation_keys, action_key}):
             digest.update(f"{key} {self.dtype(key).str} {self.shape(key)}".encode())
-            for start, rows in self.blocks(key):
+            checking = {part: RowChecksums(part, self._ends) for part in self.parts(key) if part in checksums}
+            for start, stop in self.block_spans(key):
+                parts = {part: self._read_part(part, start, stop) for part in self.parts(key)}
+                for part, check in checking.items():
+                    for episode, value in check.add(parts[part]):
+                        self._compare(part, episode, value, checksums)
+                rows = _side_by_side(list(parts.values()))
                 digest.update(np.ascontiguousarray(rows).data)
                 on_rows(key, start, rows)
         return digest.hexdigest()
 
     def uncommitted(self) -> dict[str, int]:
         """Rows beyond the last commit, by array: what an interrupted append, or one under way, has left."""
-        committed = {"data": int(self._ends[-1]) if len(self._ends) else 0, "meta": len(self._ends)}
+        committed = {"data": int(self._ends[-1]) if len(self._ends) else 0, "meta": len(self._kept)}
         beyond = {}
         for folder, rows in committed.items():
-            for name in self._names(folder):
+            for name in self.names(folder):
                 with contextlib.suppress(StoreError):  # what cannot be opened is said where it is read
                     array = self.raw_array(f"{folder}/{name}")
                     beyond[f"{folder}/{name}"] = array.shape[0] - rows if array.ndim else 0
@@ -318,12 +424,20 @@ class EpisodeStore:
         start, count = int(self._ends[-1]) if len(self._ends) else 0, len(self._ends)
         lengths = [len(next(iter(episode.data.values()))) for episode in episodes]
         ends = start + np.cumsum(lengths, dtype=np.int64)
+        rows = {path: np.concatenate([column[path] for column in columns]) for path in expected}
+        if self.attributes.get("format_version", 1) != 1:
+            both = zip(columns, ends, strict=True)
+            rows[CHECKSUMS] = np.array([_checksums(i, *one) for i, one in enumerate(both, count)], np.uint32)
         self._checked.clear()
-        for path in expected:
-            rows = np.concatenate([column[path] for column in columns])
-            self._write(path, start if path.startswith("data/") else count, rows)
-        self._write("meta/episode_ends", count, ends)
+        self.__dict__.pop("left_out", None)
+        with ThreadPoolExecutor(len(rows)) as executor:  # a disk takes many files at once in about the time of one
+            begins = [start if path.startswith("data/") else count for path in rows]
+            list(executor.map(self._write, rows.keys(), begins, rows.values()))
+            self._sync_folders(executor, {*rows, "data", "meta", ""})
+            self._write("meta/episode_ends", count, ends)
+            self._sync_folders(executor, {"meta/episode_ends", "meta"})
         self._ends, self._expected = np.concatenate([self._ends, ends]), expected
+        self._kept = np.ones(len(self._ends), bool)
 
     def _columns(self, episode: Demonstration) -> dict[str, np.ndarray]:
         """What an episode adds to each array, (steps or 1, ...); raises StoreError for an episode that cannot be."""
@@ -337,6 +451,7 @@ class EpisodeStore:
             raise StoreError(f"{name} must have as many rows of each array, at least one; got {counts}")
         for key, value in (episode.final or {}).items():
             columns[f"meta/episode_final_{key}"] = np.asarray(value)[None]
+        columns = {path: rows if rows.ndim > 1 else rows[:, None] for path, rows in columns.items()}
         for path, rows in columns.items():
             if not KEY.fullmatch(path.partition("/")[2]):
                 raise StoreError(f"{name}: a key is made of letters, digits, '_', '-' and '.'; got {path[5:]!r}")
@@ -351,9 +466,12 @@ class EpisodeStore:
 
     def _layout(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shape and type of one row of each array that an append must add to."""
-        paths = [f"data/{name}" for name in self._names("data")]
-        paths += [f"meta/{name}" for name in self._names("meta") if name != "episode_ends"]
-        return {path: (array.shape[1:], array.dtype) for path in paths for array in [self.raw_array(path)]}
+        paths = [f"{folder}/{name}" for folder in ("data", "meta") for name in self.names(folder)]
+        arrays = {path: self.raw_array(path) for path in paths if path not in ("meta/episode_ends", CHECKSUMS)}
+        numbers = ("meta/episode_mode", "meta/episode_seed", "meta/episode_success")
+        return {
+            path: (array.shape[1:] or (() if path in numbers else (1,)), array.dtype) for path, array in arrays.items()
+        }
 
     def _drop_uncommitted(self) -> None:
         """Make the store as if what was never committed had never been written."""
@@ -375,25 +493,33 @@ class EpisodeStore:
 
     def _check(self) -> None:
         """Raise StoreError for episodes that cannot be, and for a store that a later version of ours has written."""
-        version = self.attributes.get("format_version", FORMAT_VERSION)
-        if self.attributes.get("format") == FORMAT and version != FORMAT_VERSION:
-            raise StoreError(f"{self.location} has format version {version}; this package reads {FORMAT_VERSION}")
-        if (np.diff(self._ends, prepend=0) <= 0).any():
-            raise StoreError(f"{self.location}: meta/episode_ends must increase from above 0; got {self._ends[:10]}...")
+        version = self.attributes.get("format_version", 1)
+        if self.attributes.get("format") == FORMAT and version not in range(1, FORMAT_VERSION + 1):
+            known = f"1 to {FORMAT_VERSION}"
+            raise StoreError(f"{self.location} has format version {version}; this package reads {known}")
+        decreasing = np.flatnonzero(np.diff(self._ends, prepend=0) < 0)
+        if len(decreasing):
+            i = int(decreasing[0])
+            began = int(self._ends[i - 1]) if i else 0
+            raise StoreError(
+                f"{self.location}: meta/episode_ends must increase; episode {i} would reach from row {began} to before "
+                f"{self._ends[i]}, and no one can tell its rows; write the right ends there, or record again"
+            )
 
-    def _read_attributes(self) -> dict[str, Any]:
-        """Attributes, without those by which another tool means something else than we do; in a store of ours that is a
-        StoreError."""
+    def _read_attributes(self) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """Attributes, and names of those by which another tool means something else than we do; in a store of ours
+        that is a StoreError."""
         with self._foreign("the attributes"):
             attributes = dict(self.group.attrs)
         if attributes.get("format") == FORMAT:
             check_attributes(attributes, self.location)
-        return {name: value for name, value in attributes.items() if fits(name, value)}
+        fitting = {name: value for name, value in attributes.items() if fits(name, value)}
+        return fitting, tuple(name for name in attributes if name not in fitting)
 
     def _read_ends(self) -> np.ndarray:
         with self._foreign("meta"):
             there = "meta" in self.group and "meta/episode_ends" in self.group
-            found = ", ".join(self._names("")) or "nothing"
+            found = ", ".join(self.names("")) or "nothing"
         if not there:
             raise StoreError(
                 f"{self.location} is no data set of episodes: it needs data/ and meta/episode_ends; has {found}"
@@ -418,22 +544,27 @@ class EpisodeStore:
             self._checked[path] = array
         return self._checked[path]
 
+    def readable_array(self, path: str) -> zarr.Array:
+        """An array of data/ whose form allows to decode all committed rows, though some may be missing or damaged;
+        raises StoreError."""
+        name = path.removeprefix("data/")
+        if not is_label(name):
+            raise StoreError(f"{self.location}: {path} has no name of one line of at most 200 printable characters")
+        array, rows = self.raw_array(path), int(self._ends[-1]) if len(self._ends) else 0
+        with self._foreign(path):
+            refuse_unsafe(array, rows, complete=False)
+        return array
+
     def raw_array(self, path: str) -> zarr.Array:
         """An array as zarr opens it, its contents not yet trusted; raises StoreError."""
         folder, _, name = path.partition("/")
         with self._foreign(path):
             array = self.group[path] if NAME.fullmatch(name) and path in self.group else None
         if not isinstance(array, zarr.Array):
-            raise StoreError(f"{self.location} has no {path}; it has {', '.join(self._names(folder)) or 'nothing'}")
+            raise StoreError(f"{self.location} has no {path}; it has {', '.join(self.names(folder)) or 'nothing'}")
         return array
 
-    def _is_array(self, path: str) -> bool:
-        try:
-            return isinstance(self.group[path], zarr.Array)
-        except Exception:
-            return True  # what cannot be opened is said where it is read
-
-    def _names(self, folder: str) -> list[str]:
+    def names(self, folder: str) -> list[str]:
         """Names in a folder of the store, sorted."""
         names = list_names(self.group, folder)
         if names:
@@ -463,7 +594,12 @@ class EpisodeStore:
             self._written[path] = self._writable_array(path)
         array = self._written[path]
         array.resize((start + len(rows), *array.shape[1:]))
-        array[start:] = rows
+        array[start:] = rows.reshape(len(rows), *array.shape[1:])
+
+    def _sync_folders(self, executor: Executor, paths: Iterable[str]) -> None:
+        """Put on the disk which files there are in some folders of the store."""
+        if self._sync:
+            list(executor.map(sync_folder, [Path(self.location) / path for path in paths]))
 
     def _writable_array(self, path: str) -> zarr.Array:
         """An array of which every chunk is written, also one that holds nothing but the fill value: so a chunk that is
@@ -471,6 +607,27 @@ class EpisodeStore:
         array = self.raw_array(path)
         trust(array)
         return array.with_config({"write_empty_chunks": True})
+
+
+def _checksums(episode: int, columns: Mapping[str, np.ndarray], end: int) -> list[int]:
+    """The checksums of an episode's rows in each array of data/, sorted by name, and of what is known of it."""
+    of_rows = [checksum(path[5:], episode, columns[path]) for path in sorted(columns) if path.startswith("data/")]
+    return [*of_rows, checksum_of_meta(episode, end, {path: columns[path] for path in columns if path[:5] == "meta/"})]
+
+
+def checksum_of_meta(episode: int, end: int, known: Mapping[str, np.ndarray]) -> int:
+    """The checksum of what is known of an episode, by path of its array, and of where it ends."""
+    return checksum("meta", episode, np.array(end, np.int64), *(known[path] for path in sorted(known)))
+
+
+def exchanged(episode: int) -> str:
+    """What a checksum says that does not fit, in words."""
+    return f"rows of episode {episode} are not those that were written (damage, or exchanged files)"
+
+
+def _side_by_side(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The columns of arrays of the same rows, (steps, columns); an array alone stays as it is."""
+    return parts[0] if len(parts) == 1 else np.concatenate([rows.reshape(len(rows), -1) for rows in parts], axis=1)
 
 
 def nonfinite_rows(rows: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from diffusion_policy.commands.replay import Replay
 from diffusion_policy.commands.rollout import Rollout
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import ConfigError, PolicyConfig, SampleConfig, TrainConfig
-from diffusion_policy.datasets import windows
+from diffusion_policy.datasets import durable, windows
 from diffusion_policy.datasets.recorder import Recorder
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore
 from diffusion_policy.envs import experts
@@ -171,7 +171,7 @@ def test_a_collection_goes_on_where_it_stopped_and_ends_the_same(tmp_path: Path,
 
 
 def test_a_full_disk_in_a_collection_keeps_what_is_committed(tmp_path: Path, capsys, monkeypatch) -> None:
-    real, left = zarr.storage._local._put, [40]
+    real, left = durable.put, [40]
 
     def put(*arguments, **options):
         left[0] -= 1
@@ -181,7 +181,7 @@ def test_a_full_disk_in_a_collection_keeps_what_is_committed(tmp_path: Path, cap
 
     path = tmp_path / "store.zarr"
     with monkeypatch.context() as patch:
-        patch.setattr(zarr.storage._local, "_put", put)
+        patch.setattr(durable, "put", put)
         arguments = ("--output", path, "--env-kwargs", '{"rows": 1}', "--episodes", 300, "--workers", 1)
         status, _, err = run(capsys, "collect", *arguments)
     assert status == 2

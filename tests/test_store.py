@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import zarr
 
-from diffusion_policy.datasets import storage
+from diffusion_policy.datasets import durable, storage
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore, StoreError
 
 PUSHT = Path(__file__).parents[2] / "shared" / "data" / "pusht_cchi_v7_replay.zarr"
@@ -92,6 +92,7 @@ def test_the_fingerprint_sees_every_number(path: Path) -> None:
     before = EpisodeStore.open(path).fingerprint(["state"])
     group = zarr.open_group(path, mode="r+")
     group["data/state"][12, 2] += 1e-3
+    del group["meta/episode_crc32c"]  # which would say so
     assert EpisodeStore.open(path).fingerprint(["state"]) != before
 
 
@@ -123,11 +124,27 @@ def test_a_store_without_episodes_is_refused(tmp_path: Path) -> None:
         EpisodeStore.open(tmp_path / "empty.zarr")
 
 
-@pytest.mark.parametrize("ends", [[5, 5, 13], [5, 4, 13], [0, 5, 13], [-7, 5, 13]])
-def test_episode_ends_that_do_not_increase_are_refused(path: Path, ends: list[int]) -> None:
+@pytest.mark.parametrize("ends", [[5, 4, 13], [5, 13, 12], [-7, 5, 13]])
+def test_episode_ends_that_decrease_are_refused(path: Path, ends: list[int]) -> None:
     zarr.open_group(path, mode="r+")["meta/episode_ends"][:] = ends
-    with pytest.raises(StoreError, match="must increase"):
+    with pytest.raises(StoreError, match=r"must increase; episode .* would reach from .*; write the right ends there"):
         EpisodeStore.open(path)
+
+
+@pytest.mark.parametrize(
+    "ends, seeds", [([5, 5, 13], [0, 2]), ([0, 5, 13], [1, 2]), ([5, 13, 13], [0, 1]), ([0, 0, 13], [2])]
+)
+def test_episodes_without_rows_are_left_out_and_said(path: Path, ends: list[int], seeds: list[int]) -> None:
+    group = zarr.open_group(path, mode="r+")
+    group["meta/episode_ends"][:] = ends
+    del group["meta/episode_crc32c"]
+    store = EpisodeStore.open(path)
+    assert store.episode_ends.tolist() == sorted(set(ends) - {0})
+    assert [episode.seed for episode in store.episodes()] == seeds
+    assert store.uncommitted() == {}
+    assert f"{3 - len(seeds)} of 3 episodes have no rows and are left out" in store.remarks()[-1]
+    with pytest.raises(StoreError, match="have no rows .*; make a copy to append to with: dataset convert"):
+        EpisodeStore.append_to(path)
 
 
 def test_missing_rows_are_refused(path: Path) -> None:
@@ -206,7 +223,7 @@ class FullDisk:
     """From the n-th file on, nothing can be written."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, files: int) -> None:
-        real = zarr.storage._local._put
+        real = durable.put
 
         def put(*arguments, **options):
             self.left -= 1
@@ -215,20 +232,20 @@ class FullDisk:
             return real(*arguments, **options)
 
         self.left = files
-        monkeypatch.setattr(zarr.storage._local, "_put", put)
+        monkeypatch.setattr(durable, "put", put)
 
 
 def test_whichever_write_fails_what_was_committed_stays_and_the_rest_can_follow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second, third = [episode(5, 0), episode(1, 1, "b")], [episode(16_500, 2)], [episode(7, 3, None)]
-    with EpisodeStore.create(tmp_path / "whole.zarr", {}, ["a", "b"]) as whole:
+    with EpisodeStore.create(tmp_path / "whole.zarr", {}, ["a", "b"], sync=False) as whole:
         for episodes in (first, second, third):
             whole.append(episodes)
     done = False
     for files in range(100):
         path = tmp_path / f"{files}.zarr"
-        with EpisodeStore.create(path, {}, ["a", "b"]) as store:
+        with EpisodeStore.create(path, {}, ["a", "b"], sync=False) as store:
             store.append(first)
             with monkeypatch.context() as patch:
                 FullDisk(patch, files)
@@ -242,7 +259,7 @@ def test_whichever_write_fails_what_was_committed_stays_and_the_rest_can_follow(
         committed = 16_506 if done else 6
         assert store.episode_ends[-1] == committed
         np.testing.assert_array_equal(store.read("state"), whole.read("state")[:committed])
-        with EpisodeStore.append_to(path) as store:
+        with EpisodeStore.append_to(path, sync=False) as store:
             assert EpisodeStore.open(path).uncommitted() == {}
             store.append(third if done else second + third)
         assert files_of(path) == files_of(tmp_path / "whole.zarr")
@@ -252,17 +269,17 @@ def test_whichever_write_fails_what_was_committed_stays_and_the_rest_can_follow(
 
 
 def test_a_first_append_that_fails_leaves_an_empty_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with EpisodeStore.create(tmp_path / "whole.zarr", {}, ["a"]) as whole:
+    with EpisodeStore.create(tmp_path / "whole.zarr", {}, ["a"], sync=False) as whole:
         whole.append([episode(5)])
     for files in range(18):
         path = tmp_path / f"{files}.zarr"
-        with EpisodeStore.create(path, {}, ["a"]) as store, monkeypatch.context() as patch:
+        with EpisodeStore.create(path, {}, ["a"], sync=False) as store, monkeypatch.context() as patch:
             FullDisk(patch, files)
             with pytest.raises(OSError, match="No space left"):
                 store.append([episode(5)])
         with pytest.raises(StoreError, match="holds no episodes yet"):
             EpisodeStore.open(path)
-        with EpisodeStore.append_to(path) as store:
+        with EpisodeStore.append_to(path, sync=False) as store:
             store.append([episode(5)])
         assert files_of(path) == files_of(tmp_path / "whole.zarr")
 
@@ -312,8 +329,8 @@ def test_many_small_episodes_do_not_become_many_files(tmp_path: Path) -> None:
 
 def test_a_store_of_a_later_version_is_refused(path: Path) -> None:
     group = zarr.open_group(path, mode="r+")
-    group.attrs["format_version"] = 2
-    with pytest.raises(StoreError, match="has format version 2; this package reads 1"):
+    group.attrs["format_version"] = 3
+    with pytest.raises(StoreError, match="has format version 3; this package reads 1 to 2"):
         EpisodeStore.open(path)
 
 

@@ -1,0 +1,47 @@
+"""Checksums of episodes that know their array and their place, so that rows which were exchanged are found, though each
+chunk of them is whole.
+
+Knows bytes. Knows no store.
+"""
+
+from collections.abc import Iterator
+
+import google_crc32c
+import numpy as np
+
+
+def checksum(name: str, episode: int, *parts: np.ndarray) -> int:
+    """CRC-32C (RFC 3720, B.4) of an array's name, the index of an episode, and numbers, in little-endian bytes."""
+    value = google_crc32c.value(f"{name} {episode} ".encode())
+    for part in parts:
+        value = google_crc32c.extend(value, _bytes(part))
+    return value
+
+
+def _bytes(numbers: np.ndarray) -> bytes:
+    return np.ascontiguousarray(numbers, numbers.dtype.newbyteorder("<")).tobytes()
+
+
+class RowChecksums:
+    """The checksums of the episodes of one array, whose rows come block by block."""
+
+    def __init__(self, name: str, ends: np.ndarray) -> None:
+        """`ends`: row after the last of each episode, (episodes,)."""
+        self._name = name
+        self._ends = ends
+        self._episode = 0
+        self._row = 0
+        self._value = checksum(name, 0)
+
+    def add(self, rows: np.ndarray) -> Iterator[tuple[int, int]]:
+        """Take in the next rows, (steps, ...); yields the episodes that are complete: (index, checksum)."""
+        stop = self._row + len(rows)
+        while self._row < stop:
+            end = int(self._ends[self._episode])
+            part = rows[len(rows) - (stop - self._row) :][: end - self._row]
+            self._value = google_crc32c.extend(self._value, _bytes(part))
+            self._row += len(part)
+            if self._row == end:
+                yield self._episode, self._value
+                self._episode += 1
+                self._value = checksum(self._name, self._episode)

@@ -1,0 +1,110 @@
+"""Files that are on the disk before they take their names, so that a loss of power takes nothing that was committed.
+
+Knows files, and zarr's store of a folder. Knows no arrays and no episodes.
+"""
+
+import asyncio
+import os
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+from uuid import uuid4
+
+from zarr.core.buffer import Buffer
+from zarr.storage import LocalStore
+
+from diffusion_policy.files import sync_folder
+
+
+class DurableFolder(LocalStore):
+    """A folder of zarr's files. Each is written under a temporary name, put on the disk and then renamed, so that a
+    name never stands for half a file; which names there are is put on the disk by `files.sync_folder`."""
+
+    def __init__(self, root: Path | str, *, read_only: bool = False, sync: bool = True) -> None:
+        """`sync`: whether files are put on the disk at once, not when the system sees fit."""
+        super().__init__(root, read_only=read_only)
+        self.sync = sync
+
+    def with_read_only(self, read_only: bool = False) -> Self:
+        """The same folder."""
+        return type(self)(self.root, read_only=read_only, sync=self.sync)
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Write a file, whole or not at all."""
+        await asyncio.to_thread(self.set_sync, key, value)
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        """Write a file unless it is there: there is one writer."""
+        if not (self.root / key).exists():
+            await self.set(key, value)
+
+    def set_sync(self, key: str, value: Buffer) -> None:
+        """Write a file, whole or not at all."""
+        self._check_writable()
+        put(self.root / key, value.as_buffer_like(), self.sync)
+
+
+def put(path: Path, content: Any, sync: bool) -> None:
+    """Write a file under a temporary name (that of zarr's own), put it on the disk if asked to, and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{uuid4().hex}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_tree(path: Path) -> None:
+    """Put a file, or all that a folder holds, on the disk, which takes many files in about the time of one."""
+    with ThreadPoolExecutor(16) as executor:
+        list(executor.map(_sync, (path, *(path.rglob("*") if path.is_dir() else ()))))
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir():
+        sync_folder(path)
+    else:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def make_parents(path: Path) -> None:
+    """Make the folders above a path, on the disk too."""
+    absent = [folder for folder in path.absolute().parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for folder in absent:
+        sync_folder(folder.parent)
+
+
+def unfinished_path(path: Path) -> Path:
+    """Where a new folder or file is made that is renamed to `path` when it is whole: `.NAME.PROCESS` beside it. What
+    processes that are gone have left in such places is deleted."""
+    for left in path.parent.glob(f".{_escaped(path.name)}.*") if path.parent.is_dir() else ():
+        number = re.fullmatch(r"\d+", left.name.rpartition(".")[2])
+        if number and not _runs(int(number[0])):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() and not left.is_symlink() else left.unlink()
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def _escaped(name: str) -> str:
+    """A name as a pattern that means it alone."""
+    return re.sub(r"([\[\]*?])", r"[\1]", name)
+
+
+def _runs(process: int) -> bool:
+    """Whether there is a process of this number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True
