@@ -7,31 +7,40 @@ import math
 import os
 import re
 import shutil
+import tempfile
 import time
+import weakref
 import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
+from typing import Any, BinaryIO, Literal
 
 import fsspec
 import numpy as np
 import zarr
 from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.errors import ContainsArrayError, GroupNotFoundError
-from zarr.storage import FsspecStore, LocalStore, ZipStore
+from zarr.storage import FsspecStore, ZipStore
 
-from diffusion_policy.datasets.guard import LARGEST_CHUNK, GuardedStore, collect_async
+from diffusion_policy.datasets.durable import DurableFolder
+from diffusion_policy.datasets.guard import GuardedStore, collect_async
+from diffusion_policy.files import open_regular
 
 try:
     import fcntl
 except ImportError:  # Windows: nothing keeps a second writer away
     fcntl = None
 
-PATIENCE = 20
-"""Seconds that a web server may be silent."""
+LARGEST_FETCHED = 2**29
+"""Bytes of a zip behind a URL."""
+FETCHED_AT_A_TIME = 2**20
+LARGEST_DIRECTORY = 2**25
+"""Bytes of the list of a zip's members: some 300,000."""
 CHUNK_BYTES = 2**19
 """Decoded size of a chunk of wide rows: large enough to read fast, small enough to hold several in memory."""
 CHUNK_ROWS = 16384
@@ -48,11 +57,17 @@ class StoreError(ValueError):
     """A data set cannot be read or written; the message says what is wrong and where."""
 
 
-def open_group(location: str, mode: Literal["r", "r+"]) -> zarr.Group:
-    """The zarr group at a path or URL, behind a guard; raises StoreError."""
+def open_group(location: str, mode: Literal["r", "r+"], sync: bool = True) -> zarr.Group:
+    """The zarr group at a path or URL, behind a guard; raises StoreError. `sync`: see `DurableFolder`.
+
+    A consolidated copy of the metadata may have grown stale, so it is used only where a place cannot be listed, as most
+    web servers; there it says what the place holds.
+    """
     try:
-        store, root = _find(location, mode)
-        return zarr.open_group(GuardedStore(store), mode=mode, path=root)
+        store, root = _find(location, mode, sync)
+        guarded = GuardedStore(store)
+        listed = mode == "r+" or bool(_list(guarded, root))
+        return zarr.open_group(guarded, mode=mode, path=root, use_consolidated=False if listed else None)
     except ImportError as error:
         raise StoreError(f"cannot open {location}: {error}") from error
     except (FileNotFoundError, GroupNotFoundError, ContainsArrayError, NotADirectoryError) as error:
@@ -64,42 +79,99 @@ def open_group(location: str, mode: Literal["r", "r+"]) -> zarr.Group:
         raise StoreError(f"cannot open {location}: {say(error)}") from error
 
 
-def _find(location: str, mode: Literal["r", "r+"]) -> tuple[Store, str]:
+def _find(location: str, mode: Literal["r", "r+"], sync: bool) -> tuple[Store, str]:
     """What holds the files of a store, and the folder within."""
+    if "::" in location:
+        raise StoreError(f"{location} is a chain of file systems (::), which is not read; make a copy, and open that")
+    location = location.removeprefix("file://") or location
     if location.endswith(".zip"):
         return _open_zip(location)
+    if _on_web(location):
+        return _web().WebStore(location), ""
     if "://" in location:
-        return FsspecStore.from_url(location, storage_options=_options(location), read_only=True), ""
+        return FsspecStore.from_url(location, read_only=True), ""
     if not Path(location).is_dir():
         raise FileNotFoundError(location)
-    return LocalStore(location, read_only=mode == "r"), ""
+    return DurableFolder(location, read_only=mode == "r", sync=sync), ""
 
 
-def _options(url: str) -> dict[str, Any]:
-    """A web server that does not answer is given up after a while."""
-    if not url.startswith(("http://", "https://")):
-        return {}
+def _on_web(location: str) -> bool:
+    return location.startswith(("http://", "https://"))
+
+
+def _web() -> ModuleType:
+    """The module that asks web servers."""
     try:
-        import aiohttp
+        from diffusion_policy.datasets import web
     except ImportError as error:
         raise ImportError(f"it needs pip install 'diffusion-policy-toolkit[http]' ({error})") from error
-    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=PATIENCE, sock_read=PATIENCE)}}
+    return web
 
 
 def _open_zip(location: str) -> tuple[Store, str]:
     """A zip file, in which the store may lie in a folder; a file behind a URL is fetched whole."""
-    path = location
     if "://" in location:
-        protocol = location.partition("://")[0]
-        options: Any = {protocol: _options(location)}
-        path = str(fsspec.open_local(f"simplecache::{location}", **options))
-    with zipfile.ZipFile(path) as archive:
-        files = archive.infolist()
-    if any(file.file_size > LARGEST_CHUNK for file in files):
-        raise StoreError(f"{location} holds a file of more than {LARGEST_CHUNK / 2**20:.0f} MB, which no store has")
-    ends = (re.fullmatch(r"(.*?)/?meta/episode_ends/(zarr\.json|\.zarray)", file.filename) for file in files)
-    root = next((match[1] for match in ends if match), "")
-    return ZipStore(path, mode="r"), root
+        file = _fetch(location)
+        try:
+            _refuse_large_directory(file, location)
+            with zipfile.ZipFile(file) as archive:
+                root = _root(archive.namelist())
+        except BaseException:
+            file.close()
+            raise
+        store = ZipStore(Path(location), mode="r")
+        store.path = file  # pyright: ignore[reportAttributeAccessIssue]  (it has no name; zipfile takes either)
+        weakref.finalize(store, file.close)
+        return store, root
+    if not os.path.lexists(location):
+        raise FileNotFoundError(location)
+    with open_regular(location) as file:
+        _refuse_large_directory(file, location)
+        with zipfile.ZipFile(file) as archive:
+            return ZipStore(location, mode="r"), _root(archive.namelist())
+
+
+def _fetch(url: str) -> BinaryIO:
+    """What lies behind a URL, in a temporary file that is gone when it is closed, however the process ends."""
+    file: Any = tempfile.TemporaryFile()  # noqa: SIM115  (the caller's)
+    try:
+        if _on_web(url):
+            sync(_web().download(url, file, LARGEST_FETCHED))
+        else:
+            system, path = fsspec.core.url_to_fs(url)
+            size = system.info(path).get("size")
+            if size is None or size > LARGEST_FETCHED:
+                raise StoreError(f"{url} has {size} bytes; at most {LARGEST_FETCHED} are fetched; make a copy first")
+            with system.open(path, "rb") as remote:
+                for _ in range(0, size, FETCHED_AT_A_TIME):
+                    file.write(remote.read(FETCHED_AT_A_TIME))
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _refuse_large_directory(file: BinaryIO, location: str) -> None:
+    """Raise StoreError for a zip whose list of members takes more memory than any store's."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - 2**16 - 100))
+    tail = file.read()
+    at, at64 = tail.rfind(b"PK\5\6"), tail.rfind(b"PK\6\6")  # the record at the end, and that of large files
+    size = int.from_bytes(tail[at + 12 : at + 16], "little") if at >= 0 else 0
+    if size == 2**32 - 1 and at64 >= 0:
+        size = int.from_bytes(tail[at64 + 40 : at64 + 48], "little")
+    if size > LARGEST_DIRECTORY:
+        raise StoreError(f"{location} has a list of members of {size} bytes; at most {LARGEST_DIRECTORY} are read")
+    file.seek(0)
+
+
+def _root(names: list[str]) -> str:
+    """The folder of a zip in which the store lies."""
+    for name in names:
+        for ends in ("meta/episode_ends/zarr.json", "meta/episode_ends/.zarray"):
+            if name == ends or name.endswith(f"/{ends}"):
+                return name.removesuffix(ends).rstrip("/")
+    return ""
 
 
 Unlock = Callable[[], object]
@@ -138,15 +210,58 @@ def create_array(group: zarr.Group, path: str, like: np.ndarray, fill_value: flo
     )
 
 
-def list_names(group: zarr.Group, folder: str) -> list[str]:
-    """Names of the members of a folder within a group, sorted, whether they can be opened or not; none where the place
-    cannot be listed, as on most web servers."""
-    try:
-        found = sync(collect_async(group.store.list_dir(f"{group.path}/{folder}".strip("/"))))
-    except (NotImplementedError, OSError):
+def drop_consolidated(group: zarr.Group) -> bool:
+    """Write the metadata of a group of zarr v3, and of its folders, without a consolidated copy of those within, which
+    does not know what is appended; whether there was one."""
+    found = False
+    for folder in ("", "data", "meta"):
+        inner = group[folder] if folder else group
+        path = Path(folder) / "zarr.json"
+        metadata = sync(group.store.get(path.as_posix(), default_buffer_prototype()))
+        if metadata is not None and re.search(rb'"consolidated_metadata"\s*:\s*\{', metadata.to_bytes()):
+            assert isinstance(inner, zarr.Group)
+            inner.update_attributes({})  # written as it was opened: without
+            found = True
+    return found
+
+
+def unfinished_files(location: str) -> list[Path]:
+    """Files in a folder that zarr had not finished when its process ended."""
+    if "://" in location or not Path(location).is_dir():
         return []
+    return sorted(file for file in Path(location).rglob("*.partial") if TEMPORARY.search(file.name))
+
+
+def list_names(group: zarr.Group, folder: str) -> list[str]:
+    """Names of the members of a folder within a group, sorted, whether they can be opened or not. Where the place
+    cannot be listed, as most web servers, those of the consolidated copy of its metadata, if there is one."""
+    found = _list(group.store, f"{group.path}/{folder}".strip("/")) or _consolidated_names(group, folder)
     names = {name.rstrip("/") for name in found}
     return sorted(name for name in names if NAME.fullmatch(name) and name != "zarr.json" and not TEMPORARY.search(name))
+
+
+def can_be_listed(group: zarr.Group) -> bool:
+    """Whether the place of a group says what it holds."""
+    return bool(_list(group.store, group.path))
+
+
+def _list(store: Store, folder: str) -> list[str]:
+    """Names in a folder; none where the place cannot be listed. A reader asks once."""
+    assert isinstance(store, GuardedStore)
+    if folder not in store.listed or not store.read_only:
+        try:
+            store.listed[folder] = sync(collect_async(store.list_dir(folder)))
+        except (NotImplementedError, OSError):
+            store.listed[folder] = []
+    return store.listed[folder]
+
+
+def _consolidated_names(group: zarr.Group, folder: str) -> list[str]:
+    if group.metadata.consolidated_metadata is None:
+        return []
+    paths = [path for path, _ in group.members(max_depth=None)]
+    inside = [path.removeprefix(f"{folder}/" if folder else "") for path in paths if path.startswith(folder)]
+    return [name for name in inside if name and "/" not in name]
 
 
 def row_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:

@@ -265,7 +265,7 @@ def test_a_pickle_payload_is_never_run(tmp_path: Path) -> None:
         (path / "data" / "state" / "0.0").write_bytes(chunk)
         with pytest.raises(StoreError):
             EpisodeStore.open(path).read("state")
-        assert any(finding.serious for finding in validate(path))
+        assert any("data/state" in finding.what for finding in validate(path))
     assert not mark.exists()
 
 
@@ -313,17 +313,23 @@ def test_a_zip_whose_members_lead_outside_writes_nothing(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["store.zarr", "store.zarr.zip"]
 
 
-def test_a_zip_member_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+def test_a_zip_member_that_would_fill_the_memory_is_never_unpacked(tmp_path: Path) -> None:
     write_ours(tmp_path / "store.zarr")
-    zip_folder(tmp_path / "store.zarr", tmp_path / "store.zarr.zip")
-    with (
-        zipfile.ZipFile(tmp_path / "store.zarr.zip", "a", zipfile.ZIP_DEFLATED) as archive,
-        archive.open("data/bomb", "w", force_zip64=True) as member,
-    ):
-        for _ in range(600):
-            member.write(bytes(2**20))
-    with pytest.raises(StoreError, match="holds a file of more than 512 MB"):
-        EpisodeStore.open(tmp_path / "store.zarr.zip")
+    for member in ("data/bomb/zarr.json", "data/state/c.0.0"):
+        shutil.rmtree(tmp_path / "copy.zarr", ignore_errors=True)
+        shutil.copytree(tmp_path / "store.zarr", tmp_path / "copy.zarr")
+        (tmp_path / "copy.zarr" / member).unlink(missing_ok=True)
+        zip_folder(tmp_path / "copy.zarr", tmp_path / "store.zarr.zip")
+        with zipfile.ZipFile(tmp_path / "store.zarr.zip", "a", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(member, bytes(2**23))
+        with pytest.raises(StoreError, match=rf"{member} has 8388608 bytes; at most \d+ are read"):
+            EpisodeStore.open(tmp_path / "store.zarr.zip").read(member.split("/")[1])
+        for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+            zip_folder(tmp_path / "copy.zarr", tmp_path / "store.zarr.zip")
+            with zipfile.ZipFile(tmp_path / "store.zarr.zip", "a", method) as archive:
+                archive.writestr(member, b"{}")
+            with pytest.raises(StoreError, match=f"{member} is neither stored nor deflated in its zip"):
+                EpisodeStore.open(tmp_path / "store.zarr.zip").read(member.split("/")[1])
 
 
 # Small files that would unpack into large ones
@@ -351,19 +357,21 @@ def bomb(path: Path, compressor: dict, packed: bytes) -> None:
     ids=lambda codec: codec.codec_id,
 )
 def test_a_chunk_that_unpacks_into_more_than_a_chunk_is_refused_before_it_does(tmp_path: Path, codec) -> None:
-    packed = codec.encode(bytes(2**26))
+    packed = codec.encode(bytes(2**20))
     bomb(tmp_path / "store.zarr", codec.get_config(), bytes(packed))
     started = time.monotonic()
-    with pytest.raises(StoreError, match=r"would unpack into .* it should have 732"):
+    with pytest.raises(
+        StoreError, match=r"would unpack into .* it should have 732|0 has \d+ bytes; at most 4833 are read"
+    ):
         EpisodeStore.open(tmp_path / "store.zarr").read("state")
     assert time.monotonic() - started < 5
 
 
-def test_a_second_stream_behind_a_harmless_one_is_refused(tmp_path: Path) -> None:
-    codec = numcodecs.GZip(9)
-    packed = bytes(codec.encode(bytes(732))) + bytes(codec.encode(bytes(2**26)))
+@pytest.mark.parametrize("codec", [numcodecs.GZip(9), numcodecs.Zstd(9)], ids=lambda codec: codec.codec_id)
+def test_a_second_stream_behind_a_harmless_one_is_refused(tmp_path: Path, codec) -> None:
+    packed = bytes(codec.encode(bytes(732))) + bytes(codec.encode(bytes(2**20)))
     bomb(tmp_path / "store.zarr", codec.get_config(), packed)
-    with pytest.raises(StoreError, match="more than one stream"):
+    with pytest.raises(StoreError, match="more than one stream|would unpack into 1049308 bytes"):
         EpisodeStore.open(tmp_path / "store.zarr").read("state")
 
 
@@ -420,7 +428,7 @@ def test_metadata_of_absurd_size_are_not_parsed(tmp_path: Path) -> None:
     write_ours(tmp_path / "store.zarr")
     with (tmp_path / "store.zarr" / "data" / "state" / "zarr.json").open("a") as file:
         file.write(" " * 20_000_000)
-    with pytest.raises(StoreError, match=r"zarr\.json has 19 MB; metadata have at most 16"):
+    with pytest.raises(StoreError, match=r"data/state/zarr\.json has 20000756 bytes; at most 4194304 are read"):
         EpisodeStore.open(tmp_path / "store.zarr").read("state")
 
 
