@@ -122,7 +122,7 @@ def _train_defaults(arguments: Sequence[str]) -> Train:
         return Train.to_resume(Path(values["--resume"]), values.get("--dataset"), trust="--env" in values)
     if "--config" in values:
         path = Path(values["--config"])
-        return dataclasses.replace(defaults, config=path, **to_fields(read_options(path)))
+        return dataclasses.replace(defaults, config=path, **to_fields(read_options(path), path))
     return defaults
 
 

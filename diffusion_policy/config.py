@@ -67,7 +67,12 @@ def require_numbers(config: Any) -> None:
         value = getattr(config, field.name)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float):
-                _require(abs(number) < 2**63, field.name, "between -2^63 and 2^63", number)
+                _require(_is_plain(number), field.name, "finite, and whole numbers below 2^63", number)
+
+
+def _is_plain(number: float) -> bool:
+    """Whether it is finite, and fits 64 bits if it is a whole number."""
+    return abs(number) < 2**63 if isinstance(number, int) else math.isfinite(number)
 
 
 def require_labels(labels: Iterable[str]) -> None:
@@ -361,9 +366,9 @@ def decode(value: Any, hint: Any, where: str) -> Any:
     elif origin is Literal and value in arguments:
         return value
     elif type(value) is hint:
-        if type(value) not in (int, float) or abs(value) < 2**63:
+        if type(value) not in (int, float) or _is_plain(value):
             return value
-    elif hint is float and type(value) is int and abs(value) < 2**63:
+    elif hint is float and type(value) is int and _is_plain(value):
         return float(value)
     raise ConfigError(f"{where or 'this'} must be {_say(hint)}; got {reprlib.repr(value)}")
 

@@ -7,13 +7,15 @@ import contextlib
 import json
 import math
 import os
+import re
 import secrets
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 from diffusion_policy.config import ConfigError
+from diffusion_policy.files import open_regular, parse_json, read_bytes, write_whole
 
 TrackerName = Literal["tensorboard", "wandb"]
 
@@ -34,6 +36,10 @@ ANSWER_WITHIN = 30
 UPLOAD_WITHIN = 120
 """What W&B has not uploaded so long after the end [s] stays in the run's folder, for `wandb sync`."""
 
+MAX_LOG_BYTES = 2**31
+MAX_LINE_BYTES = 2**16
+"""A longer line was not written by us."""
+
 
 class Tracker(Protocol):
     """Takes the numbers of a training, step by step."""
@@ -53,9 +59,11 @@ class JsonLines:
     def __init__(self, path: Path, first_step: int) -> None:
         """`first_step`: steps done when the training starts or resumes. 0 starts a new file; else what an interrupted
         training logged after it, and a torn last line, are dropped, so that the log is as if never interrupted."""
-        if first_step > 0 and path.exists():
+        if first_step > 0 and os.path.lexists(path):
             _drop_after(path, first_step)
-        self._file = path.open("a" if first_step > 0 else "w", encoding="utf-8")
+        elif os.path.lexists(path):
+            path.unlink()  # not written into: it may be a link or a pipe
+        self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, numbers: Mapping[str, float | None]) -> None:
         """Write a line; raises OSError when the disk is full."""
@@ -211,14 +219,25 @@ def make_trackers(
     return Trackers(lines, others, tell)
 
 
+def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines of a metrics.jsonl, as they stand there and as JSON, each with an integer `step`; what is torn or no
+    such line is passed over. Raises FileError where there is no regular file, or one that is too large."""
+    with open_regular(path, MAX_LOG_BYTES) as file:
+        while line := file.readline(MAX_LINE_BYTES):
+            with contextlib.suppress(ValueError):
+                row = parse_json(line)
+                if type(row) is dict and type(row.get("step")) is int:
+                    yield line.rstrip(b"\n"), row
+
+
 def _drop_after(path: Path, last_step: int) -> None:
     """Drop the lines of later steps and what is no whole line; the file is replaced as one."""
     partial = path.with_name(f"{path.name}.partial")
-    with path.open("rb") as old, partial.open("wb") as new:
-        for line in old:
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # torn
-                if json.loads(line)["step"] <= last_step:
-                    new.write(line.rstrip(b"\n") + b"\n")
+    partial.unlink(missing_ok=True)
+    with partial.open("xb") as new:
+        for line, row in read_lines(path):
+            if row["step"] <= last_step:
+                new.write(line + b"\n")
         new.flush()
         os.fsync(new.fileno())
     partial.replace(path)
@@ -231,11 +250,14 @@ def _grouped(numbers: Mapping[str, float | None]) -> dict[str, float]:
 
 def _run_id(file: Path, first_step: int) -> str:
     """The id in the file when a training resumes, else a new one, which is written there."""
-    if first_step > 0 and file.exists():
-        return file.read_text(encoding="utf-8").strip()
+    if first_step > 0 and os.path.lexists(file):
+        run_id = read_bytes(file, 100).decode(errors="replace").strip()
+        if re.fullmatch(r"[A-Za-z0-9_-]+", run_id):
+            return run_id
+        raise ConfigError(f"{file} must hold the id of a run on W&B; delete it to begin another; got {run_id!r}")
     run_id = secrets.token_hex(4)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(run_id + "\n", encoding="utf-8")
+    write_whole(file, run_id + "\n")
     return run_id
 
 

@@ -326,7 +326,7 @@ def test_a_stop_where_much_is_due_comes_at_once_and_nothing_is_lost(
 
 def test_options_that_cannot_be_written_are_said_and_leave_nothing(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(ConfigError, match=r"run\.json cannot be written: .*No space left on device"):
+    with pytest.raises(ValueError, match=r"cannot write .*run\.json: No space left on device"):
         runs.write_options(tmp_path, {"policy": {}})
     assert list(tmp_path.iterdir()) == []
 

@@ -8,14 +8,17 @@ import difflib
 import hashlib
 import json
 import os
+import reprlib
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_policy.commands.common import require_fresh
-from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, from_dict
+from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, decode
+from diffusion_policy.files import MAX_JSON_BYTES, FileError, read_bytes, read_json, write_whole
+from diffusion_policy.trackers import TrackerName
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,74 +29,73 @@ if TYPE_CHECKING:
 OPTIONS = "run.json"
 FREE = {"keep", "checkpoint_every", "rollout_every", "rollout_episodes"}
 """Options of training that may change when it goes on: the weights do not depend on them."""
-TAKEN = {"dataset", "observation", "action", "angles", "device", "tracker", "env", "env_kwargs", "policy", "training"}
-"""What a file of options may say of a training ..."""
-KNOWN = TAKEN | {"format", "format_version", "package_version", "step", "metrics", "shapes", "environment", "files"}
-"""... and what else a checkpoint's config.json holds."""
+TAKEN: dict[str, Any] = {
+    "observation": tuple[str, ...],
+    "action": str | None,
+    "angles": tuple[str, ...],
+    "device": str | None,
+    "tracker": tuple[TrackerName, ...],
+    "env": str | None,
+    "env_kwargs": str | None,
+    "policy": PolicyConfig,
+    "training": TrainConfig,
+}
+"""What a file of options may say of a training: fields of `Train` ..."""
+KNOWN = {*TAKEN, "dataset", "format", "format_version", "package_version", "step", "metrics", "shapes", "environment",
+         "files"}  # fmt: skip
+"""... and what else a run.json or a checkpoint's config.json holds."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run.json says of its data set."""
+
+    location: str
+    fingerprint: str
 
 
 def write_options(run: Path, options: Mapping[str, Any]) -> None:
-    """Write what a training was told, whole or not at all, unless it stands there already; raises ConfigError where it
+    """Write what a training was told, whole or not at all, unless it stands there already; raises FileError where it
     cannot be written."""
     text = json.dumps(options, indent=2) + "\n"
-    if (run / OPTIONS).is_file() and (run / OPTIONS).read_text() == text:
-        return
-    temporary = run / f".{OPTIONS}.{os.getpid()}"
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(run / OPTIONS)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ConfigError(f"{run}/{OPTIONS} cannot be written: {error}") from error
+    with contextlib.suppress(FileError):
+        if read_bytes(run / OPTIONS, MAX_JSON_BYTES) == text.encode():
+            return
+    write_whole(run / OPTIONS, text)
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """A JSON that holds options of training: a run.json, or the config.json of a checkpoint. Raises ConfigError."""
-    try:
-        options = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
+    """A JSON that holds options of training: a run.json, or the config.json of a checkpoint. Raises ValueError."""
+    options = read_json(path)
     if not isinstance(options, dict) or not options.keys() & {"policy", "training"}:
         raise ConfigError(f"{path} must be a JSON object with `policy` or `training`")
     for name in options.keys() - KNOWN:
-        nearest = difflib.get_close_matches(name, KNOWN, n=1)
+        nearest = difflib.get_close_matches(name[:100], KNOWN, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(sorted(KNOWN))}"
-        raise ConfigError(f"{path}: unknown option {name!r}; {hint}")
+        raise ConfigError(f"{path}: unknown option {reprlib.repr(name)}; {hint}")
     return options
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """What the training in a folder was told; raises ConfigError where there is none."""
-    if not (run / OPTIONS).is_file():
+    """What the training in a folder was told; raises ValueError where there is none."""
+    if not os.path.lexists(run / OPTIONS):
         raise ConfigError(f"{run} holds no training to go on with: it has no {OPTIONS}")
     options = read_options(run / OPTIONS)
-    dataset = options.get("dataset")
-    if not isinstance(dataset, dict) or {type(dataset.get(name)) for name in ("location", "fingerprint")} != {str}:
-        raise ConfigError(f"{run}/{OPTIONS} does not say which data set it was")
+    try:
+        decode(options.get("dataset"), Data, "dataset")
+    except ConfigError as error:
+        raise ConfigError(f"{run}/{OPTIONS} does not say which data set it was: {error}") from error
     return options
 
 
-def to_fields(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as fields of `Train`; raises ConfigError for unknown names, with the nearest, and for wrong types."""
-    texts = {name: options[name] for name in ("action", "device", "env", "env_kwargs") if options.get(name) is not None}
-    for name, text in texts.items():
-        if not isinstance(text, str):
-            raise ConfigError(f"{name} must be a text; got {text!r}")
-    lists = {name: options.get(name, ()) for name in ("observation", "angles", "tracker")}
-    for name, values in lists.items():
-        if not isinstance(values, list | tuple) or not all(isinstance(text, str) for text in values):
-            raise ConfigError(f"{name} must be a list of texts; got {values!r}")
-    return {
-        **{name: tuple(values) for name, values in lists.items()},
-        "action": None,
-        "env": None,
-        **texts,
-        "policy": from_dict(PolicyConfig, options.get("policy", {})),
-        "training": from_dict(TrainConfig, options.get("training", {})),
-    }
+def to_fields(options: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """Options that a file (`source`) gives as fields of `Train`; raises ConfigError for unknown names, with the
+    nearest, and for wrong types."""
+    try:
+        found = {name: decode(options[name], hint, name) for name, hint in TAKEN.items() if name in options}
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def to_options(train: Train, fingerprint: str, modes: Sequence[Any] = ()) -> dict[str, Any]:
@@ -116,17 +118,17 @@ def to_options(train: Train, fingerprint: str, modes: Sequence[Any] = ()) -> dic
 
 def require_same(run: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ConfigError, listing what differs, unless two trainings would be the same."""
-    before, now = json.loads(json.dumps(before)), json.loads(json.dumps(now))  # tuples became lists
+    defaults = {"policy": PolicyConfig(), "training": TrainConfig()}
+    old, new = defaults | to_fields(before, f"{run}/{OPTIONS}"), defaults | to_fields(now, "this training")
     differences = []
-    for part in ("policy", "training"):
-        defaults = asdict(to_fields(before)[part])
-        for name, value in now[part].items():
-            old = before.get(part, {}).get(name, defaults[name])
-            if name not in FREE and json.loads(json.dumps(old)) != value:
-                differences.append(f"{name.replace('_', '-')} {_say(old)}, now {_say(value)}")
+    for part in defaults:
+        for option in fields(new[part]):
+            was, becomes = getattr(old[part], option.name), getattr(new[part], option.name)
+            if was != becomes and option.name not in FREE:
+                differences.append(f"{option.name.replace('_', '-')} {_say(was)}, now {_say(becomes)}")
     for name in ("observation", "action", "angles"):
-        if before.get(name) != now[name]:
-            differences.append(f"{name} {_say(before.get(name))}, now {_say(now[name])}")
+        if old.get(name) != new.get(name):
+            differences.append(f"{name} {_say(old.get(name))}, now {_say(new.get(name))}")
     fingerprints = [options["dataset"]["fingerprint"] for options in (before, now)]
     if fingerprints[0] != fingerprints[1]:
         differences.append(f"the data are others (SHA-256 {fingerprints[0][:8]}..., now {fingerprints[1][:8]}...)")
@@ -140,7 +142,7 @@ def absolute(location: str) -> str:
 
 
 def _say(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 @contextlib.contextmanager
@@ -182,8 +184,10 @@ def explain(run: Path, error: Diverged, episode_ends: np.ndarray) -> str:
         episodes = np.searchsorted(episode_ends, error.rows, side="right")
         steps = error.rows - np.concatenate([[0], episode_ends])[episodes]
         windows = [{"episode": int(e), "step": int(s)} for e, s in zip(episodes, steps, strict=True)]
-        report = run / "diverged.json"
-        report.write_text(json.dumps({"step": error.step, "windows": windows}, indent=1) + "\n")
         some = ", ".join(f"episode {one['episode']} step {one['step']}" for one in windows[:3])
-        told = f"; its batch held {some}{' ...' if len(windows) > 3 else ''} (all in {report})"
+        told = f"; its batch held {some}{' ...' if len(windows) > 3 else ''}"
+        report = run / "diverged.json"
+        with contextlib.suppress(FileError):  # a full disk does not hide what happened
+            write_whole(report, json.dumps({"step": error.step, "windows": windows}, indent=1) + "\n")
+            told += f" (all in {report})"
     return f"{error}{told}; {left(run)}; look at these steps, or begin a new run with a lower learning rate"

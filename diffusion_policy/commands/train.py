@@ -91,9 +91,9 @@ class Train:
         there is none, where it alone names a URL, and, unless there is `trust`, where it names a module to import for
         its environment."""
         options = runs.read_run(run)
-        fields = runs.to_fields(options)
+        fields = runs.to_fields(options, f"{run}/{runs.OPTIONS}")
         if not trust:
-            refuse_modules(run, [fields["env"]], [f"--env {fields['env']}"])
+            refuse_modules(run, [fields.get("env")], [f"--env {fields.get('env')}"])
         return cls(dataset or recorded_location(run, options["dataset"]["location"]), run, resume=run, **fields)
 
     def run(self) -> None:
