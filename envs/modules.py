@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from diffusion_policy import lines
 from diffusion_policy.envs.spaces import TaskError
 
 
@@ -39,7 +40,7 @@ def import_module(name: str) -> Any:
     except (Exception, SystemExit) as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is None or not f"{name}.".startswith(f"{missing}."):
-            raise TaskError(f"importing {name} failed: {say(error)}") from error
+            raise TaskError(f"importing {name} failed: {lines.describe(error)}") from error
         parent, _, last = missing.rpartition(".")
         beside = pkgutil.iter_modules(getattr(sys.modules.get(parent), "__path__", []) if parent else None)
         raise TaskError(f"there is no module {missing!r}{nearest(last, [each.name for each in beside])}") from error
@@ -56,12 +57,7 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except Exception as error:
-        raise TaskError(f"{name_of(function)} failed: {say(error)}") from error
-
-
-def say(error: BaseException) -> str:
-    """What somebody else's error says, on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise TaskError(f"{name_of(function)} failed: {lines.describe(error)}") from error
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -18,6 +18,7 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 
+from diffusion_policy.lines import describe, one_line
 from diffusion_policy.names import MOST_CHARACTERS, join_names
 
 Observation = dict[str, np.ndarray]
@@ -50,7 +51,7 @@ def observed_parts(space: gymnasium.Space, who: str) -> dict[str, Part]:
     if not parts or len(parts) < len(found) or "action" in parts:
         raise TaskError(
             f"{who} must observe something, under names that differ and are not `action`, where the actions are; "
-            f"got {space}"
+            f"got {_say(space)}"
         )
     for name in parts:
         if len(name) > MOST_CHARACTERS or not re.match(r"\w", name) or name == "zarr.json":
@@ -76,7 +77,7 @@ def action_box(space: gymnasium.Space, who: str) -> Box:
     """Actions as rows (A,) of float32 or float64, from a Box of floats of any shape; raises TaskError for others."""
     if not isinstance(space, Box) or not np.issubdtype(space.dtype, np.floating):
         raise TaskError(
-            f"{who} takes actions of {space}; a policy can only give those of a Box of floats: wrap it in an "
+            f"{who} takes actions of {_say(space)}; a policy can only give those of a Box of floats: wrap it in an "
             "ActionWrapper that takes such and makes of them what it needs"
         )
     dtype = np.float32 if space.dtype.itemsize <= 4 else np.float64
@@ -90,8 +91,12 @@ def action_row(box: Box, action: Any, who: str) -> np.ndarray:
     except (TypeError, ValueError):
         row = np.empty(0)
     if row.shape != box.shape or not np.isfinite(row).all():
-        raise TaskError(f"an action of {who} is {box.shape[0]} finite numbers; got {action}")
+        raise TaskError(f"an action of {who} is {box.shape[0]} finite numbers; got {_say(action)}")
     return row
+
+
+def _say(thing: object) -> str:
+    return one_line(str(thing), 200)
 
 
 def _leaves(space: gymnasium.Space, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple, gymnasium.Space]]:
@@ -112,11 +117,13 @@ def _box(space: gymnasium.Space, name: str, who: str) -> Box:
         return Box(0, 1, (gymnasium.spaces.flatdim(space),), np.float32)
     if not isinstance(space, Box):
         raise TaskError(
-            f"{who} observes {name}: {space}; allowed are Box, Discrete, MultiDiscrete and MultiBinary, and Dict and "
-            "Tuple of them"
+            f"{who} observes {name}: {_say(space)}; allowed are Box, Discrete, MultiDiscrete and MultiBinary, and Dict "
+            "and Tuple of them"
         )
     if 0 in space.shape:
-        raise TaskError(f"{who} observes {name}: {space}, which holds no numbers; leave it out with FilterObservation")
+        raise TaskError(
+            f"{who} observes {name}: {_say(space)}, which holds no numbers; leave it out with FilterObservation"
+        )
     longer = np.float64 if space.dtype.kind == "f" and space.dtype.itemsize > 8 else np.float32
     dtype = space.dtype if space.dtype in KEPT else np.dtype(longer)
     shape = space.shape or (1,)
@@ -132,11 +139,11 @@ def _take(name: str, part: Part, observation: Any, who: str) -> np.ndarray:
         array = np.array(value)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise TaskError(
-            f"{who} gives no {name} as its observation space has it, {part.space}: {type(error).__name__}: {error}"
+            f"{who} gives no {name} as its observation space has it, {_say(part.space)}: {describe(error)}"
         ) from error
     fits = array.shape in (part.space.shape, box.shape) or array.size == math.prod(box.shape) == 1
     if array.dtype.kind not in "biuf" or not fits or (array.dtype.kind == "f" and box.dtype.kind in "iu"):
         raise TaskError(
-            f"{who} gives {name} as {array.dtype} of shape {array.shape}; its observation space says {part.space}"
+            f"{who} gives {name} as {array.dtype} of shape {array.shape}; its observation space says {_say(part.space)}"
         )
     return array.astype(box.dtype, copy=False).reshape(box.shape)

@@ -15,8 +15,9 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from diffusion_policy import lines
 from diffusion_policy.envs.contract import name_of_env
-from diffusion_policy.envs.modules import load, say
+from diffusion_policy.envs.modules import load
 from diffusion_policy.envs.protocols import layers
 from diffusion_policy.envs.spaces import TaskError
 
@@ -98,7 +99,9 @@ def wrap(env: gymnasium.Env, wrapped: Wrapped) -> gymnasium.Env:
     except TaskError:
         raise
     except Exception as error:
-        raise TaskError(f"the wrapper {point} cannot be put around {name_of_env(env)}: {say(error)}") from error
+        raise TaskError(
+            f"the wrapper {point} cannot be put around {name_of_env(env)}: {lines.describe(error)}"
+        ) from error
 
 
 def is_written(value: object) -> bool:

@@ -135,13 +135,20 @@ def parse_env_kwargs(text: str) -> dict[str, Any]:
 
 
 def describe_episodes(
-    env: gymnasium.Env, env_id: str, arguments: Mapping[str, Any], signals: Signals
+    env: gymnasium.Env,
+    env_id: str,
+    arguments: Mapping[str, Any],
+    signals: Signals,
+    wrappers: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Attributes of a store of an environment's episodes."""
-    rate = env.metadata.get("render_fps")
+    from diffusion_policy.envs.contract import control_rate
+
+    rate = control_rate(env)
     return {
         "environment": {"id": env_id, "arguments": dict(arguments)}
-        | ({"signals": signals.given} if signals.given else {}),
+        | ({"signals": signals.given} if signals.given else {})
+        | ({"wrappers": [dict(one) for one in wrappers]} if wrappers else {}),
         **({"control_frequency": rate} if rate else {}),
         "observation_keys": sorted(env.observation_space.keys()),  # pyright: ignore[reportAttributeAccessIssue]
         "action_key": "action",
@@ -217,13 +224,13 @@ OUR_EXAMPLES = "diffusion_policy.envs.examples"
 def choose_task(
     source: object, recorded: Mapping[str, Any], env: str | None, env_kwargs: str | None, signals: Signals
 ) -> tuple[Task, Signals]:
-    """The environment that was asked for, completed by what a file says of its own: `recorded` has id, arguments and
-    signals. Raises ConfigError where there is none, and where the file alone names a module, which would be
-    imported."""
+    """The environment that was asked for, completed by what a file says of its own: `recorded` has id, arguments,
+    signals and wrappers. Raises ConfigError where there is none, where the file alone names a module, which would be
+    imported, and where it was recorded under wrappers that no file can keep."""
     env_id = env or recorded.get("id")
     if env_id is None:
         raise ConfigError(f"{source} names no environment; give one with --env")
-    same = env_id == recorded.get("id")
+    same = is_same_id(env_id, recorded.get("id"))
     arguments = recorded.get("arguments", {}) if same else {}
     from_file = [] if env else [env_id]
     if same and not signals.given:
@@ -231,8 +238,40 @@ def choose_task(
         from_file += [signals.success, signals.mode_function]
     flags = [f"--{name.replace('_', '-')} {value!r}" for name, value in signals.given.items()]
     refuse_modules(source, from_file, [f"--env {env_id}", *flags])
+    wrappers = choose_wrappers(source, recorded.get("wrappers") or (), env, env_id) if same else ()
     arguments = arguments if env_kwargs is None else parse_env_kwargs(env_kwargs)
-    return make_task(env_id, arguments, signals), signals
+    return make_task(env_id, arguments, signals, wrappers), signals
+
+
+def is_same_id(one: str | None, other: str | None) -> bool:
+    """Whether two ids mean the same environment: `module:Id` is `Id`, which Gymnasium itself calls it."""
+    return one is not None and other is not None and one.rpartition(":")[2] == other.rpartition(":")[2]
+
+
+def choose_wrappers(
+    source: object, wrappers: Sequence[Mapping[str, Any]], env: str | None, env_id: str
+) -> Sequence[Mapping[str, Any]]:
+    """The wrappers that a file says were around its environment. Where one of them cannot be put on again, or would be
+    imported from a module that the user does not name with --env (`env`), raises ConfigError; but with --env the
+    environment is made as it is registered, without any, which is said."""
+    from diffusion_policy.envs.wrappers import foreign, is_written, lost
+
+    if not is_written(wrappers):
+        raise ConfigError(f"{source} does not say its wrappers as a list of entry points and arguments")
+    named = env.partition(":")[0] if env and ":" in env else None
+    strangers = [point for point in foreign(wrappers) if point.partition(":")[0] != named]
+    if not strangers and not lost(wrappers):
+        return wrappers
+    if env is None:
+        if lost(wrappers):
+            raise ConfigError(
+                f"{source} was recorded under what no file can keep: {', '.join(lost(wrappers))}; register an "
+                "environment that is made with all of it, and give that with --env module:Id"
+            )
+        refuse_modules(source, strangers, [f"--env {strangers[0].partition(':')[0]}:{env_id.rpartition(':')[2]}"])
+    names = [str(one.get("entry_point") or one.get("name")).rpartition(":")[2] for one in wrappers]
+    console.print(f"{env_id} is made as it is registered, without what {source} was recorded under: {', '.join(names)}")
+    return ()
 
 
 def refuse_modules(source: object, names: Iterable[str | None], flags: Sequence[str]) -> None:
@@ -246,11 +285,33 @@ def refuse_modules(source: object, names: Iterable[str | None], flags: Sequence[
         )
 
 
-def make_task(env_id: str, arguments: Mapping[str, Any], signals: Signals) -> Task:
+def make_task(
+    env_id: str, arguments: Mapping[str, Any], signals: Signals, wrappers: Sequence[Mapping[str, Any]] = ()
+) -> Task:
     """An environment factory; raises ValueError for signals that contradict each other."""
     from diffusion_policy.envs.adapters import Task
 
-    return Task(env_id, dict(arguments), signals.success, signals.mode_function, signals.mode_labels, signals.fresh)
+    return Task(
+        env_id,
+        dict(arguments),
+        signals.success,
+        signals.mode_function,
+        signals.mode_labels,
+        signals.fresh,
+        tuple(wrappers),
+    )
+
+
+def say_cap(env_id: str, env: gymnasium.Env) -> None:
+    """Say after how many steps the episodes of an environment without a time limit end."""
+    from diffusion_policy.envs.adapters import capped_steps
+
+    steps = capped_steps(env)
+    if steps is not None:
+        console.print(
+            f"{env_id} has no time limit, so its episodes end after {steps} steps; choose another number with "
+            "--env-kwargs '{\"max_episode_steps\": 5000}'"
+        )
 
 
 class Loaded(NamedTuple):
@@ -264,11 +325,15 @@ class Loaded(NamedTuple):
     """Picklable; takes `render_mode`."""
     env: gymnasium.Env
     """One instance, for modes and drawing."""
+    wrappers: tuple[Mapping[str, Any], ...] = ()
+    """Around the environment, as `envs.wrappers` writes them."""
 
     @property
     def frames_per_second(self) -> float:
         """How many control steps the environment takes in a second; 30 where it does not say."""
-        return self.env.metadata.get("render_fps") or 30
+        from diffusion_policy.envs.contract import control_rate
+
+        return control_rate(self.env) or 30
 
 
 def load_with_environment(
@@ -296,7 +361,8 @@ def load_with_environment(
     needed = loaded.policy.shapes.observations
     if any(offered.get(key) != shape for key, shape in needed.items()):
         raise ConfigError(f"{path} observes {needed}; {task.env} offers {offered}")
-    if instance.action_space.shape != loaded.policy.shapes.action:
-        action = loaded.policy.shapes.action
+    action = loaded.policy.shapes.action
+    if math.prod(instance.action_space.shape or ()) != math.prod(action):
         raise ConfigError(f"{path} acts with shape {action}; {task.env} takes {instance.action_space.shape}")
-    return Loaded(loaded, task.env, task.arguments, signals, task, instance)
+    say_cap(task.env, instance)
+    return Loaded(loaded, task.env, task.arguments, signals, task, instance, task.wrappers)
