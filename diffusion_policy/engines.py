@@ -1,23 +1,19 @@
 """Where independent work runs: in this process (one worker), in local worker processes, or on a Ray cluster.
 
-Workers are spawned, ignore Ctrl-C (their parent ends them) and import no torch of themselves. What they run must be
-picklable.
+What runs in local worker processes must be picklable.
 """
 
 import contextlib
 import importlib.util
-import itertools
-import multiprocessing
 import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import connection, resource_tracker
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable
+from multiprocessing import connection
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from typing import Any, Literal, TypeVar
+
+from diffusion_policy.lines import describe
+from diffusion_policy.spawned import Spawned, WorkerDied, end_all, reply, require_picklable, sendable
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -28,9 +24,18 @@ HANG_AFTER = 60.0
 """A worker that does not finish one reset or step of an environment within this time hangs [s]."""
 ENDS_WITHIN = 10.0
 """A process of `each_alone` that is told to stop is killed after this time [s]."""
+RETRIES = 3
+"""How often an item of `ordered_map` is begun again, in a fresh worker, after its worker died."""
+_END = object()
 
-_function: Callable[[Any], Any]
-"""What a worker of `ordered_map` applies; made once in each."""
+
+class GivenUp(OSError):
+    """Every worker has died at an item."""
+
+    def __init__(self, item: object, status: int | None) -> None:
+        """`status`: exit status of the last one."""
+        super().__init__(f"worker processes died {RETRIES + 1} times at item {item!r:.100} (exit status {status})")
+        self.item = item
 
 
 def require_engine(engine: Engine) -> None:
@@ -51,40 +56,80 @@ def cluster(engine: Engine, workers: int) -> contextlib.AbstractContextManager[N
     return connect(workers)
 
 
+def require_workers(workers: int) -> None:
+    """Raise ValueError for a number of workers that cannot be."""
+    if not isinstance(workers, int) or workers < 1:
+        raise ValueError(f"workers must be a whole number of at least 1; got {workers!r}")
+
+
 def ordered_map(
     make_function: Callable[[], Callable[[T], R]], items: Iterable[T], workers: int = 1, engine: Engine = "local"
 ) -> Generator[R]:
     """Yield `function(item)` in the order of the (possibly endless) items; each process makes its own function.
 
-    Close the generator to stop early: what has begun is finished and dropped.
+    An item whose worker died is begun again. What a function raises, and OSError for an item at which every worker
+    died, is raised after the results of the items before it. Close the generator to stop early: what runs is ended.
+    Raises ValueError for what cannot run in worker processes.
     """
     require_engine(engine)
+    require_workers(workers)
     if engine == "ray":
         from diffusion_policy import ray_cluster
 
-        yield from ray_cluster.ordered_map(make_function, items, workers)
-        return
+        return ray_cluster.ordered_map(make_function, items, workers)
     if workers == 1:
-        function = make_function()
-        for item in items:
-            yield function(item)
-        return
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(make_function,))
-    waiting: deque[Future[R]] = deque()
-    source = iter(items)
+        return _in_this_process(make_function, items)
+    require_picklable("make_function", make_function)
+    return _in_workers(make_function, items, workers)
+
+
+def _in_this_process(make_function: Callable[[], Callable[[T], R]], items: Iterable[T]) -> Generator[R]:
+    function = make_function()
+    for item in items:
+        yield function(item)
+
+
+def _in_workers(make_function: Callable[[], Callable[[T], R]], items: Iterable[T], workers: int) -> Generator[R]:
+    source = enumerate(items)
+    again: list[tuple[int, T]] = []
+    free: list[Spawned] = []
+    busy: dict[Connection, tuple[Spawned, int, T]] = {}
+    answers: dict[int, tuple[bool, Any]] = {}  # by the item's number: whether it has a result; that, or the error
+    deaths: Counter[int] = Counter()
+    first = 0  # number of the item whose result is due
     try:
         while True:
-            for item in source:
-                with no_interrupts():  # submitting may start a worker
-                    waiting.append(executor.submit(_apply, item))
-                if len(waiting) >= 4 * workers:
+            while len(busy) < workers and len(busy) + len(answers) < 4 * workers:
+                number, item = again.pop() if again else next(source, (-1, _END))
+                if item is _END:
                     break
-            if not waiting:
+                worker = free.pop() if free else Spawned(_serve, (make_function,))
+                busy[worker.connection] = worker, number, item  # pyright: ignore[reportArgumentType]
+                worker.send(item)
+            if first in answers:
+                has_result, answer = answers.pop(first)
+                if not has_result:
+                    raise answer
+                yield answer
+                first += 1
+                continue
+            if not busy:
                 return
-            yield waiting.popleft().result()
+            for ready in connection.wait(list(busy)):
+                worker, number, item = busy[ready]  # pyright: ignore[reportArgumentType]
+                try:
+                    answers[number] = worker.receive()
+                    free.append(worker)
+                except WorkerDied as death:
+                    end_all([worker], patience=0)
+                    deaths[number] += 1
+                    if deaths[number] <= RETRIES:
+                        again.append((number, item))
+                    else:
+                        answers[number] = False, GivenUp(item, death.status)
+                del busy[ready]  # pyright: ignore[reportArgumentType]
     finally:
-        executor.shutdown(cancel_futures=True)
+        end_all([*free, *(worker for worker, *_ in busy.values())], patience=1)
 
 
 def each_alone(
@@ -98,97 +143,69 @@ def each_alone(
     items as they end, with what the function returned (None, or what went wrong) or how its process died.
 
     `gpus`: how many each takes of a Ray cluster. Close the generator to stop early: processes that run are ended.
+    Raises ValueError for what cannot run in worker processes.
     """
     require_engine(engine)
+    require_workers(workers)
     if engine == "ray":
         from diffusion_policy import ray_cluster
 
-        yield from ray_cluster.each_alone(function, items, workers, gpus)
-        return
-    context = multiprocessing.get_context("spawn")
+        return ray_cluster.each_alone(function, items, workers, gpus)
+    require_picklable("function", function)
+    return _each_alone(function, items, workers)
+
+
+def _each_alone(
+    function: Callable[[T], str | None], items: Iterable[T], workers: int
+) -> Generator[tuple[T, str | None]]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    running: dict[Connection, tuple[SpawnProcess, T]] = {}
+    threads = max(1, cores // workers)
+    running: dict[Connection, tuple[Spawned, T]] = {}
     source = iter(items)
     try:
         while True:
-            for item in itertools.islice(source, workers - len(running)):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_run_alone, args=(function, item, theirs, max(1, cores // workers)))
-                with no_interrupts():
-                    process.start()
-                theirs.close()
-                running[ours] = process, item
+            while len(running) < workers and (item := next(source, _END)) is not _END:
+                require_picklable("each item", item)
+                worker = Spawned(_run_alone, (function, item, threads))
+                running[worker.connection] = worker, item  # pyright: ignore[reportArgumentType]
             if not running:
                 return
-            for ours in connection.wait(list(running)):
-                assert isinstance(ours, Connection)
-                process, item = running[ours]
+            for ready in connection.wait(list(running)):
+                worker, item = running[ready]  # pyright: ignore[reportArgumentType]
                 try:
-                    said = ours.recv()
-                    process.join()
-                except (EOFError, OSError):
-                    process.join()
-                    said = f"its process died (exit status {process.exitcode})"
-                ours.close()
-                del running[ours]
+                    has_result, said = worker.receive()
+                    said = said if has_result else describe(said)
+                    worker.process.join()
+                except WorkerDied as death:
+                    said = f"its process died (exit status {death.status})"
+                end_all([worker], patience=0)
+                del running[ready]  # pyright: ignore[reportArgumentType]
                 yield item, said
     finally:
-        for process, _ in running.values():
-            process.terminate()
-        for process, _ in running.values():
-            process.join(timeout=ENDS_WITHIN)
-            process.kill()
-            process.join()
-        for ours in running:
-            ours.close()
+        end_all([worker for worker, _ in running.values()], patience=0, grace=ENDS_WITHIN)
 
 
-@contextlib.contextmanager
-def no_interrupts() -> Iterator[None]:
-    """Processes started within the context never hear Ctrl-C, not even while they import (where signals have masks);
-    here it acts once the context ends, so that no process is started by half."""
-    if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    resource_tracker.ensure_running()  # starting it, as the first worker would, unblocks the signal again
-    heard = []  # another thread of ours may take the signal, and Python handles it in this one
-    handler = signal.signal(signal.SIGINT, lambda *signal_and_frame: heard.append(signal_and_frame))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        signal.signal(signal.SIGINT, handler)
-        if heard and callable(handler):
-            handler(*heard[0])
+# In the worker
 
 
-def _prepare(make_function: Callable[[], Callable[[Any], Any]]) -> None:
-    global _function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
-    _function = make_function()
+def _serve(pipe: Connection, make_function: Callable[[], Callable[[Any], Any]]) -> None:
+    """Items in, (True, result) or (False, error) out."""
+    function = None
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            item = pipe.recv()
+            try:
+                function = function or make_function()
+                answer = True, function(item)
+            except BaseException as error:  # a simulator may also call sys.exit
+                answer = False, sendable(error)
+            reply(pipe, answer)
 
 
-def end_with_parent() -> None:
-    """Have this worker end when its parent does: a killed parent cannot end its workers, and they would wait for it for
-    ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _apply(item: Any) -> Any:
-    return _function(item)
-
-
-def _run_alone(function: Callable[[Any], str | None], item: Any, theirs: Connection, threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
+def _run_alone(pipe: Connection, function: Callable[[Any], str | None], item: Any, threads: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before anything imports torch
-    theirs.send(function(item))
+    try:
+        answer = True, function(item)
+    except BaseException as error:
+        answer = False, sendable(error)
+    reply(pipe, answer)

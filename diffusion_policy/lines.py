@@ -28,13 +28,17 @@ def one_line(text: str, longest: int = LONGEST) -> str:
     return short if len(short) <= longest and len(text) <= 4 * longest else f"{short[: longest - 4]} ..."
 
 
-def describe(error: BaseException) -> str:
-    """An error's type and message as one line, also where it cannot say its message."""
+def message_of(error: BaseException) -> str:
+    """What an error says, as one line; also where it cannot."""
     try:
-        message = one_line(str(error))
+        return one_line(str(error))
     except Exception:
-        message = "its message cannot be shown"
-    name = one_line(type(error).__name__, 100)
+        return "its message cannot be shown"
+
+
+def describe(error: BaseException) -> str:
+    """An error's type and message as one line."""
+    name, message = one_line(type(error).__name__, 100), message_of(error)
     return f"{name}: {message}" if message else name
 
 

@@ -6,15 +6,20 @@ environment fails is begun again, once.
 """
 
 import itertools
+import numbers
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
 
 from diffusion_policy.controller import Controller, planning_generator
 from diffusion_policy.engines import HANG_AFTER, Engine
+from diffusion_policy.lines import describe, message_of, one_line
 from diffusion_policy.metrics import Episode, Lost, Plan
+from diffusion_policy.names import is_label
 from diffusion_policy.pool import EnvironmentPool, Fault, Stretch
 
 ModeOf = Callable[[Mapping[str, np.ndarray]], str | None]
@@ -27,6 +32,14 @@ HOPELESS = 3
 
 class RolloutError(ValueError):
     """An episode could not be run, for a reason that is not the policy's."""
+
+
+class ModeFailure(NamedTuple):
+    """An episode whose mode could not be told; it counts as one without a mode."""
+
+    seed: int
+    repeat: int
+    reason: str
 
 
 class _Recording:
@@ -44,23 +57,39 @@ class _Recording:
     def add(self, actions: np.ndarray, stretch: Stretch) -> None:
         self.actions.extend(actions[: len(stretch.rewards)])
         self.observations.append(stretch.observations)
-        if "is_success" not in stretch.info:
-            raise RolloutError("the environment must give info['is_success'] at every step; its info has no such key")
-        self.success = bool(stretch.info["is_success"])
+        self.success = stretch.info["is_success"]
         self.rewards = sum(stretch.rewards, self.rewards)
         self.measures = stretch.info.get("measures")
 
-    def finish(self, mode_of: ModeOf) -> Episode:
+    def finish(self, mode_of: ModeOf, on_mode_failure: Callable[[ModeFailure], None]) -> Episode:
         observations = {key: np.concatenate([some[key] for some in self.observations]) for key in self.observations[0]}
         measures = {"return": self.rewards} if self.measures is None else dict(self.measures)
         seed, repeat = self.name
-        mode, actions = mode_of(observations), np.stack(self.actions)
+        try:
+            mode = _require_label(mode_of(observations))
+        except Exception as error:
+            mode = None
+            hopeless = getattr(error, "hopeless", False)  # its message says all
+            reason = message_of(error) if hopeless else f"the mode function failed: {describe(error)}"
+            on_mode_failure(ModeFailure(seed, repeat, reason))
+        actions = np.stack(self.actions)
         return Episode(seed, self.success, mode, observations, actions, repeat, measures, tuple(self.plans))
+
+
+def _require_label(mode: Any) -> str | None:
+    if mode is None or is_label(mode):
+        return mode
+    raise ValueError(f"a mode is printable text on one line, or None; got {mode!r:.60}")
 
 
 def lost_is_an_error(lost: Lost) -> None:
     """What `rollout` does with an episode that it lost, unless told otherwise: raise RolloutError."""
     raise RolloutError(f"the episode of seed {lost.seed} failed {ATTEMPTS} times: {lost.reason}")
+
+
+def mode_failure_is_a_warning(failure: ModeFailure) -> None:
+    """What `rollout` does with an episode whose mode cannot be told, unless told otherwise: give a warning."""
+    warnings.warn(f"episodes count as without a mode: {failure.reason}", stacklevel=2)
 
 
 def rollout(
@@ -75,23 +104,38 @@ def rollout(
     on_lost: Callable[[Lost], None] = lost_is_an_error,
     hang_after: float = HANG_AFTER,
     engine: Engine = "local",
+    on_mode_failure: Callable[[ModeFailure], None] = mode_failure_is_a_warning,
 ) -> list[Episode]:
     """`repeats` episodes a seed, which differ in their planning noise, in the order of the seeds.
 
     `make_env` must be picklable for more than one worker and for a cluster; `make_controller(slots)` makes the
     controller; `parallel`: how many environments run at once; `on_lost` hears of an episode whose environment raised an
-    error, crashed its worker or did not answer within `hang_after` [s] at each attempt. Raises RolloutError when none
-    can be run.
+    error, crashed its worker or did not answer within `hang_after` [s] at each attempt; `on_mode_failure` of one whose
+    mode `mode_of` could not tell, and which counts without. Where an environment limits no episode, it ends after
+    `pool.MOST_STEPS`. Raises ValueError for arguments that cannot be, RolloutError when no episode can be run.
     """
+    for name, value in (("parallel", parallel), ("workers", workers), ("repeats", repeats)):
+        _require_whole(name, value, 1)
+    for seed in seeds:
+        _require_whole("each seed", seed, 0)
+    if not len(seeds):
+        raise ValueError("rollout needs at least one seed; got none")
+    if not callable(mode_of):
+        raise ValueError(f"mode_of must be a function of an episode's observations; got {mode_of!r:.60}")
     names = list(itertools.product(seeds, range(repeats)))
     slots = min(parallel, len(names))
-    course = _Course(names, make_controller(slots), slots, mode_of, on_episode, on_lost)
+    course = _Course(names, make_controller(slots), slots, mode_of, on_episode, on_lost, on_mode_failure)
     with EnvironmentPool(make_env, min(workers, slots), hang_after, engine) as pool:
         while course.running or course.waiting:
             course.begin_episodes(pool)
             if course.running:
                 course.take_steps(pool)
     return [course.finished[name] for name in names if name in course.finished]
+
+
+def _require_whole(name: str, value: Any, lowest: int) -> None:
+    if not isinstance(value, numbers.Integral) or value < lowest:
+        raise ValueError(f"{name} must be a whole number of at least {lowest}; got {value!r:.60}")
 
 
 class _Course:
@@ -106,6 +150,7 @@ class _Course:
         mode_of: ModeOf,
         on_episode: Callable[[Episode], None],
         on_lost: Callable[[Lost], None],
+        on_mode_failure: Callable[[ModeFailure], None],
     ) -> None:
         self.waiting = list(reversed(names))
         self.running: dict[int, _Recording] = {}
@@ -113,7 +158,7 @@ class _Course:
         self._controller = controller
         self._slots = slots
         self._mode_of = mode_of
-        self._on_episode, self._on_lost = on_episode, on_lost
+        self._on_episode, self._on_lost, self._on_mode_failure = on_episode, on_lost, on_mode_failure
         self._failures: Counter[tuple[int, int]] = Counter()
         self._lost = 0
         self._latest: dict[str, np.ndarray] = {}
@@ -127,6 +172,8 @@ class _Course:
         generators = [planning_generator(seed, repeat) for seed, repeat in begun.values()]
         self._controller.reset(_mask(begun, self._slots), generators)
         for slot, answer in pool.reset({slot: seed for slot, (seed, _) in begun.items()}).items():
+            if not isinstance(answer, Fault):
+                answer = self._refuse({key: value[None] for key, value in answer.items()}) or answer
             if not isinstance(answer, Fault):
                 self.running[slot] = _Recording(*begun[slot], answer)
                 self._look(slot, answer)
@@ -145,6 +192,8 @@ class _Course:
             if slot not in self.running:
                 continue  # its worker fell after its episode had ended
             recording = self.running[slot]
+            if isinstance(answer, Stretch) and not answer.ended:
+                answer = self._refuse(answer.observations) or answer
             if isinstance(answer, Fault):
                 del self.running[slot]
                 self._try_again(recording.name, answer)
@@ -154,15 +203,15 @@ class _Course:
                 going_on[slot] = answer
                 continue
             del self.running[slot]
-            self.finished[recording.name] = recording.finish(self._mode_of)
+            self.finished[recording.name] = recording.finish(self._mode_of, self._on_mode_failure)
             self._on_episode(self.finished[recording.name])
         self._look_on(going_on)
 
     def _try_again(self, name: tuple[int, int], fault: Fault) -> None:
         """Begin an episode again later, or count it as lost."""
-        if fault.hopeless:
+        if fault.hopeless and not self.finished:
             raise RolloutError(fault.reason)
-        self._failures[name] += fault.blamed
+        self._failures[name] += ATTEMPTS if fault.hopeless else fault.blamed
         if self._failures[name] < ATTEMPTS:
             self.waiting.append(name)
             return
@@ -181,10 +230,23 @@ class _Course:
                 self._look(slot, {key: rows[step] for key, rows in stretch.observations.items()})
 
     def _look(self, slot: int, observation: Mapping[str, np.ndarray]) -> None:
-        """Put one slot's observation into the arrays (slots, ...) that the controller reads."""
-        for key, value in observation.items():
-            rows = self._latest.setdefault(key, np.zeros((self._slots, *np.shape(value)), np.float32))
+        """Put what the controller reads of one slot's observation into its arrays (slots, ...)."""
+        for key in self._controller.observation_shapes:
+            value = observation[key]
+            rows = self._latest.setdefault(key, np.zeros((self._slots, *value.shape), value.dtype))
             rows[slot] = value
+
+    def _refuse(self, observations: Mapping[str, np.ndarray]) -> Fault | None:
+        """Why nothing can be planned for observations {key: (steps, ...)}."""
+        for key, shape in self._controller.observation_shapes.items():
+            rows = observations.get(key)
+            if rows is None or rows.shape[1:] != shape:
+                given = ", ".join(f"{name} {rows.shape[1:]}" for name, rows in observations.items()) or "nothing"
+                needed = f"the policy observes {key} {shape}; the environment gives {given}"
+                return Fault(one_line(needed), blamed=True, hopeless=True)
+            if not np.isfinite(rows).all():
+                return Fault(f"the environment observes NaN or infinity in {key}", blamed=True)
+        return None
 
 
 def _mask(chosen: Iterable[int], slots: int) -> np.ndarray:

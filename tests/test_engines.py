@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from diffusion_policy.engines import each_alone, no_interrupts, ordered_map, require_engine
+from diffusion_policy.engines import each_alone, ordered_map, require_engine
+from diffusion_policy.spawned import no_interrupts
 
 
 def square(x: int) -> int:

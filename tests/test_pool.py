@@ -113,7 +113,7 @@ def test_a_worker_that_hangs_is_replaced() -> None:
 def test_a_worker_that_is_killed_between_two_steps_is_noticed() -> None:
     with EnvironmentPool(Counter, 2) as pool:
         pool.reset({0: 20, 1: 30})
-        process = pool._workers[0].process
+        process = pool._workers[0].spawned.process  # pyright: ignore[reportAttributeAccessIssue]
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert counts(pool, [0, 1]) == {0: "its worker process died (exit status -9)", 1: 31}
