@@ -140,10 +140,11 @@ def _more_episodes(discordant: int, gain: int, pairs: int, worth: float) -> int 
 
 def _score_difference(first: Mapping[Name, Any], second: Mapping[Name, Any], common: Sequence[Name]) -> Metric | None:
     """Mean difference in score, resampled by seed."""
-    pairs = [(first[name].get("measures", {}), second[name].get("measures", {})) for name in common]
-    if not all(SCORE in one and SCORE in other for one, other in pairs):
+    scores = [[outcomes[name].get("measures", {}).get(SCORE) for name in common] for outcomes in (first, second)]
+    if any(score is None for score in (*scores[0], *scores[1])):
         return None
-    sums, counts = by_cluster([seed for seed, _ in common], [other[SCORE] - one[SCORE] for one, other in pairs])
+    differences = [of_b - of_a for of_a, of_b in zip(*scores, strict=True)]
+    sums, counts = by_cluster([seed for seed, _ in common], differences)
     return clustered_mean(sums, counts, bounds=(-1, 1))
 
 

@@ -1,5 +1,6 @@
 """Figures of an evaluation, and what all figures share: colours, scenes, paths. Knows plain numbers and arrays only."""
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -201,6 +202,13 @@ def _scale_losses(axis: Axes) -> None:
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("")
+
+
+def to_png(figure: Figure, dpi: int = 120) -> bytes:
+    """A figure as the content of a PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
 
 
 def clean(axis: Axes) -> None:

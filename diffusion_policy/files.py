@@ -73,24 +73,25 @@ def read_bytes(path: Path | str, most_bytes: int) -> bytes:
             raise FileError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def read_json(path: Path | str, most_bytes: int = MAX_JSON_BYTES) -> Any:
+def read_json(path: Path | str, most_bytes: int = MAX_JSON_BYTES, most_brackets: int = MAX_BRACKETS) -> Any:
     """The JSON of a regular file; raises FileError when that is too large, too deeply nested, or none."""
     content = read_bytes(path, most_bytes)
     try:
-        return parse_json(content)
+        return parse_json(content, most_brackets)
     except ValueError as error:
         raise FileError(f"{path} is not JSON that can be read: {error}") from error
 
 
-def parse_json(content: bytes | str) -> Any:
-    """What JSON says; raises ValueError where it is none, nested too deeply, of too many parts, or holds text that no
-    file could hold (half a surrogate pair)."""
+def parse_json(content: bytes | str, most_brackets: int = MAX_BRACKETS) -> Any:
+    """What JSON says; raises ValueError where it is none, nested too deeply, of too many parts (items grow in number
+    with lists and objects), or holds text that no file could hold (half a surrogate pair)."""
     text = content.decode() if isinstance(content, bytes) else content
     brackets = text.count("[") + text.count("{")
-    if brackets > MAX_BRACKETS:
-        raise ValueError(f"it has {brackets} lists and objects; at most {MAX_BRACKETS} are read")
-    if text.count(",") > MAX_COMMAS:
-        raise ValueError(f"it has more than {MAX_COMMAS} items")
+    if brackets > most_brackets:
+        raise ValueError(f"it has {brackets} lists and objects; at most {most_brackets} are read")
+    most_commas = MAX_COMMAS * most_brackets // MAX_BRACKETS
+    if text.count(",") > most_commas:
+        raise ValueError(f"it has more than {most_commas} items")
     try:
         tree = json.loads(text)
     except RecursionError as error:
@@ -138,16 +139,17 @@ def sync_folder(folder: Path) -> None:
 def format_json(tree: Any) -> str:
     """JSON that every reader understands, of our own results: numbers of numpy as plain ones, null for what is not
     finite, text for what JSON has no word for."""
-    return json.dumps(_plain(tree), indent=2, allow_nan=False) + "\n"
+    return json.dumps(plain(tree), indent=2, allow_nan=False) + "\n"
 
 
-def _plain(tree: Any) -> Any:
+def plain(tree: Any) -> Any:
+    """What JSON knows, see `format_json`."""
     if isinstance(tree, Mapping):
-        return {str(name): _plain(value) for name, value in tree.items()}
+        return {str(name): plain(value) for name, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return [_plain(item) for item in tree]
+        return [plain(item) for item in tree]
     if hasattr(tree, "tolist"):  # numpy's scalars and arrays
-        return _plain(tree.tolist())
+        return plain(tree.tolist())
     if isinstance(tree, float):
         return float(tree) if math.isfinite(tree) else None
     return tree if tree is None or isinstance(tree, bool | int | str) else str(tree)

@@ -4,7 +4,6 @@ Knows results and pictures as plain data. Knows no simulator, no policy and no d
 """
 
 import base64
-import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,9 @@ from diffusion_policy.drawing import (
     draw_paths,
     draw_training,
     mode_colors,
+    to_png,
 )
+from diffusion_policy.files import write_whole
 from diffusion_policy.gallery import WIDTH, Plane, Scene, Tree, mode_tree
 from diffusion_policy.metrics import NONE
 
@@ -71,10 +72,15 @@ class Pictures(NamedTuple):
     videos: Sequence[Video]
     training: Sequence[Mapping[str, Any]]
     """Lines of metrics.jsonl."""
+    remarks: Sequence[str] = ()
+    """What could not be shown, and why, a sentence each."""
+
+
+NO_PICTURES = Pictures(None, (), (), (), (), ())
 
 
 def write_report(path: Path, results: Mapping[str, Any], pictures: Pictures) -> None:
-    """Write the page of one evaluation; `results` is what results.json holds."""
+    """Write the page of one evaluation, whole or not at all; `results` is what results.json holds."""
     colors = _colors(results)
     lines = wording.scorecard_lines(results)
     tree = _tree(results)
@@ -105,8 +111,9 @@ def write_report(path: Path, results: Mapping[str, Any], pictures: Pictures) -> 
         plane=_plane(pictures.scene) if pictures.scene else None,
         videos=videos,
         data=_page_data(results, pictures, colors),
+        remarks=(*wording.caveats(results), *pictures.remarks),
     )
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
 
 
 def write_comparison(path: Path, a: Mapping[str, Any], b: Mapping[str, Any], comparison: Mapping[str, Any]) -> None:
@@ -126,7 +133,7 @@ def write_comparison(path: Path, a: Mapping[str, Any], b: Mapping[str, Any], com
         lines=[(line, by_name[line.name]) for line in wording.scorecard_lines(a) if line.name in by_name],
         colors=colors,
     )
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
 
 
 def _side(results: Mapping[str, Any], colors: Mapping[str, str]) -> dict[str, Any]:
@@ -269,6 +276,4 @@ def _short(value: float | None) -> float | None:
 
 def embed(figure: Figure) -> str:
     """A figure as the base64 of its PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return base64.b64encode(to_png(figure)).decode()

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from diffusion_policy.files import WRITING
+from diffusion_policy.lines import describe
 
 PLAN_COLOR = (0, 90, 200, 130)
 MOST_FILM_BYTES = 2**29
@@ -105,9 +106,9 @@ class Filmer:
                 path = Path(folder) / "film.mp4"
                 write_video(path, self._camera(script), self._rate)
                 return path.read_bytes()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._camera = None  # what has failed may be broken
-            return str(error) if isinstance(error, VideoError) else f"{type(error).__name__}: {error}"
+            return str(error) if isinstance(error, VideoError) else describe(error)
 
 
 def check_picture(frame: Any) -> np.ndarray:

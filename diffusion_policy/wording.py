@@ -103,6 +103,18 @@ def scorecard_lines(results: Mapping[str, Any]) -> list[Line]:
     return lines
 
 
+def caveats(results: Mapping[str, Any]) -> list[str]:
+    """What must be known of these numbers, a sentence each; the fields are missing in older results."""
+    sentences = []
+    if results.get("seeds_repeat") is False:
+        sentences.append(
+            "The environment does not repeat an episode by its seed: another evaluation of these seeds sees other "
+            "episodes, so the two cannot be paired"
+            + (", and the entropy for one initial state is that of different ones." if results["repeats"] > 1 else ".")
+        )
+    return sentences
+
+
 def tiles(lines: list[Line], measures: Mapping[str, Any]) -> list[Line]:
     """The lines that are shown large; undefined ones only stand in the table."""
     return [line for line in lines if (line.name in TILES or line.name in measures) and line.value != NOTHING]

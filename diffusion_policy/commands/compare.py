@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import tyro
 from diffusion_policy.commands.common import console, require_fresh
 from diffusion_policy.commands.terminal import out
 from diffusion_policy.config import ConfigError
+from diffusion_policy.files import format_json, write_whole
 
 if TYPE_CHECKING:
     from diffusion_policy.comparison import Comparison
@@ -33,44 +34,42 @@ class Compare:
     """Print comparison.json instead of sentences."""
 
     def run(self) -> Comparison:
-        """Compare; raises ConfigError for evaluations of different tasks or without a common seed."""
+        """Compare; raises ConfigError for evaluations of different tasks or without a common seed, and where seeds do
+        not repeat episodes."""
         from diffusion_policy.comparison import compare
         from diffusion_policy.report import write_comparison
+        from diffusion_policy.results import read_results
 
         if self.output is not None:
             require_fresh(self.output)
         first, second = read_results(self.a), read_results(self.b)
         for name in ("environment", "env_kwargs", "signals"):
-            if first.get(name) != second.get(name):
-                raise ConfigError(
-                    f"{self.a} and {self.b} are of different tasks: {name} {first.get(name)} and {second.get(name)}"
-                )
+            if first[name] != second[name]:
+                there, here = (f"{results[name]!r:.200}" for results in (first, second))
+                raise ConfigError(f"{self.a} and {self.b} are of different tasks: {name} {there} and {here}")
+        require_pairs(first, second)
         comparison = compare(first["outcomes"], second["outcomes"])
         result = dataclasses.asdict(comparison)
-        text = json.dumps({"a": str(self.a), "b": str(self.b), **result}, indent=2)
-        out.print(text if self.json else f"A is {self.a}, B is {self.b}\n{comparison.sentence}")
+        text = format_json({"a": str(self.a), "b": str(self.b), **result})
         if self.output is not None:
             self.output.mkdir(parents=True, exist_ok=True)
-            (self.output / "comparison.json").write_text(text + "\n")
+            write_whole(self.output / "comparison.json", text)
+        out.print(text.rstrip() if self.json else f"A is {self.a}, B is {self.b}\n{comparison.sentence}")
+        if self.output is not None:
             write_comparison(self.output / "comparison.html", first, second, result)
-            console.print(f"page in {self.output}/comparison.html")
+            console.print(f"page in {self.output}/comparison.html", soft_wrap=True)
         return comparison
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """What an evaluation's results.json holds; raises ConfigError for anything else."""
-    file = path / "results.json" if path.is_dir() else path
-    try:
-        results = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"there is no results.json of an evaluation at {path}") from None
-    except ValueError as error:
-        raise ConfigError(f"{file} is not JSON: {error}") from error
-    kinds = {"seed": int, "repeat": int, "success": bool}
-    outcomes = results.get("outcomes") if isinstance(results, dict) else None
-    if not isinstance(outcomes, list) or not all(
-        isinstance(one, dict) and all(isinstance(one.get(name), kind) for name, kind in kinds.items())
-        for one in outcomes
-    ):
-        raise ConfigError(f"{file} holds no outcomes with seed, repeat and success; was it written by evaluate?")
-    return results
+def require_pairs(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
+    """Raise ConfigError where the episodes of one seed are not the same in two evaluations."""
+    from diffusion_policy.wording import share, share_interval
+
+    if a.get("seeds_repeat") is not False and b.get("seeds_repeat") is not False:
+        return
+    rates = (results["success_rate"] for results in (a, b))
+    of_a, of_b = (f"{share(rate['value'])} (95 % interval {share_interval(rate)})" for rate in rates)
+    raise ConfigError(
+        "this environment does not repeat an episode by its seed, so episodes cannot be compared pair by pair; each "
+        f"for itself, A succeeds in {of_a} and B in {of_b}: where the intervals do not overlap, the difference is real"
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import platform
 import time
 from collections.abc import Sequence
@@ -17,12 +19,19 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from diffusion_policy.metrics import Episode, Lost
+    from diffusion_policy.commands.afterwards import Remarks
+    from diffusion_policy.metrics import Episode, Lost, Scorecard
     from diffusion_policy.policy import DiffusionPolicy
 
-FIRST_TEST_SEED = 100_000
+FIRST_TEST_SEED, FIRST_ROLLOUT_SEED = 100_000, 200_000
+"""Seeds of evaluations and those of rollouts in training begin here; those of demonstrations begin at 0."""
+MOST_SEED = 2**32 - 1
 PLANNING_BATCH = 25
 """Environments that run, and plan, together."""
+MOST_EPISODES, MOST_PARALLEL = 100_000, 1024
+"""All episodes stay in memory until they are counted."""
+MOST_NOISE_BYTES = 2**29
+"""Of one planning batch; there are some three copies of it."""
 DIVERSITY_STATES, DIVERSITY_PLANS = 20, 32
 """Initial states, and sequences sampled for each, that the diversity is taken from."""
 
@@ -37,10 +46,12 @@ class RolledOut(NamedTuple):
 def choose_modes(loaded: Loaded) -> tuple[tuple[str, ...], str | None]:
     """The modes that entropy and coverage are measured against, and whose list it is: the environment's, or where that
     knows none, those among the demonstrations."""
+    from diffusion_policy.envs.protocols import as_multimodal
     from diffusion_policy.metrics import NONE
 
-    if loaded.env.get_wrapper_attr("modes"):
-        return tuple(loaded.env.get_wrapper_attr("modes")), "environment"
+    task = as_multimodal(loaded.env)
+    if task is not None and task.modes:
+        return tuple(task.modes), "environment"
     shown = tuple(mode for mode in loaded.checkpoint.dataset.modes if mode != NONE)
     return shown, "demonstrations" if shown else None
 
@@ -61,15 +72,64 @@ def describe_machine(policy: DiffusionPolicy, backend: str = "eager") -> dict[st
 
 
 def refuse_seen_seeds(loaded: Loaded, seeds: range) -> None:
-    """Raise ConfigError when test seeds lie among the demonstrations' seeds of the same environment."""
-    demonstrated = loaded.checkpoint.dataset.seeds
-    if demonstrated is None or loaded.env_id != loaded.checkpoint.environment.id:
+    """Raise ConfigError when test seeds lie among those of the same environment that the training has seen: its
+    demonstrations', and its rollouts', by which the best checkpoint may have been chosen; or beyond what a seed can
+    be."""
+    if seeds[-1] > MOST_SEED:
+        raise ConfigError(f"seeds go up to {MOST_SEED}; got {seeds[0]} to {seeds[-1]}; choose a lower --seed")
+    if loaded.env_id != loaded.checkpoint.environment.id:
         return
-    first, last = demonstrated
-    if seeds[0] <= last and first <= seeds[-1]:
+    seen: dict[str, tuple[int, int]] = {}
+    training, demonstrated = loaded.checkpoint.training, loaded.checkpoint.dataset.seeds
+    if demonstrated is not None:
+        seen["demonstrations'"] = demonstrated
+    if training.rollout_every:
+        seen["training rollouts'"] = (FIRST_ROLLOUT_SEED, FIRST_ROLLOUT_SEED + training.rollout_episodes - 1)
+    for whose, (first, last) in seen.items():
+        if seeds[0] <= last and first <= seeds[-1]:
+            free = find_free_seed(list(seen.values()), len(seeds))
+            raise ConfigError(
+                f"test seeds {seeds[0]} to {seeds[-1]} overlap the {whose} seeds {first} to {last}; "
+                f"choose another --seed, such as {free}"
+            )
+
+
+def find_free_seed(taken: Sequence[tuple[int, int]], count: int) -> int:
+    """The first seed from FIRST_TEST_SEED on that begins so many which are not taken."""
+    free = FIRST_TEST_SEED
+    for first, last in sorted(taken):
+        if free <= last and first <= free + count - 1:
+            free = last + 1
+    return free
+
+
+def require_episodes(episodes: int, parallel: int = 1) -> None:
+    """Raise ConfigError for more episodes than are kept in memory, or more environments at once than a machine runs."""
+    if episodes > MOST_EPISODES:
+        raise ConfigError(f"at most {MOST_EPISODES} episodes are run, all repeats and delays counted; got {episodes}")
+    if parallel > MOST_PARALLEL:
+        raise ConfigError(f"parallel must be at most {MOST_PARALLEL}; got {parallel}")
+
+
+def draw_bytes(policy: DiffusionPolicy, sampling: SampleConfig) -> int:
+    """Of the noise that one sequence is sampled from."""
+    from diffusion_policy.diffusion import count_draws
+
+    sampler, levels = policy.require(sampling)
+    numbers = policy.config.prediction_horizon * math.prod(policy.shapes.action)
+    return 4 * numbers * count_draws(sampler, levels, sampling.corrector_steps)
+
+
+def require_memory(policy: DiffusionPolicy, sampling: SampleConfig, parallel: int) -> None:
+    """Raise ConfigError where one planning batch, or the sequences for one state, take more noise than memory should
+    hold."""
+    rows = max(parallel, DIVERSITY_PLANS)
+    needed = rows * draw_bytes(policy, sampling)
+    if needed > MOST_NOISE_BYTES:
         raise ConfigError(
-            f"test seeds {seeds[0]} to {seeds[-1]} overlap the demonstrations' seeds {first} to {last}; "
-            f"choose a --seed of at least {last + 1}"
+            f"{rows} sequences at once with {sampling.sampling_steps} sampling steps of {sampling.sampler} need "
+            f"{needed / 2**30:.1f} GB of noise, at most {MOST_NOISE_BYTES / 2**30:g} GB are used; lower "
+            "--sampling-steps, --corrector-steps or --parallel"
         )
 
 
@@ -85,27 +145,31 @@ def run_episodes(
     engine: Engine = "local",
 ) -> RolledOut:
     """The episodes of these seeds, behind a progress bar; raises Interrupted on Ctrl-C."""
+    from diffusion_policy.envs.protocols import as_multimodal
+
     finished = successes = 0
     lost: list[Lost] = []
+    task = as_multimodal(loaded.env)
+    mode_of = task.mode if task else lambda _: None
     try:
         from diffusion_policy.controller import Controller
         from diffusion_policy.rollout import rollout
 
         with progress_bar("episodes") as bar:
-            task = bar.add_task("rolling out", total=len(seeds) * repeats, note="")
+            shown = bar.add_task("rolling out", total=len(seeds) * repeats, note="")
 
             def show(episode: Episode) -> None:
                 nonlocal finished, successes
                 finished += 1
                 successes += episode.success
-                bar.update(task, completed=finished, note=f"{successes} successful")
+                bar.update(shown, completed=finished, note=f"{successes} successful")
 
             policy = loaded.checkpoint.policy
             episodes = rollout(
                 loaded.make_env,
                 partial(Controller, policy, sampling=sampling, plan_batch=parallel, delay_steps=delay_steps),
                 seeds,
-                loaded.env.get_wrapper_attr("mode"),
+                mode_of,
                 parallel,
                 workers,
                 show,
@@ -117,6 +181,25 @@ def run_episodes(
             return RolledOut(episodes, lost)
     except KeyboardInterrupt:
         raise Interrupted(f"stopped after {finished} episodes; nothing was written") from None
+
+
+def measure_episodes(
+    loaded: Loaded, episodes: Sequence[Episode], modes: Sequence[str], period: float, remarks: Remarks
+) -> Scorecard:
+    """The scorecard of episodes; jerk and commitment, for which the environment's own functions are asked, are
+    undefined where those fail."""
+    from diffusion_policy import metrics
+    from diffusion_policy.envs.protocols import as_choosing, as_drawable
+
+    drawable, choosing = as_drawable(loaded.env), as_choosing(loaded.env)
+    path, choice = drawable and drawable.path, choosing and choosing.choice
+    demonstrated = loaded.checkpoint.dataset.modes
+
+    def measure(path: Any, choice: Any) -> Scorecard:
+        return metrics.scorecard(episodes, modes, demonstrated, period, path, choice)
+
+    card = remarks.attempt("jerk and commitment are not measured", lambda: measure(path, choice), None)
+    return card or dataclasses.replace(measure(None, None), jerk=metrics.Metric(None))
 
 
 def sample_starts(policy: DiffusionPolicy, episodes: Sequence[Episode], sampling: SampleConfig) -> np.ndarray:
@@ -141,9 +224,12 @@ def observe(policy: DiffusionPolicy, episode: Episode, step: int) -> dict[str, t
     import torch
 
     rows = np.maximum(np.arange(step - policy.config.observation_horizon + 1, step + 1), 0)
+    seen = {key: episode.observations[key][rows] for key in policy.shapes.observations}
     return {
-        key: torch.as_tensor(episode.observations[key][rows], dtype=torch.float32)[None].to(policy.device)
-        for key in policy.shapes.observations
+        key: torch.as_tensor(values if values.dtype == np.float64 else values.astype(np.float32))[None].to(
+            policy.device
+        )
+        for key, values in seen.items()
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.table import Table
 
+from diffusion_policy.commands.afterwards import PAGE, RESULTS, Remarks, hold_output, require_same
 from diffusion_policy.commands.common import (
     Failed,
+    Interrupted,
     Loaded,
     available_cores,
     console,
     load_with_environment,
-    require_fresh,
 )
 from diffusion_policy.commands.episodes import (
     FIRST_TEST_SEED,
@@ -26,19 +26,26 @@ from diffusion_policy.commands.episodes import (
     RolledOut,
     choose_modes,
     describe_machine,
+    measure_episodes,
     measure_latency,
     refuse_seen_seeds,
+    require_episodes,
+    require_memory,
     run_episodes,
     sample_starts,
 )
 from diffusion_policy.config import ConfigError, SampleConfig, Signals, require_at_least, require_seed
 from diffusion_policy.engines import HANG_AFTER, Engine, require_engine
+from diffusion_policy.files import format_json, plain, write_whole
 
 if TYPE_CHECKING:
     from diffusion_policy.metrics import Episode
+    from diffusion_policy.report import Pictures
 
 LATENCY_PLANS = 100
 """Planning calls, for one environment each, that the latency is taken from."""
+MOST_VIDEOS = 200
+"""All of them lie in one page."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,8 @@ class Evaluate:
 
     Everything in results.json but the times is the same for any number of workers. An episode whose simulator raises an
     error, crashes or hangs is begun again; if that happens twice it is listed under `errors` and counts nowhere else.
+    The results are kept before anything is filmed or drawn; where that fails or is stopped, the same command does not
+    run the episodes again, but writes the page.
     """
 
     checkpoint: Path
@@ -90,6 +99,9 @@ class Evaluate:
     def __post_init__(self) -> None:
         require_at_least(self, 1, ("episodes", "workers", "parallel", "repeats"))
         require_at_least(self, 0, ("videos",))
+        if self.videos > MOST_VIDEOS:
+            raise ConfigError(f"videos must be at most {MOST_VIDEOS}, since one page holds them; got {self.videos}")
+        require_episodes(self.episodes * self.repeats * len(self.delay_steps), self.parallel)
         require_seed(self)
         require_engine(self.engine)
         if not self.hang_after > 0:
@@ -101,35 +113,105 @@ class Evaluate:
         """Evaluate; returns what results.json holds. Raises ValueError for a checkpoint that does not fit the
         environment, seeds of the demonstrations, too many sampling steps, a delay that the plans cannot bridge, an
         environment that cannot be run, or an output folder that holds something."""
-        from diffusion_policy.commands.pictures import gather_pictures
         from diffusion_policy.controller import require_delay
-        from diffusion_policy.report import write_report
 
-        require_fresh(self.output)
-        loaded = load_with_environment(
-            self.checkpoint, self.env, self.env_kwargs, self.sampling, self.device, self.signals
-        )
-        policy = loaded.checkpoint.policy
-        for delay in self.delay_steps:
-            require_delay(policy.config, delay)
-        if self.backend == "compile":
-            policy.compile_sampling()
-        seeds = range(self.seed, self.seed + self.episodes)
-        refuse_seen_seeds(loaded, seeds)
-        self.output.mkdir(parents=True, exist_ok=True)  # now, so that a folder that cannot be is no late surprise
-        rolled_out = {delay: self._roll_out(loaded, seeds, delay) for delay in self.delay_steps}
-        first = rolled_out[self.delay_steps[0]]
-        with console.status("counting"):
-            results = self._results(loaded, rolled_out)
-        (self.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        with console.status("filming and writing the report"):
-            pictures = gather_pictures(
-                loaded, first.episodes, self.checkpoint, self.sampling, self.videos, self.workers
+        with hold_output(self.output) as waits_for_page:
+            loaded = load_with_environment(
+                self.checkpoint, self.env, self.env_kwargs, self.sampling, self.device, self.signals
             )
-            write_report(self.output / "report.html", results, pictures)
-        print_scorecard(results)
-        console.print(f"results in {self.output}/results.json, page in {self.output}/report.html")
+            policy = loaded.checkpoint.policy
+            for delay in self.delay_steps:
+                require_delay(policy.config, delay)
+            require_memory(policy, self.sampling, self.parallel)
+            seeds = range(self.seed, self.seed + self.episodes)
+            refuse_seen_seeds(loaded, seeds)
+            asked = self._asked(loaded)
+            if waits_for_page:
+                return self._go_on(loaded, asked)
+            if self.backend == "compile":
+                policy.compile_sampling()
+            return self._evaluate(loaded, seeds, asked)
+
+    def _asked(self, loaded: Loaded) -> dict[str, Any]:
+        """What decides the results but for the delays: the first fields of results.json."""
+        return {
+            "environment": loaded.env_id,
+            "env_kwargs": loaded.env_kwargs,
+            "signals": dataclasses.asdict(loaded.signals),
+            "checkpoint": str(self.checkpoint),
+            "training_steps": loaded.checkpoint.step,
+            "repeats": self.repeats,
+            "seeds": list(range(self.seed, self.seed + self.episodes)),
+            "sampling": dataclasses.asdict(self.sampling),
+            "planning_batch": self.parallel,
+        }
+
+    def _evaluate(self, loaded: Loaded, seeds: range, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Roll out under each delay, keep the results, then do what may fail."""
+        remarks, rolled_out, results = Remarks(), {}, {}
+        for delay in self.delay_steps:
+            try:
+                rolled_out[delay] = self._roll_out(loaded, seeds, delay)
+            except (Failed, Interrupted, ValueError, FloatingPointError) as error:
+                if not results:
+                    raise
+                if isinstance(error, Interrupted):
+                    raise Interrupted(f"{error}; results up to then are in {self.output}/{RESULTS}") from None
+                remarks.say(f"no results for planning that takes {delay} control steps: {error}")
+                continue
+            with console.status("counting"):
+                results = plain({**asked, **self._results(loaded, rolled_out, remarks)})
+            self._keep(results)
+        try:
+            first = rolled_out[self.delay_steps[0]].episodes
+            results["seeds_repeat"] = self._seeds_repeat(loaded, remarks)
+            with console.status("measuring diversity and latency"):
+                results |= plain(self._measures_of_plans(loaded, first, remarks))
+            self._keep(results)
+            print_scorecard(results)
+            with console.status("filming and drawing"):
+                pictures = self._pictures(loaded, results, first, remarks)
+            self._write_page(results, pictures, remarks)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"stopped; the results are in {self.output}/{RESULTS}, and the same command writes their page"
+            ) from None
         return results
+
+    def _go_on(self, loaded: Loaded, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the page of an evaluation that was stopped after its results were kept."""
+        from diffusion_policy.commands.pictures import without_episodes
+        from diffusion_policy.results import read_results
+
+        results = read_results(self.output)
+        require_same(self.output, results, asked)
+        delays = tuple(row.get("steps") for row in results["delay"])
+        if delays != self.delay_steps:
+            console.print(f"the results are of --delay-steps {' '.join(map(str, delays))} only")
+        remarks = Remarks()
+        remarks.say(
+            f"{self.output}/{RESULTS} was there already: no episode was run again, and its page is without paths, "
+            "plans and films"
+        )
+        print_scorecard(results)
+        self._write_page(results, without_episodes(self.checkpoint, remarks), remarks)
+        return results
+
+    def _keep(self, results: Mapping[str, Any]) -> None:
+        write_whole(self.output / RESULTS, format_json(results))
+
+    def _write_page(self, results: Mapping[str, Any], pictures: Pictures, remarks: Remarks) -> None:
+        """The page; without pictures where it cannot be made with them."""
+        from diffusion_policy.report import NO_PICTURES, write_report
+
+        def write(pictures: Pictures) -> bool:
+            write_report(self.output / PAGE, results, pictures._replace(remarks=tuple(remarks.sentences)))
+            return True
+
+        written = remarks.attempt("the page could not be written with its pictures", lambda: write(pictures), False)
+        written = written or remarks.attempt("the page could not be written", lambda: write(NO_PICTURES), False)
+        page = f"page in {self.output}/{PAGE}" if written else "the same command tries the page again"
+        console.print(f"results in {self.output}/{RESULTS}, {page}", soft_wrap=True)
 
     def _roll_out(self, loaded: Loaded, seeds: range, delay: int) -> RolledOut:
         """All episodes under one delay; raises Failed when every one was lost."""
@@ -142,32 +224,20 @@ class Evaluate:
             raise Failed(f"every episode failed: {rolled_out.lost[0].reason}")
         return rolled_out
 
-    def _results(self, loaded: Loaded, rolled_out: Mapping[int, RolledOut]) -> dict[str, Any]:
-        """Everything that the report shows as a number."""
+    def _results(self, loaded: Loaded, rolled_out: Mapping[int, RolledOut], remarks: Remarks) -> dict[str, Any]:
+        """Everything that the report shows as a number, but for what is measured of plans."""
         from diffusion_policy import metrics
 
         policy, demonstrated = loaded.checkpoint.policy, loaded.checkpoint.dataset.modes
         episodes, lost = rolled_out[self.delay_steps[0]]
         modes, base = choose_modes(loaded)
         period = 1 / loaded.frames_per_second
-        task: Any = loaded.env.unwrapped
-        path, choice = getattr(task, "path", None), getattr(task, "choice", None)
-        card = metrics.scorecard(episodes, modes, demonstrated, period, path, choice)
-        latencies = measure_latency(policy, episodes[0], self.sampling, LATENCY_PLANS)
+        undefined = dataclasses.asdict(metrics.Metric(None))
         return {
-            "environment": loaded.env_id,
-            "env_kwargs": loaded.env_kwargs,
-            "signals": dataclasses.asdict(loaded.signals),
-            "checkpoint": str(self.checkpoint),
-            "training_steps": loaded.checkpoint.step,
             "episodes": len(episodes),
-            "repeats": self.repeats,
-            "seeds": list(range(self.seed, self.seed + self.episodes)),
-            **dataclasses.asdict(card),
-            "diversity": dataclasses.asdict(metrics.diversity(sample_starts(policy, episodes, self.sampling))),
-            "planning_latency_ms": {
-                name: dataclasses.asdict(metric) for name, metric in metrics.latency(latencies).items()
-            },
+            **dataclasses.asdict(measure_episodes(loaded, episodes, modes, period, remarks)),
+            "diversity": undefined,
+            "planning_latency_ms": dict.fromkeys(("p50", "p95", "p99"), undefined),
             "mode_base": base,
             "demonstrations": {
                 "episodes": loaded.checkpoint.dataset.episodes,
@@ -177,8 +247,6 @@ class Evaluate:
             "errors": [dataclasses.asdict(one) for one in lost],
             "delay": [under_delay(delay, one.episodes, modes) for delay, one in rolled_out.items()],
             "control_period": period,
-            "sampling": dataclasses.asdict(self.sampling),
-            "planning_batch": self.parallel,
             **describe_machine(policy, self.backend),
             "outcomes": [
                 {
@@ -192,6 +260,46 @@ class Evaluate:
                 for episode in episodes
             ],
         }
+
+    def _measures_of_plans(self, loaded: Loaded, episodes: Sequence[Episode], remarks: Remarks) -> dict[str, Any]:
+        """Diversity and latency; where one cannot be measured it stays as it was."""
+        from diffusion_policy import metrics
+
+        policy = loaded.checkpoint.policy
+
+        def diversity() -> dict[str, Any]:
+            return {"diversity": dataclasses.asdict(metrics.diversity(sample_starts(policy, episodes, self.sampling)))}
+
+        def latency() -> dict[str, Any]:
+            times = measure_latency(policy, episodes[0], self.sampling, LATENCY_PLANS)
+            return {
+                "planning_latency_ms": {
+                    name: dataclasses.asdict(metric) for name, metric in metrics.latency(times).items()
+                }
+            }
+
+        return {
+            **remarks.attempt("the diversity could not be measured", diversity, {}),
+            **remarks.attempt("the time of planning could not be measured", latency, {}),
+        }
+
+    def _seeds_repeat(self, loaded: Loaded, remarks: Remarks) -> bool | None:
+        """Whether a seed repeats an episode; None where that cannot be found out."""
+        from diffusion_policy.envs.protocols import repeats_by_seed
+
+        what = "whether a seed repeats an episode could not be found out"
+        return remarks.attempt(what, lambda: repeats_by_seed(loaded.make_env, self.seed), None)
+
+    def _pictures(
+        self, loaded: Loaded, results: Mapping[str, Any], episodes: Sequence[Episode], remarks: Remarks
+    ) -> Pictures:
+        from diffusion_policy.commands.pictures import gather_pictures
+
+        films = self.videos
+        if films and results.get("seeds_repeat") is False:
+            films = 0
+            remarks.say("no films: they replay episodes from their seeds, which do not repeat them here")
+        return gather_pictures(loaded, episodes, self.checkpoint, self.sampling, films, self.workers, remarks)
 
 
 def under_delay(delay: int, episodes: Sequence[Episode], modes: Sequence[str]) -> dict[str, Any]:
@@ -209,7 +317,7 @@ def under_delay(delay: int, episodes: Sequence[Episode], modes: Sequence[str]) -
 
 def print_scorecard(results: Mapping[str, Any]) -> None:
     """The figures of results.json with their intervals, a line each."""
-    from diffusion_policy.wording import scorecard_lines
+    from diffusion_policy.wording import caveats, scorecard_lines
 
     table = Table("", "", "95 % interval", box=None)
     for line in scorecard_lines(results):
@@ -223,5 +331,8 @@ def print_scorecard(results: Mapping[str, Any]) -> None:
         first = results["errors"][0]
         console.print(
             f"{len(results['errors'])} episodes could not be run and count nowhere, such as seed {first['seed']}: "
-            f"{first['reason']}"
+            f"{first['reason']}",
+            soft_wrap=True,
         )
+    for sentence in caveats(results):
+        console.print(sentence, soft_wrap=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
+import contextlib
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,18 +13,22 @@ import numpy as np
 import torch
 
 from diffusion_policy import checkpoint
-from diffusion_policy.commands.episodes import choose_modes, observe
+from diffusion_policy.commands.common import open_recorded
+from diffusion_policy.commands.episodes import choose_modes, draw_bytes, observe
 from diffusion_policy.config import SampleConfig
-from diffusion_policy.datasets.store import EpisodeStore, StoreError
+from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.engines import ordered_map
+from diffusion_policy.envs.protocols import Drawable, as_drawable, as_pictured
+from diffusion_policy.files import parse_json, read_bytes
 from diffusion_policy.metrics import Episode
 from diffusion_policy.policy import derive_generator
-from diffusion_policy.report import Fan, Moment, Pictures, PlanePath, Video
-from diffusion_policy.video import Camera, Script, write_video
+from diffusion_policy.report import NO_PICTURES, Fan, Moment, Pictures, PlanePath, Video
+from diffusion_policy.video import Filmer, Pixels, Script
 
 if TYPE_CHECKING:
     import gymnasium
 
+    from diffusion_policy.commands.afterwards import Remarks
     from diffusion_policy.commands.common import Loaded
     from diffusion_policy.policy import DiffusionPolicy
 
@@ -32,33 +36,76 @@ FANS, FAN_MOMENTS, FAN_PLANS = 6, 12, 24
 """Episodes whose plans are sampled again, re-plannings of each that are looked at, and sequences for each of those."""
 MOST_DRAWN = 500
 """Demonstrated paths in one picture."""
+MOST_FRAMES = 300
+"""Of one film; a longer episode is filmed at fewer of its steps."""
+MOST_DRAW_BYTES = 2**27
+"""Of the noise of sequences that are sampled at once."""
+MOST_METRICS_BYTES = 2**27
+"""A larger metrics file is not read."""
+MOST_LOSSES = 20_000
+"""Points of the curve of losses; of a longer training every n-th line is read."""
 
 
 def gather_pictures(
-    loaded: Loaded, episodes: Sequence[Episode], run: Path, sampling: SampleConfig, films: int, workers: int
+    loaded: Loaded,
+    episodes: Sequence[Episode],
+    run: Path,
+    sampling: SampleConfig,
+    films: int,
+    workers: int,
+    remarks: Remarks,
 ) -> Pictures:
-    """Everything that this environment can show, so many films among it; `run` is the folder that holds the
-    checkpoint."""
-    plane = find_plane(loaded.env)
-    shown = _one_of_each_mode(loaded, episodes)
-    return Pictures(
-        scene=plane.scene if plane else None,
-        demonstrated=_demonstrated_paths(loaded, plane) if plane else [],
-        rolled_out=[_plane_path(plane, episode) for episode in episodes] if plane else [],
-        fans=[_fan(loaded.checkpoint.policy, episode, plane, sampling) for episode in shown[:FANS]] if plane else [],
-        videos=_videos(loaded, shown[:films], workers),
-        training=_training(run),
+    """Everything that this environment can show, so many films among it; `run` is the folder that holds the checkpoint.
+    What cannot be shown is a remark."""
+    shown = remarks.attempt("no episodes could be chosen to show", lambda: _one_of_each_mode(loaded, episodes), [])
+    drawn = remarks.attempt(
+        "no paths could be drawn", lambda: _drawn(loaded, episodes, shown[:FANS], sampling, remarks), NO_PICTURES
+    )
+    return drawn._replace(
+        videos=remarks.attempt("no films", lambda: _videos(loaded, shown[:films], workers, remarks), []),
+        training=_training(run, remarks),
     )
 
 
-def find_plane(env: gymnasium.Env) -> Any:
-    """The environment itself where it can say how its episodes are drawn in a plane, else None."""
-    task = env.unwrapped
-    return task if all(hasattr(task, name) for name in ("scene", "path", "planned_path")) else None
+def without_episodes(run: Path, remarks: Remarks) -> Pictures:
+    """What can be shown where only the numbers of the episodes are left."""
+    return NO_PICTURES._replace(training=_training(run, remarks))
 
 
-def _plane_path(plane: Any, episode: Episode) -> PlanePath:
-    return PlanePath(episode.mode, episode.success, plane.path(episode.observations), episode.seed, episode.repeat)
+def _drawn(
+    loaded: Loaded, episodes: Sequence[Episode], fans: Sequence[Episode], sampling: SampleConfig, remarks: Remarks
+) -> Pictures:
+    """What lies in the plane of the environment, where it has one."""
+    plane, policy = as_drawable(loaded.env), loaded.checkpoint.policy
+    if plane is None:
+        return NO_PICTURES
+    return NO_PICTURES._replace(
+        scene=plane.scene,
+        demonstrated=remarks.attempt("no demonstrations are drawn", lambda: _demonstrated_paths(loaded, plane), []),
+        rolled_out=[_plane_path(plane, episode) for episode in episodes],
+        fans=remarks.attempt(
+            "no sampled plans are drawn", lambda: [_fan(policy, one, plane, sampling) for one in fans], []
+        ),
+    )
+
+
+def pixels_of(env: gymnasium.Env) -> Pixels | None:
+    """How plans are drawn into an environment's pictures, where it says so."""
+    pictured = as_pictured(env)
+    return None if pictured is None else pictured.pixels
+
+
+def _plane_path(plane: Drawable, episode: Episode) -> PlanePath:
+    xy = as_path(plane.path(episode.observations))
+    return PlanePath(episode.mode, episode.success, xy, episode.seed, episode.repeat)
+
+
+def as_path(xy: Any) -> np.ndarray:
+    """What an environment gives as a path, (steps, 2) finite numbers; raises ValueError for anything else."""
+    path = np.asarray(xy, dtype=float)
+    if path.ndim != 2 or path.shape[1] != 2 or not len(path) or not np.isfinite(path).all():
+        raise ValueError(f"path() must give (steps, 2) finite numbers; got an array {path.shape}")
+    return path
 
 
 def _one_of_each_mode(loaded: Loaded, episodes: Sequence[Episode]) -> list[Episode]:
@@ -77,15 +124,18 @@ def sample_plans(
 ) -> np.ndarray:
     """Sequences that the policy might have planned at some steps of an episode, raw actions from those steps on,
     (steps, count, T - To + 1, A)."""
-    observed = [observe(policy, episode, step) for step in steps]
-    together = {key: torch.cat([one[key] for one in observed]) for key in policy.shapes.observations}
-    generators = [derive_generator("pictures", episode.seed, episode.repeat, step) for step in steps]
-    plans = policy.sample(together, generators, count, sampling)
-    return plans[:, :, policy.config.observation_horizon - 1 :].cpu().numpy()
+    at_once = max(1, MOST_DRAW_BYTES // (count * draw_bytes(policy, sampling)))
+    plans = []
+    for some in (steps[i : i + at_once] for i in range(0, len(steps), at_once)):
+        observed = [observe(policy, episode, step) for step in some]
+        together = {key: torch.cat([one[key] for one in observed]) for key in policy.shapes.observations}
+        generators = [derive_generator("pictures", episode.seed, episode.repeat, step) for step in some]
+        plans.append(policy.sample(together, generators, count, sampling).cpu())
+    return torch.cat(plans)[:, :, policy.config.observation_horizon - 1 :].numpy()
 
 
 def draw_plans(
-    policy: DiffusionPolicy, episode: Episode, plane: Any, steps: Sequence[int], count: int, sampling: SampleConfig
+    policy: DiffusionPolicy, episode: Episode, plane: Drawable, steps: Sequence[int], count: int, sampling: SampleConfig
 ) -> dict[int, np.ndarray]:
     """The paths along which such sequences would lead, by step, (count, T - To + 2, 2) in the plane of the scene."""
     plans = sample_plans(policy, episode, steps, count, sampling)
@@ -95,30 +145,30 @@ def draw_plans(
     }
 
 
-def _fan(policy: DiffusionPolicy, episode: Episode, plane: Any, sampling: SampleConfig) -> Fan:
+def _fan(policy: DiffusionPolicy, episode: Episode, plane: Drawable, sampling: SampleConfig) -> Fan:
     """What was, and what might have been, planned in an episode: at its re-plannings, evenly from all if they are
     many."""
     steps = [plan.step for plan in episode.plans]
     evenly = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), FAN_MOMENTS)).astype(int))
     paths = draw_plans(policy, episode, plane, [steps[i] for i in evenly], FAN_PLANS, sampling)
-    moments = [Moment(step, path) for step, path in paths.items()]
-    xy = plane.path(episode.observations)
+    moments = [Moment(step, np.stack([as_path(one) for one in path])) for step, path in paths.items()]
+    xy = as_path(plane.path(episode.observations))
     return Fan(episode.seed, episode.repeat, episode.mode, episode.success, xy, moments)
 
 
-def _demonstrated_paths(loaded: Loaded, plane: Any) -> list[PlanePath]:
+def _demonstrated_paths(loaded: Loaded, plane: Drawable) -> list[PlanePath]:
     """Paths of the demonstrations, where they are of this environment, still there and still the same."""
     environment, recorded = loaded.checkpoint.environment, loaded.checkpoint.dataset
     if (loaded.env_id, loaded.env_kwargs) != (environment.id, environment.arguments):
         return []
     keys = tuple(loaded.checkpoint.policy.shapes.observations)
-    try:
-        store = EpisodeStore.open(recorded.location)
-        if store.fingerprint(keys, recorded.action_key) != recorded.fingerprint:
-            return []
-        return [PlanePath(e.mode, True, plane.path(e.data)) for e in store.episodes(choose_drawn(store))]
-    except (StoreError, OSError):
-        return []
+    store = open_recorded("the checkpoint", recorded.location)
+    if store.fingerprint(keys, recorded.action_key) != recorded.fingerprint:
+        raise ValueError(f"{recorded.location} has changed since the training")
+    return [
+        PlanePath(episode.mode, episode.success is not False, as_path(plane.path(episode.data)))
+        for episode in store.episodes(choose_drawn(store))
+    ]
 
 
 def choose_drawn(store: EpisodeStore) -> np.ndarray:
@@ -128,25 +178,53 @@ def choose_drawn(store: EpisodeStore) -> np.ndarray:
     return np.sort(np.random.default_rng(0).choice(count, min(count, MOST_DRAWN), replace=False))
 
 
-def _videos(loaded: Loaded, episodes: Sequence[Episode], workers: int) -> list[Video]:
+def _videos(loaded: Loaded, episodes: Sequence[Episode], workers: int, remarks: Remarks) -> list[Video]:
     """Films of episodes; none where the environment cannot be filmed."""
-    if not episodes or "rgb_array" not in loaded.env.metadata.get("render_modes", ()):
+    if not episodes or "rgb_array" not in (loaded.env.metadata.get("render_modes") or ()):
         return []
+    every = max(2, *(math.ceil(len(episode.actions) / MOST_FRAMES) for episode in episodes))
     scripts = [Script(episode.seed, episode.actions) for episode in episodes]
-    films = ordered_map(partial(Camera, loaded.make_env, every=2), scripts, min(workers, len(scripts)))
-    videos = []
-    with tempfile.TemporaryDirectory() as folder:
-        for episode, frames in zip(episodes, films, strict=True):
-            path = Path(folder) / "video.mp4"
-            write_video(path, frames, loaded.frames_per_second / 2)
-            videos.append(Video(episode.mode, episode.success, episode.seed, path.read_bytes()))
+    filmer = partial(Filmer, loaded.make_env, every, loaded.frames_per_second)
+    films = ordered_map(filmer, scripts, min(workers, len(scripts)))
+    videos: list[Video] = []
+    failed: dict[str, list[str]] = {}  # seeds by reason
+
+    def gather() -> None:
+        for episode, film in zip(episodes, films, strict=True):
+            if isinstance(film, bytes):
+                videos.append(Video(episode.mode, episode.success, episode.seed, film))
+            else:
+                failed.setdefault(film, []).append(str(episode.seed))
+
+    remarks.attempt("no more films", gather, None)
+    for reason, seeds in failed.items():
+        remarks.say(f"no film of seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}: {reason}")
     return videos
 
 
-def _training(run: Path) -> list[dict[str, Any]]:
-    """Whole lines of the metrics file beside the checkpoint; empty where there is none."""
-    for folder in (run, checkpoint.find(run).parent):
-        path = folder / "metrics.jsonl"
-        if path.is_file():
-            return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    return []
+def _training(run: Path, remarks: Remarks) -> list[dict[str, Any]]:
+    """What the metrics file beside the checkpoint says of the losses; lines that say something else are passed over."""
+
+    def read() -> list[dict[str, Any]]:
+        folders = run, checkpoint.find(run).parent
+        for path in (folder / "metrics.jsonl" for folder in folders):
+            if path.exists():
+                return parse_losses(read_bytes(path, MOST_METRICS_BYTES))
+        return []
+
+    return remarks.attempt("the losses of the training are not drawn", read, [])
+
+
+def parse_losses(content: bytes) -> list[dict[str, Any]]:
+    """The lines of a metrics file, at most MOST_LOSSES of them, that give a step and a finite loss."""
+    rows = []
+    lines = content.splitlines()
+    for line in lines[:: math.ceil(len(lines) / MOST_LOSSES) or 1]:
+        with contextlib.suppress(ValueError, AttributeError):
+            row = parse_json(line)
+            numbers = [row.get(name) for name in ("step", "loss", "validation_loss")]
+            if all(type(number) in (int, float) and abs(number) < 1e30 for number in numbers if number is not None):
+                step, loss, validated = numbers
+                if step is not None and loss is not None:
+                    rows.append({"step": step, "loss": loss, "validation_loss": validated})
+    return rows

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from diffusion_policy.commands.afterwards import explain
 from diffusion_policy.commands.common import (
     MOST_FILMED,
     Failed,
@@ -21,7 +22,13 @@ from diffusion_policy.commands.common import (
     load_with_environment,
     progress_bar,
 )
-from diffusion_policy.commands.episodes import FIRST_TEST_SEED, PLANNING_BATCH, run_episodes
+from diffusion_policy.commands.episodes import (
+    FIRST_TEST_SEED,
+    PLANNING_BATCH,
+    require_episodes,
+    require_memory,
+    run_episodes,
+)
 from diffusion_policy.commands.terminal import out
 from diffusion_policy.config import ConfigError, SampleConfig, Signals, require_at_least, require_seed
 
@@ -62,6 +69,7 @@ class Rollout:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, ("episodes", "workers"))
+        require_episodes(self.episodes)
         require_seed(self)
         if self.video and self.episodes > MOST_FILMED:
             raise ConfigError(f"a --video shows at most {MOST_FILMED} episodes; got {self.episodes}")
@@ -75,6 +83,7 @@ class Rollout:
         loaded = load_with_environment(
             self.checkpoint, self.env, self.env_kwargs, self.sampling, self.device, self.signals
         )
+        require_memory(loaded.checkpoint.policy, self.sampling, PLANNING_BATCH)
         self._require_pictures(loaded)
         seeds = range(self.seed, self.seed + self.episodes)
         if self.record and self.record.exists():
@@ -91,8 +100,11 @@ class Rollout:
             record_episodes(self.record, loaded, episodes)
             console.print(f"{len(episodes)} episodes in {self.record}")
         if self.video:
-            self._film(self.video, loaded, episodes)
-            console.print(f"video in {self.video}")
+            try:
+                self._film(self.video, loaded, episodes)
+            except Exception as error:  # somebody else's simulator draws
+                raise Failed(f"no video: {explain(error)}") from error
+            console.print(f"video in {self.video}", soft_wrap=True)
 
     def _require_pictures(self, loaded: Loaded) -> None:
         """Raise ConfigError where the environment cannot be shown as asked."""
@@ -116,18 +128,21 @@ class Rollout:
 
     def _film(self, path: Path, loaded: Loaded, episodes: Sequence[Episode]) -> None:
         """Write the video."""
-        from diffusion_policy.commands.pictures import draw_plans, find_plane
+        from diffusion_policy.commands.pictures import draw_plans, pixels_of
         from diffusion_policy.engines import ordered_map
+        from diffusion_policy.envs.protocols import as_pictured
         from diffusion_policy.video import Camera, Script, tile, write_video
 
-        plane, policy = find_plane(loaded.env), loaded.checkpoint.policy
+        plane, policy = as_pictured(loaded.env), loaded.checkpoint.policy
         scripts = []
         with progress_bar("episodes") as bar:
             for episode in bar.track(episodes, task_id=bar.add_task("planning", total=len(episodes), note="")):
                 steps = [plan.step for plan in episode.plans]
                 plans = draw_plans(policy, episode, plane, steps, DRAWN_PLANS, self.sampling) if plane else {}
                 scripts.append(Script(episode.seed, episode.actions, plans))
-            films = ordered_map(partial(Camera, loaded.make_env), scripts, min(self.workers, len(scripts)))
+            films = ordered_map(
+                partial(Camera, loaded.make_env, pixels_of=pixels_of), scripts, min(self.workers, len(scripts))
+            )
             filmed = list(bar.track(films, task_id=bar.add_task("filming", total=len(scripts), note="")))
         write_video(path, tile(filmed, columns=2), loaded.frames_per_second)
 
@@ -135,9 +150,11 @@ class Rollout:
 def record_episodes(path: Path, loaded: Loaded, episodes: Sequence[Episode]) -> None:
     """Make a store of rollouts; raises StoreError where something already lies at the path."""
     from diffusion_policy.datasets.store import Demonstration, EpisodeStore
+    from diffusion_policy.envs.protocols import as_multimodal
 
+    task = as_multimodal(loaded.env)
     attributes = describe_episodes(loaded.env, loaded.env_id, loaded.env_kwargs, loaded.signals)
-    with EpisodeStore.create(path, attributes, loaded.env.get_wrapper_attr("modes")) as store:
+    with EpisodeStore.create(path, attributes, tuple(task.modes) if task else ()) as store:
         for episode in episodes:
             data = {key: rows[:-1] for key, rows in episode.observations.items()} | {"action": episode.actions}
             final = {key: rows[-1] for key, rows in episode.observations.items()}

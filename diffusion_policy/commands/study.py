@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
+from diffusion_policy.commands.afterwards import Remarks
 from diffusion_policy.commands.common import (
     Interrupted,
     Loaded,
@@ -27,9 +27,13 @@ from diffusion_policy.commands.episodes import (
     describe_machine,
     measure_latency,
     refuse_seen_seeds,
+    require_episodes,
+    require_memory,
     run_episodes,
 )
 from diffusion_policy.config import ConfigError, SampleConfig, SamplerName, Signals, require_at_least, require_seed
+from diffusion_policy.files import format_json, write_whole
+from diffusion_policy.lines import one_line
 
 STEPS = (1, 2, 4, 8, 16, 32)
 LATENCY_PLANS = 30
@@ -38,7 +42,8 @@ LATENCY_PLANS = 30
 @dataclass(frozen=True)
 class Study:
     """Roll one checkpoint out under each sampler at several numbers of steps: success, mode entropy and milliseconds,
-    as a table, results.json and samplers.png. Ctrl-C keeps what is done in results.json."""
+    as a table, results.json and samplers.png. What is done is kept in results.json at every moment. Episodes that could
+    not be run are counted for each of them; where none could be run, it says why, and the study goes on."""
 
     what: tyro.conf.Positional[Literal["samplers"]]
     """What is varied."""
@@ -71,6 +76,7 @@ class Study:
     def __post_init__(self) -> None:
         require_at_least(self, 1, ("episodes", "workers"))
         require_seed(self)
+        require_episodes(self.episodes)
         if not self.samplers:
             raise ConfigError(f"name at least one of the samplers {', '.join(get_args(SamplerName))}")
         for name in self.samplers:
@@ -79,6 +85,7 @@ class Study:
 
     def run(self) -> dict[str, Any]:
         """Study; returns what results.json holds. Raises ValueError where `evaluate` does."""
+        from diffusion_policy.drawing import to_png
         from diffusion_policy.figures import draw_study
 
         require_fresh(self.output)
@@ -111,11 +118,16 @@ class Study:
                 if "refused" in cell:
                     console.print(f"  not possible: {cell['refused']}")
                 self._write(results)
-        draw_study(results).savefig(self.output / "samplers.png", dpi=150)
         print_by_steps("success rate", cells, "success_rate", "{:.2f}")
         print_by_steps("mode entropy", cells, "mode_entropy", "{:.2f}")
         print_by_steps("milliseconds of one plan", cells, "milliseconds", "{:.0f}")
-        console.print(f"results in {self.output}/results.json, picture in {self.output}/samplers.png")
+        if any(cell.get("lost") for of_sampler in cells.values() for cell in of_sampler.values()):
+            print_by_steps("episodes that could not be run, and count nowhere", cells, "lost", "{:.0f}")
+        remarks = Remarks()
+        picture = self.output / "samplers.png"
+        remarks.attempt("no picture", lambda: write_whole(picture, to_png(draw_study(results), 150)), None)
+        beside = f", picture in {picture}" if picture.exists() else ""
+        console.print(f"results in {self.output}/results.json{beside}", soft_wrap=True)
         return results
 
     def _sampling(self, name: SamplerName, steps: int) -> SampleConfig:
@@ -128,31 +140,31 @@ class Study:
         return self.steps or (*(n for n in STEPS if n < most), most)
 
     def _write(self, results: Mapping[str, Any]) -> None:
-        """Under another name first, so that a kill leaves the last whole results."""
-        temporary = self.output / ".results.json"
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
-        temporary.replace(self.output / "results.json")
+        write_whole(self.output / "results.json", format_json(results))
 
     def _cell(self, loaded: Loaded, sampling: SampleConfig) -> dict[str, Any]:
         """What one sampler does at one number of steps; why not, where it cannot."""
         from diffusion_policy import metrics
 
-        try:
-            loaded.checkpoint.policy.require(sampling)
-        except ValueError as error:
-            return {"refused": str(error)}
+        policy = loaded.checkpoint.policy
         seeds = range(self.seed, self.seed + self.episodes)
         try:
-            episodes, _ = run_episodes(loaded, seeds, sampling, PLANNING_BATCH, self.workers)
-        except FloatingPointError as error:
-            return {"refused": str(error)}
+            policy.require(sampling)
+            require_memory(policy, sampling, PLANNING_BATCH)
+            episodes, lost = run_episodes(loaded, seeds, sampling, PLANNING_BATCH, self.workers)
+        except (ValueError, FloatingPointError) as error:
+            return {"refused": one_line(str(error))}
+        if not episodes:
+            return {"refused": f"every episode failed: {lost[0].reason}", "lost": len(lost)}
         modes, _ = choose_modes(loaded)
         solved = metrics.successes_by_mode(episodes)
-        latencies = measure_latency(loaded.checkpoint.policy, episodes[0], sampling, LATENCY_PLANS)
+        latencies = measure_latency(policy, episodes[0], sampling, LATENCY_PLANS)
         return {
             "success_rate": dataclasses.asdict(metrics.success_rate(episodes)),
             "mode_entropy": dataclasses.asdict(metrics.behaviour_entropy(solved, modes)),
             "mode_coverage": dataclasses.asdict(metrics.behaviour_coverage(solved, modes)),
             "modes": {mode: solved.get(mode, 0) for mode in modes},
             "milliseconds": metrics.percentiles(latencies, (50,))["p50"],
+            "lost": len(lost),
+            "errors": [dataclasses.asdict(one) for one in lost],
         }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import tyro
 from diffusion_policy import __version__
 from diffusion_policy.commands.common import console, print_by_steps, progress_bar, require_fresh
 from diffusion_policy.config import PredictionName, require_seed
+from diffusion_policy.files import format_json, write_whole
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Toy:
 
         from diffusion_policy import toy
         from diffusion_policy.doctor import check_last_level
+        from diffusion_policy.drawing import to_png
         from diffusion_policy.figures import draw_toy
 
         require_fresh(self.output)
@@ -76,10 +77,10 @@ class Toy:
             "samplers": samplers,
             **measures,
         }
-        (self.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        draw_toy(results, toy.show(fitted, problem)).savefig(self.output / "toy.png", dpi=150)
+        write_whole(self.output / "results.json", format_json(results))
         print_results(results)
-        console.print(f"results in {self.output}/results.json, picture in {self.output}/toy.png")
+        write_whole(self.output / "toy.png", to_png(draw_toy(results, toy.show(fitted, problem)), 150))
+        console.print(f"results in {self.output}/results.json, picture in {self.output}/toy.png", soft_wrap=True)
         return results
 
 
