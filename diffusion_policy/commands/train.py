@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from diffusion_policy.checkpoint import Dataset, Environment
-    from diffusion_policy.datasets.statistics import Summary
+    from diffusion_policy.checkpoint import Checkpoint, Dataset, Environment
     from diffusion_policy.datasets.store import EpisodeStore
     from diffusion_policy.datasets.windows import StreamedWindows, Windows
     from diffusion_policy.policy import DiffusionPolicy
@@ -47,6 +46,16 @@ FIRST_ROLLOUT_SEED = 200_000
 """Seeds of rollouts in training begin here: those of demonstrations begin at 0, those of evaluations at 100,000."""
 MEASURED = ("validation_loss", "action_error", "action_error_best", "success_rate")
 """What a checkpoint says of itself, where it was measured at its step."""
+
+
+class Plan(NamedTuple):
+    """What of a data set is learned from."""
+
+    keys: Keys
+    angles: dict[str, tuple[int, ...]]
+    chosen: np.ndarray
+    """Indices of the episodes to train on."""
+    held_out: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -103,8 +112,6 @@ class Train:
 
         if self.resume and self.resume.resolve() != self.output.resolve():
             raise ConfigError(f"--resume {self.resume} goes on in its own folder; got --output {self.output}")
-        if self.policy.condition_on_mode and (self.training.keep_best or "").startswith("action_error"):
-            raise ConfigError("a policy with condition-on-mode has no action error; choose another --keep-best")
         with join_processes(self.device) as (processes, device):
             quiet, console.quiet = console.quiet, not processes.is_main
             try:
@@ -113,12 +120,11 @@ class Train:
                 console.quiet = quiet
 
     def _run(self, processes: Processes, device_name: str) -> None:
-        import numpy as np
         import torch
 
         from diffusion_policy import checkpoint
         from diffusion_policy.datasets.statistics import summarize
-        from diffusion_policy.datasets.windows import Windows, split_episodes
+        from diffusion_policy.datasets.windows import Windows
         from diffusion_policy.policy import DiffusionPolicy, choose_device
         from diffusion_policy.trainer import Trainer
 
@@ -126,21 +132,16 @@ class Train:
             require_fresh(self.output)
         device = choose_device(device_name)
         store = open_store(self.dataset)
-        keys = choose_keys(store, self.observation, self.action)
-        angles = choose_angles(store, self.angles, keys)
-        lengths = np.diff(store.episode_ends, prepend=0)
+        keys, angles, chosen, held_out = plan = self.plan(store)
+        sketch = self.sketch(store, plan)
         settings = self.training
-        chosen, held_out = split_episodes(len(lengths), settings.validation_share, settings.seed, settings.max_episodes)
-        self._look_at_lengths(lengths[chosen])
 
         with console.status("measuring the data"):
             summary = summarize(store, keys.observations, keys.action, chosen)
-        environment, dataset = describe(store, keys, summary)
-        with checkpoint.without_memory():
-            sketch = DiffusionPolicy.for_statistics(self.policy, summary.statistics, store.modes, angles)
-        checkpoint.require_savable(checkpoint.Checkpoint(sketch, settings, environment, dataset, settings.steps))
         torch.manual_seed(settings.seed)
         policy = DiffusionPolicy.for_statistics(self.policy, summary.statistics, store.modes, angles).to(device)
+        point = replace(sketch, policy=policy, dataset=replace(sketch.dataset, fingerprint=summary.fingerprint))
+        checkpoint.require_savable(point)
         roll_out = self._make_rollouts(store, policy) if settings.rollout_every else None
         modes = [store.modes, store.mode_indices().tolist()] if self.policy.condition_on_mode else []
         told = runs.to_options(self._completed(keys, angles), summary.fingerprint, modes)
@@ -158,7 +159,41 @@ class Train:
         )
         with runs.hold(self.output, told, begun=self.resume is not None) if processes.is_main else nullcontext():
             self._restore(trainer)
-            self._train(trainer, environment, dataset, store.episode_ends)
+            self._train(trainer, point.environment, point.dataset, store.episode_ends)
+
+    def plan(self, store: EpisodeStore) -> Plan:
+        """What is learned from; raises ValueError for keys and angles that are not there, and for episodes that are too
+        few or too short."""
+        import numpy as np
+
+        from diffusion_policy.datasets.windows import split_episodes
+
+        keys, settings = choose_keys(store, self.observation, self.action), self.training
+        lengths = np.diff(store.episode_ends, prepend=0)
+        chosen, held_out = split_episodes(len(lengths), settings.validation_share, settings.seed, settings.max_episodes)
+        self._look_at_lengths(lengths[chosen])
+        return Plan(keys, choose_angles(store, self.angles, keys), chosen, held_out)
+
+    def sketch(self, store: EpisodeStore, plan: Plan) -> Checkpoint:
+        """The checkpoint that this training ends with, but for what the data say: weights, which take no memory here,
+        normalizer and fingerprint. Raises ValueError where it could not be trained or saved."""
+        from diffusion_policy import checkpoint
+        from diffusion_policy.policy import DiffusionPolicy, Shapes, choose_device
+
+        choose_device(self.device)
+        shapes = Shapes(
+            {key: store.shape(key) for key in plan.keys.observations}, store.shape(plan.keys.action), plan.angles
+        )
+        with checkpoint.without_memory():
+            policy = DiffusionPolicy(self.policy, shapes, store.modes)
+        if policy.modes and not self.policy.condition_dropout and (self.training.keep_best or "").startswith("action"):
+            raise ConfigError(
+                "a policy with condition-on-mode and without condition-dropout has no action error; choose another "
+                "--keep-best"
+            )
+        sketch = checkpoint.Checkpoint(policy, self.training, *describe(store, plan.keys, ""), self.training.steps)
+        checkpoint.require_savable(sketch)
+        return sketch
 
     def _completed(self, keys: Keys, angles: dict[str, tuple[int, ...]]) -> Train:
         """With the keys and angles that the store named."""
@@ -304,7 +339,7 @@ class Train:
             )
 
 
-def describe(store: EpisodeStore, keys: Keys, summary: Summary) -> tuple[Environment, Dataset]:
+def describe(store: EpisodeStore, keys: Keys, fingerprint: str) -> tuple[Environment, Dataset]:
     """What a checkpoint says of its data set."""
     from diffusion_policy.checkpoint import Dataset, Environment
     from diffusion_policy.metrics import NONE
@@ -322,7 +357,7 @@ def describe(store: EpisodeStore, keys: Keys, summary: Summary) -> tuple[Environ
     )
     dataset = Dataset(
         location=str(local.resolve()) if local.exists() else store.location,
-        fingerprint=summary.fingerprint,
+        fingerprint=fingerprint,
         episodes=len(modes),
         steps=int(store.episode_ends[-1]),
         modes=dict(sorted(Counter(modes).items())),
