@@ -56,6 +56,7 @@ class Recorder(gymnasium.Wrapper):
         self._observations: list[dict[str, np.ndarray]] = []
         self._actions: list[np.ndarray] = []
         self._ended = True
+        self._beyond = False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin an episode; what was not saved of the last one is dropped."""
@@ -71,6 +72,12 @@ class Recorder(gymnasium.Wrapper):
         if self._ended:
             return self.env.step(action)
         row = action_row(self._actions_box, action, self._name)
+        if not self._beyond and not self._actions_box.contains(row):
+            self._beyond = True
+            warnings.warn(
+                f"an action lies outside {self._name}'s action space: a policy's actions will be clipped to it",
+                stacklevel=2,
+            )
         observation, reward, terminated, truncated, info = self.env.step(action)
         self._actions.append(row)
         self._observations.append(observe(self._parts, observation, self._name))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
+from diffusion_policy import lines
 from diffusion_policy.commands.common import MOST_FILMED, Failed, choose_task, console, open_store
 from diffusion_policy.commands.terminal import out
 from diffusion_policy.config import ConfigError, Signals, require_at_least
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from diffusion_policy.datasets.store import Demonstration, EpisodeStore
+    from diffusion_policy.envs.adapters import Task
 
 
 class Replayed(NamedTuple):
@@ -27,8 +32,8 @@ class Replayed(NamedTuple):
     differences: dict[str, np.ndarray]
     """Largest difference of each observation key from its recorded row, step by step, (steps,); where the observation
     after the last action is recorded, one more."""
-    frames: list[np.ndarray]
-    """(height, width, 3) uint8; empty when nothing is filmed."""
+    actions: np.ndarray
+    """Those that were taken, with the noise of the collection, (steps, A)."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +74,21 @@ class Replay:
         for a store that does not say how its episodes began."""
         import numpy as np
 
-        from diffusion_policy.video import tile, write_video
-
         store = open_store(self.store)
         if len(store.seeds()) < len(store.episode_ends):
             raise ConfigError(f"{self.store} does not say the seeds of its episodes, so they cannot be begun again")
         noise = store.attributes.get("noise", None if "collection" in store.attributes else 0.0)
         if noise is None:
             raise ConfigError(f"{self.store} does not say one noise of all its episodes, so they cannot be taken again")
-        env = self._make_env(store)
+        task = self._choose_task(store)
+        env = task()
+        keys = self._compared(store, env, task.env)
         count = min(len(store.episode_ends), self.episodes or (4 if self.video else len(store.episode_ends)))
         largest: dict[str, float] = {}
-        films, wrong = [], []
+        scripts, wrong = [], []
         with console.status("replaying"):
-            for i, episode in enumerate(store.episodes(range(count))):
-                replayed = replay(env, episode, store.action_key, noise, film=self.video is not None)
+            for i, episode in enumerate(store.episodes(range(count), (*keys, store.action_key))):
+                replayed = replay(env, episode, store.action_key, noise)
                 for key, differences in replayed.differences.items():
                     largest[key] = max(largest.get(key, 0.0), float(differences.max()))
                     beyond = np.flatnonzero(~(differences <= self.tolerance))
@@ -93,70 +98,86 @@ class Replay:
                 steps = len(episode.data[store.action_key])
                 if replayed.steps < steps:
                     wrong.append(f"episode {i} ends after {replayed.steps} of its {steps} steps")
-                films.append(np.stack(replayed.frames) if replayed.frames else None)
-        env.close()
+                scripts.append((episode.seed, replayed.actions))
+        with contextlib.suppress(Exception):  # what was compared stays
+            env.close()
         for key, difference in largest.items():
             out.print(f"{key}: off by {difference:.2g} at most, in {count} episodes")
         if self.video:
-            self.video.parent.mkdir(parents=True, exist_ok=True)
-            write_video(self.video, tile(films, columns=2), env.metadata.get("render_fps") or 30)
-            console.print(f"video in {self.video}")
+            self._film(self.video, task, scripts)
         if wrong:
-            raise Failed(f"{wrong[0]} ({len(wrong)} such things in {count} episodes)")
+            why = self._explain(task, scripts[0][0])
+            raise Failed(f"{wrong[0]} ({len(wrong)} such things in {count} episodes){why}")
         return largest
 
-    def _make_env(self, store: EpisodeStore) -> gymnasium.Env:
-        """The environment; raises ConfigError when it does not fit the store."""
+    def _choose_task(self, store: EpisodeStore) -> Task:
+        """The environment; raises ConfigError where there is none."""
         from diffusion_policy.envs import ENV_IDS
 
         recorded: dict[str, Any] = store.attributes.get("environment", {})
         task, _ = choose_task(self.store, recorded, self.env, self.env_kwargs, self.signals)
-        if task.env not in ENV_IDS:
-            task = replace(task, success=task.success or "none")  # whether it succeeds is not compared
-        env = task("rgb_array" if self.video else None)
-        offered = {key: space.shape for key, space in observation_spaces(env).items() if key in store.keys}
+        ours = task.env in ENV_IDS and not task.wrappers
+        return task if ours else replace(task, success=task.success or "none")  # whether it succeeds is not compared
+
+    def _compared(self, store: EpisodeStore, env: gymnasium.Env, env_id: str) -> tuple[str, ...]:
+        """The keys that are compared; raises ConfigError when the environment does not fit the store."""
+        space: Any = env.observation_space
+        offered = {key: part.shape for key, part in space.items() if key in store.keys}
         wrong = [key for key, shape in offered.items() if shape != store.shape(key)]
-        if not offered or wrong or env.action_space.shape != store.shape(store.action_key):
+        if not offered or wrong or math.prod(env.action_space.shape or ()) != math.prod(store.shape(store.action_key)):
             stored = {key: store.shape(key) for key in store.keys}
             has = f"its observations have {offered}, its actions {env.action_space}"
-            raise ConfigError(f"{task.env} does not fit {self.store}: {has}; the store has {stored}")
-        return env
+            raise ConfigError(f"{env_id} does not fit {self.store}: {has}; the store has {stored}")
+        return tuple(offered)
+
+    def _film(self, path: Path, task: Task, scripts: Sequence[tuple[int | None, np.ndarray]]) -> None:
+        """Film the episodes again; raises Failed where the environment gives no pictures."""
+        from diffusion_policy.envs.contract import control_rate
+        from diffusion_policy.video import Camera, Script, tile, write_video
+
+        try:
+            camera = Camera(task)
+            films = [camera(Script(seed or 0, actions)) for seed, actions in scripts]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_video(path, tile(films, columns=2), control_rate(task()) or 30)
+        except Exception as error:  # somebody else's simulator draws
+            raise Failed(f"no video: {lines.describe(error)}") from error
+        console.print(f"video in {path}")
+
+    def _explain(self, task: Task, seed: int | None) -> str:
+        """Whether the environment is one in which nothing can be repeated."""
+        from diffusion_policy.envs.protocols import repeats_by_seed
+
+        if repeats_by_seed(task, seed or 0):
+            return ""
+        return f"; {task.env} does not repeat an episode by its seed, so it cannot be replayed; perhaps with --fresh"
 
 
-def observation_spaces(env: gymnasium.Env) -> dict[str, gymnasium.Space]:
-    """The parts of an observation by the keys under which they are recorded."""
-    space = env.observation_space
-    return dict(getattr(space, "spaces", {"observation": space}))
-
-
-def replay(env: gymnasium.Env, episode: Demonstration, action_key: str, noise: float, film: bool = False) -> Replayed:
+def replay(env: gymnasium.Env, episode: Demonstration, action_key: str, noise: float) -> Replayed:
     """Begin an episode again from its seed and take its actions; `noise`: see `Demonstrator`."""
     import numpy as np
 
     from diffusion_policy.datasets.collect import disturb, disturbance_generator
 
-    path = {key: list(rows) for key, rows in episode.data.items() if key in observation_spaces(env)}
+    path = {key: list(rows) for key, rows in episode.data.items() if key != action_key}
     for key, row in (episode.final or {}).items():
         path[key].append(row)
     differences: dict[str, list[float]] = {key: [] for key in sorted(path)}
 
     def compare(observation: Any, step: int) -> None:
-        rows = observation if isinstance(observation, dict) else {"observation": observation}
         for key, recorded in path.items():
             if step < len(recorded):
-                difference = np.abs(np.asarray(rows[key], np.float64) - recorded[step])
+                difference = np.abs(np.asarray(observation[key], np.float64) - recorded[step])
                 differences[key].append(float(difference.max()))
 
     observation, _ = env.reset(seed=episode.seed)
     compare(observation, 0)
     rng = disturbance_generator(episode.seed or 0)
-    frames: list[Any] = [env.render()] if film else []
-    steps = 0
+    taken = []
     for action in episode.data[action_key]:
-        observation, _, terminated, truncated, _ = env.step(disturb(action, noise, rng) if noise else action)
-        steps += 1
-        compare(observation, steps)
-        frames += [env.render()] if film else []
+        taken.append(disturb(action, noise, rng) if noise else action)
+        observation, _, terminated, truncated, _ = env.step(taken[-1])
+        compare(observation, len(taken))
         if terminated or truncated:
             break
-    return Replayed(steps, {key: np.array(values) for key, values in differences.items()}, frames)
+    return Replayed(len(taken), {key: np.array(values) for key, values in differences.items()}, np.stack(taken))
