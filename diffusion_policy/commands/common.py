@@ -352,7 +352,18 @@ def load_with_environment(
     from diffusion_policy import checkpoint
     from diffusion_policy.policy import choose_device
 
-    loaded = checkpoint.load(path, choose_device(device))
+    return join_environment(path, checkpoint.load(path, choose_device(device)), env, env_kwargs, sampling, signals)
+
+
+def join_environment(
+    path: object,
+    loaded: Checkpoint,
+    env: str | None,
+    env_kwargs: str | None,
+    sampling: SampleConfig | None,
+    signals: Signals,
+) -> Loaded:
+    """As `load_with_environment`, of a checkpoint that is loaded, or one without weights."""
     if sampling is not None:
         loaded.policy.require(sampling)
     task, signals = choose_task(path, dataclasses.asdict(loaded.environment), env, env_kwargs, signals)
