@@ -22,6 +22,7 @@ from diffusion_policy.commands.common import (
     parse_env_kwargs,
     progress_bar,
     refuse_modules,
+    say_cap,
     stop_on_signal,
 )
 from diffusion_policy.config import ConfigError, Signals, from_dict, require_at_least, require_seed
@@ -103,6 +104,7 @@ class Collect:
         settings = self._settings(store)
         make_env = make_task(settings.env, settings.env_kwargs, settings.signals)
         env = make_env()
+        say_cap(settings.env, env)
         make_demonstrator = partial(Demonstrator, make_env, find_expert(settings), settings.noise)
 
         with stop_on_signal() as stop:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffusion_policy import __version__
-from diffusion_policy.commands.common import Interrupted, Loaded, progress_bar
+from diffusion_policy.commands.common import Interrupted, Loaded, is_same_id, progress_bar
 from diffusion_policy.config import ConfigError, SampleConfig
 from diffusion_policy.engines import HANG_AFTER, Engine
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from diffusion_policy.commands.afterwards import Remarks
     from diffusion_policy.metrics import Episode, Lost, Scorecard
     from diffusion_policy.policy import DiffusionPolicy
+    from diffusion_policy.rollout import ModeFailure
 
 FIRST_TEST_SEED, FIRST_ROLLOUT_SEED = 100_000, 200_000
 """Seeds of evaluations and those of rollouts in training begin here; those of demonstrations begin at 0."""
@@ -41,6 +42,8 @@ class RolledOut(NamedTuple):
 
     episodes: list[Episode]
     lost: list[Lost]
+    mode_failures: list[ModeFailure]
+    """Episodes that count without a mode, since it could not be told."""
 
 
 def choose_modes(loaded: Loaded) -> tuple[tuple[str, ...], str | None]:
@@ -77,7 +80,7 @@ def refuse_seen_seeds(loaded: Loaded, seeds: range) -> None:
     be."""
     if seeds[-1] > MOST_SEED:
         raise ConfigError(f"seeds go up to {MOST_SEED}; got {seeds[0]} to {seeds[-1]}; choose a lower --seed")
-    if loaded.env_id != loaded.checkpoint.environment.id:
+    if not is_same_id(loaded.env_id, loaded.checkpoint.environment.id):
         return
     seen: dict[str, tuple[int, int]] = {}
     training, demonstrated = loaded.checkpoint.training, loaded.checkpoint.dataset.seeds
@@ -149,6 +152,7 @@ def run_episodes(
 
     finished = successes = 0
     lost: list[Lost] = []
+    failures: list[ModeFailure] = []
     task = as_multimodal(loaded.env)
     mode_of = task.mode if task else lambda _: None
     try:
@@ -177,8 +181,9 @@ def run_episodes(
                 lost.append,
                 hang_after,
                 engine,
+                failures.append,
             )
-            return RolledOut(episodes, lost)
+            return RolledOut(episodes, lost, failures)
     except KeyboardInterrupt:
         raise Interrupted(f"stopped after {finished} episodes; nothing was written") from None
 

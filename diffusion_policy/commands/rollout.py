@@ -119,9 +119,11 @@ class Rollout:
         if self.render:
             loaded = loaded._replace(make_env=partial(loaded.make_env, render_mode=self.render))
             parallel = workers = 1
-        episodes, lost = run_episodes(loaded, seeds, self.sampling, parallel, workers)
+        episodes, lost, mode_failures = run_episodes(loaded, seeds, self.sampling, parallel, workers)
         for one in lost:
-            console.print(f"seed {one.seed} could not be run: {one.reason}")
+            console.print(f"seed {one.seed} could not be run: {one.reason}", soft_wrap=True)
+        for one in mode_failures:
+            console.print(f"seed {one.seed} counts without a mode: {one.reason}", soft_wrap=True)
         if not episodes:
             raise Failed("every episode failed")
         return episodes
@@ -153,7 +155,7 @@ def record_episodes(path: Path, loaded: Loaded, episodes: Sequence[Episode]) -> 
     from diffusion_policy.envs.protocols import as_multimodal
 
     task = as_multimodal(loaded.env)
-    attributes = describe_episodes(loaded.env, loaded.env_id, loaded.env_kwargs, loaded.signals)
+    attributes = describe_episodes(loaded.env, loaded.env_id, loaded.env_kwargs, loaded.signals, loaded.wrappers)
     with EpisodeStore.create(path, attributes, tuple(task.modes) if task else ()) as store:
         for episode in episodes:
             data = {key: rows[:-1] for key, rows in episode.observations.items()} | {"action": episode.actions}
