@@ -8,10 +8,13 @@ import asyncio
 import os
 import zipfile
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+from contextvars import ContextVar
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import zarr
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import FsspecStore, LocalStore, WrapperStore, ZipStore
@@ -32,6 +35,56 @@ MOST_FILES = 2**20
 """Files of one array."""
 
 
+class Listing(NamedTuple):
+    """What a folder holds."""
+
+    any: bool
+    """Whether there is anything; False where the place cannot be listed."""
+    names: list[str]
+    """Of what may be members of a group, sorted."""
+
+
+class Reading:
+    """Files that are read together. When one of them cannot be, the others are given up: zarr would go on."""
+
+    def __init__(self) -> None:
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.over = False
+
+    def join(self) -> None:
+        """Called by each task before it reads a file; raises ValueError where that is no longer wanted."""
+        if self.over:
+            raise ValueError("given up")
+        task = asyncio.current_task()
+        assert task is not None
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def give_up(self) -> None:
+        """Cancel what is still under way."""
+        self.over = True
+        for task in self.tasks - {asyncio.current_task()}:
+            task.cancel()
+
+
+READING: ContextVar[Reading | None] = ContextVar("READING", default=None)
+"""Of the tasks of one read."""
+
+
+async def gather(array: zarr.AsyncArray[Any], start: int, stop: int) -> np.ndarray:
+    """Some rows of an array. When this raises, nothing of it goes on."""
+    reading, before = Reading(), asyncio.all_tasks()
+    READING.set(reading)
+    try:
+        return np.asarray(await array.getitem(slice(start, stop)))
+    except BaseException:
+        reading.give_up()
+        begun = asyncio.all_tasks() - before - {asyncio.current_task()}
+        if begun:
+            await asyncio.wait(begun, timeout=5)
+        raise
+
+
 class GuardedStore(WrapperStore[Any]):
     """Hands on metadata of a sane size, and chunks of arrays that were looked at (`trust`), as far as each unpacks into
     no more than a chunk, and all of them into no more than a store of that size has."""
@@ -40,8 +93,8 @@ class GuardedStore(WrapperStore[Any]):
         super().__init__(store)
         self.packings: dict[str, Packing] = {}
         """By path of the array."""
-        self.listed: dict[str, list[str]] = {}
-        """Names in each folder that a reader has asked for."""
+        self.listed: dict[str, Listing] = {}
+        """Folders that a reader has asked for."""
         self._sound: set[int] = set()
         """Hashes of metadata that have passed."""
         self._counted: set[tuple[str, int]] = set()
@@ -57,6 +110,8 @@ class GuardedStore(WrapperStore[Any]):
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """The file, or a part of it; raises ValueError for what is not trusted."""
+        if reading := READING.get():
+            reading.join()
         if key.rpartition("/")[2] in METADATA:
             content = await self._read(key, None, MAX_JSON_BYTES)
             if content is not None and hash(content) not in self._sound:

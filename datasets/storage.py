@@ -11,7 +11,7 @@ import tempfile
 import time
 import weakref
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +29,7 @@ from zarr.storage import FsspecStore, ZipStore
 
 from diffusion_policy.datasets.durable import DurableFolder
 from diffusion_policy.datasets.guard import GuardedStore, collect_async
+from diffusion_policy.datasets.guarded_store import Listing
 from diffusion_policy.files import open_regular
 
 try:
@@ -53,6 +54,10 @@ NAME = re.compile(r"[^./\\][^/\\]*")
 """Names that are read: no hidden files, no way out of the store."""
 
 
+NAMES_SAID = 20
+"""Of the names in a folder."""
+
+
 class StoreError(ValueError):
     """A data set cannot be read or written; the message says what is wrong and where."""
 
@@ -66,7 +71,7 @@ def open_group(location: str, mode: Literal["r", "r+"], sync: bool = True) -> za
     try:
         store, root = _find(location, mode, sync)
         guarded = GuardedStore(store)
-        listed = mode == "r+" or bool(_list(guarded, root))
+        listed = mode == "r+" or _list(guarded, root).any
         return zarr.open_group(guarded, mode=mode, path=root, use_consolidated=False if listed else None)
     except ImportError as error:
         raise StoreError(f"cannot open {location}: {error}") from error
@@ -215,10 +220,10 @@ def drop_consolidated(group: zarr.Group) -> bool:
     does not know what is appended; whether there was one."""
     found = False
     for folder in ("", "data", "meta"):
-        inner = group[folder] if folder else group
         path = Path(folder) / "zarr.json"
         metadata = sync(group.store.get(path.as_posix(), default_buffer_prototype()))
         if metadata is not None and re.search(rb'"consolidated_metadata"\s*:\s*\{', metadata.to_bytes()):
+            inner = group[folder] if folder else group
             assert isinstance(inner, zarr.Group)
             inner.update_attributes({})  # written as it was opened: without
             found = True
@@ -232,27 +237,29 @@ def unfinished_files(location: str) -> list[Path]:
     return sorted(file for file in Path(location).rglob("*.partial") if TEMPORARY.search(file.name))
 
 
-def list_names(group: zarr.Group, folder: str) -> list[str]:
+def list_names(group: zarr.Group, folder: str) -> Sequence[str]:
     """Names of the members of a folder within a group, sorted, whether they can be opened or not. Where the place
     cannot be listed, as most web servers, those of the consolidated copy of its metadata, if there is one."""
-    found = _list(group.store, f"{group.path}/{folder}".strip("/")) or _consolidated_names(group, folder)
-    names = {name.rstrip("/") for name in found}
-    return sorted(name for name in names if NAME.fullmatch(name) and name != "zarr.json" and not TEMPORARY.search(name))
+    return _list(group.store, f"{group.path}/{folder}".strip("/")).names or _consolidated_names(group, folder)
 
 
 def can_be_listed(group: zarr.Group) -> bool:
     """Whether the place of a group says what it holds."""
-    return bool(_list(group.store, group.path))
+    return _list(group.store, group.path).any
 
 
-def _list(store: Store, folder: str) -> list[str]:
-    """Names in a folder; none where the place cannot be listed. A reader asks once."""
+def _list(store: Store, folder: str) -> Listing:
+    """What there is in a folder; nothing where the place cannot be listed. A reader asks once."""
     assert isinstance(store, GuardedStore)
     if folder not in store.listed or not store.read_only:
         try:
-            store.listed[folder] = sync(collect_async(store.list_dir(folder)))
+            names = {name.rstrip("/") for name in sync(collect_async(store.list_dir(folder)))}
         except (NotImplementedError, OSError):
-            store.listed[folder] = []
+            names = set()
+        except ValueError as error:
+            raise StoreError(f"the store {error}") from error
+        known = (name for name in names if NAME.fullmatch(name) and name != "zarr.json" and not TEMPORARY.search(name))
+        store.listed[folder] = Listing(bool(names), sorted(known))
     return store.listed[folder]
 
 
@@ -267,6 +274,12 @@ def _consolidated_names(group: zarr.Group, folder: str) -> list[str]:
 def row_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
     """Size of one row of an array."""
     return math.prod(shape) * dtype.itemsize
+
+
+def say_names(names: Sequence[str]) -> str:
+    """Some names in a sentence."""
+    more = f" and {len(names) - NAMES_SAID} more" if len(names) > NAMES_SAID else ""
+    return ", ".join(names[:NAMES_SAID]) + more or "nothing"
 
 
 def say(error: Exception) -> str:
