@@ -9,14 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffusion_policy.datasets.storage import StoreError
-
-LONGEST_LABEL = 200
-"""Characters."""
-
-
-def is_label(value: Any) -> bool:
-    """Whether it is text that stands on one line anywhere: printable, at most 200 characters."""
-    return isinstance(value, str) and value.isprintable() and len(value) <= LONGEST_LABEL
+from diffusion_policy.names import MOST_CHARACTERS, is_label
 
 
 def _are_names(value: Any) -> bool:
@@ -57,7 +50,7 @@ def _is_collection(value: Any) -> bool:
 
 
 ATTRIBUTES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "modes": (_are_names, f"a list of labels, each one line of at most {LONGEST_LABEL} printable characters"),
+    "modes": (_are_names, f"a list of labels, each one line of at most {MOST_CHARACTERS} printable characters"),
     "observation_keys": (_are_names, "a list of keys"),
     "action_key": (is_label, "a key"),
     "angles": (_are_angles, "lists of columns by key"),

@@ -87,16 +87,18 @@ def make_parents(path: Path) -> None:
 def unfinished_path(path: Path) -> Path:
     """Where a new folder or file is made that is renamed to `path` when it is whole: `.NAME.PROCESS` beside it. What
     processes that are gone have left in such places is deleted."""
-    for left in path.parent.glob(f".{_escaped(path.name)}.*") if path.parent.is_dir() else ():
-        number = re.fullmatch(r"\d+", left.name.rpartition(".")[2])
-        if number and not _runs(int(number[0])):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() and not left.is_symlink() else left.unlink()
+    remove_leftovers(path)
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
-def _escaped(name: str) -> str:
-    """A name as a pattern that means it alone."""
-    return re.sub(r"([\[\]*?])", r"[\1]", name)
+def remove_leftovers(path: Path) -> list[Path]:
+    """Delete what processes that are gone had begun to make in the place of a path; returns what was there."""
+    beside = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+    places = ((left, re.fullmatch(re.escape(f".{path.name}.") + r"(\d+)", left.name)) for left in beside)
+    gone = [left for left, process in places if process and not _runs(int(process[1]))]
+    for left in gone:
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() and not left.is_symlink() else left.unlink()
+    return gone
 
 
 def _runs(process: int) -> bool:

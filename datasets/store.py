@@ -23,14 +23,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import zarr
 
-from diffusion_policy.datasets.attributes import check_attributes, fits, is_label
+from diffusion_policy.datasets.attributes import check_attributes, fits
 from diffusion_policy.datasets.checksums import RowChecksums, checksum
 from diffusion_policy.datasets.durable import DurableFolder, make_parents, sync_tree, unfinished_path
-from diffusion_policy.datasets.guard import refuse_unsafe, trust
+from diffusion_policy.datasets.guard import read_rows, refuse_unsafe, trust
 from diffusion_policy.datasets.storage import (
     KEY,
     NAME,
-    TEMPORARY,
     StoreError,
     create_array,
     drop_consolidated,
@@ -40,8 +39,11 @@ from diffusion_policy.datasets.storage import (
     remove,
     row_bytes,
     say,
+    say_names,
+    unfinished_files,
 )
 from diffusion_policy.files import sync_folder
+from diffusion_policy.names import is_label
 
 FORMAT = "diffusion-policy episodes"
 FORMAT_VERSION = 2
@@ -78,6 +80,7 @@ class EpisodeStore:
         """The zarr group, its contents not yet trusted."""
         self._unlock = weakref.finalize(self, lock)
         self._sync = sync
+        self._readable: dict[str, zarr.Array] = {}
         self._checked: dict[str, zarr.Array] = {}
         self._written: dict[str, zarr.Array] = {}
         self._expected: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
@@ -226,25 +229,31 @@ class EpisodeStore:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of one step of a key: of its array, or (columns,) of several. A step that is one number is (1,)."""
-        shapes = [self._array(f"data/{part}").shape[1:] or (1,) for part in self.parts(key)]
+        shapes = [self.readable_array(f"data/{part}").shape[1:] or (1,) for part in self.parts(key)]
         return tuple(shapes[0]) if len(shapes) == 1 else (sum(map(math.prod, shapes)),)
 
     def dtype(self, key: str) -> np.dtype:
         """Type of the numbers of a key."""
-        return np.result_type(*(self._array(f"data/{part}").dtype for part in self.parts(key)))
+        return np.result_type(*(self.readable_array(f"data/{part}").dtype for part in self.parts(key)))
 
     def chunk_rows(self, key: str) -> int:
         """Rows of a key that are stored together."""
-        arrays = [self._array(f"data/{part}") for part in self.parts(key)]
+        arrays = [self.readable_array(f"data/{part}") for part in self.parts(key)]
         return max((array.shards or array.chunks)[0] for array in arrays)
 
     def stored_bytes(self, key: str) -> int | None:
         """Size of the files of a key; None where they cannot be listed."""
-        return sum(self._array(f"data/{part}").nbytes_stored() for part in self.parts(key)) or None
+        return sum(self.readable_array(f"data/{part}").nbytes_stored() for part in self.parts(key)) or None
 
     def remarks(self) -> list[str]:
         """What the store holds that is not read, and why, a sentence each."""
-        said = [f"data/{name} is left out: it {why}" for name, why in self.left_out.items()]
+        by_reason: dict[str, list[str]] = {}
+        for name, why in self.left_out.items():
+            by_reason.setdefault(why, []).append(f"data/{name}")
+        said = [
+            f"{names[0]} is left out: it {why}" if len(names) == 1 else f"{say_names(names)} are left out: each {why}"
+            for why, names in by_reason.items()
+        ]
         if self.passed_over:
             said.append(f"attributes of another meaning are passed over: {', '.join(self.passed_over)}")
         rows = max(self.uncommitted().values(), default=0)
@@ -269,7 +278,7 @@ class EpisodeStore:
     def _read_part(self, part: str, start: int, stop: int) -> np.ndarray:
         array = self._array(f"data/{part}")
         with self._foreign(f"data/{part}", " is damaged:"):
-            rows = np.asarray(array[start:stop])
+            rows = read_rows(array, start, stop)
         bad = nonfinite_rows(rows)
         if len(bad):
             row = start + int(bad[0])
@@ -302,7 +311,7 @@ class EpisodeStore:
             found = f"{array.dtype} of shape {array.shape}"
             raise StoreError(f"{self.location}: meta/episode_{name} must be one row of whole numbers; got {found}")
         with self._foreign(f"meta/episode_{name}", " is damaged:"):
-            return np.asarray(array[: len(self._kept)])[self._kept]
+            return read_rows(array, 0, len(self._kept))[self._kept]
 
     def seeds(self) -> np.ndarray:
         """The seeds that are known, (at most episodes,) int64."""
@@ -429,6 +438,7 @@ class EpisodeStore:
             both = zip(columns, ends, strict=True)
             rows[CHECKSUMS] = np.array([_checksums(i, *one) for i, one in enumerate(both, count)], np.uint32)
         self._checked.clear()
+        self._readable.clear()
         self.__dict__.pop("left_out", None)
         with ThreadPoolExecutor(len(rows)) as executor:  # a disk takes many files at once in about the time of one
             begins = [start if path.startswith("data/") else count for path in rows]
@@ -485,9 +495,8 @@ class EpisodeStore:
             committed, chunk = array.shape[0] - beyond, array.chunks[0]
             array[committed : math.ceil(committed / chunk) * chunk] = array.fill_value  # other rows of the last chunk
             array.resize((committed, *array.shape[1:]))
-        for file in Path(self.location).rglob("*.partial"):
-            if TEMPORARY.search(file.name):
-                file.unlink()
+        for file in unfinished_files(self.location):
+            file.unlink()
 
     # Zarr
 
@@ -519,7 +528,7 @@ class EpisodeStore:
     def _read_ends(self) -> np.ndarray:
         with self._foreign("meta"):
             there = "meta" in self.group and "meta/episode_ends" in self.group
-            found = ", ".join(self.names("")) or "nothing"
+            found = say_names(self.names(""))
         if not there:
             raise StoreError(
                 f"{self.location} is no data set of episodes: it needs data/ and meta/episode_ends; has {found}"
@@ -529,7 +538,7 @@ class EpisodeStore:
             if array.ndim != 1 or array.dtype.kind not in "iu":
                 raise ValueError(f"must be one row of whole numbers; got {array.shape} of {array.dtype}")
             refuse_unsafe(array, array.shape[0], complete=False)
-            ends = np.asarray(array[:]).astype(np.int64)
+            ends = read_rows(array, 0, array.shape[0]).astype(np.int64)
         if self.attributes.get("format") == FORMAT:  # a killed append can have written the second of two chunks alone
             return ends[: np.argmax(ends == -1)] if (ends == -1).any() else ends
         return ends[: np.max(np.flatnonzero(ends != -1), initial=-1) + 1]
@@ -547,13 +556,15 @@ class EpisodeStore:
     def readable_array(self, path: str) -> zarr.Array:
         """An array of data/ whose form allows to decode all committed rows, though some may be missing or damaged;
         raises StoreError."""
-        name = path.removeprefix("data/")
-        if not is_label(name):
-            raise StoreError(f"{self.location}: {path} has no name of one line of at most 200 printable characters")
-        array, rows = self.raw_array(path), int(self._ends[-1]) if len(self._ends) else 0
-        with self._foreign(path):
-            refuse_unsafe(array, rows, complete=False)
-        return array
+        if path not in self._readable:
+            name = path.removeprefix("data/")
+            if not is_label(name):
+                raise StoreError(f"{self.location}: {path} has no name of one line of at most 200 printable characters")
+            array, rows = self.raw_array(path), int(self._ends.max(initial=0))
+            with self._foreign(path):
+                refuse_unsafe(array, rows, complete=False)
+            self._readable[path] = array
+        return self._readable[path]
 
     def raw_array(self, path: str) -> zarr.Array:
         """An array as zarr opens it, its contents not yet trusted; raises StoreError."""
@@ -561,18 +572,20 @@ class EpisodeStore:
         with self._foreign(path):
             array = self.group[path] if NAME.fullmatch(name) and path in self.group else None
         if not isinstance(array, zarr.Array):
-            raise StoreError(f"{self.location} has no {path}; it has {', '.join(self.names(folder)) or 'nothing'}")
+            if name in self.names(folder):
+                raise StoreError(f"{self.location}: {path} is no array of zarr")
+            raise StoreError(f"{self.location} has no {path}; it has {say_names(self.names(folder))}")
         return array
 
-    def names(self, folder: str) -> list[str]:
+    def names(self, folder: str) -> Sequence[str]:
         """Names in a folder of the store, sorted."""
         names = list_names(self.group, folder)
         if names:
             return names
         attributes = self.attributes  # a place that lists no folders
         known = {
-            "data": [*attributes.get("observation_keys", ()), attributes.get("action_key", "action")],
-            "meta": [f"episode_{name}" for name in ("ends", "mode", "seed", "success")],
+            "data": [*attributes.get("observation_keys", ()), *self.action_key.split("+")],
+            "meta": [f"episode_{name}" for name in ("ends", "mode", "seed", "success", "crc32c")],
         }
         with self._foreign(folder):
             return sorted(name for name in known.get(folder, ()) if f"{folder}/{name}" in self.group)

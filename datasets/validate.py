@@ -3,7 +3,7 @@
 Knows stores. Knows no policy.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -11,9 +11,19 @@ from typing import NamedTuple
 import numpy as np
 import zarr
 
-from diffusion_policy.datasets.guard import codec_names, missing_chunks, refuse_unsafe
-from diffusion_policy.datasets.storage import list_names, open_group, say
-from diffusion_policy.datasets.store import FORMAT, EpisodeStore, StoreError, nonfinite_rows
+from diffusion_policy.datasets.checksums import RowChecksums
+from diffusion_policy.datasets.consolidated import consolidated_is_stale
+from diffusion_policy.datasets.guard import codec_names, missing_chunks, read_rows
+from diffusion_policy.datasets.storage import list_names, open_group, say, unfinished_files
+from diffusion_policy.datasets.store import (
+    CHECKSUMS,
+    FORMAT,
+    EpisodeStore,
+    StoreError,
+    checksum_of_meta,
+    exchanged,
+    nonfinite_rows,
+)
 
 MOST_FINDINGS = 1000
 """Missing chunks of one array that are listed."""
@@ -42,24 +52,29 @@ def validate(location: Path | str) -> list[Finding]:
 
 
 def _findings(store: EpisodeStore) -> Iterator[Finding]:
+    yield from _check_files(store)
     ends = store.episode_ends
     if len(ends) == 0:
         yield Finding(True, "meta/episode_ends", "holds no episodes")
         for path, rows in store.uncommitted().items():
             yield Finding(False, path, f"has {rows} rows that belong to no episode")
         return
-    yield from _check_ends(ends)
+    yield from _check_ends(store)
     action, keys = store.action_key, store.keys
-    named = [*store.attributes.get("observation_keys", ()), action]
+    named = [*store.attributes.get("observation_keys", ()), *store.parts(action)]
     for key in dict.fromkeys(named):
-        if key not in keys:
-            role = "the actions" if key == action else "an observation"
+        if key not in keys and key not in store.left_out:
+            role = "the actions" if key in store.parts(action) else "an observation"
             yield Finding(True, f"data/{key}", f"should hold {role}, but is not there; there are {', '.join(keys)}")
     for path, rows in store.uncommitted().items():
         yield Finding(False, path, f"has {rows} rows beyond the last complete episode; drop them with: dataset repair")
+    for name in store.passed_over:
+        yield Finding(False, name, "is an attribute of another meaning than ours, or no printable text; passed over")
+    for key, why in store.left_out.items():
+        yield Finding(True, f"data/{key}", f"{why}; it is left out")
     unprotected = []
     for key in keys:
-        yield from _check_array(store, f"data/{key}", np.maximum.accumulate(ends))
+        yield from _check_array(store, key)
         unprotected += [] if _has_checksum(store, f"data/{key}") else [f"data/{key}"]
     yield from _check_meta(store)
     if unprotected:
@@ -67,9 +82,24 @@ def _findings(store: EpisodeStore) -> Iterator[Finding]:
         yield Finding(False, ", ".join(unprotected), what)
 
 
-def _check_ends(ends: np.ndarray) -> Iterator[Finding]:
-    path = "meta/episode_ends"
+def _check_files(store: EpisodeStore) -> Iterator[Finding]:
+    """What other readers are misled by, and what killed writers have left."""
+    stale = consolidated_is_stale(store.group)
+    if stale:
+        what = f"the consolidated copy of the metadata is stale ({', '.join(stale[:3])}): other tools read too much or "
+        yield Finding(True, "consolidated metadata", what + "too little; drop it with: dataset repair")
+    unfinished = unfinished_files(store.location)
+    if unfinished:
+        what = f"{len(unfinished)} files that a killed writer left; drop them with: dataset repair"
+        yield Finding(False, str(unfinished[0].relative_to(store.location)), what)
+
+
+def _check_ends(store: EpisodeStore) -> Iterator[Finding]:
+    path, ends = "meta/episode_ends", store.episode_ends
     starts = np.concatenate([[0], ends[:-1]])
+    for place in store.empty_episodes:
+        what = f"episode {place} has no rows and is left out; drop it with: dataset repair"
+        yield Finding(False, path, what, int(place))
     for episode in np.flatnonzero(ends <= starts):
         what = f"episode {episode} would reach from row {starts[episode]} to before {ends[episode]}"
         yield Finding(True, path, what, int(episode), int(starts[episode]))
@@ -82,18 +112,15 @@ def _check_ends(ends: np.ndarray) -> Iterator[Finding]:
         yield Finding(False, path, what, int(short[0]), int(starts[short[0]]))
 
 
-def _check_array(store: EpisodeStore, path: str, ends: np.ndarray) -> Iterator[Finding]:
-    """Form, missing chunks, then chunk by chunk damage and numbers that are not finite."""
+def _check_array(store: EpisodeStore, key: str) -> Iterator[Finding]:
+    """Missing chunks, then chunk by chunk damage, numbers that are not finite, and rows that are not those that were
+    written."""
+    ends = np.maximum.accumulate(store.episode_ends)
+    path, array, rows = f"data/{key}", store.readable_array(f"data/{key}"), int(ends[-1])
 
     def place(row: int) -> tuple[int, int]:
         return int(np.searchsorted(ends, row, side="right")), row
 
-    try:
-        array, rows = store.raw_array(path), int(ends[-1])
-        refuse_unsafe(array, rows, complete=False)
-    except (StoreError, ValueError) as error:
-        yield Finding(True, path, str(error))
-        return
     chunk_rows = (array.shards or array.chunks)[0]
     if store.attributes.get("format") == FORMAT:
         for chunk in islice(missing_chunks(array, rows), MOST_FINDINGS):
@@ -102,25 +129,32 @@ def _check_array(store: EpisodeStore, path: str, ends: np.ndarray) -> Iterator[F
                 f"chunk {array.metadata.encode_chunk_key(chunk)} is missing (rows {first} to {first + chunk_rows - 1})"
             )
             yield Finding(True, path, what, *place(first))
+    written = store.checksums().get(key, np.empty(0)) if (np.diff(store.episode_ends, prepend=0) > 0).all() else ()
+    check, whole = RowChecksums(key, ends), np.ones(len(ends), bool)
     for first in range(0, rows, chunk_rows):
         stop = min(first + chunk_rows, rows)
         try:
-            bad = first + nonfinite_rows(np.asarray(array[first:stop]))
+            found = read_rows(array, first, stop)
         except Exception as error:  # whatever a damaged file makes zarr raise
             yield Finding(True, path, f"rows {first} to {stop - 1} are damaged: {say(error)}", *place(first))
-            continue
+            found = np.zeros((stop - first, *array.shape[1:]), array.dtype)
+            whole[place(first)[0] : place(stop - 1)[0] + 1] = False
+        bad = first + nonfinite_rows(found)
         for episode in np.unique(np.searchsorted(ends, bad, side="right")):
             of_episode = bad[np.searchsorted(ends, bad, side="right") == episode]
             what = f"NaN or infinity in {len(of_episode)} rows of episode {episode}, first in row {of_episode[0]}"
             yield Finding(True, path, what, int(episode), int(of_episode[0]))
+            whole[episode] = False
+        for episode, value in check.add(found) if len(written) else ():
+            if value != written[episode] and whole[episode]:
+                yield Finding(True, path, exchanged(episode), episode, int(ends[episode - 1]) if episode else 0)
 
 
 def _check_meta(store: EpisodeStore) -> Iterator[Finding]:
     """What is known of each episode."""
     known: dict[str, np.ndarray] = {}
-    for name in list_names(store.group, "meta"):
-        if not name.startswith("episode_") or name == "episode_ends":
-            continue
+    names = [name for name in list_names(store.group, "meta") if name.startswith("episode_") and name != "episode_ends"]
+    for name in names:
         try:
             rows = store.read_meta(name.removeprefix("episode_"))
         except StoreError as error:
@@ -130,6 +164,8 @@ def _check_meta(store: EpisodeStore) -> Iterator[Finding]:
         known[name] = rows
         for episode in nonfinite_rows(rows):
             yield Finding(True, f"meta/{name}", f"NaN or infinity for episode {episode}", int(episode))
+    if len(known) == len(names) and (np.diff(store.episode_ends, prepend=0) > 0).all():
+        yield from _check_checksums(store, known)
     modes = known.get("episode_mode", np.empty(0, int))
     for episode in np.flatnonzero((modes < -1) | (modes >= len(store.modes))) if store.modes else ():
         what = f"episode {episode} has the mode {modes[episode]}; there are {len(store.modes)}"
@@ -140,6 +176,27 @@ def _check_meta(store: EpisodeStore) -> Iterator[Finding]:
             f"{(counts > 1).sum()} seeds occur more than once, first {seeds[counts > 1][0]}: the same episodes twice?"
         )
         yield Finding(False, "meta/episode_seed", what)
+
+
+def _check_checksums(store: EpisodeStore, known: Mapping[str, np.ndarray]) -> Iterator[Finding]:
+    """Whether the checksums of episodes are there, and what is known of episodes is what was written."""
+    if store.attributes.get("format") != FORMAT or store.attributes.get("format_version", 1) == 1:
+        return
+    checksums = store.checksums()
+    if not checksums:
+        what = "is missing, or of other arrays than those in data/: exchanged rows cannot be told"
+        yield Finding(True, CHECKSUMS, what)
+        return
+    names = ("episode_mode", "episode_seed", "episode_success")
+    written = {f"meta/{name}": known[name] for name in known if name in names or name.startswith("episode_final_")}
+    found = [
+        checksum_of_meta(i, int(end), {path: rows[i] for path, rows in written.items()})
+        for i, end in enumerate(store.episode_ends)
+    ]
+    wrong = np.flatnonzero(np.array(found, np.uint32) != checksums["meta"])
+    if len(wrong):
+        what = f"what is known of {len(wrong)} episodes, first of episode {wrong[0]}, is not what was written"
+        yield Finding(True, "meta", what, int(wrong[0]))
 
 
 def _has_checksum(store: EpisodeStore, path: str) -> bool:

@@ -143,7 +143,7 @@ def test_episodes_without_rows_are_left_out_and_said(path: Path, ends: list[int]
     assert [episode.seed for episode in store.episodes()] == seeds
     assert store.uncommitted() == {}
     assert f"{3 - len(seeds)} of 3 episodes have no rows and are left out" in store.remarks()[-1]
-    with pytest.raises(StoreError, match="have no rows .*; make a copy to append to with: dataset convert"):
+    with pytest.raises(StoreError, match=r"have no rows .*; make a copy to append to with: dataset convert"):
         EpisodeStore.append_to(path)
 
 
@@ -433,8 +433,8 @@ def test_a_place_that_cannot_be_reached_is_one_sentence(server: str) -> None:
 
 
 def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("aiohttp")
-    monkeypatch.setattr(storage, "PATIENCE", 0.3)
+    web = pytest.importorskip("diffusion_policy.datasets.web", exc_type=ImportError)
+    monkeypatch.setattr(web, "PATIENCE", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         started = time.monotonic()
         with pytest.raises(StoreError, match="cannot open http://"):

@@ -47,6 +47,7 @@ def test_every_problem_is_found_in_one_pass(tmp_path: Path) -> None:
         ("data/state", 1, 25),
         ("data/state", 2, 16_384),  # it reads as NaN
         ("data/state", 3, 20_050),
+        ("meta", 2, None),
         ("meta/episode_mode", 2, None),
     ]
     texts = " | ".join(finding.what for finding in validate(path))
@@ -60,9 +61,8 @@ def test_every_problem_is_found_in_one_pass(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "ends, episodes",
     [
-        ([20, 20, 20_050, 20_090], [1]),
         ([20, 50, 40, 20_090], [2]),
-        ([0, 50, 20_050, 20_040], [0, 3]),
+        ([30, 50, 20_050, 20_040], [3]),
         ([-7, 50, 51, 60], [0]),
     ],
 )
@@ -74,6 +74,14 @@ def test_episodes_that_overlap_or_shrink_are_named(tmp_path: Path, ends: list[in
     assert "would reach from row" in found[0].what
 
 
+def test_episodes_without_rows_are_named(tmp_path: Path) -> None:
+    path = make(tmp_path / "store.zarr")
+    zarr.open_group(path, mode="r+")["meta/episode_ends"][:] = [0, 20, 20, 20_090]
+    found = [finding for finding in validate(path) if "has no rows" in finding.what]
+    assert [(finding.episode, finding.serious) for finding in found] == [(0, False), (2, False)]
+    assert "is left out; drop it with: dataset repair" in found[0].what
+
+
 def test_rows_and_keys_that_are_missing_are_named(tmp_path: Path) -> None:
     path = make(tmp_path / "store.zarr")
     group = zarr.open_group(path, mode="r+")
@@ -82,9 +90,9 @@ def test_rows_and_keys_that_are_missing_are_named(tmp_path: Path) -> None:
     group.attrs["observation_keys"] = ["pose"]
     texts = [f"{finding.path} {finding.what}" for finding in serious(path)]
     assert texts == [
-        "data/pose should hold an observation, but is not there; there are action, state",
-        "data/velocity should hold the actions, but is not there; there are action, state",
-        "data/state has 100 rows; meta/episode_ends needs 20090",
+        "data/pose should hold an observation, but is not there; there are action",
+        "data/velocity should hold the actions, but is not there; there are action",
+        "data/state has 100 rows; meta/episode_ends needs 20090; it is left out",
     ]
 
 
@@ -107,7 +115,7 @@ def test_arrays_of_objects_or_strangers_codecs_are_problems(tmp_path: Path) -> N
     group.create_array("data/state", data=np.array(["a"] * 50))
     group.create_array("meta/episode_ends", data=np.array([20, 50]))
     texts = [finding.what for finding in serious(tmp_path / "store.zarr")]
-    assert texts[0] == "must hold numbers; got complex64"
+    assert texts[0] == "must hold numbers; got complex64; it is left out"
     assert "must hold numbers; got" in texts[1]
 
 

@@ -57,13 +57,12 @@ class Keys(NamedTuple):
 
 
 def open_store(location: str | Path) -> EpisodeStore:
-    """Open a data set to read, saying what in it was never committed; raises StoreError."""
+    """Open a data set to read, saying what in it is not read; raises StoreError."""
     from diffusion_policy.datasets.store import EpisodeStore
 
     store = EpisodeStore.open(location)
-    rows = max(store.uncommitted().values(), default=0)
-    if rows:
-        console.print(f"{location} has {rows} rows beyond its last complete episode; they are not read")
+    for remark in store.remarks():
+        console.print(f"{location}: {remark}")
     return store
 
 
@@ -85,14 +84,25 @@ def open_recorded(source: object, location: str) -> EpisodeStore:
     return open_store(recorded_location(source, location))
 
 
-def choose_keys(store: EpisodeStore, observations: Sequence[str] = (), action: str | None = None) -> Keys:
+def join_actions(names: str | Sequence[str]) -> str:
+    """The one key of actions that lie in several arrays, side by side: `a+b`; empty for none."""
+    return names if isinstance(names, str) else "+".join(names)
+
+
+def choose_keys(store: EpisodeStore, observations: Sequence[str] = (), action: str | Sequence[str] = ()) -> Keys:
     """Keys of a store that a policy learns from: those wanted, else those that the store names, else `action` and all
     others. Raises ConfigError for keys that it does not have, and when none are left to observe."""
-    action = action or store.action_key
-    keys = tuple(observations) or tuple(key for key in store.observation_keys if key != action)
+    action = join_actions(action) or store.action_key
+    parts = store.parts(action)
+    keys = tuple(observations) or tuple(key for key in store.observation_keys if key not in parts)
     has = f"it has {', '.join(store.keys)}"
-    if action not in store.keys:
-        raise ConfigError(f"{store.location} has no action key {action!r}; {has}; choose one with --action")
+    unusable = [key for key in (*parts, *keys) if key in store.left_out]
+    if unusable:
+        why = f"data/{unusable[0]} cannot be used: it {store.left_out[unusable[0]]}"
+        raise ConfigError(f"{store.location}: {why}; {has}; choose with --observation and --action")
+    lacking = [part for part in parts if part not in store.keys]
+    if lacking:
+        raise ConfigError(f"{store.location} has no action key {lacking[0]!r}; {has}; choose with --action")
     wrong = [key for key in keys if key not in store.keys or key == action]
     if wrong or not keys:
         sought = f"no observation {wrong[0]!r}" if wrong else "no observations"
@@ -104,9 +114,19 @@ def choose_keys(store: EpisodeStore, observations: Sequence[str] = (), action: s
 
 def choose_angles(store: EpisodeStore, wanted: Sequence[str], keys: Keys) -> dict[str, tuple[int, ...]]:
     """The columns that are angles, by the names of the keys once they are read: those wanted (see `parse_angles`), else
-    what the store says, for the keys that are read."""
-    angles = parse_angles(wanted, keys.names) if wanted else store.attributes.get("angles", {})
-    return {keys.names[key]: tuple(columns) for key, columns in angles.items() if key in keys.names}
+    what the store says, for the keys that are read. Where actions lie in several arrays, columns may be those of an
+    array, or of all side by side."""
+    parts = store.columns(keys.action)
+    angles = parse_angles(wanted, {**keys.names, **parts}) if wanted else store.attributes.get("angles", {})
+    chosen = {keys.names[key]: tuple(columns) for key, columns in angles.items() if key in keys.names}
+    for part, first in parts.items() if len(parts) > 1 else ():
+        size = math.prod(store.shape(part))
+        wrong = [column for column in angles.get(part, ()) if column >= size]
+        if wrong:
+            raise ConfigError(f"angles must name columns of a key; {part} has {size}, got {wrong[0]}")
+        columns = (first + column for column in angles.get(part, ()))
+        chosen["action"] = (*chosen.get("action", ()), *columns)
+    return {name: columns for name, columns in chosen.items() if columns}
 
 
 def parse_angles(texts: Sequence[str], keys: Collection[str]) -> dict[str, tuple[int, ...]]:

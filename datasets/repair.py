@@ -1,0 +1,96 @@
+"""Mends in place what `validate` names, as far as no episode is touched and a kill at any moment leaves the store as it
+was or mended.
+
+Knows stores. Knows no policy.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import zarr
+
+from diffusion_policy.datasets.consolidated import consolidated_is_stale
+from diffusion_policy.datasets.durable import remove_leftovers
+from diffusion_policy.datasets.guard import trust
+from diffusion_policy.datasets.storage import drop_consolidated, list_names, lock, open_group, unfinished_files
+from diffusion_policy.datasets.store import FORMAT, EpisodeStore, StoreError
+from diffusion_policy.datasets.validate import Finding, validate
+
+
+class Repaired(NamedTuple):
+    """What was done to a store, and what is still wrong."""
+
+    mended: tuple[str, ...]
+    """A sentence each."""
+    left: tuple[Finding, ...]
+    """Serious findings that cannot be mended in place."""
+
+
+def repair(path: Path | str) -> Repaired:
+    """Mend a store in a folder; raises StoreError where there is none, where it holds no episodes (all of its rows
+    would go), and where someone writes to it."""
+    path = Path(path)
+    if not path.is_dir():
+        raise StoreError(f"{path} is no folder; a store elsewhere is mended in a copy: dataset convert {path} NEW.zarr")
+    store = EpisodeStore.open(path)
+    if store.attributes.get("format") == FORMAT and len(store.empty_episodes) == 0:
+        with EpisodeStore.append_to(path) as ours:
+            dropped = (f"{array}: dropped {rows} uncommitted rows" for array, rows in ours.dropped.items())
+            mended = (*ours.mended, *dropped)
+    else:
+        if any(file.is_symlink() for file in path.rglob("*")):
+            raise StoreError(f"{path} holds links, which may lead out of it; make a copy with: dataset convert")
+        unlock = lock(path)
+        try:
+            mended = tuple(_mend(open_group(str(path), "r+"), path))
+        finally:
+            unlock()
+    mended += tuple(f"{left.name}: dropped what a killed process had begun" for left in remove_leftovers(path))
+    return Repaired(mended, tuple(finding for finding in validate(path) if finding.serious))
+
+
+def _mend(group: zarr.Group, path: Path) -> Iterator[str]:
+    """Mend a store that another tool wrote, or of ours that another tool changed; says what was done."""
+    store = EpisodeStore(group, str(path))
+    ends, empty, beyond = _array(group, "meta/episode_ends"), store.empty_episodes, _tail(store)
+    others = [name for name in list_names(group, "meta") if name != "episode_ends"]
+    in_one_chunk = ends.shards is None and ends.chunks[0] >= ends.shape[0]
+    together = len(empty) > 0 and in_one_chunk and not others
+    if consolidated_is_stale(group) or together or beyond:
+        copied = drop_consolidated(group)
+        if copied or (path / ".zmetadata").is_file():
+            (path / ".zmetadata").unlink(missing_ok=True)
+            yield "dropped the consolidated copy of the metadata; make it anew with: zarr.consolidate_metadata"
+    for file in unfinished_files(str(path)):
+        file.unlink()
+        yield f"{file.relative_to(path)}: dropped what a killed writer left"
+    if together:
+        # The last end is repeated while the array keeps its length: so each of the two writes leaves the same episodes.
+        rows = np.asarray(ends[:])
+        kept = store.episode_ends.astype(rows.dtype)
+        ends[:] = np.concatenate([kept, np.full(len(rows) - len(kept), kept[-1])])
+        ends.resize((len(kept),))
+        yield f"meta/episode_ends: dropped {len(empty)} episodes without rows"
+    elif len(empty):
+        why = f"{', '.join(others)} would have to change at the same time" if others else "it lies in several files"
+        yield f"meta/episode_ends: kept {len(empty)} episodes without rows ({why}): make a copy with: dataset convert"
+    for name, rows in beyond.items():
+        array = _array(group, name)
+        array.resize((array.shape[0] - rows, *array.shape[1:]))
+        yield f"{name}: dropped {rows} uncommitted rows"
+
+
+def _tail(store: EpisodeStore) -> dict[str, int]:
+    """Rows beyond the last episode, by array, where all arrays have as many: others may mean something else."""
+    beyond = {path: rows for path, rows in store.uncommitted().items() if path.startswith("data/")}
+    whole = len(beyond) == len(store.names("data")) and len(set(beyond.values())) == 1
+    return beyond if whole else {}
+
+
+def _array(group: zarr.Group, path: str) -> zarr.Array:
+    array = group[path]
+    assert isinstance(array, zarr.Array)
+    trust(array)
+    return array
