@@ -120,10 +120,16 @@ class Results:
     versions: Versions
     seeds_repeat: bool | None = None
     """Whether a seed repeats an episode of this environment; None where nobody knows."""
+    wrappers: tuple[dict[str, Any], ...] = ()
+    """Around the environment, the inner first."""
+    capped_steps: int | None = None
+    """Steps after which the toolkit ended the episodes, where the environment has no time limit."""
 
 
-LISTS = {"seeds": int, "errors": LostEpisode, "outcomes": Outcome}
+LISTS = {"seeds": int, "errors": LostEpisode, "outcomes": Outcome, "mode_failures": LostEpisode}
 """What else it holds, as many as there are episodes."""
+YOUNGER = {"mode_failures"}
+"""Not in the first evaluations."""
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -145,6 +151,8 @@ def _check(tree: Any) -> None:
     if not isinstance(tree, dict):
         raise ConfigError("it is no JSON object")
     for name, kind in LISTS.items():
+        if name in YOUNGER and name not in tree:
+            continue
         if not isinstance(tree.get(name), list):
             raise ConfigError(f"{name} must be a list; got {tree.get(name)!r:.100}")
         for i, item in enumerate(tree[name]):

@@ -106,6 +106,13 @@ def scorecard_lines(results: Mapping[str, Any]) -> list[Line]:
 def caveats(results: Mapping[str, Any]) -> list[str]:
     """What must be known of these numbers, a sentence each; the fields are missing in older results."""
     sentences = []
+    if results.get("wrappers"):
+        points = [str(one.get("entry_point")) for one in results["wrappers"]]
+        sentences.append(f"The environment acts under {', '.join(point.rpartition(':')[2] for point in points)}.")
+    if results.get("mode_failures"):
+        first, count = results["mode_failures"][0], len(results["mode_failures"])
+        counts = "1 episode counts" if count == 1 else f"{count} episodes count"
+        sentences.append(f"{counts} without a mode, such as seed {first['seed']}: {first['reason']}")
     if results.get("seeds_repeat") is False:
         sentences.append(
             "The environment does not repeat an episode by its seed: another evaluation of these seeds sees other "

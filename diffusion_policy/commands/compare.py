@@ -43,9 +43,9 @@ class Compare:
         if self.output is not None:
             require_fresh(self.output)
         first, second = read_results(self.a), read_results(self.b)
-        for name in ("environment", "env_kwargs", "signals"):
-            if first[name] != second[name]:
-                there, here = (f"{results[name]!r:.200}" for results in (first, second))
+        for name, value in tell_task(first).items():
+            if value != tell_task(second)[name]:
+                there, here = (f"{tell_task(results)[name]!r:.200}" for results in (first, second))
                 raise ConfigError(f"{self.a} and {self.b} are of different tasks: {name} {there} and {here}")
         require_pairs(first, second)
         comparison = compare(first["outcomes"], second["outcomes"])
@@ -59,6 +59,15 @@ class Compare:
             write_comparison(self.output / "comparison.html", first, second, result)
             console.print(f"page in {self.output}/comparison.html", soft_wrap=True)
         return comparison
+
+
+def tell_task(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What two evaluations must have in common; `module:Id` is what Gymnasium calls `Id`."""
+    return {
+        "environment": results["environment"].rpartition(":")[2],
+        **{name: results[name] for name in ("env_kwargs", "signals")},
+        "wrappers": results.get("wrappers", []),
+    }
 
 
 def require_pairs(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:

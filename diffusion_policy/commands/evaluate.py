@@ -137,6 +137,7 @@ class Evaluate:
         return {
             "environment": loaded.env_id,
             "env_kwargs": loaded.env_kwargs,
+            "wrappers": [dict(one) for one in loaded.wrappers],
             "signals": dataclasses.asdict(loaded.signals),
             "checkpoint": str(self.checkpoint),
             "training_steps": loaded.checkpoint.step,
@@ -227,9 +228,10 @@ class Evaluate:
     def _results(self, loaded: Loaded, rolled_out: Mapping[int, RolledOut], remarks: Remarks) -> dict[str, Any]:
         """Everything that the report shows as a number, but for what is measured of plans."""
         from diffusion_policy import metrics
+        from diffusion_policy.envs.adapters import capped_steps
 
         policy, demonstrated = loaded.checkpoint.policy, loaded.checkpoint.dataset.modes
-        episodes, lost = rolled_out[self.delay_steps[0]]
+        episodes, lost, mode_failures = rolled_out[self.delay_steps[0]]
         modes, base = choose_modes(loaded)
         period = 1 / loaded.frames_per_second
         undefined = dataclasses.asdict(metrics.Metric(None))
@@ -245,6 +247,8 @@ class Evaluate:
                 "mode_entropy": metrics.mode_entropy(demonstrated, modes),
             },
             "errors": [dataclasses.asdict(one) for one in lost],
+            "mode_failures": [one._asdict() for one in mode_failures],
+            "capped_steps": capped_steps(loaded.env),
             "delay": [under_delay(delay, one.episodes, modes) for delay, one in rolled_out.items()],
             "control_period": period,
             **describe_machine(policy, self.backend),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from diffusion_policy import checkpoint
-from diffusion_policy.commands.common import open_recorded
+from diffusion_policy.commands.common import is_same_id, open_recorded
 from diffusion_policy.commands.episodes import choose_modes, draw_bytes, observe
 from diffusion_policy.config import SampleConfig
 from diffusion_policy.datasets.store import EpisodeStore
@@ -159,7 +159,7 @@ def _fan(policy: DiffusionPolicy, episode: Episode, plane: Drawable, sampling: S
 def _demonstrated_paths(loaded: Loaded, plane: Drawable) -> list[PlanePath]:
     """Paths of the demonstrations, where they are of this environment, still there and still the same."""
     environment, recorded = loaded.checkpoint.environment, loaded.checkpoint.dataset
-    if (loaded.env_id, loaded.env_kwargs) != (environment.id, environment.arguments):
+    if not is_same_id(loaded.env_id, environment.id) or loaded.env_kwargs != environment.arguments:
         return []
     keys = tuple(loaded.checkpoint.policy.shapes.observations)
     store = open_recorded("the checkpoint", recorded.location)

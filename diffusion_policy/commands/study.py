@@ -151,7 +151,7 @@ class Study:
         try:
             policy.require(sampling)
             require_memory(policy, sampling, PLANNING_BATCH)
-            episodes, lost = run_episodes(loaded, seeds, sampling, PLANNING_BATCH, self.workers)
+            episodes, lost, mode_failures = run_episodes(loaded, seeds, sampling, PLANNING_BATCH, self.workers)
         except (ValueError, FloatingPointError) as error:
             return {"refused": one_line(str(error))}
         if not episodes:
@@ -167,4 +167,5 @@ class Study:
             "milliseconds": metrics.percentiles(latencies, (50,))["p50"],
             "lost": len(lost),
             "errors": [dataclasses.asdict(one) for one in lost],
+            "mode_failures": [one._asdict() for one in mode_failures],
         }
