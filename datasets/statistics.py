@@ -3,7 +3,7 @@
 Knows arrays. Knows no file.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,8 @@ SAMPLE_ROWS = 2**16
 SAMPLE_BYTES = 2**24
 BLOCK_NUMBERS = 2**19
 """So many numbers at a time become float64."""
+ROUNDED_ULPS = 4
+"""A column whose numbers lie within so many units in the last place of their type is constant."""
 
 
 class Statistics(NamedTuple):
@@ -32,6 +34,21 @@ class Statistics(NamedTuple):
     """The quantile 0.01."""
     high: np.ndarray
     """The quantile 0.99."""
+    dtype: np.dtype = np.dtype(np.float64)
+    """Type in which the rows are stored."""
+
+    @property
+    def rounding(self) -> np.ndarray:
+        """Half of the widest range that rounding to the stored type could give a constant of this magnitude."""
+        exact = self.dtype.kind != "f"
+        epsilon = 0.0 if exact else float(np.finfo(self.dtype).eps)
+        magnitude = np.maximum(np.abs(self.minimum), np.abs(self.maximum))
+        return np.maximum(ROUNDED_ULPS / 2 * epsilon * magnitude, np.finfo(np.float32).tiny)
+
+    @property
+    def constant(self) -> np.ndarray:
+        """Which columns are constant but for rounding, bool."""
+        return self.maximum / 2 - self.minimum / 2 <= self.rounding
 
 
 class Summary(NamedTuple):
@@ -48,6 +65,7 @@ class Measuring:
 
     def __init__(self, seed: int = 0) -> None:
         """`seed`: of the random rows that quantiles are taken from when there are many."""
+        self._dtype: np.dtype | None = None
         self._rng = derive_rng("quantiles", seed)
         self._count = 0
         self.sample = np.empty(0)
@@ -55,10 +73,13 @@ class Measuring:
         self._places = np.empty(0)
 
     def add(self, rows: np.ndarray) -> None:
-        """Take in rows (steps, ...)."""
+        """Take in rows (steps, ...); raises ValueError for what is no real number."""
+        rows = as_rows(rows)
+        self._dtype = rows.dtype if self._dtype is None else np.result_type(self._dtype, rows.dtype)
         step = max(1, BLOCK_NUMBERS // max(1, rows[:1].size))
-        for start in range(0, len(rows), step):
-            self._add(rows[start : start + step])
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by the normalizer
+            for start in range(0, len(rows), step):
+                self._add(rows[start : start + step])
 
     def _add(self, rows: np.ndarray) -> None:
         block = rows.astype(np.float64)
@@ -88,11 +109,19 @@ class Measuring:
 
     def result(self) -> Statistics:
         """Statistics of all rows so far; raises ValueError when there are none."""
-        if self._count == 0:
+        if self._count == 0 or self._dtype is None:
             raise ValueError("statistics need at least one row")
-        low, high = np.quantile(self.sample.astype(np.float64), QUANTILES, axis=0)
+        with np.errstate(over="ignore", invalid="ignore"):
+            low, high = np.quantile(self.sample.astype(np.float64), QUANTILES, axis=0)
         std = np.sqrt(self._squares / self._count)
-        return Statistics(self._count, self._minimum, self._maximum, self._mean, std, low, high)
+        return Statistics(self._count, self._minimum, self._maximum, self._mean, std, low, high, self._dtype)
+
+
+def as_rows(array: np.ndarray) -> np.ndarray:
+    """Rows (steps, ...) of real numbers: where a step is one number, it is a row (1,). Raises ValueError for others."""
+    if array.dtype.kind not in "biuf" or array.ndim == 0:
+        raise ValueError(f"rows must be real numbers, a row a step; got {array.dtype} of shape {array.shape}")
+    return array if array.ndim > 1 else array[:, None]
 
 
 def measure(rows: np.ndarray) -> Statistics:
@@ -119,13 +148,3 @@ def summarize(
 
     fingerprint = store.fingerprint(observation_keys, action_key, add)
     return Summary(fingerprint, {name: part.result() for name, part in measuring.items()})
-
-
-def to_json(statistics: Mapping[str, Statistics]) -> dict[str, dict[str, object]]:
-    """As a checkpoint stores them."""
-    return {
-        key: {
-            name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in part._asdict().items()
-        }
-        for key, part in statistics.items()
-    }

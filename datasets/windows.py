@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_policy.datasets.store import EpisodeStore
+from diffusion_policy.datasets.statistics import as_rows
+from diffusion_policy.datasets.store import EpisodeStore, nonfinite_rows
 from diffusion_policy.streams import derive_rng
 
 POOL_BYTES = 2**26
@@ -72,8 +73,11 @@ class Windows:
     ) -> None:
         """`data`: `action` and each observation key, (steps, ...); `episodes`: indices of the episodes to use; `modes`:
         index of each episode's mode, (all episodes,), −1 where it has none; `rows`: where in the store each row of the
-        data comes from, (steps,)."""
-        episodes = np.asarray(episodes)
+        data comes from, (steps,). Raises ValueError for data that cannot be cut so, and for NaN and infinity."""
+        self._device = torch.device(device)
+        held = {key: _hold(key, array, self._device) for key, array in data.items()}
+        episode_ends, episodes = np.asarray(episode_ends), np.asarray(episodes)
+        _require_episodes(held, episode_ends, episodes)
         starts = np.concatenate([[0], episode_ends[:-1]])
         lengths = (episode_ends - starts)[episodes]
         before = np.cumsum(lengths) - lengths  # windows of the episodes before
@@ -84,13 +88,16 @@ class Windows:
         self._rows = self._now if rows is None else rows[self._now]
         self._horizons = observation_horizon, prediction_horizon
         self._steps = np.arange(max(self._horizons)) + 1 - observation_horizon  # from now
-        self._device = torch.device(device)
-        self._data = {
-            key: torch.as_tensor(array.astype(np.float32, copy=False), device=device) for key, array in data.items()
-        }
+        self._data = {key: torch.as_tensor(array, device=device) for key, array in held.items()}
 
     def __len__(self) -> int:
         return len(self._now)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """What a batch holds of each window, (To, ...) of each observation key and (T, A) of `action`."""
+        To, T = self._horizons
+        return {key: (T if key == "action" else To, *array.shape[1:]) for key, array in self._data.items()}
 
     def rows(self) -> dict[str, np.ndarray]:
         """All rows of the chosen episodes: `action` and each observation key, (windows, ...)."""
@@ -141,7 +148,7 @@ class StreamedWindows:
         self._ends = store.episode_ends
         self._chosen = np.zeros(len(self._ends), bool)
         self._chosen[episodes] = True
-        sizes = {key: 4 * math.prod(store.shape(key)) for key in keys}
+        sizes = {key: _row_bytes(store, key) for key in keys}
         aligned = store.chunk_rows(max(sizes, key=lambda key: sizes[key]))  # few chunks are read for two blocks
         block_bytes = aligned * (sum(sizes.values()) + INDEX_BYTES)
         self._block_rows = aligned * max(1, pool_bytes // POOL_BLOCKS // block_bytes)
@@ -154,6 +161,12 @@ class StreamedWindows:
 
     def __len__(self) -> int:
         return int(self._windows_in_block.sum())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """As `Windows.shapes`."""
+        To, T = self._horizons
+        return {name: (T if name == "action" else To, *self._store.shape(key)) for key, name in self._keys.items()}
 
     def batches(self, batch_size: int, seed: int, first_step: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
         """As `Windows.batches`; only the rows of the pool and of the next one are in memory. Blocks are read whole,
@@ -214,7 +227,7 @@ class StreamedWindows:
         ]
         offsets = np.cumsum([0, *(stop - start for start, stop in outer)])
         rows = np.concatenate([np.arange(first, last) for first, last in outer])
-        data = {name: np.empty((len(rows), *self._store.shape(key)), np.float32) for key, name in self._keys.items()}
+        data = _make_room(self._store, self._keys, len(rows))
         ends, episodes, indices = [], [], []
         for (start, stop), (first, last), offset in zip(inner, outer, offsets[:-1], strict=True):
             for key, name in self._keys.items():
@@ -273,7 +286,7 @@ def hold_windows(
 def memory_needed(store: EpisodeStore, keys: Iterable[str], episodes: Sequence[int] | np.ndarray) -> int:
     """Bytes that the windows of some episodes take in memory."""
     rows = int(np.diff(store.episode_ends, prepend=0)[episodes].sum())
-    return rows * (sum(4 * math.prod(store.shape(key)) for key in keys) + INDEX_BYTES)
+    return rows * (sum(_row_bytes(store, key) for key in keys) + INDEX_BYTES)
 
 
 def episodes_within(
@@ -288,14 +301,14 @@ def episodes_within(
 def read_episodes(
     store: EpisodeStore, keys: Mapping[str, str], episodes: Sequence[int] | np.ndarray
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Rows of some episodes, in the order of the store: {name: (steps, ...) float32}, and where each episode ends among
-    them."""
+    """Rows of some episodes, in the order of the store: {name: (steps, ...)}, float32 or float64 (see `held_type`), and
+    where each episode ends among them."""
     ends = store.episode_ends
     lengths = np.diff(ends, prepend=0)
     chosen = np.zeros(len(ends), bool)
     chosen[episodes] = True
     used = np.repeat(chosen, lengths)
-    data = {name: np.empty((int(used.sum()), *store.shape(key)), np.float32) for key, name in keys.items()}
+    data = _make_room(store, keys, int(used.sum()))
     for key, name in keys.items():
         filled = 0
         for start, stop in store.block_spans(key):
@@ -304,6 +317,45 @@ def read_episodes(
                 data[name][filled : filled + len(wanted)] = wanted
                 filled += len(wanted)
     return data, np.cumsum(lengths[chosen])
+
+
+def held_type(dtype: np.dtype) -> np.dtype:
+    """The type in which rows of this one are held: float32 where that holds all its numbers exactly, else float64."""
+    return np.dtype(np.float32 if np.can_cast(dtype, np.float32) else np.float64)
+
+
+def _hold(key: str, array: np.ndarray, device: torch.device) -> np.ndarray:
+    """An array as it is held, float32 on MPS, which has no float64; raises ValueError for NaN and infinity, and for
+    what is no number."""
+    rows = as_rows(np.asarray(array))
+    bad = nonfinite_rows(rows)
+    if len(bad):
+        raise ValueError(f"{key} has NaN or infinity in {len(bad)} rows, first in row {bad[0]}")
+    return np.ascontiguousarray(rows, np.float32 if device.type == "mps" else held_type(rows.dtype))
+
+
+def _require_episodes(data: Mapping[str, np.ndarray], episode_ends: np.ndarray, episodes: np.ndarray) -> None:
+    """Raise ValueError unless these are the actions and observations of all steps, and these some of the episodes."""
+    rows = {key: len(array) for key, array in data.items()}
+    if "action" not in rows or len(rows) == 1:
+        raise ValueError(f"windows need `action` and at least one observation; got {', '.join(rows) or 'nothing'}")
+    rising = episode_ends.ndim == 1 and len(episode_ends) and (np.diff(episode_ends, prepend=0) > 0).all()
+    if not rising or min(rows.values()) < episode_ends[-1]:
+        raise ValueError(
+            f"episode ends must rise from above 0 to at most the number of rows {rows}; got {episode_ends}"
+        )
+    if not len(episodes) or not np.isin(episodes, np.arange(len(episode_ends))).all():
+        raise ValueError(f"windows need some of the {len(episode_ends)} episodes, from 0 on; got {episodes}")
+
+
+def _row_bytes(store: EpisodeStore, key: str) -> int:
+    """Bytes of a row as it is held."""
+    return held_type(store.dtype(key)).itemsize * math.prod(store.shape(key))
+
+
+def _make_room(store: EpisodeStore, keys: Mapping[str, str], rows: int) -> dict[str, np.ndarray]:
+    """Empty arrays for so many rows of each key, by its name."""
+    return {name: np.empty((rows, *store.shape(key)), held_type(store.dtype(key))) for key, name in keys.items()}
 
 
 def _take(array: Tensor, rows: np.ndarray) -> Tensor:

@@ -309,9 +309,9 @@ def _check_specs(folder: Path, expected: Mapping[str, Spec], found: Mapping[str,
 
 
 def _check_numbers(folder: object, weights: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError for weights that are not finite, and for scales by which nothing can be divided."""
+    """Raise CheckpointError for weights that are not finite, and for scales below 0; 0 is that of a constant."""
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{folder}: {name} holds NaN or infinity")
-        if name.startswith("normalizer.") and name.endswith("_scale") and not (tensor > 0).all():
-            raise CheckpointError(f"{folder}: {name} must be above 0; got {tensor.min().item():g}")
+        if name.startswith("normalizer.") and name.endswith("_scale") and not (tensor >= 0).all():
+            raise CheckpointError(f"{folder}: {name} must be at least 0; got {tensor.min().item():g}")

@@ -32,9 +32,11 @@ class Controller:
         sampling: SampleConfig | None = None,
         plan_batch: int | None = None,
         delay_steps: int = 0,
+        dtype: np.dtype | type = np.float32,
     ) -> None:
-        """`environments`: B; `plan_batch`: observations in one planning call, by default B. Raises ValueError for a
-        delay that the predicted sequence cannot bridge. The first plan of an episode is always waited for."""
+        """`environments`: B; `plan_batch`: observations in one planning call, by default B; `dtype`: type of the
+        actions, such as that of an environment's action space. Raises ValueError for a delay that the predicted
+        sequence cannot bridge. The first plan of an episode is always waited for."""
         require_delay(policy.config, delay_steps)
         self._policy = policy
         self._sampling = sampling or SampleConfig()
@@ -42,15 +44,16 @@ class Controller:
         horizon = policy.config.observation_horizon
         self.action_horizon = policy.config.action_horizon
         """Ta: an environment plans at its first step and then every Ta steps."""
+        self.observation_shapes = dict(policy.shapes.observations)
+        """What `act` reads of one environment's observation."""
         self._history = {  # the last To observations, oldest first
-            key: np.zeros((environments, horizon, *shape), np.float32)
-            for key, shape in policy.shapes.observations.items()
+            key: np.zeros((environments, horizon, *shape)) for key, shape in policy.shapes.observations.items()
         }
         self._fresh = np.ones(environments, bool)  # no observation yet in this episode
         self.planned: dict[int, np.ndarray] = {}
         """What the last call planned, by environment: raw actions from its step on, (T - To + 1, A)."""
         self._delay = delay_steps
-        self._queue = np.zeros((environments, self.action_horizon + delay_steps, *policy.shapes.action), np.float32)
+        self._queue = np.zeros((environments, self.action_horizon + delay_steps, *policy.shapes.action), dtype)
         self._begins = np.ones(environments, bool)  # no plan yet in this episode
         self._position = np.full(environments, self.action_horizon)  # next action in the queue
         self._generators: list[torch.Generator | None] = [None] * environments
@@ -84,9 +87,10 @@ class Controller:
         return self._queue[:, : self.action_horizon].copy()
 
     def observe(self, observations: Mapping[str, np.ndarray], active: np.ndarray) -> None:
-        """Take observations {key: (B, ...)} of the `active` (B,) into the history."""
+        """Take observations {key: (B, ...)} of the `active` (B,) into the history, as precise as they are. Raises
+        ValueError for observations of other keys or shapes; keys that the policy does not observe are left alone."""
         for key, history in self._history.items():
-            now = np.asarray(observations[key], np.float32)[:, None]  # (B, 1, ...)
+            now = _observed(observations, key, (len(history), *history.shape[2:]))[:, None]  # (B, 1, ...)
             shifted = np.concatenate([history[:, 1:], now], axis=1)
             first = np.broadcast_to(now, history.shape)  # before the first step: that step repeated
             history[active] = np.where(_expand(self._fresh, history), first, shifted)[active]
@@ -102,9 +106,7 @@ class Controller:
     def _plan(self, rows: np.ndarray) -> None:
         """Fill the queues of some environments."""
         padded = np.resize(rows, self._plan_batch)  # repeats rows; what the copies yield is dropped
-        observations = {
-            key: torch.as_tensor(history[padded], device=self._policy.device) for key, history in self._history.items()
-        }
+        observations = {key: torch.from_numpy(history[padded]) for key, history in self._history.items()}
         generators = [self._generators[row] for row in rows]
         if None in generators:
             raise RuntimeError("reset the controller before it acts: each episode needs its planning generator")
@@ -112,6 +114,7 @@ class Controller:
         sequences = self._policy.sample(observations, [*filter(None, generators), *spare], config=self._sampling)
         config = self._policy.config
         plans = sequences[: len(rows), 0, config.observation_horizon - 1 :].cpu().numpy()  # (rows, T - To + 1, A)
+        plans = plans.astype(self._queue.dtype)
         if not np.isfinite(plans).all():
             raise FloatingPointError("the policy planned NaN or infinity; it is not trained, or its training diverged")
         ready = plans[:, : self._queue.shape[1]]  # (rows, Ta + d, A)
@@ -131,6 +134,16 @@ def require_delay(config: PolicyConfig, delay_steps: int) -> None:
             f"observation-horizon {config.observation_horizon} + 1 - action-horizon {config.action_horizon}); "
             f"got {delay_steps}"
         )
+
+
+def _observed(observations: Mapping[str, np.ndarray], key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """One key of the observations, (B, ...) float64; a single number a step is a row (1,)."""
+    if key not in observations:
+        raise ValueError(f"the policy observes {key!r}; got {', '.join(map(repr, observations)) or 'nothing'}")
+    values = np.asarray(observations[key])
+    if values.dtype.kind not in "biuf" or values.shape not in (shape, shape[: -1 if shape[1:] == (1,) else None]):
+        raise ValueError(f"the observation {key} must be numbers of shape {shape}; got {values.dtype} {values.shape}")
+    return values.astype(np.float64).reshape(shape)
 
 
 def _expand(mask: np.ndarray, like: np.ndarray) -> np.ndarray:

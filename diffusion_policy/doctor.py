@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from diffusion_policy.config import PolicyConfig, SampleConfig
+from diffusion_policy.datasets.statistics import Statistics
 from diffusion_policy.datasets.windows import Batch, Windows
 from diffusion_policy.likelihood import variational_bound
-from diffusion_policy.normalizer import CONSTANT
+from diffusion_policy.normalizer import NORMALIZATIONS, describe_columns
 from diffusion_policy.policy import DiffusionPolicy, derive_generator
 from diffusion_policy.schedules import Schedule, low_middle_high
 
@@ -94,19 +95,15 @@ def check_decreasing(make: Callable[[], Schedule]) -> tuple[Check, Schedule | No
 # The data
 
 
-def check_constant(data: Mapping[str, np.ndarray]) -> Check:
-    """Columns whose range is below the normalizer's CONSTANT: they are shifted, not stretched."""
-    constant = []
-    for key, rows in data.items():
-        flat = rows.reshape(len(rows), -1)
-        half_range = (flat.max(axis=0) - flat.min(axis=0)) / 2
-        constant += [f"{key}[{column}]" for column in np.flatnonzero(half_range < CONSTANT)]
-    columns = sum(rows[0].size for rows in data.values())
+def check_constant(statistics: Mapping[str, Statistics], normalization: str) -> Check:
+    """Columns that are constant, or vary too rarely for the normalization; the keys are called as they are here."""
+    peculiar = describe_columns(statistics, NORMALIZATIONS[normalization])
+    columns = sum(found.mean.size for found in statistics.values())
     return judge(
         "no constant dimensions",
-        ", ".join(constant) if constant else f"all {columns} columns vary",
-        "leave them out, or check how they were recorded; they teach nothing",
-        passes=not constant,
+        "; ".join(peculiar) if peculiar else f"all {columns} columns vary",
+        "leave them out, or check how they were recorded",
+        passes=not peculiar,
         fails=False,
     )
 

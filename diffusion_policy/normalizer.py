@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from diffusion_policy.datasets.statistics import Statistics
 
-CONSTANT = 1e-4
-"""A column whose scale is below this is only shifted, never stretched."""
+WITHOUT_FLOAT64 = ("mps",)
+"""Devices that have no float64; raw numbers are computed in float32 there."""
 
 
 def limits(statistics: Statistics) -> tuple[np.ndarray, np.ndarray]:
     """Offset and scale that map the smallest and largest value of each column to −1 and 1."""
-    return (statistics.minimum + statistics.maximum) / 2, (statistics.maximum - statistics.minimum) / 2
+    half_range = statistics.maximum / 2 - statistics.minimum / 2
+    return statistics.minimum + half_range, half_range
 
 
 def moments(statistics: Statistics) -> tuple[np.ndarray, np.ndarray]:
@@ -24,7 +25,8 @@ def moments(statistics: Statistics) -> tuple[np.ndarray, np.ndarray]:
 
 def quantiles(statistics: Statistics) -> tuple[np.ndarray, np.ndarray]:
     """Offset and scale that map the quantiles 0.01 and 0.99 of each column to −1 and 1: outliers do not stretch it."""
-    return (statistics.low + statistics.high) / 2, (statistics.high - statistics.low) / 2
+    half_range = statistics.high / 2 - statistics.low / 2
+    return statistics.low + half_range, half_range
 
 
 NORMALIZATIONS: dict[str, Callable[[Statistics], tuple[np.ndarray, np.ndarray]]] = {
@@ -34,10 +36,46 @@ NORMALIZATIONS: dict[str, Callable[[Statistics], tuple[np.ndarray, np.ndarray]]]
 }
 
 
+def is_flat(statistics: Statistics, normalization: Callable[[Statistics], tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Which columns vary, but too rarely for this normalization to see it, bool: as a gripper that is closed for 99.5 %
+    of the time has one value between its quantiles. They are normalized by their limits."""
+    return (normalization(statistics)[1] <= statistics.rounding) & ~statistics.constant
+
+
+def describe_columns(
+    statistics: Mapping[str, Statistics], normalization: Callable[[Statistics], tuple[np.ndarray, np.ndarray]]
+) -> list[str]:
+    """What is peculiar about columns, a sentence each; none where there is nothing. The keys are called as they are
+    here."""
+    constant = [name for key, found in statistics.items() for name in _names(key, found.constant)]
+    rare = [name for key, found in statistics.items() for name in _names(key, is_flat(found, normalization))]
+    said = []
+    if constant:
+        said.append(f"constant, so that nothing is learned of them: {_some(constant)}")
+    if rare:
+        said.append(f"varying too rarely for this normalization, and normalized by their limits: {_some(rare)}")
+    return said
+
+
+def _names(key: str, chosen: np.ndarray) -> list[str]:
+    """Names of the chosen columns of a key, such as x[3] or x[0,3]."""
+    return [f"{key}[{','.join(map(str, column))}]" for column in np.argwhere(chosen)]
+
+
+def _some(names: list[str], most: int = 12) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 class Normalizer(nn.Module):
     """Per key: normalized = (x − offset) / scale, column by column; but a column that holds an angle [rad] becomes its
     cosine and its sine, which stand behind the other columns: [others | cosines | sines]. A new one shifts and scales
-    nothing until it is fitted or loaded."""
+    nothing until it is fitted or loaded.
+
+    A constant column has the scale 0: it is normalized to 0, and what comes back is the constant. All is computed in
+    float64 (on MPS, which has none, in float32), so that small moves at large positions are still there; what the
+    network sees is float32.
+    """
 
     def __init__(
         self, shapes: Mapping[str, tuple[int, ...]], angles: Mapping[str, tuple[int, ...]] | None = None
@@ -61,18 +99,29 @@ class Normalizer(nn.Module):
         }
         """Shape of each key at one step as the network sees it."""
         for key, shape in self.shapes.items():
-            self.register_buffer(_buffer(key, "offset"), torch.zeros(shape))
-            self.register_buffer(_buffer(key, "scale"), torch.ones(shape))
+            self.register_buffer(_buffer(key, "offset"), torch.zeros(shape, dtype=torch.float64))
+            self.register_buffer(_buffer(key, "scale"), torch.ones(shape, dtype=torch.float64))
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What raw numbers are computed in."""
+        return self.get_buffer(_buffer(self.keys[0], "offset")).dtype
 
     def fit(
         self,
         statistics: Mapping[str, Statistics],
         normalization: Callable[[Statistics], tuple[np.ndarray, np.ndarray]] = limits,
     ) -> None:
-        """Take offset and scale of every key from its statistics; cosines and sines stay as they are."""
+        """Take offset and scale of every key from its statistics; cosines and sines stay as they are. Raises ValueError
+        for numbers that are not finite, or so large that their range is not."""
         for key in self.keys:
-            offset, scale = (torch.as_tensor(array) for array in normalization(statistics[key]))
-            scale = torch.where(scale < CONSTANT, 1.0, scale)
+            found = statistics[key]
+            by_limits = found.constant | is_flat(found, normalization)
+            pairs = zip(limits(found), normalization(found), strict=True)
+            offset, scale = (torch.as_tensor(np.where(by_limits, of_limits, own)) for of_limits, own in pairs)
+            if not (torch.isfinite(offset).all() and torch.isfinite(scale).all()):
+                raise ValueError(f"{key} holds NaN, infinity, or numbers too large to be normalized")
+            scale[torch.as_tensor(found.constant)] = 0
             if key in self._angles:
                 others, circle = list(self._others[key]), torch.zeros(2 * len(self._angles[key]))
                 offset, scale = torch.cat([offset[others], circle]), torch.cat([scale[others], circle + 1])
@@ -80,21 +129,41 @@ class Normalizer(nn.Module):
             self.get_buffer(_buffer(key, "scale")).copy_(scale)
 
     def normalize(self, key: str, x: Tensor) -> Tensor:
-        """Raw (..., *shape) → about [−1, 1], (..., *shapes[key])."""
+        """Raw (..., *shape) of any type → about [−1, 1], (..., *shapes[key]) float32."""
+        offset, scale = self._numbers(key)
+        x = x.to(offset)
         if key in self._angles:
             angles = x[..., list(self._angles[key])]
             x = torch.cat([x[..., list(self._others[key])], torch.cos(angles), torch.sin(angles)], dim=-1)
-        return (x - self.get_buffer(_buffer(key, "offset"))) / self.get_buffer(_buffer(key, "scale"))
+        return ((x - offset) / scale.where(scale > 0, torch.inf)).float()
 
     def unnormalize(self, key: str, x: Tensor) -> Tensor:
-        """The inverse of `normalize`; angles come back within [−pi, pi]."""
-        x = x * self.get_buffer(_buffer(key, "scale")) + self.get_buffer(_buffer(key, "offset"))
+        """The inverse of `normalize`, float64 (float32 on MPS); angles come back within [−pi, pi]."""
+        offset, scale = self._numbers(key)
+        x = x.to(offset) * scale + offset
         if key not in self._angles:
             return x
         count = len(self._angles[key])
         others, cosines, sines = x.split([x.shape[-1] - 2 * count, count, count], dim=-1)
         order = np.argsort([*self._others[key], *self._angles[key]]).tolist()
         return torch.cat([others, torch.atan2(sines, cosines)], dim=-1)[..., order]
+
+    def _numbers(self, key: str) -> tuple[Tensor, Tensor]:
+        """Offset and scale."""
+        return self.get_buffer(_buffer(key, "offset")), self.get_buffer(_buffer(key, "scale"))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Normalizer":
+        """Move, also to a device without float64."""
+        if fn(torch.empty(0)).device.type in WITHOUT_FLOAT64:
+            return super()._apply(lambda tensor: fn(tensor.float()), recurse)
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        """The numbers in float64, whatever the device has."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.precision != torch.float64:
+            for name in self._buffers:
+                destination[prefix + name] = destination[prefix + name].cpu().double()
 
 
 def _buffer(key: str, what: str) -> str:

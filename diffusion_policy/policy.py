@@ -115,7 +115,12 @@ class DiffusionPolicy(nn.Module):
 
     def encode(self, observations: Mapping[str, Tensor], modes: Tensor | None = None) -> Tensor:
         """Raw observations {key: (B, To, ...)} → conditioning vectors (B, C). `modes`: index of each row's mode, (B,)
-        int64, −1 where it is unknown or to be left open; None leaves all open."""
+        int64, −1 where it is unknown or to be left open; None leaves all open. Raises ValueError for observations of
+        other keys or shapes; those beside them are left alone."""
+        needed = {key: (self.config.observation_horizon, *self.shapes.observations[key]) for key in self.encoder.keys}
+        found = {key: tuple(observations[key].shape[1:]) for key in needed if key in observations}
+        if found != needed:
+            raise ValueError(f"the policy observes {needed} beside the axis of rows; got {found}")
         cond = self.encoder({key: self.normalizer.normalize(key, observations[key]) for key in self.encoder.keys})
         if self.modes:
             modes = torch.full((len(cond),), -1, device=cond.device) if modes is None else modes
@@ -160,7 +165,8 @@ class DiffusionPolicy(nn.Module):
         num_samples: int = 1,
         config: SampleConfig | None = None,
     ) -> Tensor:
-        """Draw N action sequences for each observation: raw {key: (B, To, ...)} → raw (B, N, T, A).
+        """Draw N action sequences for each observation: raw {key: (B, To, ...)} of any type → raw (B, N, T, A), float64
+        (float32 on MPS).
 
         One CPU generator a row draws that row's noise: a row's result does not depend on its neighbours. Raises
         ValueError where `require` does.

@@ -20,7 +20,6 @@ class ScriptedPolicy:
             action_horizon=action_horizon,
         )
         self.shapes = Shapes({"x": (1,)}, (1,))
-        self.device = torch.device("cpu")
         self.seen: list[torch.Tensor] = []
 
     def sample(self, observations: dict[str, torch.Tensor], generators: Any, config: Any) -> torch.Tensor:
@@ -120,6 +119,33 @@ def test_a_controller_that_was_not_reset_does_not_act() -> None:
     policy = ScriptedPolicy(1, 4, 2)
     with pytest.raises(RuntimeError, match="reset the controller before it acts"):
         Controller(policy, 1).act({"x": np.zeros((1, 1))})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "observations, message",
+    [
+        ({}, "the policy observes 'x'; got nothing"),
+        ({"y": np.zeros((2, 1))}, "the policy observes 'x'; got 'y'"),
+        ({"x": np.zeros((2, 3))}, r"the observation x must be numbers of shape \(2, 1\); got float64 \(2, 3\)"),
+        ({"x": np.zeros(1)}, r"the observation x must be numbers of shape \(2, 1\); got float64 \(1,\)"),
+        ({"x": np.array([["a"], ["b"]])}, r"the observation x must be numbers of shape \(2, 1\); got <U1 \(2, 1\)"),
+    ],
+)
+def test_observations_that_the_policy_cannot_use_are_refused_in_a_line(observations: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        controller(ScriptedPolicy(2, 8, 4), environments=2).act(observations)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_observations_keep_their_precision_and_actions_have_the_type_that_is_asked(dtype: type) -> None:
+    policy = ScriptedPolicy(1, 4, 2)
+    act = Controller(policy, 2, dtype=dtype)  # pyright: ignore[reportArgumentType]
+    act.reset(np.ones(2, bool), [planning_generator(i) for i in range(2)])
+    action = act.act(
+        {"x": np.array([5.4e6, 5.4e6 + 0.001]), "beside": np.array(["not", "observed"])}
+    )  # a number is a row
+    assert policy.seen[0].flatten().tolist() == [5.4e6, 5.4e6 + 0.001]
+    assert action.dtype == dtype
 
 
 def test_planning_noise_derives_from_seed_and_repeat() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from diffusion_policy import doctor
 from diffusion_policy.cli import main
 from diffusion_policy.config import PolicyConfig, SampleConfig
+from diffusion_policy.datasets.statistics import measure
 from diffusion_policy.datasets.windows import Batch, Windows
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.schedules import SCHEDULES, constant, linear, make_schedule
@@ -72,11 +73,19 @@ def test_a_schedule_that_does_not_decrease_is_a_finding() -> None:
 
 def test_constant_columns_are_named() -> None:
     data = walk()
-    assert doctor.check_constant(data).status == "pass"
+
+    def look(normalization: str = "limits") -> doctor.Check:
+        return doctor.check_constant({f"data/{key}": measure(rows) for key, rows in data.items()}, normalization)
+
+    assert look().status == "pass"
+    data["action"] *= 2e-5  # small is not constant
+    assert look().figure == "all 4 columns vary"
     data["position"][:, 1] = 3.0
-    check = doctor.check_constant(data)
-    assert check.status == "warn"
-    assert check.figure == "position[1]"
+    assert look().status == "warn"
+    assert look().figure == "constant, so that nothing is learned of them: data/position[1]"
+    data["position"][7, 1] = 4.0
+    assert look().status == "pass"
+    assert look("quantiles").figure.endswith("normalized by their limits: data/position[1]")
 
 
 def test_padding_is_counted_as_windows_pad() -> None:

@@ -55,7 +55,7 @@ OURS_ALLOWED = {
     "wording": {"digits", "metrics"},
     "figures": {"drawing", "gallery", "metrics", "toy"},
     "toy": {"diffusion", "guidance", "likelihood", "networks", "prediction", "samplers", "schedules"},
-    "doctor": {"config", "datasets.windows", "likelihood", "normalizer", "policy", "schedules"},
+    "doctor": {"config", "datasets.statistics", "datasets.windows", "likelihood", "normalizer", "policy", "schedules"},
     "video": {"files", "lines"},
 }
 """Modules of ours that each module may import. Commands and cli may import everything."""

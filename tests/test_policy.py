@@ -159,6 +159,39 @@ def test_observations_with_nan_are_refused() -> None:
         new_policy().sample(observations, [planning_generator(0), planning_generator(1)])
 
 
+@pytest.mark.parametrize(
+    "observations", [{"state": torch.zeros(3, 2, 4)}, {"state": torch.zeros(3, 4), "goal": torch.zeros(3, 2, 2)}]
+)
+def test_observations_of_other_keys_or_shapes_are_refused_in_a_line(observations: dict) -> None:
+    with pytest.raises(
+        ValueError, match=r"the policy observes \{'goal': \(2, 2\), 'state': \(2, 4\)\} .*got \{"
+    ):
+        new_policy().sample(observations, [planning_generator(seed) for seed in range(3)])
+
+
+def test_constant_actions_come_back_as_the_constant_and_small_ones_are_learned_as_large_ones() -> None:
+    data = DATA | {"action": (DATA["action"] * [1e-5, 0] + [0, 0.1]).astype(np.float32)}
+    torch.manual_seed(0)
+    policy = DiffusionPolicy.for_data(CONFIG, data)
+    actions = policy.sample(
+        observe(5), [planning_generator(seed) for seed in range(5)], config=SampleConfig(clip="none")
+    )
+    assert (actions[..., 1] == float(np.float32(0.1))).all()
+    assert policy.normalizer.normalize("action", torch.from_numpy(data["action"]))[:, 0].abs().max() == pytest.approx(1)
+
+
+def test_a_small_step_at_a_large_position_changes_the_plan_and_reaches_the_robot() -> None:
+    x = RNG.uniform(-1, 1, (100, 2)) + 5.4e6
+    torch.manual_seed(0)
+    policy = DiffusionPolicy.for_data(CONFIG, {"state": x, "action": x})
+    here = torch.from_numpy(np.stack([x[:2], x[:2] + 0.01]))
+    actions = policy.sample({"state": here}, [planning_generator(0), planning_generator(0)])
+    assert actions.dtype == torch.float64
+    assert 0 < (actions[0] - actions[1]).abs().max() < 0.1
+    cond = policy.encode({"state": here})
+    torch.testing.assert_close((cond[1] - cond[0])[:2], torch.full((2,), 0.01), rtol=0.15, atol=0)
+
+
 def test_training_on_modes_needs_modes() -> None:
     with pytest.raises(ValueError, match="trained with the modes of its windows; got none"):
         new_policy(STEERABLE).loss(observe(2), torch.zeros(2, 16, 2), torch.Generator())

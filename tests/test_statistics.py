@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from diffusion_policy.datasets.statistics import Measuring, measure, summarize, to_json
+from diffusion_policy.datasets.statistics import Measuring, measure, summarize
 from diffusion_policy.datasets.store import EpisodeStore
 
 
@@ -57,5 +57,7 @@ def test_one_pass_over_a_store_gives_its_fingerprint_and_the_statistics_of_some_
     assert summary.fingerprint == store.fingerprint(["actual_xy"])
     rows = np.concatenate([episode.data["actual_xy"] for episode in store.episodes(chosen)])
     for found, expected in zip(summary.statistics["actual_xy"], measure(rows), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-12)
-    assert to_json(summary.statistics)["action"]["rows"] == len(rows)
+        if isinstance(expected, np.dtype):
+            assert found == expected
+        else:
+            np.testing.assert_allclose(found, expected, rtol=1e-12)

@@ -97,6 +97,34 @@ def test_windows_carry_the_mode_of_their_episode() -> None:
     assert Windows(DATA, ENDS, [0, 2], 2, 4).gather(torch.tensor([0])).modes is None
 
 
+def test_each_number_is_held_as_exactly_as_it_is_stored() -> None:
+    for dtype, held in {"f2": "f4", "u1": "f4", "i2": "f4", "?": "f4", "i4": "f8", "i8": "f8", "f8": "f8"}.items():
+        data = {"state": (np.arange(12) % 2).astype(dtype), "action": DATA["action"].astype("f4")}
+        batch = Windows(data, ENDS, [0, 1, 2], 2, 4).gather(np.arange(12))
+        assert batch.observations["state"].numpy().dtype == held
+        assert batch.observations["state"].shape == (12, 2, 1)  # a number is a row
+        assert batch.actions.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "data, ends, episodes, message",
+    [
+        ({"state": np.full((12, 2), np.nan)}, ENDS, [0], "state has NaN or infinity in 12 rows, first in row 0"),
+        ({"state": np.array(["a"] * 12)}, ENDS, [0], "rows must be real numbers"),
+        ({"state": np.zeros((11, 2))}, ENDS, [0], "episode ends must rise"),
+        ({}, [4, 4, 12], [0], "episode ends must rise"),
+        ({}, [], [0], "episode ends must rise"),
+        ({}, ENDS, [], r"windows need some of the 3 episodes, from 0 on; got \[\]"),
+        ({}, ENDS, [3], "windows need some of the 3 episodes"),
+        ({"action": None}, ENDS, [0], "windows need `action` and at least one observation; got state"),
+    ],
+)
+def test_what_cannot_be_cut_into_windows_is_refused_in_a_line(data: dict, ends, episodes, message: str) -> None:
+    data = {key: rows for key, rows in (DATA | data).items() if rows is not None}
+    with pytest.raises(ValueError, match=message):
+        Windows(data, np.array(ends), episodes, 2, 4)
+
+
 # Streamed from a store
 
 
@@ -189,6 +217,22 @@ def test_a_window_says_which_row_of_the_store_is_now(tmp_path: Path, pool: int |
     np.testing.assert_array_equal(batch.observations["state"][:, -1], expected)
 
 
+def test_a_stream_holds_numbers_as_exactly_as_memory_does(tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path / "s.zarr")
+    rows = 5.4e6 + np.linspace(0, 1, 300)
+    group.create_array("data/state", data=rows, chunks=(16,))  # of which a step is one number
+    group.create_array("data/action", data=rows[:, None].astype(np.float32), chunks=(50, 1))
+    group.create_array("meta/episode_ends", data=np.array([100, 300]))
+    store = EpisodeStore.open(tmp_path / "s.zarr")
+    streamed = StreamedWindows(store, KEYS, [0, 1], 1, 8, pool_bytes=2000)
+    held = hold_windows(store, KEYS, [0, 1], 1, 8)
+    seen = torch.cat([batch.observations["state"] for batch in itertools.islice(streamed.batches(10, 0), 30)])
+    np.testing.assert_array_equal(np.sort(seen.flatten()), rows)
+    np.testing.assert_array_equal(held.rows()["state"][:, 0], rows)
+    assert streamed.shapes == held.shapes == {"state": (1, 1), "action": (8, 1)}
+    assert memory_needed(store, KEYS, [0]) == 100 * (8 + 4 + 40)
+
+
 def test_a_stream_is_shuffled_differently_in_each_pass_and_by_each_seed(tmp_path: Path) -> None:
     windows = StreamedWindows(make_store(tmp_path / "s.zarr", LENGTHS), KEYS, range(9), 1, 8, pool_bytes=1500)
     per_pass = len(windows) // 16
@@ -221,10 +265,10 @@ def test_a_stream_reads_only_the_pool_and_the_next(tmp_path: Path, monkeypatch: 
 def test_windows_are_held_in_memory_while_they_fit(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s.zarr", LENGTHS)
     needed = memory_needed(store, KEYS, range(9))
-    assert needed == sum(LENGTHS) * (3 * 4 + 4 + 40)
+    assert needed == sum(LENGTHS) * (3 * 4 + 8 + 40)  # float32 and float64
     assert isinstance(load_windows(store, KEYS, range(9), 2, 8, "cpu", None, needed), Windows)
     assert isinstance(load_windows(store, KEYS, range(9), 2, 8, "cpu", None, needed - 1), StreamedWindows)
-    np.testing.assert_array_equal(episodes_within(store, KEYS, [4, 1, 7], 56 * 245), [4, 1])
+    np.testing.assert_array_equal(episodes_within(store, KEYS, [4, 1, 7], 60 * 245), [4, 1])
     np.testing.assert_array_equal(episodes_within(store, KEYS, [4, 1, 7], 1), [4])
 
 

@@ -64,8 +64,9 @@ class Doctor:
     without it neither is written."""
     observation: tuple[str, ...] = ()
     """Keys of the store to observe where no checkpoint says; by default those that it names, else all others."""
-    action: str | None = None
-    """Key of the actions where no checkpoint says; by default the one that the store names, else action."""
+    action: tuple[str, ...] = ()
+    """Key of the actions where no checkpoint says, or several, whose columns stand side by side; by default the one
+    that the store names, else action."""
     angles: tuple[str, ...] = ()
     """Columns that are angles [rad] where no checkpoint says, as state:4; by default those that the store names."""
     overfit_steps: int = 2000
@@ -141,6 +142,7 @@ class Doctor:
         import torch
 
         from diffusion_policy import doctor
+        from diffusion_policy.datasets.statistics import measure
         from diffusion_policy.figures import draw_noised
         from diffusion_policy.policy import DiffusionPolicy
         from diffusion_policy.schedules import make_schedule
@@ -159,13 +161,15 @@ class Doctor:
             return
         yield doctor.Check(READABLE, "pass", f"{len(data['action'])} steps of {', '.join(data)}, no NaN, no infinity")
         torch.manual_seed(self.seed)
-        untrained = DiffusionPolicy.for_data(
+        statistics = {key: measure(data[name])._replace(dtype=store.dtype(key)) for key, name in keys.names.items()}
+        untrained = DiffusionPolicy.for_statistics(
             dataclasses.replace(config, snr_gamma=0.0, condition_dropout=0.0),
-            data,
+            {keys.names[key]: found for key, found in statistics.items()},
             loaded.policy.modes if loaded else store.modes,
             loaded.policy.shapes.angles if loaded else choose_angles(store, self.angles, keys),
         ).to(device)
         policy = loaded.policy if loaded else untrained
+        yield doctor.check_constant({f"data/{key}": s for key, s in statistics.items()}, config.normalization)
         yield from self._check_data(policy, data, ends)
         windows = _windows(policy, store, data, ends)
         if self.output:
@@ -194,11 +198,9 @@ class Doctor:
 
         from diffusion_policy import doctor
 
-        actions = torch.from_numpy(data["action"].astype(np.float32)).to(policy.device)
-        normalized = policy.normalizer.normalize("action", actions)
+        normalized = policy.normalizer.normalize("action", torch.from_numpy(data["action"]))
         lengths = np.diff(episode_ends, prepend=0)
         yield doctor.check_last_level(policy.diffusion.schedule, float(normalized.square().mean().sqrt()))
-        yield doctor.check_constant(data)
         yield doctor.check_horizons(lengths, policy.config)
         yield doctor.check_padding(lengths, policy.config)
         yield doctor.check_clipping(normalized, self.sampling.clip)
@@ -215,7 +217,7 @@ class Doctor:
             keys = Keys(tuple(loaded.policy.shapes.observations), loaded.dataset.action_key)
             known = {**loaded.policy.shapes.observations, keys.action: loaded.policy.shapes.action}
             for key, shape in known.items():
-                found = store.shape(key) if key in store.keys else "nothing"
+                found = store.shape(key) if {*store.parts(key)} <= {*store.keys} else "nothing"
                 if found != shape:
                     raise ConfigError(f"the policy needs {key} of shape {shape} a step; {self.dataset} has {found}")
             return store, keys, []
