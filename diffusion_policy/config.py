@@ -23,7 +23,7 @@ SpacingName = Literal["trailing", "leading", "even", "log-snr"]
 NormalizationName = Literal["limits", "moments", "quantiles"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 MetricName = Literal["validation_loss", "action_error", "action_error_best", "success_rate"]
-ClipName = Literal["static", "dynamic", "none"]
+ClipName = Literal["auto", "static", "dynamic", "none"]
 GuidanceScheduleName = Literal["constant", "falling", "rising", "middle"]
 
 # What options may ask for, far beyond what anyone trains: a checkpoint that asks for more is a stranger's.
@@ -119,7 +119,7 @@ class PolicyConfig:
     lost is the mode with condition-on-mode, else the observations."""
     normalization: NormalizationName = "limits"
     """How each column becomes a number of about one: its limits become -1 and 1; or its mean 0 and its deviation 1; or
-    its quantiles 0.01 and 0.99 become -1 and 1 (clip none or dynamic then, else what lies beyond is cut off)."""
+    its quantiles 0.01 and 0.99 become -1 and 1."""
     condition_on_mode: bool = False
     """Give the demonstration's mode label to the network too, so that the policy can be steered with --mode."""
 
@@ -160,8 +160,6 @@ class PolicyConfig:
         check_choice("normalization", self.normalization, get_args(NormalizationName))
         _require(0 <= self.snr_gamma < math.inf, "snr_gamma", "at least 0", self.snr_gamma)
         _require(0 <= self.condition_dropout < 1, "condition_dropout", "from 0 to below 1", self.condition_dropout)
-        finite = all(math.isfinite(number) for number in self.schedule_options)
-        _require(finite, "schedule_options", "finite numbers", self.schedule_options)
         require_numbers(self)
 
 
@@ -258,9 +256,10 @@ class SampleConfig:
     evenly with both ends (even), evenly in log-SNR (log-snr)."""
     eta: float = 0.0
     """Noise of ddim, from 0 (none) to 1 (as much as ddpm)."""
-    clip: ClipName = "static"
-    """Keep every predicted clean sequence within the range of the demonstrations: static clips, dynamic scales down by
-    a high quantile of each sequence, none does neither."""
+    clip: ClipName = "auto"
+    """Keep every predicted clean sequence within -1 and 1: static clips, dynamic scales down by a high quantile of each
+    sequence, none does neither. auto is static for a policy that normalizes by limits, where that is the range of the
+    demonstrations, else none."""
     guidance: float = 0.0
     """Weight w of classifier-free guidance, eps = (1 + w) eps_cond - w eps_uncond. 0 is the plain conditional policy
     (where others write 1 for that, their weight is 1 + w)."""

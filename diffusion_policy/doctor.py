@@ -312,11 +312,12 @@ def _error(policy: DiffusionPolicy, batch: Batch, observations: Mapping[str, Ten
     x0 = policy.normalizer.normalize("action", batch.actions)
     denoise = policy.diffusion.denoiser(policy.network, policy.encode(observations, batch.modes))
     levels = _levels(policy.diffusion.schedule)
+    furthest = max(1.0, float(x0.abs().max()))
     total = 0.0
     for level in levels[len(levels) // 2 :]:
         alpha, sigma = policy.diffusion.tables(level, x0)
         xt = alpha * x0 + sigma * torch.randn(x0.shape, generator=generator).to(x0)
-        total += float((denoise(xt, level).clamp(-1, 1) - x0).square().mean())
+        total += float((denoise(xt, level).clamp(-furthest, furthest) - x0).square().mean())
     return total
 
 
@@ -327,12 +328,13 @@ def _levels(schedule: Schedule) -> list[int]:
 
 
 def check_clipping(normalized: Tensor, clip: str) -> Check:
-    """Static clipping to [-1, 1] must not cut demonstrated actions off, here normalized, (steps, A): at most 0.1 %."""
+    """Static clipping to [-1, 1] must not cut demonstrated actions off, here normalized, (steps, A): at most 0.1 %.
+    `clip`: see `DiffusionPolicy.choose_clip`."""
     share = float((normalized.abs() > 1 + 1e-4).float().mean())
     return judge(
         "clipping fits the normalizer",
         f"{share:.2%} of the demonstrated numbers lie beyond [-1, 1], at most {float(normalized.abs().max()):.2f}",
-        "normalize actions by their limits, or sample with --clip none or dynamic",
+        "normalize actions by their limits, or sample with --clip auto, none or dynamic",
         passes=share <= 0.001 or clip != "static",
         fails=share > 0.01,
     )

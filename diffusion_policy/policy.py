@@ -210,13 +210,18 @@ class DiffusionPolicy(nn.Module):
         sampler = find_sampler(config)
         return sampler, self.diffusion.choose_levels(sampler, config.sampling_steps, config.spacing)
 
+    def choose_clip(self, config: SampleConfig) -> str:
+        """The clipping that these options mean: `auto` cuts off nothing that was demonstrated."""
+        return ("static" if self.config.normalization == "limits" else "none") if config.clip == "auto" else config.clip
+
     def denoiser(self, cond: Tensor, config: SampleConfig) -> Denoise:
         """The network under these conditions (B, C), guided and clipped: (xt (B, T, A), level) → x0."""
+        clip = CLIPS[self.choose_clip(config)]
         if config.guidance:
             both = self.diffusion.denoiser(self.network, torch.cat([cond, self.unconditional(cond)]))
             weights = config.guidance * GUIDANCE_SCHEDULES[config.guidance_schedule](self.config.levels)
-            return CLIPS[config.clip](classifier_free(both, weights))
-        return CLIPS[config.clip](self.diffusion.denoiser(self.network, cond))
+            return clip(classifier_free(both, weights))
+        return clip(self.diffusion.denoiser(self.network, cond))
 
     def denoise_from(self, noise: Tensor, cond: Tensor, levels: Levels, config: SampleConfig) -> Tensor:
         """The sampling loop alone: noise (draws, B, T, A) → normalized sequences (B, T, A). No random numbers and no

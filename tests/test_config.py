@@ -1,9 +1,15 @@
 import dataclasses
 import json
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
+from diffusion_policy.cli import parse
+from diffusion_policy.commands import runs
+from diffusion_policy.commands.points import read_grid
+from diffusion_policy.commands.sweep import flags, vary
+from diffusion_policy.commands.train import Train
 from diffusion_policy.config import (
     ClipName,
     ConfigError,
@@ -13,8 +19,10 @@ from diffusion_policy.config import (
     SampleConfig,
     SamplerName,
     ScheduleName,
+    Signals,
     SpacingName,
     TrainConfig,
+    decode,
     from_dict,
 )
 from diffusion_policy.guidance import CLIPS, GUIDANCE_SCHEDULES
@@ -45,10 +53,10 @@ from diffusion_policy.schedules import SCHEDULES, SPACINGS
         (SampleConfig, {"sampling_steps": 0}, "sampling-steps must be at least 1; got 0"),
         (SampleConfig, {"eta": 1.5}, "eta must be from 0 to 1; got 1.5"),
         (SampleConfig, {"spacing": "odd"}, "unknown spacing 'odd'; choose from trailing, leading, even, log-snr"),
-        (SampleConfig, {"clip": "hard"}, "unknown clip 'hard'; choose from static, dynamic, none"),
+        (SampleConfig, {"clip": "hard"}, "unknown clip 'hard'; choose from auto, static, dynamic, none"),
         (SampleConfig, {"corrector_steps": 1, "sampling_steps": 1}, "sampling-steps must be at least 2; got 1"),
         (SampleConfig, {"guidance": float("inf")}, "guidance must be at least -1; got inf"),
-        (PolicyConfig, {"schedule_options": (float("nan"),)}, "schedule-options must be finite numbers"),
+        (PolicyConfig, {"schedule_options": (float("nan"),)}, "schedule-options must be finite, and whole numbers below"),
     ],
 )
 def test_impossible_options_are_refused_in_one_sentence(kind, options, message) -> None:
@@ -62,9 +70,162 @@ def test_only_the_real_down_samplings_bind_the_horizon(widths, horizon) -> None:
     assert (config.widths, config.prediction_horizon) == (widths, horizon)
 
 
-@pytest.mark.parametrize("config", [PolicyConfig(widths=(32, 64)), TrainConfig(steps=7), SampleConfig("ddpm", 3)])
-def test_options_survive_json(config) -> None:
-    assert from_dict(type(config), json.loads(json.dumps(dataclasses.asdict(config)))) == config
+OTHERS: dict[type, dict[str, Any]] = {
+    PolicyConfig: {
+        "observation_horizon": 3, "prediction_horizon": 32, "action_horizon": 4, "widths": (16, 32), "kernel_size": 3,
+        "groups": 4, "level_dim": 16, "schedule": "linear", "levels": 20, "schedule_options": (0.001, 0.3),
+        "prediction": "velocity", "snr_gamma": 5.0, "learn_variance": True, "condition_dropout": 0.2,
+        "normalization": "quantiles", "condition_on_mode": True,
+    },
+    TrainConfig: {
+        "steps": 4, "batch_size": 8, "learning_rate": 1e-05, "weight_decay": 0.0, "warmup_steps": 1,
+        "gradient_clip": 0.5, "average_power": 0.6, "average_limit": 0.0, "validation_share": 0.25, "max_episodes": 3,
+        "memory_gb": 0.5, "validate_every": 500, "checkpoint_every": 2000, "keep": 2, "keep_best": "action_error_best",
+        "rollout_every": 500, "rollout_episodes": 2, "precision": "bf16", "accumulation": 2, "compile": True,
+        "seed": 2**32 - 1,
+    },
+    SampleConfig: {
+        "sampler": "ddpm", "sampling_steps": 3, "spacing": "even", "eta": 1.0, "clip": "dynamic", "guidance": -1.0,
+        "guidance_schedule": "rising", "mode": "links, \u00fcber", "corrector_steps": 1, "corrector_size": 0.02,
+    },
+    Signals: {"success": "return>=90", "mode_function": "a.b:c", "mode_labels": ("left", "right"), "fresh": True},
+}  # fmt: skip
+"""Of each option a value other than its default."""
+FIELDS = [(kind, name) for kind, values in OTHERS.items() for name in values]
+RUN = {
+    "observation": ("pose", "xy"), "action": ("a", "b"), "angles": ("pose:2",), "device": "cpu",
+    "tracker": ("tensorboard",), "env": "a/B-v0", "env_kwargs": '{"rows": 1}',
+}  # fmt: skip
+"""The same of what a training is told beside them."""
+
+
+def as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def told(**given: Any) -> Train:
+    """A training in which every option is given."""
+    return Train(
+        "data.zarr",
+        Path("run"),
+        **{**RUN, "action": ("a+b",), **given},
+        policy=PolicyConfig(**OTHERS[PolicyConfig]),
+        training=TrainConfig(**OTHERS[TrainConfig]),
+    )
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_each_option_has_another_value_to_be_tried_with(kind: type) -> None:
+    assert {field.name for field in dataclasses.fields(kind)} == OTHERS[kind].keys()
+    assert {name for name, value in OTHERS[kind].items() if value == getattr(kind(), name)} == set()
+
+
+@pytest.mark.parametrize("kind, name", FIELDS)
+def test_an_option_survives_json_and_can_be_varied(kind: type, name: str) -> None:
+    value = OTHERS[kind][name]
+    config = dataclasses.replace(kind(), **{name: value})
+    assert from_dict(kind, as_json(dataclasses.asdict(config))) == config
+    if kind in (PolicyConfig, TrainConfig):
+        text = ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        (point,) = read_grid([f"{name.replace('_', '-')}={text}"])
+        assert vary(kind(), as_json(point)) == config
+        empty = [] if isinstance(value, tuple) else getattr(kind(), name)
+        if isinstance(empty, list | bool | type(None)) and name != "widths":
+            (back,) = read_grid([f"{name}={'false' if empty is False else 'none'}"])
+            assert vary(config, back) == kind()
+
+
+def test_a_run_remembers_all_that_it_was_told(tmp_path: Path) -> None:
+    train = told()
+    names = {field.name for field in dataclasses.fields(Train)} - {"dataset", "output", "resume", "config"}
+    assert names == runs.TAKEN.keys() == RUN.keys() | {"policy", "training"}
+    options = runs.to_options(train, "abc")
+    runs.write_options(tmp_path, options)
+    assert runs.read_run(tmp_path) == as_json(options)
+    resumed = parse(["train", "--resume", str(tmp_path)])
+    assert resumed == dataclasses.replace(train, output=tmp_path, resume=tmp_path)
+    runs.require_same(tmp_path, as_json(options), options)
+
+
+def test_a_file_of_options_says_all_that_flags_can(tmp_path: Path) -> None:
+    train, file = told(), tmp_path / "options.json"
+    file.write_text(json.dumps(runs.to_options(train, "abc")))
+    assert parse(["train", "--dataset", "data.zarr", "--output", "run", "--config", str(file)]) == dataclasses.replace(
+        train, config=file
+    )
+
+
+def test_the_command_of_a_trial_says_all_that_it_was_told() -> None:
+    train = told()
+    again = parse(["train", *flags(train)])
+    assert again == dataclasses.replace(train, output=Path("run-again"))
+    plain = Train("data.zarr", Path("run"))
+    assert parse(["train", *flags(plain)]) == dataclasses.replace(plain, output=Path("run-again"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    size: int
+    names: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    inner: Inner | None = None
+    either: int | str = 0
+    pair: tuple[int, float] = (0, 0.0)
+    rows: dict[str, float | None] = dataclasses.field(default_factory=dict)
+
+
+def test_options_may_be_nested() -> None:
+    outer = Outer(Inner(3, ("a",)), "x", (1, 2.5), {"a": None, "b": 1.0})
+    assert decode(as_json(dataclasses.asdict(outer)), Outer, "") == outer
+    assert decode({"inner": None, "pair": [1, 2]}, Outer, "") == Outer(pair=(1, 2.0))
+    for tree, said in (
+        ({"inner": {"sise": 3}}, "file: inner: unknown option 'sise'; did you mean size?"),
+        ({"inner": {}}, "file, inner: 'size' is missing"),
+        ({"inner": {"size": "3"}}, "file, inner, size must be a whole number; got '3'"),
+        ({"inner": [3]}, r"file, inner must be a JSON object; got \[3\]"),
+        ({"pair": [1, 2, 3]}, r"file, pair must be a list of 2 items, each a whole number; got \[1, 2, 3\]"),
+        ({"rows": {"a": "b"}}, "file, rows, 'a' must be a finite number; got 'b'"),
+    ):
+        with pytest.raises(ConfigError, match=said.replace("file: inner", "file, inner")):
+            decode(tree, Outer, "file")
+
+
+ODD_NUMBERS = [float("nan"), float("inf"), -float("inf"), 2**63, -(2**63) - 1, 10**400, 1e400]
+
+
+@pytest.mark.parametrize("kind, name", [(kind, name) for kind, name in FIELDS if kind is not Signals])
+def test_numbers_that_are_none_are_refused_in_one_line(kind: type, name: str) -> None:
+    value = OTHERS[kind][name]
+    for odd in ODD_NUMBERS:
+        for given in (odd, [odd]):
+            with pytest.raises(ConfigError) as caught:
+                from_dict(kind, {name: given})
+            assert "\n" not in str(caught.value)
+            assert len(str(caught.value)) < 500
+        if not isinstance(value, str | bool):
+            with pytest.raises(ConfigError):
+                kind(**{name: (odd,) if isinstance(value, tuple) else odd})
+
+
+@pytest.mark.parametrize("kind, name", FIELDS)
+def test_values_of_another_type_are_refused_in_one_line(kind: type, name: str) -> None:
+    value, usual = OTHERS[kind][name], getattr(kind(), name)
+    for given in (None, True, 1, 0.5, "text", "\ud800", [], {}, [[]], [None], {"a": {}}, [{}], ["x"] * 2000):
+        alike = type(given) is type(value) or (type(value) is float and type(given) is int)
+        if alike or (given is None and usual is None) or (isinstance(value, tuple) and isinstance(given, list)):
+            continue
+        with pytest.raises(ConfigError, match=rf"^{name} must be ") as caught:
+            from_dict(kind, {name: given})
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 500
+
+
+def test_negative_zero_is_zero() -> None:
+    assert from_dict(TrainConfig, {"weight_decay": -0.0, "seed": -0}) == TrainConfig(weight_decay=0.0)
+    assert from_dict(SampleConfig, {"eta": -0.0, "sampler": "heun"}) == SampleConfig("heun")
 
 
 def test_unknown_options_name_the_nearest() -> None:
@@ -92,5 +253,5 @@ def test_the_names_that_options_allow_are_those_that_exist() -> None:
     assert set(get_args(PredictionName)) == set(PREDICTIONS)
     assert set(get_args(SamplerName)) == set(SAMPLERS)
     assert set(get_args(SpacingName)) == set(SPACINGS)
-    assert set(get_args(ClipName)) == set(CLIPS)
+    assert set(get_args(ClipName)) == {"auto", *CLIPS}
     assert set(get_args(GuidanceScheduleName)) == set(GUIDANCE_SCHEDULES)

@@ -38,16 +38,16 @@ def batch() -> Batch:
     return windows.gather(torch.arange(0, 200, 2))
 
 
-def policy_that_says(answer: Callable[[Tensor, Tensor, int], Tensor]) -> DiffusionPolicy:
+def policy_that_says(answer: Callable[[Tensor, Tensor, int], Tensor], config: PolicyConfig = CONFIG) -> DiffusionPolicy:
     """A policy whose denoiser is `answer(cond, xt, level) -> x0`."""
-    policy = DiffusionPolicy.for_data(CONFIG, walk())
+    policy = DiffusionPolicy.for_data(config, walk())
     policy.diffusion.denoiser = lambda network, cond: lambda xt, level: answer(cond, xt, level)  # pyright: ignore
     return policy
 
 
-def oracle(batch: Batch) -> Callable[[Tensor, Tensor, int], Tensor]:
+def oracle(batch: Batch, config: PolicyConfig = CONFIG) -> Callable[[Tensor, Tensor, int], Tensor]:
     """Finds the right answer for the observations of a batch, and a wrong one for others."""
-    policy = DiffusionPolicy.for_data(CONFIG, walk())
+    policy = DiffusionPolicy.for_data(config, walk())
     known, answers = policy.encode(batch.observations), policy.normalizer.normalize("action", batch.actions)
     return lambda cond, xt, level: answers[torch.cdist(cond, known).argmin(dim=1)]
 
@@ -122,8 +122,10 @@ def test_clipping_must_fit_the_normalizer() -> None:
     assert doctor.check_clipping(outside[:, None], "none").status == "pass"
 
 
-def test_an_oracle_passes_every_check_of_a_policy(batch: Batch) -> None:
-    policy = policy_that_says(oracle(batch))
+@pytest.mark.parametrize("normalization", ["limits", "moments", "quantiles"])
+def test_an_oracle_passes_every_check_of_a_policy(batch: Batch, normalization: str) -> None:
+    config = replace(CONFIG, normalization=normalization)
+    policy = policy_that_says(oracle(batch, config), config)
     probes = doctor.probe(policy, batch, 0)
     assert probes[0].level == 0
     assert probes[-1].level == 19
@@ -135,6 +137,7 @@ def test_an_oracle_passes_every_check_of_a_policy(batch: Batch) -> None:
         doctor.check_copying(policy, batch, 0),
         doctor.check_jumps(policy, batch, jumps, SampleConfig(sampling_steps=4), 0),
         doctor.check_bound(policy, batch, 0),
+        doctor.check_clipping(policy.normalizer.normalize("action", batch.actions), policy.choose_clip(SampleConfig())),
     ):
         assert check.status == "pass", check
 

@@ -163,9 +163,7 @@ def test_observations_with_nan_are_refused() -> None:
     "observations", [{"state": torch.zeros(3, 2, 4)}, {"state": torch.zeros(3, 4), "goal": torch.zeros(3, 2, 2)}]
 )
 def test_observations_of_other_keys_or_shapes_are_refused_in_a_line(observations: dict) -> None:
-    with pytest.raises(
-        ValueError, match=r"the policy observes \{'goal': \(2, 2\), 'state': \(2, 4\)\} .*got \{"
-    ):
+    with pytest.raises(ValueError, match=r"the policy observes \{'goal': \(2, 2\), 'state': \(2, 4\)\} .*got \{"):
         new_policy().sample(observations, [planning_generator(seed) for seed in range(3)])
 
 
@@ -190,6 +188,20 @@ def test_a_small_step_at_a_large_position_changes_the_plan_and_reaches_the_robot
     assert 0 < (actions[0] - actions[1]).abs().max() < 0.1
     cond = policy.encode({"state": here})
     torch.testing.assert_close((cond[1] - cond[0])[:2], torch.full((2,), 0.01), rtol=0.15, atol=0)
+
+
+@pytest.mark.parametrize("normalization, cut", [("limits", True), ("moments", False), ("quantiles", False)])
+def test_nothing_that_was_demonstrated_is_cut_off_by_default(normalization: str, cut: bool) -> None:
+    policy = new_policy(replace(CONFIG, normalization=normalization))
+    beyond = torch.full((1, 16, 2), 3.0)
+    policy.diffusion.denoiser = lambda network, cond: lambda xt, level: beyond  # pyright: ignore
+    for config, clipped in (
+        (SampleConfig(), cut),
+        (SampleConfig(clip="static"), True),
+        (SampleConfig(clip="none"), False),
+    ):
+        x0 = policy.denoiser(torch.zeros(1, 1), config)(torch.zeros(1, 16, 2), 3)
+        assert torch.equal(x0, beyond.clamp(-1, 1) if clipped else beyond)
 
 
 def test_training_on_modes_needs_modes() -> None:

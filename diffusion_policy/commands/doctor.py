@@ -203,7 +203,7 @@ class Doctor:
         yield doctor.check_last_level(policy.diffusion.schedule, float(normalized.square().mean().sqrt()))
         yield doctor.check_horizons(lengths, policy.config)
         yield doctor.check_padding(lengths, policy.config)
-        yield doctor.check_clipping(normalized, self.sampling.clip)
+        yield doctor.check_clipping(normalized, policy.choose_clip(self.sampling))
 
     def _find_data(self, loaded: Checkpoint | None) -> tuple[EpisodeStore | None, Keys, list[Check]]:
         """The data set to look at and the keys to observe; a warning where a checkpoint's own has gone or changed."""
