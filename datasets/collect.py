@@ -5,13 +5,29 @@ Knows seeds, modes and noise. Knows no simulator.
 
 import contextlib
 import itertools
-from collections.abc import Callable, Generator, Iterable, Mapping
+import math
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
 
 import numpy as np
 
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore
+from diffusion_policy.lines import describe_with_place, message_of
+
+MOST_STEPS = 1000
+"""Steps after which an episode ends where no time limit is put around the environment."""
+MOST_SEED = 2**32 - 1
+
+
+class DemonstratorError(ValueError):
+    """An environment and an expert of which no demonstration can be made."""
+
+    hopeless = True
+    """Trying again does not help."""
 
 
 class Expert(Protocol):
@@ -30,31 +46,102 @@ class Demonstrator:
     """
 
     def __init__(self, make_env: Callable[[], Any], make_expert: Callable[[Any], Expert], noise: float) -> None:
-        """`make_expert` is called with the label of a mode, with None where the environment lists none; `noise`:
-        standard deviation, as a share of the length of the expert's action."""
+        """`make_env` makes an environment as `envs.adapters.Task` does; `make_expert` is called with the label of a
+        mode, with None where the environment lists none; `noise`: standard deviation, as a share of the length of the
+        expert's action. Raises DemonstratorError for what cannot be."""
+        if not (isinstance(noise, int | float) and 0 <= noise < math.inf):
+            raise DemonstratorError(f"noise must be a finite number of at least 0; got {noise!r}")
         self._env = make_env()
         self._make_expert = make_expert
         self._noise = noise
+        self._most_steps = _time_limit(self._env) or MOST_STEPS
+        space = self._env.observation_space
+        if not isinstance(getattr(space, "spaces", None), Mapping):
+            raise DemonstratorError(
+                f"the environment must observe a dict of arrays; got {space}; make it with "
+                "diffusion_policy.envs.adapters.Task"
+            )
+        known = [name for name in ("modes", "mode") if self._env.has_wrapper_attr(name)]
+        if len(known) < 2 or not callable(self._env.get_wrapper_attr("mode")):
+            raise DemonstratorError(
+                "the environment must have modes and mode(observations); make it with "
+                "diffusion_policy.envs.adapters.Task"
+            )
 
     def __call__(self, seed: int) -> Demonstration:
-        """The episode of one seed; the modes take turns, seed by seed."""
+        """The episode of one seed; the modes take turns, seed by seed. Raises DemonstratorError, which names the seed,
+        for whatever environment and expert raise."""
+        try:
+            return self._run(seed)
+        except (Exception, SystemExit) as error:
+            reason = message_of(error) if getattr(error, "hopeless", False) else describe_with_place(error)
+            raise DemonstratorError(f"the episode of seed {seed} failed: {reason}") from error
+
+    def require_fit(self, store: EpisodeStore) -> None:
+        """Raise DemonstratorError where the episodes cannot be added to those of a store."""
+        modes = tuple(self._env.get_wrapper_attr("modes"))
+        if not set(modes) <= set(store.modes):
+            known = ", ".join(store.modes) or "none"
+            raise DemonstratorError(f"{store.location} knows the modes {known}; the environment has {', '.join(modes)}")
+        if len(store.episode_ends) == 0:
+            return
+        spaces = {**self._env.observation_space.spaces, "action": self._env.action_space}
+        offered = {key: tuple(space.shape) for key, space in sorted(spaces.items())}
+        stored = {key: store.shape(key) for key in sorted(store.keys)}
+        if offered != stored:
+            raise DemonstratorError(f"{store.location} holds {stored}; the environment gives {offered}")
+
+    def close(self) -> None:
+        """Close the environment; one that fails at that has done its work."""
+        with contextlib.suppress(Exception, SystemExit):
+            self._env.close()
+
+    def _run(self, seed: int) -> Demonstration:
         env = self._env
         modes = env.get_wrapper_attr("modes")
         expert = self._make_expert(modes[seed % len(modes)] if modes else None)
         rng = disturbance_generator(seed)
         observation, info = env.reset(seed=seed)
-        observations, actions = [], []
-        done = False
-        while not done:
-            action = expert.act(observation)
-            observations.append(observation)
+        observations, actions = [_copy(observation)], []
+        for _ in range(self._most_steps):
+            action = _require_action(expert.act(observation), env.action_space)
             actions.append(action)
             observation, _, terminated, truncated, info = env.step(disturb(action, self._noise, rng))
-            done = terminated or truncated
-        data = {key: np.stack([row[key] for row in observations]) for key in observation}
-        path = {key: np.concatenate([rows, observation[key][None]]) for key, rows in data.items()}
-        data["action"] = np.stack(actions)
+            observations.append(_copy(observation))
+            if terminated or truncated:
+                break
+        path = {key: np.stack([row[key] for row in observations]) for key in observations[0]}
+        data = {key: rows[:-1] for key, rows in path.items()} | {"action": np.stack(actions)}
+        if "is_success" not in info:
+            raise DemonstratorError("the environment must give info['is_success'] at every step")
         return Demonstration(data, seed, env.get_wrapper_attr("mode")(path), bool(info["is_success"]))
+
+
+def _time_limit(env: Any) -> int | None:
+    """Steps of the time limit that is put around an environment, as Gymnasium does."""
+    layer = env
+    while layer is not None:
+        if limit := vars(layer).get("_max_episode_steps"):
+            return limit
+        layer = vars(layer).get("env")
+    return None
+
+
+def _copy(observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Some environments change theirs in place."""
+    return {key: np.array(value) for key, value in observation.items()}
+
+
+def _require_action(action: Any, space: Any) -> np.ndarray:
+    """A copy of an expert's action, of floats. Raises DemonstratorError for what is none."""
+    row = np.array(action)
+    fits = row.dtype.kind in "biuf" and row.shape == space.shape
+    if not fits or not np.isfinite(row).all():
+        raise DemonstratorError(
+            f"the expert must give finite numbers of shape {space.shape}; got {row.dtype} of shape {row.shape}"
+            + (", with NaN or infinity" if fits else "")
+        )
+    return row if row.dtype.kind == "f" else row.astype(space.dtype)
 
 
 def disturbance_generator(seed: int) -> np.random.Generator:
@@ -89,31 +176,90 @@ def collect(
     should_stop: Callable[[], bool] = lambda: False,
     writing_share: float = 0.03,
 ) -> None:
-    """Add successes of the seeds from `first_seed` on, in their order, until the store holds `episodes`.
+    """Add successes of the seeds from `first_seed` on, in their order, until the store holds `episodes`; nothing where
+    it holds as many.
 
     Failures are left out. Finished episodes are committed as soon as that keeps the time spent on writing at about
     `writing_share` of all: slow episodes one by one, fast ones some at a time. It ends early when `should_stop`; that,
-    or an error, keeps what has finished. Raises ValueError when, after a hundred attempts, fewer than one in ten has
-    succeeded.
+    an error or Ctrl-C keeps what has finished. Raises ValueError, before an episode is begun, for what cannot be, and
+    when, after a hundred attempts, fewer than one in ten has succeeded.
     """
-    finished: list[Demonstration] = []
+    _require_whole("episodes", episodes, 1, math.inf)
+    _require_whole("first_seed", first_seed, 0, MOST_SEED)
+    if not 0 < writing_share <= 1:
+        raise ValueError(f"writing_share must be above 0 and at most 1; got {writing_share!r}")
     missing = episodes - len(store.episode_ends)
+    if missing <= 0:
+        return
+    _require_fit(make_demonstrator, store)
+    finished: list[Demonstration] = []
     successes, due = 0, monotonic()
-    try:
-        with contextlib.closing(ordered_map(make_demonstrator, itertools.count(first_seed))) as demonstrations:
+    folder, seeds = Path.cwd(), itertools.count(first_seed)
+    with (
+        contextlib.chdir(folder),  # an environment may change it
+        contextlib.closing(ordered_map(make_demonstrator, seeds)) as demonstrations,
+    ):
+        try:
             for attempts, demonstration in enumerate(demonstrations, start=1):
-                on_episode(demonstration)
                 if demonstration.success:
                     finished.append(demonstration)
                     successes += 1
+                on_episode(demonstration)
                 if successes == missing or should_stop():
                     break
                 if attempts >= 100 and successes < attempts / 10:
                     raise ValueError(f"only {successes} of {attempts} episodes succeeded; lower the noise")
                 if finished and monotonic() >= due:
                     started = monotonic()
-                    store.append(finished)
-                    finished.clear()
+                    _commit(store, finished, folder)
                     due = monotonic() + (monotonic() - started) / writing_share
+        finally:
+            _commit(store, finished, folder)
+
+
+def _commit(store: EpisodeStore, finished: list[Demonstration], folder: Path) -> None:
+    """Add the episodes to the store, which lies where it did in `folder`, and take them off the list; where one of them
+    cannot be stored, those before it."""
+    with uninterrupted(), contextlib.chdir(folder):
+        try:
+            store.append(finished)
+            finished.clear()
+        except ValueError:
+            while finished:
+                store.append(finished[:1])
+                del finished[0]
+
+
+def _require_fit(make_demonstrator: Callable[[], Callable[[int], Demonstration]], store: EpisodeStore) -> None:
+    demonstrator = make_demonstrator()
+    if isinstance(demonstrator, Demonstrator):
+        try:
+            demonstrator.require_fit(store)
+        finally:
+            demonstrator.close()
+
+
+def _require_whole(name: str, value: Any, lowest: int, highest: float) -> None:
+    if not isinstance(value, int | np.integer) or not lowest <= value <= highest:
+        most = f" and at most {highest}" if highest < math.inf else ""
+        raise ValueError(f"{name} must be a whole number of at least {lowest}{most}; got {value!r:.60}")
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM within the context act once it ends."""
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+        yield
+        return
+    heard: list[int] = []
+    before: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not None:  # None: set outside Python
+                before[number] = signal.signal(number, lambda number, _frame: heard.append(number))
+        yield
     finally:
-        store.append(finished)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in heard[:1]:
+            signal.raise_signal(number)

@@ -34,8 +34,8 @@ class GivenUp(OSError):
 
     def __init__(self, item: object, status: int | None) -> None:
         """`status`: exit status of the last one."""
-        super().__init__(f"worker processes died {RETRIES + 1} times at item {item!r:.100} (exit status {status})")
-        self.item = item
+        self.item, self.times = item, RETRIES + 1
+        super().__init__(f"worker processes died {self.times} times at item {item!r:.100} (exit status {status})")
 
 
 def require_engine(engine: Engine) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,6 +18,7 @@ import tyro
 
 from diffusion_policy.commands.common import (
     DEFAULT_ENV,
+    ONE_PRESS,
     Interrupted,
     available_cores,
     console,
@@ -23,13 +28,15 @@ from diffusion_policy.commands.common import (
     progress_bar,
     refuse_modules,
     say_cap,
-    stop_on_signal,
 )
-from diffusion_policy.config import ConfigError, Signals, from_dict, require_at_least, require_seed
+from diffusion_policy.config import ConfigError, Signals, from_dict, require_at_least, require_numbers, require_seed
 from diffusion_policy.engines import Engine, require_engine
 
 if TYPE_CHECKING:
+    import gymnasium
+
     from diffusion_policy.datasets.store import Demonstration, EpisodeStore
+    from diffusion_policy.envs.adapters import Task
 
 
 class Settings(NamedTuple):
@@ -48,8 +55,9 @@ class Settings(NamedTuple):
 class Collect:
     """Collect demonstrations with the environment's scripted experts, every mode in turn, into a zarr store.
 
-    Only successful episodes are stored. Whatever ends it, Ctrl-C or a crash, the episodes committed so far are kept;
-    --resume STORE goes on with the next seed, and ends with the same store as if it had never stopped.
+    Only successful episodes are stored. Ctrl-C and SIGTERM end it at once, also where a simulator hangs. Whatever ends
+    it, these or a crash, the episodes that have finished are kept; --resume STORE goes on with the next seed, and ends
+    with the same store as if it had never stopped.
     """
 
     output: Path | None = None
@@ -72,14 +80,19 @@ class Collect:
     """Standard deviation of the noise on each executed action, as a share of its length; by default 0.4. The clean
     action is recorded, so the policy learns to come back from where the noise leads."""
     workers: int = dataclasses.field(default_factory=available_cores)
-    """Worker processes; the result is the same for any number."""
+    """Worker processes; the result is the same for any number. An episode whose process dies is begun again in a fresh
+    one; with 1 worker it runs in the command's own process, which dies with it."""
     engine: Engine = "local"
     """Where they run: on this machine, or on the Ray cluster of the environment variable RAY_ADDRESS (without it, one
     is started here). The result is the same."""
+    sync: bool = True
+    """Put each commit on the disk before going on, so that a loss of power takes no committed episode. Without it the
+    system writes when it sees fit, some seconds later, and short episodes are collected faster."""
 
     def __post_init__(self) -> None:
         if (self.output is None) == (self.resume is None):
             raise ConfigError("collect needs either --output, a store to create, or --resume, one to go on with")
+        require_numbers(self)
         require_at_least(self, 1, ("workers",))
         require_engine(self.engine)
         if self.episodes is not None:
@@ -96,49 +109,76 @@ class Collect:
     def run(self) -> None:
         """Collect; raises ValueError for an environment that is unknown or has no expert, an output that exists, and a
         store that cannot be gone on with."""
-        from diffusion_policy.datasets.collect import Demonstrator, collect
         from diffusion_policy.datasets.store import EpisodeStore
-        from diffusion_policy.engines import ordered_map
 
-        store = EpisodeStore.append_to(self.resume) if self.resume else None
-        settings = self._settings(store)
-        make_env = make_task(settings.env, settings.env_kwargs, settings.signals)
-        env = make_env()
-        say_cap(settings.env, env)
-        make_demonstrator = partial(Demonstrator, make_env, find_expert(settings), settings.noise)
-
-        with stop_on_signal() as stop:
-            if store is None:
-                assert self.output is not None
-                attributes = describe_episodes(env, settings.env, settings.env_kwargs, settings.signals)
-                attributes |= {
-                    "noise": settings.noise,
-                    "collection": {"episodes": settings.episodes, "seed": settings.seed}
-                    | ({"expert": settings.expert} if settings.expert else {}),
-                }
-                store = EpisodeStore.create(self.output, attributes, env.get_wrapper_attr("modes"))
-            with store, progress_bar("episodes") as bar:
-                kept = len(store.episode_ends)
-                seeds = store.read_meta("seed")
-                first_seed = settings.seed if seeds is None else int(seeds[-1]) + 1
-                task = bar.add_task("collecting", total=settings.episodes, completed=kept, note="")
-
-                def show(demonstration: Demonstration) -> None:
-                    bar.advance(task, bool(demonstration.success))
-
-                spread = partial(ordered_map, workers=self.workers, engine=self.engine)
-                try:
-                    if kept < settings.episodes:
-                        collect(store, make_demonstrator, settings.episodes, first_seed, spread, show, stop.is_set)
-                except ValueError:
-                    if self.output and len(store.episode_ends) == 0:
-                        shutil.rmtree(self.output)  # so that the same command can be given again, with less noise
-                    raise
-                except OSError as error:
-                    held = f"{len(store.episode_ends)} of {settings.episodes} episodes are safe in {store.location}"
-                    raise OSError(f"{error.strerror or error}; {held}, go on with --resume {store.location}") from error
-        env.close()
+        with interrupt_on_signal() as stop:
+            try:
+                store = EpisodeStore.append_to(self.resume, self.sync) if self.resume else None
+                settings = self._settings(store)
+                make_env = make_task(settings.env, settings.env_kwargs, settings.signals)
+                make_expert = find_expert(settings)
+                with closing_quietly(make_env()) as env:
+                    say_cap(settings.env, env)
+                    store = store or self._create(settings, env)
+            except KeyboardInterrupt:
+                raise Interrupted("stopped before the first episode had begun") from None
+            with store, contextlib.suppress(KeyboardInterrupt):  # what has come of it is said below
+                self._collect(store, settings, make_env, make_expert, stop.is_set)
         self._conclude(store, settings.episodes)
+
+    def _create(self, settings: Settings, env: gymnasium.Env) -> EpisodeStore:
+        """A new store for the episodes of an environment."""
+        from diffusion_policy.datasets.store import EpisodeStore
+
+        assert self.output is not None
+        attributes = describe_episodes(env, settings.env, settings.env_kwargs, settings.signals)
+        attributes |= {
+            "noise": settings.noise,
+            "collection": {"episodes": settings.episodes, "seed": settings.seed}
+            | ({"expert": settings.expert} if settings.expert else {}),
+        }
+        return EpisodeStore.create(self.output, attributes, env.get_wrapper_attr("modes"), self.sync)
+
+    def _collect(
+        self,
+        store: EpisodeStore,
+        settings: Settings,
+        make_env: Task,
+        make_expert: Callable[[str | None], Any],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        from diffusion_policy.datasets.collect import Demonstrator, collect
+        from diffusion_policy.engines import GivenUp, ordered_map
+
+        seeds = store.read_meta("seed")
+        first_seed = settings.seed if seeds is None else int(seeds[-1]) + 1
+        spread = partial(ordered_map, workers=self.workers, engine=self.engine)
+        make_demonstrator = partial(Demonstrator, make_env, make_expert, settings.noise)
+        with progress_bar("episodes") as bar:
+            task = bar.add_task("collecting", total=settings.episodes, completed=len(store.episode_ends), note="")
+
+            def show(demonstration: Demonstration) -> None:
+                bar.advance(task, bool(demonstration.success))
+
+            try:
+                collect(store, make_demonstrator, settings.episodes, first_seed, spread, show, should_stop)
+            except ValueError as error:
+                if self.output and len(store.episode_ends) == 0:
+                    shutil.rmtree(self.output)  # so that the same command can be given again, with less noise
+                    raise
+                raise ValueError(f"{error}; {self._held(store, settings)}") from error
+            except GivenUp as error:
+                reason = (
+                    f"the episode of seed {error.item} was begun {error.times} times, and its process died each time"
+                )
+                raise OSError(f"{reason}; {self._held(store, settings)}") from error
+            except OSError as error:
+                raise OSError(f"{error.strerror or error}; {self._held(store, settings)}") from error
+
+    def _held(self, store: EpisodeStore, settings: Settings) -> str:
+        """What was kept."""
+        held = f"{len(store.episode_ends)} of {settings.episodes} episodes are safe in {store.location}"
+        return f"{held}, go on with --resume {store.location}"
 
     def _settings(self, store: EpisodeStore | None) -> Settings:
         """What was asked for, completed by what the store says; raises ConfigError where the two differ."""
@@ -187,6 +227,41 @@ class Collect:
                 f"diffusion-policy collect --resume {store.location}"
             )
         console.print(f"{len(ends)} episodes, {ends[-1]} steps in {store.location}")
+
+
+@contextlib.contextmanager
+def closing_quietly(env: gymnasium.Env) -> Iterator[gymnasium.Env]:
+    """Close an environment at the end; one that fails at that has done its work."""
+    try:
+        yield env
+    finally:
+        with contextlib.suppress(Exception):
+            env.close()
+
+
+@contextlib.contextmanager
+def interrupt_on_signal() -> Iterator[threading.Event]:
+    """Within the context, Ctrl-C and SIGTERM set the event and raise KeyboardInterrupt, wherever this process is: in a
+    simulator that hangs, too. The same press again (see `ONE_PRESS`) does not."""
+    stop = threading.Event()
+    last = -ONE_PRESS  # [s]
+
+    def handle(_number: int, _frame: object) -> None:
+        nonlocal last
+        before, last = last, time.monotonic()
+        stop.set()
+        if last - before > ONE_PRESS:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+        yield stop
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def find_expert(settings: Settings) -> Callable[[str | None], Any]:
