@@ -3,9 +3,9 @@
 Knows stores and conversion. Knows no environment and no policy.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,9 +14,18 @@ from diffusion_policy.datasets.store import Demonstration, EpisodeStore, StoreEr
 from diffusion_policy.streams import derive_rng
 
 
-def merge(locations: Sequence[Path | str], target: Path) -> int:
-    """Write all episodes of some stores, one store after the other, into a new one; returns their number. Raises
-    StoreError for stores with other keys, shapes, types, environments or rates.
+class Merged(NamedTuple):
+    """What a merge has made."""
+
+    episodes: int
+    remarks: tuple[str, ...]
+    """What not all stores know, so that it is left out, a sentence each."""
+
+
+def merge(locations: Sequence[Path | str], target: Path) -> Merged:
+    """Write all episodes of some stores, one store after the other, into a new one. Raises StoreError for stores of
+    other keys, shapes, environments (their wrappers among that), rates or angles, or of types of numbers that have none
+    in common without a loss.
 
     Attributes are those of the first store, its modes those of all; the noise of collecting is null where it differed.
     """
@@ -27,17 +36,54 @@ def merge(locations: Sequence[Path | str], target: Path) -> int:
         for name, value in _nature(store).items():
             if value != expected[name]:
                 raise StoreError(f"{store.location} has the {name} {value}; {first.location} has {expected[name]}")
+    types = {key: _common_type(key, stores) for key in first.keys}
+    known = [{*store.finals()} for store in stores]
+    finals, lost = set.intersection(*known), sorted(set.union(*known) - set.intersection(*known))
+    source = read(first.location)
+    attributes, remarks = _of_all(source.attributes, stores)
+    if lost:
+        remarks.append(f"final observations of {', '.join(lost)} are left out: not all stores know them")
 
     def episodes() -> Iterator[Demonstration]:
         for store in stores:
-            yield from store.episodes()
+            for episode in store.episodes():
+                data = {key: rows.astype(types[key], copy=False) for key, rows in episode.data.items()}
+                final = {
+                    key: row.astype(types.get(key, row.dtype))
+                    for key, row in (episode.final or {}).items()
+                    if key in finals
+                }
+                yield episode._replace(data=data, final=final or None)
 
-    source = read(first.location)
     modes = tuple(dict.fromkeys(mode for store in stores for mode in store.modes))
-    attributes = _of_a_part(source.attributes)
+    count = write(source._replace(attributes=attributes, modes=modes, episodes=episodes()), target, "zarr")
+    return Merged(count, tuple(remarks))
+
+
+def _common_type(key: str, stores: Sequence[EpisodeStore]) -> np.dtype:
+    """A type that holds the numbers of a key of all stores as they are; raises StoreError where there is none."""
+    types = {store.dtype(key) for store in stores}
+    common = np.result_type(*types)
+    bits = np.finfo(common).nmant + 1 if common.kind == "f" else 64
+    if any(kind.kind in "iu" and 8 * kind.itemsize > bits for kind in types):
+        found = ", ".join(f"{store.dtype(key)} in {store.location}" for store in stores)
+        raise StoreError(f"data/{key} is {found}; these types have none in common without a loss")
+    return common
+
+
+def _of_all(attributes: Mapping[str, Any], stores: Sequence[EpisodeStore]) -> tuple[dict[str, Any], list[str]]:
+    """Attributes of a store of the episodes of all, where those of the first are given, and what is left out."""
+    attributes, remarks = _of_a_part(attributes), []
     if len({store.attributes.get("noise", 0.0) for store in stores}) > 1:
         attributes["noise"] = None
-    return write(source._replace(attributes=attributes, modes=modes, episodes=episodes()), target, "zarr")
+    signals = [store.attributes.get("environment", {}).get("signals", {}) for store in stores]
+    told = [one for one in signals if one]
+    if told:
+        environment = {name: value for name, value in attributes["environment"].items() if name != "signals"}
+        agree = all(one == told[0] for one in told)
+        attributes["environment"] = environment | ({"signals": told[0]} if agree else {})
+        remarks += [] if agree else ["the signals of success and modes are left out: the stores differ in them"]
+    return attributes, remarks
 
 
 def split(location: Path | str, targets: tuple[Path, Path], share: float, seed: int) -> tuple[int, int]:
@@ -61,7 +107,7 @@ def split(location: Path | str, targets: tuple[Path, Path], share: float, seed: 
     return first, count - first
 
 
-def _of_a_part(attributes: dict[str, Any]) -> dict[str, Any]:
+def _of_a_part(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Attributes of a store that is not the whole of one collection, so that no one goes on with it."""
     return {name: value for name, value in attributes.items() if name != "collection"}
 
@@ -69,11 +115,15 @@ def _of_a_part(attributes: dict[str, Any]) -> dict[str, Any]:
 def _nature(store: EpisodeStore) -> dict[str, Any]:
     """What must be the same in stores that are joined."""
     attributes = store.attributes
+    environment, angles = attributes.get("environment", {}), attributes.get("angles", {})
     return {
-        "arrays": {key: (store.dtype(key).str, store.shape(key)) for key in store.keys},
-        "environment": attributes.get("environment"),
+        "keys": ", ".join(store.keys),
+        "shapes": {key: store.shape(key) for key in store.keys},
+        "environment": environment.get("id"),
+        "arguments": environment.get("arguments", {}),
+        "wrappers": environment.get("wrappers", []),
         "control frequency": attributes.get("control_frequency"),
         "action key": store.action_key,
-        "observation keys": sorted(store.observation_keys),
-        "angles": attributes.get("angles"),
+        "observation keys": ", ".join(sorted(store.observation_keys)),
+        "angles": {key: sorted(columns) for key, columns in angles.items() if columns},
     }

@@ -246,7 +246,7 @@ class EpisodeStore:
         return sum(self.readable_array(f"data/{part}").nbytes_stored() for part in self.parts(key)) or None
 
     def remarks(self) -> list[str]:
-        """What the store holds that is not read, and why, a sentence each."""
+        """What the store holds that is not read, a sentence each, and why."""
         by_reason: dict[str, list[str]] = {}
         for name, why in self.left_out.items():
             by_reason.setdefault(why, []).append(f"data/{name}")
@@ -254,8 +254,13 @@ class EpisodeStore:
             f"{names[0]} is left out: it {why}" if len(names) == 1 else f"{say_names(names)} are left out: each {why}"
             for why, names in by_reason.items()
         ]
+        return [*said, *self.unread()]
+
+    def unread(self) -> list[str]:
+        """What the store holds beside arrays that is not read, a sentence each."""
+        said = []
         if self.passed_over:
-            said.append(f"attributes of another meaning are passed over: {', '.join(self.passed_over)}")
+            said.append(f"attributes of another meaning are passed over: {say_names(self.passed_over)}")
         rows = max(self.uncommitted().values(), default=0)
         if rows:
             said.append(f"{rows} rows beyond its last complete episode are not read")
