@@ -1,6 +1,7 @@
 """Figures of an evaluation, and what all figures share: colours, scenes, paths. Knows plain numbers and arrays only."""
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from diffusion_policy.gallery import Scene
 from diffusion_policy.metrics import NONE
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+MOST_BARS, LONGEST_NAMED = 40, 40
+"""Modes in one figure, and characters of a label."""
 MOST_CURVES_NAMED = 12
 """More of them are drawn without a legend."""
 FEW_COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")
@@ -86,9 +89,16 @@ def draw_mode_paths(axis: Axes, paths: Sequence[PlanePath], colors: Mapping[str,
 
 def label_modes(figure: Figure, colors: Mapping[str, str], columns: int = 6) -> None:
     """A legend of the modes below, while they are few, so many side by side."""
-    lines = [Line2D([], [], color=color, linewidth=3, label=mode) for mode, color in colors.items() if mode != NONE]
+    named = {shorten(mode): color for mode, color in colors.items() if mode != NONE}
+    lines = [Line2D([], [], color=color, linewidth=3, label=mode) for mode, color in named.items()]
     if 0 < len(lines) <= len(FEW_COLORS):
         figure.legend(handles=lines, loc="outside lower center", ncols=min(columns, len(lines)), frameon=False)
+
+
+def shorten(label: str) -> str:
+    """A label as a figure has room for it, and as matplotlib takes it for plain text."""
+    short = label if len(label) <= LONGEST_NAMED else f"{label[: LONGEST_NAMED - 1]}\N{HORIZONTAL ELLIPSIS}"
+    return short.replace("$", r"\$")
 
 
 def draw_scene(axis: Axes, scene: Scene, title: str) -> None:
@@ -107,10 +117,13 @@ def draw_scene(axis: Axes, scene: Scene, title: str) -> None:
 
 
 def draw_modes(results: Mapping[str, Any], colors: Mapping[str, str]) -> Figure:
-    """Share of each mode among the demonstrations and among the successful rollouts."""
-    labels = [label for label, count in results["modes"].items() if label != NONE or count["successes"]]
-    demonstrated = np.array([results["demonstrations"]["modes"].get(label, 0) for label in labels], float)
-    solved = np.array([results["modes"][label]["successes"] for label in labels], float)
+    """Share of each mode among the demonstrations and among the successful rollouts; of many, those met most often."""
+    named = [label for label, count in results["modes"].items() if label != NONE or count["successes"]]
+    demonstrations, modes = results["demonstrations"]["modes"], results["modes"]
+    often = sorted(named, key=lambda label: -modes[label]["successes"] - demonstrations.get(label, 0))[:MOST_BARS]
+    labels = [label for label in named if label in set(often)]
+    demonstrated = np.array([demonstrations.get(label, 0) for label in labels], float)
+    solved = np.array([modes[label]["successes"] for label in labels], float)
     figure = Figure(figsize=(7, 0.6 + 0.55 * max(3, len(labels))), layout="constrained")
     axis = figure.subplots()
     places = np.arange(len(labels))
@@ -119,7 +132,9 @@ def draw_modes(results: Mapping[str, Any], colors: Mapping[str, str]) -> Figure:
     for place, count in zip(places - 0.2, solved, strict=True):
         axis.annotate(f"{count:.0f}", (count / max(1, solved.sum()), place), (4, 0), textcoords="offset points",
                       va="center", fontsize=9, color=INK)  # fmt: skip
-    axis.set_yticks(places, labels)
+    axis.set_yticks(places, [shorten(label) for label in labels])
+    if len(labels) < len(named):
+        axis.set_title(f"the {len(labels)} of {len(named)} modes met most often", loc="left", color=INK, fontsize=11)
     axis.invert_yaxis()
     axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.set_xlabel("coloured: successful rollouts, grey: demonstrations", color=MUTED)
@@ -160,7 +175,7 @@ def draw_delay(rows: Sequence[Mapping[str, Any]], control_period: float | None) 
         steps, color = [step for step, _ in points], FEW_COLORS[i % len(FEW_COLORS)]
         axis.plot(steps, [m["value"] for _, m in points], color=color, marker="o", markersize=4, label=name)
         low, high = (
-            np.array([m[end] for _, m in points], float) for end in ("low", "high")
+            np.array([m.get(end) for _, m in points], float) for end in ("low", "high")
         )  # None becomes nan: no band
         axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
     axis.set(xlabel="steps that planning takes", ylim=(-0.03, 1.03))
@@ -207,7 +222,9 @@ def _scale_losses(axis: Axes) -> None:
 def to_png(figure: Figure, dpi: int = 120) -> bytes:
     """A figure as the content of a PNG."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a letter that no font has, a label without room
+        figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 

@@ -49,7 +49,7 @@ def share(value: float | None) -> str:
 
 def number_interval(metric: Mapping[str, float | None], unit: str = "") -> str:
     """`0.4 to 0.6`, or one end of it where the other is unknown."""
-    low, high = metric["low"], metric["high"]
+    low, high = metric.get("low"), metric.get("high")
     if low is None or high is None:
         return f"at least {number(low, unit)}" if low is not None else NOTHING
     return f"{number(low)} to {number(high, unit)}"
