@@ -180,11 +180,11 @@ def test_values_have_the_types_of_their_options() -> None:
     "options, said",
     [
         (("--grid", "learning-rat=1e-3"), "unknown option 'learning-rat'; did you mean learning-rate?"),
-        (("--grid", "learning-rate=fast"), "trial-000 (learning-rate fast): learning_rate must be float; got 'fast'"),
+        (("--grid", "learning-rate=fast"), "trial-000 (learning-rate fast): learning_rate must be a finite number; got 'fast'"),
         (("--grid", "learning-rate"), "--grid takes options with values, as in learning-rate=...; got 'learning-rate'"),
         (("--grid", "steps=1", "steps=2"), "--grid names steps twice"),
         (("--grid", "widths=64:60"), "trial-000 (widths 64 60): widths must be multiples of the 8 groups; got [60]"),
-        (("--grid", "prediction=nose"), "trial-000 (prediction nose): unknown prediction 'nose'; choose from noise"),
+        (("--grid", "prediction=nose"), "trial-000 (prediction nose): prediction must be one of noise, sample, velocity, flow; got 'nose'"),
         (
             ("--grid", "validation-share=0"),
             "the metric validation_loss needs held-out episodes; got validation-share 0",

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import json
 import math
 from collections.abc import Iterable
 from typing import Any, get_args, get_origin, get_type_hints
 
 from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig
+from diffusion_policy.files import parse_json
 
 HINTS = {kind: get_type_hints(kind) for kind in (PolicyConfig, TrainConfig)}
 """The options that can be varied, and what they are."""
 DISTRIBUTIONS = ("log:1e-5:1e-3", "uniform:0:0.2", "int:100:200", "choice:64,128")
 """What --random can draw from."""
+MAX_TRIALS = 1000
 
 
 def read_grid(texts: Iterable[str]) -> list[dict[str, Any]]:
-    """The points of a grid such as learning-rate=1e-4,3e-4 widths=32:64,64:128, {field: value as JSON}."""
+    """The points of a grid such as learning-rate=1e-4,3e-4 widths=32:64,64:128, {field: value as JSON}. Raises
+    ConfigError for unknown options, and for more than MAX_TRIALS points."""
     axes = {name: [read_value(name, value) for value in values.split(",")] for name, values in split(texts, "grid")}
+    count = math.prod(map(len, axes.values()))
+    if count > MAX_TRIALS:
+        raise ConfigError(f"a sweep has at most {MAX_TRIALS} trials; this --grid has {count}")
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
@@ -42,7 +47,8 @@ def draw(name: str, text: str, rng: Any) -> Any:
         low, high = map(float, rest.split(":"))
     except ValueError:
         low = high = math.nan
-    if kind not in ("log", "uniform", "int") or not -math.inf < low <= high < math.inf or (kind == "log" and low <= 0):
+    bounded = -(2.0**62) <= low <= high <= 2.0**62
+    if kind not in ("log", "uniform", "int") or not bounded or (kind == "log" and low <= 0):
         raise ConfigError(
             f"--random {name.replace('_', '-')} must be drawn like {', '.join(DISTRIBUTIONS)}; got {text!r}"
         )
@@ -78,14 +84,14 @@ def hint_of(name: str) -> Any:
 
 
 def read_value(name: str, text: str) -> Any:
-    """A value as JSON; a:b:c for several numbers."""
+    """A value as JSON; a:b:c for several numbers, none for no number."""
     if get_origin(hint_of(name)) is tuple:
-        return [read_scalar(part) for part in text.split(":") if part]
+        return [] if text.lower() == "none" else [read_scalar(part) for part in text.split(":") if part]
     return read_scalar(text)
 
 
 def read_scalar(text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return {"True": True, "False": False, "None": None, "none": None}.get(text, text)

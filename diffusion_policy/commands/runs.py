@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_policy.commands.common import require_fresh
+from diffusion_policy.commands.common import join_actions, require_fresh
 from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, decode
 from diffusion_policy.files import MAX_JSON_BYTES, FileError, read_bytes, read_json, write_whole
 from diffusion_policy.trackers import TrackerName
@@ -95,6 +95,8 @@ def to_fields(options: Mapping[str, Any], source: object) -> dict[str, Any]:
         found = {name: decode(options[name], hint, name) for name, hint in TAKEN.items() if name in options}
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
+    if found.get("action") is not None:
+        found["action"] = (found["action"],)
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -105,7 +107,7 @@ def to_options(train: Train, fingerprint: str, modes: Sequence[Any] = ()) -> dic
     return {
         "dataset": {"location": absolute(train.dataset), "fingerprint": fingerprint},
         "observation": list(train.observation),
-        "action": train.action,
+        "action": join_actions(train.action) or None,
         "angles": list(train.angles),
         "device": train.device,
         "tracker": list(train.tracker),

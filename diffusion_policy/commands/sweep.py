@@ -13,22 +13,63 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 from rich.table import Table
 
-from diffusion_policy.commands.common import Failed, Interrupted, console, open_store, progress_bar, require_fresh
+from diffusion_policy.commands.common import (
+    Failed,
+    Interrupted,
+    console,
+    join_actions,
+    join_environment,
+    open_store,
+    progress_bar,
+    require_fresh,
+)
+from diffusion_policy.commands.episodes import (
+    FIRST_TEST_SEED,
+    MOST_EPISODES,
+    PLANNING_BATCH,
+    refuse_seen_seeds,
+    require_memory,
+)
 from diffusion_policy.commands.evaluate import Evaluate
-from diffusion_policy.commands.points import draw_points, read_grid
+from diffusion_policy.commands.points import MAX_TRIALS, draw_points, read_grid
 from diffusion_policy.commands.runs import OPTIONS, absolute
 from diffusion_policy.commands.train import Train
-from diffusion_policy.config import ConfigError, PolicyConfig, SampleConfig, TrainConfig, from_dict, require_at_least
+from diffusion_policy.config import (
+    ConfigError,
+    PolicyConfig,
+    SampleConfig,
+    Signals,
+    TrainConfig,
+    decode,
+    from_dict,
+    require_at_least,
+    require_at_most,
+)
 from diffusion_policy.engines import Engine, each_alone, require_engine
+from diffusion_policy.files import FileError, format_json, read_json, write_whole
+from diffusion_policy.trackers import read_lines
 
-MEANINGS = ("prediction", "schedule", "schedule_options", "levels", "snr_gamma", "learn_variance", "normalization",
-            "prediction_horizon", "validation_share", "seed")  # fmt: skip
-"""Options that change what the validation loss is, or on which episodes, so that its values cannot be compared."""
+if TYPE_CHECKING:
+    from diffusion_policy.datasets.store import EpisodeStore
+
+OTHER_LOSS = {
+    **dict.fromkeys(("observation_horizon", "prediction_horizon"), "other steps are predicted"),
+    **dict.fromkeys(("schedule", "schedule_options", "levels"), "other noise is taken away"),
+    **dict.fromkeys(("prediction", "snr_gamma", "learn_variance"), "the loss itself is another"),
+    "normalization": "it is measured in other units",
+    "condition_on_mode": "the network is told more",
+    **dict.fromkeys(("validation_share", "seed", "memory_gb"), "it is measured on other windows"),
+    "max_episodes": "other episodes decide the units that it is measured in",
+}
+"""Options that change what the validation loss is, or what it is measured on, and how. Under all others of policy and
+training its values can be compared."""
+CURVE = 100
+"""Most points of a curve in sweep.json."""
 
 
 class Trial(NamedTuple):
@@ -47,8 +88,62 @@ class Trial(NamedTuple):
         return (self.train.output / f"step-{self.train.training.steps:06d}" / "config.json").is_file()
 
     @property
+    def evaluated(self) -> bool:
+        """Whether there are the results that were asked for."""
+        return not self.episodes or (self.evaluation / "results.json").is_file()
+
+    @property
     def evaluation(self) -> Path:
         return self.train.output / "evaluation"
+
+
+class Data(NamedTuple):
+    """What a trial was trained on."""
+
+    dataset: str
+    observation: tuple[str, ...]
+    action: str | None
+    angles: tuple[str, ...]
+
+
+class Evaluated(NamedTuple):
+    """How a trial was to be evaluated."""
+
+    episodes: int
+    sampling: SampleConfig
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier sweep.json says of a trial, as far as it must be the same."""
+
+    status: str
+    data: Data
+    evaluation: Evaluated
+    policy: PolicyConfig
+    training: TrainConfig
+
+    @classmethod
+    def of(cls, trial: Trial, status: str) -> Earlier:
+        """That of a trial of this sweep."""
+        train = trial.train
+        data = Data(train.dataset, train.observation, join_actions(train.action) or None, train.angles)
+        return cls(status, data, Evaluated(trial.episodes, trial.sampling), train.policy, train.training)
+
+
+def read_rows(path: Path) -> list[Earlier]:
+    """The trials of a sweep.json; raises ValueError."""
+    from diffusion_policy.results import MAX_BRACKETS, MAX_BYTES
+
+    results = read_json(path, MAX_BYTES, MAX_BRACKETS)
+    if not isinstance(results, dict):
+        raise ConfigError(f"{path} must be a JSON object")
+    rows = decode(results.get("trials"), tuple[dict[str, Any], ...], "trials")
+    names = [option.name for option in dataclasses.fields(Earlier)]
+    return [
+        decode({name: row[name] for name in names if name in row}, Earlier, f"trials[{i}]")
+        for i, row in enumerate(rows)
+    ]
 
 
 @dataclass(frozen=True)
@@ -88,8 +183,9 @@ class Sweep:
     """Take policy and training options from this JSON, such as a checkpoint's config.json; flags override it."""
     observation: tuple[str, ...] = ()
     """Keys of the store that the policies observe; by default those that the store names, else all but the action."""
-    action: str | None = None
-    """Key of the store that holds the actions; by default the one that the store names, else action."""
+    action: tuple[str, ...] = ()
+    """Key of the store that holds the actions, or several, whose columns stand side by side; by default the one that
+    the store names, else action."""
     angles: tuple[str, ...] = ()
     """Columns that are angles [rad], as state:4 or pose:3,4,5. By default those that the store names."""
     device: str = "auto"
@@ -101,6 +197,8 @@ class Sweep:
     def __post_init__(self) -> None:
         require_at_least(self, 1, ("runs", "workers"))
         require_at_least(self, 0, ("episodes", "gpus"))
+        require_at_most(self, MAX_TRIALS, ("runs", "workers", "gpus"))
+        require_at_most(self, MOST_EPISODES, ("episodes",))
         require_engine(self.engine)
         if self.gpus and self.engine == "local":
             raise ConfigError(f"gpus are those of a Ray cluster: they need --engine ray; got {self.gpus:g}")
@@ -112,8 +210,9 @@ class Sweep:
         folder that holds something else, and a data set that cannot be read; Failed when every trial failed."""
         trials = self.trials()
         rows = self._earlier_rows(trials)
-        if self.episodes and not open_store(self.dataset).attributes.get("environment", {}).get("id"):
-            raise ConfigError(f"{self.dataset} names no environment to evaluate in; give --episodes 0")
+        self._require_possible([t for t, row in zip(trials, rows, strict=True) if row["status"] != "finished"])
+        if self.metric == "validation_loss":
+            self._say_incomparable(rows)
         self.output.mkdir(parents=True, exist_ok=True)
         waiting = [trial for trial, row in zip(trials, rows, strict=True) if row["status"] != "finished"]
         each = each_alone(run_trial, waiting, self.workers, self.engine, self.gpus)
@@ -169,6 +268,27 @@ class Sweep:
             self.sampling,
         )
 
+    def _require_possible(self, trials: Sequence[Trial]) -> None:
+        """Raise ConfigError, naming the trial, for whatever could only fail once the work has begun: in its training,
+        its rollouts or its evaluation."""
+        store = open_store(self.dataset)
+        for trial in trials:
+            quiet, console.quiet = console.quiet, True  # each trial says it in its own log
+            try:
+                require_possible(trial, store)
+            except ValueError as error:
+                raise ConfigError(f"{trial.name} ({say_options(trial.options)}): {error}") from error
+            finally:
+                console.quiet = quiet
+
+    def _say_incomparable(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        for name, why in incomparable(rows).items():
+            console.print(
+                f"validation losses cannot be compared where {name.replace('_', '-')} differs: {why}; none of these "
+                "trials is called the best; --metric success_rate compares them",
+                soft_wrap=True,
+            )
+
     def _earlier_rows(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
         """What is known of each trial before it runs; raises ConfigError where the folder is of another sweep."""
         rows = [describe(trial) for trial in trials]
@@ -176,29 +296,25 @@ class Sweep:
             require_fresh(self.output)
             return rows
         try:
-            earlier = json.loads((self.output / "sweep.json").read_text())["trials"]
-            same = [
-                all(
-                    old[key] == json.loads(json.dumps(new[key])) for key in ("policy", "training", "data", "evaluation")
-                )
-                for old, new in zip(earlier, rows, strict=False)
-            ]
-        except (OSError, ValueError, LookupError, TypeError) as error:
+            earlier = read_rows(self.output / "sweep.json")
+        except ValueError as error:
             raise ConfigError(f"{self.output} holds no sweep to go on with: {error}") from error
+        same = [old == Earlier.of(trial, old.status) for old, trial in zip(earlier, trials, strict=False)]
         if not all(same) or len(earlier) > len(rows):
             found = (
                 f"there were {len(earlier)} trials" if all(same) else f"{rows[same.index(False)]['name']} was another"
             )
             raise ConfigError(f"{self.output} cannot go on as another sweep: {found}; give the same options")
         for i, (old, trial) in enumerate(zip(earlier, trials, strict=False)):
-            if old["status"] == "finished" and trial.trained:
+            if old.status == "finished" and trial.trained and trial.evaluated:
                 rows[i] = describe(trial, None)
         return rows
 
     def _write(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """sweep.json, under another name first, so that a kill leaves the last whole one; returns its content."""
+        """sweep.json; returns its content."""
         finished = [row for row in rows if row["status"] == "finished" and row[self.metric] is not None]
-        best = min(finished, key=lambda row: merit(row, self.metric), default=None)
+        compared = self.metric == "success_rate" or not incomparable(rows)
+        best = min(finished, key=lambda row: merit(row, self.metric), default=None) if compared else None
         results = {
             "dataset": self.dataset,
             "metric": self.metric,
@@ -206,25 +322,55 @@ class Sweep:
             "best": best["name"] if best else None,
             "trials": rows,
         }
-        temporary = self.output / ".sweep.json"
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
-        temporary.replace(self.output / "sweep.json")
+        write_whole(self.output / "sweep.json", format_json(results))
         return results
 
     def _conclude(self, results: Mapping[str, Any]) -> None:
         """The table, the page, and the best trial with its command; raises Failed when no trial has finished."""
         rows = results["trials"]
-        write_page(self.output / "sweep.html", results)
         print_table(rows)
-        if self.metric == "validation_loss" and set(MEANINGS) & rows[0]["options"].keys():
-            console.print("these trials' validation losses do not mean the same; --metric success_rate compares them")
-        console.print(f"results in {self.output}/sweep.json, page in {self.output}/sweep.html")
-        best = next((row for row in rows if row["name"] == results["best"]), None)
-        if best is None:
+        page = f"page in {self.output}/sweep.html"
+        try:
+            write_page(self.output / "sweep.html", results)
+        except (ValueError, OSError) as error:  # such as a full disk; the results are kept
+            page = f"no page: {error}"
+        console.print(f"results in {self.output}/sweep.json, {page}", soft_wrap=True)
+        if not any(row[self.metric] is not None for row in rows if row["status"] == "finished"):
             reasons = [row["reason"] for row in rows if row["reason"]] or [f"no trial has a {self.metric}"]
             raise Failed(f"no trial can be the best: {reasons[0]}")
+        best = next((row for row in rows if row["name"] == results["best"]), None)
+        if best is None:
+            self._say_incomparable(rows)
+            return
         console.print(f"best: {best['name']}, {say_numbers(best)}, {say_options(best['options'])}; to train it again:")
         console.print(best["command"], soft_wrap=True)
+
+
+def require_possible(trial: Trial, store: EpisodeStore) -> None:
+    """Raise ValueError for a trial that cannot be trained on this store, or whose policy cannot be rolled out or
+    evaluated as asked: before any of its work is done."""
+    from diffusion_policy.trainer import quick_sampling
+
+    train = trial.train
+    point = train.sketch(store, train.plan(store))
+    if train.training.rollout_every:
+        point.policy.require(quick_sampling(point.policy))
+    if trial.episodes or train.training.rollout_every:
+        joined = join_environment(train.dataset, point, None, None, None, Signals())
+        joined.env.close()
+        if trial.episodes:
+            point.policy.require(trial.sampling)
+            require_memory(point.policy, trial.sampling, PLANNING_BATCH)
+            refuse_seen_seeds(joined, range(FIRST_TEST_SEED, FIRST_TEST_SEED + trial.episodes))
+
+
+def incomparable(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The options in which these trials differ and by which their validation losses cannot be compared, and why."""
+    return {
+        name: why
+        for name, why in OTHER_LOSS.items()
+        if len({json.dumps(row["options"][name]) for row in rows if name in row["options"]}) > 1
+    }
 
 
 def run_trial(trial: Trial) -> str | None:
@@ -270,22 +416,27 @@ def describe(trial: Trial, reason: str | None = "") -> dict[str, Any]:
         "success_rate": None,
         "curve": [],
         "command": shlex.join(["diffusion-policy", "train", *flags(train)]),
-        "data": {name: getattr(train, name) for name in ("dataset", "observation", "action", "angles")},
+        "data": {name: getattr(train, name) for name in ("dataset", "observation", "angles")}
+        | {"action": join_actions(train.action) or None},
         "evaluation": {"episodes": trial.episodes, "sampling": dataclasses.asdict(trial.sampling)},
         "policy": dataclasses.asdict(train.policy),
         "training": dataclasses.asdict(train.training),
     }
     if reason == "":
         return row
-    with contextlib.suppress(OSError):
-        lines = map(json.loads, (train.output / "metrics.jsonl").read_text().splitlines())
-        losses = [(line["step"], line.get("validation_loss")) for line in lines]
-        row["curve"] = [(step, loss) for step, loss in losses if loss is not None and math.isfinite(loss)]
+    from diffusion_policy.results import read_results
+
+    losses: list[tuple[int, float]] = []
+    with contextlib.suppress(FileError):
+        for _, line in read_lines(train.output / "metrics.jsonl"):
+            loss = line.get("validation_loss")
+            if isinstance(loss, float) and math.isfinite(loss):
+                losses.append((line["step"], loss))
+    row["curve"] = losses[:: -math.ceil(len(losses) / CURVE) or None][::-1]
     if reason is None:
-        row["validation_loss"] = row["curve"][-1][1] if row["curve"] else None
-        if trial.episodes:
-            results = json.loads((trial.evaluation / "results.json").read_text())
-            row["success_rate"] = results["success_rate"]
+        row["validation_loss"] = losses[-1][1] if losses else None
+        success = read_results(trial.evaluation)["success_rate"] if trial.episodes else {"value": None}
+        row["success_rate"] = None if success["value"] is None else success
     return row
 
 
@@ -315,7 +466,7 @@ def flags(train: Train) -> list[str]:
 
 def vary(config: Any, point: Mapping[str, Any]) -> Any:
     """A config with those of these options that are its own; raises ConfigError."""
-    values = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
+    values = dataclasses.asdict(config)
     return from_dict(type(config), values | {name: point[name] for name in point.keys() & values.keys()})
 
 
@@ -369,6 +520,6 @@ def write_page(path: Path, results: Mapping[str, Any]) -> None:
         pages={name: page for name, page in pages.items() if (path.parent / page).is_file()},
         picture=report.embed(draw_curves(rows, results["best"])) if curves else None,
         say=say,
-        incomparable=results["metric"] == "validation_loss" and bool(set(MEANINGS) & rows[0]["options"].keys()),
+        incomparable=results["metric"] == "validation_loss" and bool(incomparable(rows)),
     )
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)

@@ -78,8 +78,9 @@ class Train:
     """Take policy and training options from this JSON, such as a checkpoint's config.json; flags override it."""
     observation: tuple[str, ...] = ()
     """Keys of the store that the policy observes; by default those that the store names, else all but the action."""
-    action: str | None = None
-    """Key of the store that holds the actions; by default the one that the store names, else action."""
+    action: tuple[str, ...] = ()
+    """Key of the store that holds the actions, or several, whose columns stand side by side; by default the one that
+    the store names, else action."""
     angles: tuple[str, ...] = ()
     """Columns that are angles [rad], as state:4 or pose:3,4,5: the network sees their cosine and sine. By default those
     that the store names."""
@@ -199,7 +200,7 @@ class Train:
         """With the keys and angles that the store named."""
         stored = {name: key for key, name in keys.names.items()}
         texts = tuple(f"{stored[key]}:{','.join(map(str, columns))}" for key, columns in angles.items())
-        return replace(self, observation=keys.observations, action=keys.action, angles=texts)
+        return replace(self, observation=keys.observations, action=(keys.action,), angles=texts)
 
     def _restore(self, trainer: Trainer) -> None:
         """Take up the newest checkpoint of the run that is whole, if it goes on and has one; raises CheckpointError
