@@ -151,15 +151,16 @@ class GuardedStore(WrapperStore[Any]):
 
     def _count(self, part: tuple[str, int], content: bytes | None, unpacked: int) -> None:
         """Raise ValueError where all that was read so far unpacks into far more than it has."""
-        if part not in self._counted:
-            self._counted.add(part)
-            self._stored += 0 if content is None else max(len(content), SMALLEST_FILE)
-            self._unpacked += unpacked
-        if self._unpacked > max(ANY_STORE_BYTES, LARGEST_RATIO * self._stored):
+        if part in self._counted:
+            return
+        stored = self._stored + (0 if content is None else max(len(content), SMALLEST_FILE))
+        if self._unpacked + unpacked > max(ANY_STORE_BYTES, LARGEST_RATIO * stored):
             raise ValueError(
-                f"{part[0]} would unpack into {unpacked} bytes; with what was read before that makes "
-                f"{self._unpacked >> 20} MB from {self._stored >> 10} kB, and at most {LARGEST_RATIO} times are read"
+                f"{part[0]} would unpack into {unpacked} bytes, and with what was read before into "
+                f"{LARGEST_RATIO} times what is stored; no data do"
             )
+        self._counted.add(part)
+        self._stored, self._unpacked = stored, self._unpacked + unpacked
 
     async def _read(self, key: str, byte_range: ByteRequest | None, most_bytes: int) -> bytes | None:
         """Bytes of a file of at most `most_bytes`, or of a part of it; None where there is none."""
