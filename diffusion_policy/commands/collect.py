@@ -92,7 +92,6 @@ class Collect:
     def __post_init__(self) -> None:
         if (self.output is None) == (self.resume is None):
             raise ConfigError("collect needs either --output, a store to create, or --resume, one to go on with")
-        require_numbers(self)
         require_at_least(self, 1, ("workers",))
         require_engine(self.engine)
         if self.episodes is not None:
@@ -101,6 +100,7 @@ class Collect:
             require_at_least(self, 0, ("noise",))
         if self.seed is not None:
             require_seed(self)
+        require_numbers(self)
         if self.env_kwargs is not None:
             parse_env_kwargs(self.env_kwargs)
         if self.signals.mode_function and not self.signals.mode_labels:
@@ -109,22 +109,25 @@ class Collect:
     def run(self) -> None:
         """Collect; raises ValueError for an environment that is unknown or has no expert, an output that exists, and a
         store that cannot be gone on with."""
+        from diffusion_policy.datasets.collect import uninterrupted
         from diffusion_policy.datasets.store import EpisodeStore
 
-        with interrupt_on_signal() as stop:
-            try:
-                store = EpisodeStore.append_to(self.resume, self.sync) if self.resume else None
-                settings = self._settings(store)
-                make_env = make_task(settings.env, settings.env_kwargs, settings.signals)
+        store, wanted = None, None
+        with interrupt_on_signal() as stop, contextlib.suppress(KeyboardInterrupt):  # what came of it is said below
+            store = EpisodeStore.append_to(self.resume, self.sync) if self.resume else None
+            settings = self._settings(store)
+            wanted = settings.episodes
+            make_env = make_task(settings.env, settings.env_kwargs, settings.signals)
+            with closing_quietly(make_env()) as env:
                 make_expert = find_expert(settings)
-                with closing_quietly(make_env()) as env:
-                    say_cap(settings.env, env)
+                say_cap(settings.env, env)
+                with uninterrupted():
                     store = store or self._create(settings, env)
-            except KeyboardInterrupt:
-                raise Interrupted("stopped before the first episode had begun") from None
-            with store, contextlib.suppress(KeyboardInterrupt):  # what has come of it is said below
+            with store:
                 self._collect(store, settings, make_env, make_expert, stop.is_set)
-        self._conclude(store, settings.episodes)
+        if store is None:
+            raise Interrupted("stopped before the first episode had begun")
+        self._conclude(store, wanted)
 
     def _create(self, settings: Settings, env: gymnasium.Env) -> EpisodeStore:
         """A new store for the episodes of an environment."""
@@ -215,15 +218,15 @@ class Collect:
             console.print(f"{store.location}: dropped {rows} uncommitted rows of {array}")
         return Settings(**{**stored, "episodes": asked.get("episodes", stored["episodes"])})
 
-    def _conclude(self, store: EpisodeStore, wanted: int) -> None:
+    def _conclude(self, store: EpisodeStore, wanted: int | None) -> None:
         """Say what there is now; raises Interrupted when it is less than was wanted."""
         ends = store.episode_ends
         if len(ends) == 0:
             shutil.rmtree(store.location)  # nothing is lost, and the same command can be given again
             raise Interrupted("stopped before the first episode had finished")
-        if len(ends) < wanted:
+        if wanted is None or len(ends) < wanted:
             raise Interrupted(
-                f"stopped: {len(ends)} of {wanted} episodes are in {store.location}; go on with: "
+                f"stopped: {len(ends)} of {wanted or 'more'} episodes are in {store.location}; go on with: "
                 f"diffusion-policy collect --resume {store.location}"
             )
         console.print(f"{len(ends)} episodes, {ends[-1]} steps in {store.location}")
