@@ -270,8 +270,10 @@ def _page_data(results: Mapping[str, Any], pictures: Pictures, colors: Mapping[s
 
 
 def _short(value: float | None) -> float | None:
-    """Four digits; None for what JSON has no number for."""
-    return float(f"{value:.4g}") if value is not None and math.isfinite(value) else None
+    """Four digits, more only before the point; None for what JSON has no number for."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(round(value)) if abs(value) >= 1000 else float(f"{value:.4g}")
 
 
 def embed(figure: Figure) -> str:

@@ -143,7 +143,8 @@ class Evaluate:
             "training_steps": loaded.checkpoint.step,
             "repeats": self.repeats,
             "seeds": list(range(self.seed, self.seed + self.episodes)),
-            "sampling": dataclasses.asdict(self.sampling),
+            "sampling": dataclasses.asdict(self.sampling)
+            | {"clip": loaded.checkpoint.policy.choose_clip(self.sampling)},
             "planning_batch": self.parallel,
         }
 

@@ -103,6 +103,7 @@ class Study:
             "first_seed": self.seed,
             "mode": self.mode,
             "guidance": self.guidance,
+            "clip": loaded.checkpoint.policy.choose_clip(SampleConfig()),
             "planning_batch": PLANNING_BATCH,
             **describe_machine(loaded.checkpoint.policy),
             "samplers": cells,
