@@ -9,24 +9,38 @@
 | tasks, robot type, names of features  | `lerobot`; more than one task: also the further key `task_index`    |
 
 `timestamp`, `frame_index`, `episode_index` and `index` are made anew, at regular times; `fps` is 10 where a store has
-no control frequency. LeRobot has no rows of shape (), which become rows of shape (1,). That, seeds, modes, success,
-final observations, and what else its own fields have no room for lie in `meta/diffusion_policy.json` and `.parquet`,
-which LeRobot does not look at. Images of a store are written as numbers, not as LeRobot's pictures.
+no control frequency. Seeds, modes, success, final observations, and what else its own fields have no room for lie in
+`meta/diffusion_policy.json` and `.parquet`, which LeRobot does not look at. Images of a store are written as numbers,
+not as LeRobot's pictures.
 
 Not carried: features of video, image, text and language (the source names them), the statistics, which are computed
 anew without quantiles, and splits other than `train`.
 """
 
+import contextlib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusion_policy.datasets.convert import Source, foreign, from_header, header, library, place
+from diffusion_policy.datasets.convert import (
+    Contents,
+    Source,
+    Unusable,
+    check_sizes,
+    foreign,
+    from_header,
+    header,
+    library,
+    most_bytes,
+    say_too_large,
+)
 from diffusion_policy.datasets.statistics import Measuring
 from diffusion_policy.datasets.store import Demonstration, StoreError
+from diffusion_policy.files import read_json, refuse_irregular
 
 VERSION = "v3.0"
 DEFAULTS = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64", "index": "int64"} | {
@@ -42,6 +56,10 @@ FILE_MB = 100
 """Largest size of a data file [MB]."""
 FILES_PER_CHUNK = 1000
 ROWS_AT_A_TIME = 1024
+BYTES_AT_A_TIME = 2**24
+JSON_BYTES = 2**26
+TASK_BYTES = 2**24
+"""Most bytes of the texts of all tasks."""
 DEFAULT_FPS = 10
 
 
@@ -61,64 +79,133 @@ class _Column(NamedTuple):
     """As LeRobot has it: (1,) for one number."""
     shape: tuple[int, ...]
 
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
-def read(path: Path) -> Source:
-    """The folder as a source; raises StoreError, or what pyarrow raises."""
-    info = json.loads((path / "meta/info.json").read_text())
+
+def read(path: Path) -> Contents:
+    """What is in the folder; raises StoreError, or what pyarrow raises."""
+    info = read_json(path / "meta/info.json", JSON_BYTES)
     if not str(info["codebase_version"]).startswith("v3."):
         hint = "convert it first with LeRobot's own convert_dataset_v21_to_v30"
         raise StoreError(f"it is LeRobotDataset {info['codebase_version']}; {VERSION} is read: {hint}")
     features = info["features"]
-    left_out = sorted(name for name, feature in features.items() if feature["dtype"] in NO_NUMBERS)
     tasks = _read_tasks(path)
-    head = json.loads((path / HEADER).read_text()) if (path / HEADER).exists() else None
+    head = read_json(path / HEADER, JSON_BYTES) if (path / HEADER).exists() else None
+    carried = (
+        {name: list(column) for name, column in head["columns"].items()} if head else {name: [] for name in features}
+    )
+    hidden = [] if head else [name for name in DEFAULTS if name != "task_index" or len(tasks) < 2]
+    files = _data_files(path)
+    with _opened(files[0]) as file:
+        present = {*file.schema_arrow.names}
+    columns: dict[str, _Column] = {}
+    arrays: dict[str, str | None] = {}
+    left_out: dict[str, str] = {}
+    for name in sorted({*carried} - {*hidden}):
+        column = _column(features.get(name), name, *carried[name])
+        key = column if isinstance(column, str) else column.key
+        if isinstance(column, str):
+            left_out[name] = column
+        elif key in arrays:
+            left_out[name] = f"another feature is called {key}"
+        else:
+            columns[name] = column
+            arrays[key] = None if name in present else "the data files have no such column"
+
+    def episodes(keys: Sequence[str]) -> Iterator[Demonstration]:
+        return _episodes(path, files, {name: column for name, column in columns.items() if column.key in keys})
+
     if head is not None:
-        columns = {name: _column(features[name], name, *column) for name, column in head["columns"].items()}
-        return from_header(head, _episodes(path, columns), left_out)
-    columns = {name: _column(feature, name) for name, feature in features.items() if name not in left_out}
-    for name in [name for name in DEFAULTS if name != "task_index" or len(tasks) < 2]:
-        columns.pop(name, None)
-    taken: dict[str, str] = {}
-    for name, column in columns.items():
-        place(taken, column.key, name)
-    own = {
-        "robot_type": info.get("robot_type"),
-        "tasks": tasks,
-        "names": {name: features[name].get("names") for name in columns if features[name].get("names")},
-    }
-    attributes = {"control_frequency": info["fps"], "lerobot": own}
-    observed = sorted(key for key, name in taken.items() if name.startswith(PREFIX))
-    return foreign(attributes, observed, _episodes(path, columns), left_out)
+        return from_header(head, arrays, episodes, left_out)
+    given = {name: features[name].get("names") for name in columns if features[name].get("names")}
+    attributes = {"lerobot": {"robot_type": info.get("robot_type"), "tasks": tasks, "names": given}}
+    if isinstance(info.get("fps"), int | float) and info["fps"] > 0:
+        attributes["control_frequency"] = info["fps"]
+    observed = sorted(column.key for name, column in columns.items() if name.startswith(PREFIX))
+    return foreign(attributes, observed, arrays, episodes, left_out)
 
 
-def _column(feature: dict[str, Any], name: str, key: str | None = None, shape: list[int] | None = None) -> _Column:
-    stored_shape = tuple(map(int, feature["shape"]))
-    key = name.removeprefix(PREFIX) if key is None else key
-    return _Column(key, np.dtype(feature["dtype"]), stored_shape, stored_shape if shape is None else tuple(shape))
+def _column(feature: Any, name: str, key: str | None = None, shape: list[int] | None = None) -> _Column | str:
+    """A feature of numbers, or why it is none."""
+    if not isinstance(feature, dict) or "dtype" not in feature:
+        return "meta/info.json does not describe it"
+    if feature["dtype"] in NO_NUMBERS:
+        return f"it holds no numbers but {feature['dtype']}"
+    try:
+        stored_shape = tuple(map(int, feature["shape"]))
+        dtype = np.dtype(feature["dtype"])
+    except (KeyError, TypeError, ValueError) as error:
+        return f"its type or shape is unknown: {error}"
+    if dtype.kind not in "biuf" or any(size < 1 for size in stored_shape):
+        return f"it holds no numbers but {dtype} of {stored_shape}"
+    key = name.removeprefix(PREFIX) if key is None else str(key)
+    return _Column(key, dtype, stored_shape, stored_shape if shape is None else tuple(map(int, shape)))
+
+
+def _data_files(path: Path) -> list[Path]:
+    files = sorted(path.glob("data/*/*.parquet"))  # as LeRobot's own reader does
+    if not files:
+        raise StoreError("there is no data/chunk-000/file-000.parquet")
+    return files
+
+
+@contextlib.contextmanager
+def _opened(path: Path, columns: Sequence[str] = ()) -> Iterator[Any]:
+    """A parquet file; raises StoreError where a group of rows of these columns would unpack into too much."""
+    _, parquet = _parquet()
+    refuse_irregular(path)
+    most = most_bytes(path)
+    with parquet.ParquetFile(path, thrift_string_size_limit=2**26, thrift_container_size_limit=2**20) as file:
+        for i in range(file.metadata.num_row_groups):
+            group = file.metadata.row_group(i)
+            for part in map(group.column, range(group.num_columns)):
+                size = max(part.total_uncompressed_size, 8 * part.num_values)
+                if size > most and part.path_in_schema.startswith(tuple(columns)):
+                    name = f"{path.parent.name}/{path.name}: {part.path_in_schema}"
+                    raise StoreError(f"{name} is too large in its group of rows {i}: {say_too_large(size, path)}")
+        yield file
 
 
 def _read_tasks(path: Path) -> list[str]:
-    _, parquet = _parquet()
-    if not (path / "meta/tasks.parquet").exists():
+    """Texts of the tasks, by their index."""
+    place = path / "meta/tasks.parquet"
+    if not place.exists():
         return []
-    table = parquet.read_table(path / "meta/tasks.parquet").to_pydict()
-    indices = table.pop("task_index")
-    texts = next(iter(table.values()))
-    return [str(text) for _, text in sorted(zip(indices, texts, strict=True))]
+    found: dict[int, str] = {}
+    with _opened(place) as file:
+        names = [name for name in file.schema_arrow.names if name != "task_index"]
+        sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
+        if not names or "task_index" not in file.schema_arrow.names or sum(sizes) > TASK_BYTES:
+            raise StoreError(f"meta/tasks.parquet must hold task_index and texts, of at most {TASK_BYTES} bytes")
+        length = 0
+        for batch in file.iter_batches(16, columns=["task_index", names[0]]):
+            texts = [str(text) for text in batch.column(names[0]).to_pylist()]
+            length += sum(map(len, texts))
+            if length > TASK_BYTES:
+                raise StoreError(f"the texts of meta/tasks.parquet have more than {TASK_BYTES} characters")
+            found |= zip(batch.column("task_index").to_pylist(), texts, strict=True)
+    return [found[i] for i in sorted(found)]
 
 
-def _episodes(path: Path, columns: dict[str, _Column]) -> Iterator[Demonstration]:
+def _episodes(path: Path, files: list[Path], columns: dict[str, _Column]) -> Iterator[Demonstration]:
     lengths = _lengths(path)
+    row_bytes = sum(column.row_bytes for column in columns.values())
+    check_sizes(row_bytes, lengths, *files)
     known = _read_known(path, lengths, columns)
-    rows = _TableReader(path, [*columns, "episode_index"])
+    rows = _TableReader(files, [*columns, "episode_index"], max(1, BYTES_AT_A_TIME // max(1, row_bytes)))
     for i, length in enumerate(lengths):
         table = rows.read(length)
         if not (_to_numpy(table["episode_index"], ()) == i).all():
             raise StoreError(f"the rows of episode {i} are not where meta/episodes says: in order, {length} of them")
         data: dict[str, np.ndarray] = {}
         for name, column in columns.items():
-            stored = _to_numpy(table[name], column.stored_shape)
-            place(data, column.key, stored.astype(column.dtype, copy=False).reshape(length, *column.shape))
+            try:
+                stored = _to_numpy(table[name], column.stored_shape)
+                data[column.key] = stored.astype(column.dtype, copy=False).reshape(length, *column.shape)
+            except (StoreError, ValueError) as error:
+                raise Unusable(column.key, str(error)) from error
         final = {name.removeprefix("final/"): known[name][i] for name in known if name.startswith("final/")}
         yield Demonstration(
             data,
@@ -131,12 +218,12 @@ def _episodes(path: Path, columns: dict[str, _Column]) -> Iterator[Demonstration
 
 def _lengths(path: Path) -> list[int]:
     """Steps of each episode."""
-    _, parquet = _parquet()
     lengths: list[int] = []
-    for file in sorted(path.glob("meta/episodes/*/*.parquet")):
-        table = parquet.read_table(file, columns=["episode_index", "length"]).to_pydict()
+    for place in sorted(path.glob("meta/episodes/*/*.parquet")):
+        with _opened(place, ["episode_index", "length"]) as file:
+            table = file.read(columns=["episode_index", "length"]).to_pydict()
         if table["episode_index"] != list(range(len(lengths), len(lengths) + len(table["episode_index"]))):
-            raise StoreError(f"{file.relative_to(path)} must go on with episode {len(lengths)}")
+            raise StoreError(f"{place.relative_to(path)} must go on with episode {len(lengths)}")
         lengths += table["length"]
     if not lengths or any(not isinstance(length, int) or length < 1 for length in lengths):
         raise StoreError("meta/episodes must hold episodes of at least one step")
@@ -145,17 +232,20 @@ def _lengths(path: Path) -> list[int]:
 
 def _read_known(path: Path, lengths: list[int], columns: dict[str, _Column]) -> dict[str, Any]:
     """What is known of each episode, by name, in data sets of ours."""
-    _, parquet = _parquet()
     if not (path / KNOWN).exists():
         return {}
-    table = parquet.read_table(path / KNOWN)
+    of_key = {column.key: column for column in columns.values()}
+    with _opened(path / KNOWN) as file:
+        finals = {name: of_key.get(name.removeprefix("final/")) for name in file.schema_arrow.names if "final/" in name}
+        wanted = [name for name in file.schema_arrow.names if finals.get(name, name) is not None]
+    with _opened(path / KNOWN, wanted) as file:
+        table = file.read(columns=wanted)
     if table["length"].to_pylist() != lengths:
         raise StoreError(f"{KNOWN} is of other episodes; delete it and {HEADER.name} to read the data set without")
-    of_key = {column.key: column for column in columns.values()}
     known: dict[str, Any] = {}
-    for name in table.column_names:
-        if name.startswith("final/"):
-            column = of_key[name.removeprefix("final/")]
+    for name in wanted:
+        column = finals.get(name)
+        if column is not None:
             known[name] = _to_numpy(table[name], column.stored_shape).reshape(len(lengths), *column.shape)
         elif name != "length":
             known[name] = table[name].to_pylist()
@@ -165,29 +255,32 @@ def _read_known(path: Path, lengths: list[int], columns: dict[str, _Column]) -> 
 class _TableReader:
     """Reads the rows of all data files from first to last."""
 
-    def __init__(self, path: Path, names: list[str]) -> None:
-        self._arrow, self._parquet = _parquet()
+    def __init__(self, files: list[Path], names: list[str], rows_at_a_time: int) -> None:
+        self._arrow, _ = _parquet()
         self._names = names
-        self._batches = self._read(sorted(path.glob("data/*/*.parquet")))  # as LeRobot's own reader does
+        self._rows_at_a_time = min(ROWS_AT_A_TIME, rows_at_a_time)
+        self._batches = self._read(files)
         self._rest: Any = None
 
     def _read(self, files: list[Path]) -> Iterator[Any]:
         for path in files:
-            with self._parquet.ParquetFile(path) as file:
+            with _opened(path, self._names) as file:
                 lacking = {*self._names} - {*file.schema_arrow.names}
                 if lacking:
                     raise StoreError(f"{path.parent.name}/{path.name} has no column {', '.join(sorted(lacking))}")
-                for batch in file.iter_batches(ROWS_AT_A_TIME, columns=self._names):
+                for batch in file.iter_batches(self._rows_at_a_time, columns=self._names):
                     yield self._arrow.Table.from_batches([batch]).select(self._names)
 
     def read(self, count: int) -> Any:
         """The next rows, as a table."""
         parts = [] if self._rest is None else [self._rest]
-        while sum(map(len, parts)) < count:
+        held = sum(map(len, parts))
+        while held < count:
             part = next(self._batches, None)
             if part is None:
-                raise StoreError(f"data/ ends within an episode: {count} rows are needed, {sum(map(len, parts))} left")
+                raise StoreError(f"data/ ends within an episode: {count} rows are needed, {held} left")
             parts.append(part)
+            held += len(part)
         table = self._arrow.concat_tables(parts)
         self._rest = table.slice(count)
         return table.slice(0, count)

@@ -118,7 +118,7 @@ def _open_zip(location: str) -> tuple[Store, str]:
     if "://" in location:
         file = _fetch(location)
         try:
-            _refuse_large_directory(file, location)
+            refuse_large_directory(file, location)
             with zipfile.ZipFile(file) as archive:
                 root = _root(archive.namelist())
         except BaseException:
@@ -131,7 +131,7 @@ def _open_zip(location: str) -> tuple[Store, str]:
     if not os.path.lexists(location):
         raise FileNotFoundError(location)
     with open_regular(location) as file:
-        _refuse_large_directory(file, location)
+        refuse_large_directory(file, location)
         with zipfile.ZipFile(file) as archive:
             return ZipStore(location, mode="r"), _root(archive.namelist())
 
@@ -156,7 +156,7 @@ def _fetch(url: str) -> BinaryIO:
     return file
 
 
-def _refuse_large_directory(file: BinaryIO, location: str) -> None:
+def refuse_large_directory(file: BinaryIO, location: str) -> None:
     """Raise StoreError for a zip whose list of members takes more memory than any store's."""
     end = file.seek(0, os.SEEK_END)
     file.seek(max(0, end - 2**16 - 100))
@@ -223,8 +223,7 @@ def drop_consolidated(group: zarr.Group) -> bool:
         path = Path(folder) / "zarr.json"
         metadata = sync(group.store.get(path.as_posix(), default_buffer_prototype()))
         if metadata is not None and re.search(rb'"consolidated_metadata"\s*:\s*\{', metadata.to_bytes()):
-            inner = group[folder] if folder else group
-            assert isinstance(inner, zarr.Group)
+            inner = zarr.open_group(group.store, path=folder, mode="r+", use_consolidated=False)
             inner.update_attributes({})  # written as it was opened: without
             found = True
     return found

@@ -20,13 +20,16 @@ from diffusion_policy.commands.terminal import out
 from diffusion_policy.config import ConfigError, require_seed
 
 if TYPE_CHECKING:
-    from diffusion_policy.datasets.convert import Source
+    from diffusion_policy.datasets.repair import Repaired
     from diffusion_policy.datasets.store import Demonstration, EpisodeStore
     from diffusion_policy.drawing import PlanePath
-    from diffusion_policy.gallery import Scene
+    from diffusion_policy.envs.protocols import Drawable
+    from diffusion_policy.envs.scene import Scene
 
 ROLES = ("observation", "action", "other")
-FormatName = Literal["zarr", "robomimic", "lerobot", "minari", "npz"]
+FormatName = Literal["zarr", "robomimic", "lerobot", "minari", "npz", "aloha", "maniskill", "d4rl"]
+MOST_LINES = 50
+"""So many things that are left out have a line each."""
 Store = tyro.conf.Positional[str]
 
 
@@ -44,6 +47,9 @@ class Inspect:
         store = open_store(self.store)
         with console.status("reading"):
             found = inspect(store)
+        for key, why in found["left_out"].items():
+            if key not in store.left_out:  # those are said already
+                console.print(f"{self.store}: data/{key} is left out: it {why}")
         if self.json:
             out.print(json.dumps(found, indent=2))
             return found
@@ -101,7 +107,8 @@ class Validate:
 
 @dataclass(frozen=True)
 class Convert:
-    """Copy a data set into another format: zarr (and .zarr.zip), robomimic HDF5, LeRobot v3, Minari, npz."""
+    """Copy a data set into another format: zarr (and .zarr.zip), robomimic HDF5, LeRobot v3, Minari, npz. HDF5 of ALOHA
+    and ACT (a folder of episodes), of ManiSkill, and flat as of D4RL is only read."""
 
     store: Store
     """Data set to copy, of any of these formats; a zarr store may be a URL."""
@@ -112,9 +119,11 @@ class Convert:
     output_format: FormatName | None = None
     """Format of the copy, if its name does not say."""
     observation: tuple[str, ...] = ()
-    """Keys that the copy names as observed; by default those that the data set names."""
-    action: str | None = None
-    """Key that the copy names as the action; by default the one that the data set names."""
+    """Arrays that are observed; nothing else is copied but the action. By default everything is copied that can be, and
+    what the data set names is observed."""
+    action: tuple[str, ...] = ()
+    """Array that is the action; by default the one that the data set names. The columns of several are joined into an
+    action of their own."""
     angles: tuple[str, ...] = ()
     """Columns that the copy declares as angles [rad], as state:4."""
 
@@ -122,38 +131,36 @@ class Convert:
         """Copy; returns the number of episodes."""
         from diffusion_policy.datasets.convert import read, write
 
-        source = read(self.store, self.source_format, self._name_keys)
-        if source.left_out:
-            console.print(f"left out: {', '.join(source.left_out)}")
-        with console.status("copying") as status:
-            copied = itertools.count(1)
+        source = read(self.store, self.source_format, self.observation, self.action)
+        if self.angles:
+            angles = parse_angles(self.angles, (*source.observation_keys, source.action_key))
+            declared = {key: list(columns) for key, columns in angles.items()}
+            source = source._replace(attributes=source.attributes | {"angles": declared})
+        for remark in source.remarks:
+            console.print(remark)
+        try:
+            with console.status("copying") as status:
+                copied = itertools.count(1)
 
-            def show(_: Demonstration) -> None:
-                status.update(f"copying, {next(copied)} episodes")
+                def show(_: Demonstration) -> None:
+                    status.update(f"copying, {next(copied)} episodes")
 
-            count = write(source, self.output, self.output_format, show)
+                count = write(source, self.output, self.output_format, show)
+        finally:
+            for name, why in itertools.islice(source.left_out.items(), MOST_LINES):
+                console.print(f"left out {name}: {why}")
+            if len(source.left_out) > MOST_LINES:
+                console.print(f"left out {len(source.left_out) - MOST_LINES} more")
         console.print(f"{count} episodes in {self.output}")
         return count
-
-    def _name_keys(self, source: Source) -> Source:
-        """The source with the keys and angles that were given."""
-        action = self.action or source.action_key
-        observed = self.observation or tuple(key for key in source.observation_keys if key != action)
-        attributes = dict(source.attributes)
-        if self.observation or self.action:
-            attributes |= {"observation_keys": list(observed), "action_key": action}
-        if self.angles:
-            angles = parse_angles(self.angles, (*observed, action))
-            attributes["angles"] = {key: list(columns) for key, columns in angles.items()}
-        return source._replace(attributes=attributes, observation_keys=observed, action_key=action)
 
 
 @dataclass(frozen=True)
 class Merge:
-    """Join stores into a new one: those of several collectors, one after the other."""
+    """Join stores into a new one, one after the other: those of several collectors, of recorded rollouts too."""
 
     stores: tyro.conf.Positional[tuple[str, ...]]
-    """Stores to join: the same keys, environment and rate."""
+    """Stores to join. They have the same keys, environment and rate; a type of numbers is the widest of all."""
     output: Path
     """Store to create."""
 
@@ -163,10 +170,14 @@ class Merge:
 
         if len(self.stores) < 2:
             raise ConfigError(f"merge joins at least two stores; got {len(self.stores)}")
+        for location in self.stores:
+            open_store(location)  # says what is not read
         with console.status("joining"):
-            count = merge(self.stores, self.output)
-        console.print(f"{count} episodes in {self.output}")
-        return count
+            merged = merge(self.stores, self.output)
+        for remark in merged.remarks:
+            console.print(remark)
+        console.print(f"{merged.episodes} episodes in {self.output}")
+        return merged.episodes
 
 
 @dataclass(frozen=True)
@@ -191,6 +202,7 @@ class Split:
         """Cut; returns the numbers of episodes."""
         from diffusion_policy.datasets.combine import split
 
+        open_store(self.store)  # says what is not read
         with console.status("cutting"):
             counts = split(self.store, self.output, self.share, self.seed)
         for path, count in zip(self.output, counts, strict=True):
@@ -200,23 +212,28 @@ class Split:
 
 @dataclass(frozen=True)
 class Repair:
-    """Drop what an interrupted collection has left behind its last complete episode. No complete episode is touched."""
+    """Mend what validate names, where it can be mended in place: rows behind the last complete episode, episodes
+    without rows, a stale consolidated copy of the metadata, files of killed writers. No episode is touched. Exit status
+    1 where a problem stays."""
 
     store: tyro.conf.Positional[Path]
-    """Store to mend, in place."""
+    """Store to mend, in place; nothing else may be writing to it."""
 
-    def run(self) -> dict[str, int]:
-        """Mend; returns the rows that were dropped, by array."""
+    def run(self) -> Repaired:
+        """Mend; returns what was done and what is left; raises Failed when that is serious."""
+        from diffusion_policy.datasets.repair import repair
         from diffusion_policy.datasets.store import EpisodeStore
 
-        EpisodeStore.open(self.store)  # where no episode was ever committed, all would be dropped
-        with EpisodeStore.append_to(self.store) as store:
-            for path, rows in store.dropped.items():
-                console.print(f"{path}: dropped {rows} uncommitted rows")
-            if not store.dropped:
-                console.print("nothing to drop")
-            console.print(f"{len(store.episode_ends)} episodes in {self.store}")
-            return store.dropped
+        repaired = repair(self.store)
+        for sentence in repaired.mended or ("nothing to mend",):
+            console.print(sentence)
+        console.print(f"{len(EpisodeStore.open(self.store).episode_ends)} episodes in {self.store}")
+        for finding in repaired.left:
+            console.print(f"not mended: {finding.path}: {finding.what}")
+        if repaired.left:
+            count = f"{len(repaired.left)} problem{'s' if len(repaired.left) > 1 else ''}"
+            raise Failed(f"{self.store}: {count} cannot be mended in place; copy what is sound with: dataset convert")
+        return repaired
 
 
 @dataclass(frozen=True)
@@ -230,8 +247,9 @@ class Plot:
     plane: str | None = None
     """Two columns of a key to draw trajectories in, as state:0,1; by default what the environment says, else the first
     two of the first observation."""
-    action: str | None = None
-    """Key of the actions; by default the one that the store names, else action."""
+    action: tuple[str, ...] = ()
+    """Key of the actions, or several, whose columns stand side by side; by default the one that the store names, else
+    action."""
 
     def run(self) -> None:
         """Draw; raises ConfigError for columns that are not there and a folder that holds something."""
@@ -264,7 +282,8 @@ class Plot:
         drawn = choose_drawn(store)
         task = self._task(store)
         if task is not None:
-            paths = [PlanePath(e.mode, e.success is not False, task.path(e.data)) for e in store.episodes(drawn)]
+            episodes = store.episodes(drawn, store.observation_keys)
+            paths = [PlanePath(e.mode, e.success is not False, task.path(e.data)) for e in episodes]
             return paths, task.scene, (f"x [{task.scene.unit}]", f"y [{task.scene.unit}]")
         found = self._columns(store)
         if found is None:
@@ -272,25 +291,25 @@ class Plot:
         key, columns = found
         paths = [
             PlanePath(e.mode, e.success is not False, e.data[key].reshape(len(e.data[key]), -1)[:, columns])
-            for e in store.episodes(drawn)
+            for e in store.episodes(drawn, [key])
         ]
         return paths, None, (f"{key}[{columns[0]}]", f"{key}[{columns[1]}]")
 
-    def _task(self, store: EpisodeStore) -> Any:
+    def _task(self, store: EpisodeStore) -> Drawable | None:
         """The environment that the store names, where it is here and says how its paths are drawn."""
         from diffusion_policy import envs
+        from diffusion_policy.envs.protocols import as_drawable
 
         recorded = store.attributes.get("environment")
         if self.plane is not None or recorded is None or recorded["id"] not in envs.ENV_IDS:
             return None
-        env = envs.make(recorded["id"], **recorded["arguments"]).unwrapped
-        return env if hasattr(env, "path") and hasattr(env, "scene") else None
+        return None if recorded.get("wrappers") else as_drawable(envs.make(recorded["id"], **recorded["arguments"]))
 
     def _columns(self, store: EpisodeStore) -> tuple[str, list[int]] | None:
         """Key and two of its columns to draw; raises ConfigError for others than there are."""
         sizes = {key: math.prod(store.shape(key)) for key in store.keys}
         if self.plane is None:
-            wide = [key for key in store.observation_keys if sizes[key] >= 2]
+            wide = [key for key in store.observation_keys if sizes.get(key, 0) >= 2]
             return (wide[0], [0, 1]) if wide else None
         key, _, columns = self.plane.rpartition(":")
         chosen = [int(column) for column in columns.split(",") if column.isdigit()]
@@ -306,16 +325,22 @@ def inspect(store: EpisodeStore) -> dict[str, Any]:
     import numpy as np
 
     from diffusion_policy.datasets.guard import codec_names
+    from diffusion_policy.datasets.store import StoreError
     from diffusion_policy.metrics import NONE
 
     lengths = np.diff(store.episode_ends, prepend=0)
     keys: dict[str, Any] = {}
+    left_out = dict(store.left_out)
     for key in store.keys:
-        lowest, highest = _limits(store, key)
+        try:
+            lowest, highest = _limits(store, key)
+        except StoreError as error:  # what it holds cannot be used
+            left_out[key] = str(error).removeprefix(f"{store.location}: data/{key} ")
+            continue
         size = store.stored_bytes(key)
         raw = int(store.episode_ends[-1]) * int(np.prod(store.shape(key), dtype=np.int64)) * store.dtype(key).itemsize
         keys[key] = {
-            "role": ROLES[0 if key in store.observation_keys else 1 if key == store.action_key else 2],
+            "role": ROLES[0 if key in store.observation_keys else 1 if key in store.parts(store.action_key) else 2],
             "shape": store.shape(key),
             "dtype": str(store.dtype(key)),
             "min": lowest,
@@ -337,6 +362,7 @@ def inspect(store: EpisodeStore) -> dict[str, Any]:
         },
         "modes": {mode: modes[mode] for mode in (*store.modes, NONE) if mode in modes} if store.modes else {},
         "keys": keys,
+        "left_out": left_out,
         "attributes": {name: value for name, value in store.attributes.items() if name != "modes"},
     }
 
