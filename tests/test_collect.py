@@ -338,6 +338,7 @@ def test_an_interrupt_waits_until_the_episodes_are_written(tmp_path: Path, numbe
 
 
 HANGING = """
+import os
 import time
 import gymnasium, numpy as np
 from gymnasium.spaces import Box
