@@ -73,10 +73,17 @@ class Checkpoint:
 
 
 def save(
-    run: Path, checkpoint: Checkpoint, training_state: Mapping[str, Tensor], keep: int = 1, best: str | None = None
+    run: Path,
+    checkpoint: Checkpoint,
+    training_state: Mapping[str, Tensor],
+    keep: int = 1,
+    best: str | None = None,
+    *,
+    count_due: bool = False,
 ) -> Path:
     """Write `run`/step-XXXXXX; returns it. Then delete the older checkpoints of this run but the last `keep`, and but
-    the best one by the metric `best`, to which the link `run`/best leads then.
+    the best one by the metric `best`, to which the link `run`/best leads then. With `count_due`, one that a stop has
+    left between two steps at which one is due is deleted too, and counts for nothing.
 
     A step that has its checkpoint keeps it, unless it is damaged. Raises CheckpointError when it cannot be written, as
     on a full disk; what was there before is still there then.
@@ -97,7 +104,8 @@ def save(
         raise CheckpointError(f"cannot write the checkpoint {folder}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    kept = {folder, *steps_of(run)[-keep:]}
+    counted = [older for older in steps_of(run) if not count_due or _was_due(older)]
+    kept = {folder, *counted[-keep:]}
     winner = _find_best(run, best) if best else None
     if winner:
         kept.add(winner)
@@ -184,6 +192,16 @@ def _is_whole(folder: Path) -> bool:
         return all(describe(folder / name) == recorded for name, recorded in contents.files.items())
     except CheckpointError:
         return False
+
+
+def _was_due(folder: Path) -> bool:
+    """Whether a checkpoint is of a step at which its training writes one."""
+    try:
+        training = read_contents(folder).training
+    except CheckpointError:
+        return True
+    step = _number(folder)
+    return step == training.steps or (step > 0 and step % training.checkpoint_every == 0)
 
 
 def _find_best(run: Path, metric: str) -> Path | None:

@@ -144,13 +144,13 @@ class DiffusionPolicy(nn.Module):
         """Mean squared error of the prediction at random levels, (); see `Diffusion.loss`.
 
         `observations`: raw {key: (B, To, ...)}; `actions`: raw (B, T, A); `generator` draws levels, noise and which
-        rows lose their condition, on the CPU; `modes`: (B,) int64, see `encode`; `part`: where these rows stand in
-        their batch. Raises ValueError for a policy that is conditioned on modes when there are none.
+        rows lose their condition (none do in eval mode), on the CPU; `modes`: (B,) int64, see `encode`; `part`: where
+        these rows stand in their batch. Raises ValueError where a policy that is conditioned on modes gets none.
         """
         if self.modes and modes is None:
             raise ValueError("a policy with condition-on-mode is trained with the modes of its windows; got none")
         cond = self.encode(observations, modes)
-        if self.config.condition_dropout:
+        if self.config.condition_dropout and self.training:
             part = part or Part(0, len(cond))
             drawn = part.of(torch.rand(part.whole, 1, generator=generator), len(cond))
             dropped = drawn < self.config.condition_dropout

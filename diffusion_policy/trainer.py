@@ -88,8 +88,11 @@ class Trainer:
         roll_out: Callable[[DiffusionPolicy], float | None] | None = None,
     ) -> None:
         """`validation`: windows of held-out episodes, or None; `processes`: those that train this policy together;
-        `roll_out`: the success rate of a policy, None where it failed. Raises ValueError for batches that cannot be
-        divided so often."""
+        `roll_out`: the success rate of a policy, None where it failed. Raises ValueError for windows that do not fit
+        the policy, and for batches that cannot be divided so often."""
+        for some in (windows, validation):
+            if some is not None:
+                _require_fit(policy, some)
         self.config = config
         self._processes = processes or Processes()
         self._policy = policy
@@ -98,7 +101,7 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(
             policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.95, 0.999)
         )
-        self._averaged = AveragedModel(policy, avg_fn=self._average)
+        self._averaged = AveragedModel(policy, avg_fn=self._average).eval()  # its buffers are those of the policy
         self._scaler = torch.amp.GradScaler(policy.device.type, enabled=config.precision == "fp16")
         self._share = Share(self._processes.index, self._processes.count)
         self._batch_size = min(config.batch_size, len(windows))
@@ -132,21 +135,19 @@ class Trainer:
         report_every: int = 10,
     ) -> None:
         """Train to the last step, or until `should_stop` between two steps; `on_progress` hears every `report_every`
-        steps, at each validation and rollout and when a checkpoint is due. Of several processes, all stop when one
-        should, at the next report. Raises Diverged when loss or gradient is not finite."""
+        steps, at each validation and rollout and when a checkpoint is due, also where it stops then, so that all is
+        measured that would be without a stop. Of several processes, all stop when one should, at the next report.
+        Raises Diverged when loss or gradient is not finite."""
         started, since = self.step, time.perf_counter()
         votes = torch.zeros((), device=self._policy.device)
         alone = self._processes.count == 1
         self._policy.train()
         while True:
             due = bool(self._unreported) and self._report_is_due(report_every)
-            last = self.step == self.config.steps
-            if not last and (should_stop() if alone else due and bool(votes)):
-                break  # a report that is due comes when the training goes on
             if due:
                 self._report(on_progress, (self.step - started) / (time.perf_counter() - since))
                 started, since = self.step, time.perf_counter()
-            if last:
+            if self.step == self.config.steps or (should_stop() if alone else due and bool(votes)):
                 break
             votes.fill_(float(not alone and should_stop()))
             self._train_step(votes)
@@ -306,6 +307,16 @@ class Trainer:
         """Exponential average whose memory grows with the steps done."""
         keep = min(self.config.average_limit, 1 - (1 + self.step) ** -self.config.average_power)
         return torch.lerp(current, averaged, keep)
+
+
+def _require_fit(policy: DiffusionPolicy, windows: Windows | StreamedWindows) -> None:
+    """Raise ValueError unless windows hold what a policy observes and does."""
+    config, shapes = policy.config, policy.shapes
+    needed = {key: (config.observation_horizon, *shape) for key, shape in shapes.observations.items()}
+    needed["action"] = (config.prediction_horizon, *shapes.action)
+    found = {key: shape for key, shape in windows.shapes.items() if key in needed}
+    if found != needed:
+        raise ValueError(f"the policy needs windows of {needed}; got {windows.shapes}")
 
 
 def quick_sampling(policy: DiffusionPolicy) -> SampleConfig:

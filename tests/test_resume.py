@@ -83,6 +83,57 @@ def test_a_stopped_run_says_how_to_go_on_and_becomes_the_same(
     assert left_by(run) == left_by(whole)
 
 
+@pytest.fixture(scope="module")
+def short(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """A short training, done without interruption, in which much is due."""
+    options = {"steps": 8, "checkpoint_every": 2, "validate_every": 2, "keep_best": "validation_loss"}
+    start = train(demonstrations, tmp_path_factory.mktemp("short") / "run", learning_rate=1e-2, **options)
+    start.run()
+    return start
+
+
+@pytest.mark.parametrize("stops", [range(1, 8), [4]])
+def test_stops_at_any_steps_leave_the_same_checkpoints_and_numbers_in_the_end(
+    short: Train, tmp_path: Path, press, stops
+) -> None:
+    start = replace(short, output=tmp_path / "run")
+    press(dict.fromkeys(stops, signal.SIGTERM))
+    for stop in stops:
+        with pytest.raises(Interrupted, match=f"after step {stop} of 8"):
+            (start if stop == stops[0] else Train.to_resume(start.output)).run()
+    Train.to_resume(start.output).run()
+    assert left_by(start.output) == left_by(short.output)
+    assert metrics_of(start.output) == metrics_of(short.output)
+    assert os.readlink(start.output / "best") == os.readlink(short.output / "best")
+
+
+def metrics_of(run: Path) -> dict[str, dict[str, float]]:
+    """What each checkpoint of a run says of itself."""
+    return {folder.name: checkpoint.load(folder).metrics for folder in checkpoint.steps_of(run)}
+
+
+def test_what_a_killed_run_measured_but_did_not_save_is_measured_again(
+    short: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = replace(short, output=tmp_path / "run")
+    original, calls = checkpoint.save, []
+
+    def killed(*arguments, **options) -> Path:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt  # between the line of numbers and the checkpoint
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save", killed)
+    with pytest.raises(Interrupted, match=r"the last checkpoint is .*step-000004"):
+        start.run()
+    assert last_logged(start.output) == 6
+    monkeypatch.undo()
+    Train.to_resume(start.output).run()
+    assert left_by(start.output) == left_by(short.output)
+    assert metrics_of(start.output) == metrics_of(short.output)
+
+
 def test_a_finished_run_has_nothing_left_to_do(whole: Path, capsys) -> None:
     before = left_by(whole)
     Train.to_resume(whole).run()
@@ -253,11 +304,11 @@ def test_a_full_disk_keeps_what_is_there_and_training_goes_on(
 ) -> None:
     original, calls = checkpoint.save, []
 
-    def save(run: Path, point: checkpoint.Checkpoint, *rest) -> Path:
+    def save(run: Path, point: checkpoint.Checkpoint, *rest, **options) -> Path:
         calls.append(point.step)
         if point.step == 30:
             raise checkpoint.CheckpointError("No space left on device")
-        return original(run, point, *rest)
+        return original(run, point, *rest, **options)
 
     monkeypatch.setattr(checkpoint, "save", save)
     run = tmp_path / "run"

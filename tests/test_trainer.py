@@ -51,6 +51,38 @@ def test_validation_comes_at_its_steps_with_the_same_noise_each_time() -> None:
     assert trainer.validate() == trainer.validate() == reports[-1][2:5]
 
 
+def test_what_is_validated_loses_no_condition() -> None:
+    config = replace(CONFIG, condition_dropout=0.9)
+    windows = Windows(DATA, ENDS, [2], CONFIG.observation_horizon, CONFIG.prediction_horizon)
+    trainer = Trainer(DiffusionPolicy.for_data(config, DATA), windows, windows, TrainConfig(steps=1, batch_size=20))
+    marks = []
+    trainer.averaged.network.register_forward_pre_hook(lambda _, inputs: marks.append(inputs[2][:, -1]))
+    trainer.validate()
+    assert (torch.cat(marks) == 1).all()  # the mark of a condition that is there
+
+
+def test_the_averaged_policy_never_drops_out() -> None:
+    trainer = new_trainer(steps=4, validate_every=2)
+    trainer._policy.network.out.append(torch.nn.Dropout(0.5))
+    trainer._policy.network.out.append(torch.nn.BatchNorm1d(2))
+    trainer = Trainer(trainer._policy, trainer._windows, trainer._validation, trainer.config)
+    trainer._roll_out = lambda policy: float(policy.training)
+    trainer.run()
+    assert trainer._policy.training
+    assert not any(module.training for module in trainer.averaged.modules())
+    assert trainer.validate() == trainer.validate()
+    mean = trainer.averaged.state_dict()["network.out.3.running_mean"]
+    assert torch.equal(mean, trainer.state()["weights.network.out.3.running_mean"])
+    assert (mean != 0).any()  # in validation it is used, not learned
+
+
+@pytest.mark.parametrize("horizons, keys", [((1, 8), DATA), ((2, 4), DATA), ((2, 8), {"other": DATA["state"]})])
+def test_windows_that_do_not_fit_the_policy_are_refused_in_a_line(horizons: tuple[int, int], keys: dict) -> None:
+    windows = Windows({"action": DATA["action"], **keys}, ENDS, [0, 1], *horizons)
+    with pytest.raises(ValueError, match=r"the policy needs windows of \{'state': \(2, 2\), 'action': \(8, 2\)\}; got"):
+        Trainer(DiffusionPolicy.for_data(CONFIG, DATA), windows, None, TrainConfig())
+
+
 def test_the_best_of_several_samples_is_nearer_than_they_are_on_average() -> None:
     trainer = new_trainer(steps=1)
     trainer.run()

@@ -25,6 +25,7 @@ from diffusion_policy.commands.common import (
     require_fresh,
     stop_on_signal,
 )
+from diffusion_policy.commands.episodes import FIRST_ROLLOUT_SEED
 from diffusion_policy.config import ConfigError, PolicyConfig, Signals, TrainConfig, decode
 from diffusion_policy.trackers import TrackerName
 
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
 
 VALIDATION_BYTES = 2**24
 """Memory of the held-out windows where the others are streamed."""
-FIRST_ROLLOUT_SEED = 200_000
-"""Seeds of rollouts in training begin here: those of demonstrations begin at 0, those of evaluations at 100,000."""
 MEASURED = ("validation_loss", "action_error", "action_error_best", "success_rate")
 """What a checkpoint says of itself, where it was measured at its step."""
 
@@ -62,9 +61,9 @@ class Plan(NamedTuple):
 class Train:
     """Train a diffusion policy on a data set; write checkpoints and metrics.jsonl into a new folder.
 
-    Ctrl-C and SIGTERM leave a checkpoint of the last step; --resume goes on from there, or from the newest checkpoint
-    after any other end. It is then the same training, on the CPU bit by bit. Started by torchrun or accelerate
-    launch, several processes divide every batch.
+    Ctrl-C and SIGTERM leave a checkpoint of the last step, after what is to be measured there; --resume goes on from
+    there, or from the newest checkpoint after any other end. It is then the same training, on the CPU bit by bit.
+    Started by torchrun or accelerate launch, several processes divide every batch.
     """
 
     dataset: str
@@ -126,6 +125,7 @@ class Train:
         from diffusion_policy import checkpoint
         from diffusion_policy.datasets.statistics import summarize
         from diffusion_policy.datasets.windows import Windows
+        from diffusion_policy.normalizer import NORMALIZATIONS, describe_columns
         from diffusion_policy.policy import DiffusionPolicy, choose_device
         from diffusion_policy.trainer import Trainer
 
@@ -139,6 +139,9 @@ class Train:
 
         with console.status("measuring the data"):
             summary = summarize(store, keys.observations, keys.action, chosen)
+        columns = {f"data/{key}": summary.statistics[name] for key, name in keys.names.items()}
+        for sentence in describe_columns(columns, NORMALIZATIONS[self.policy.normalization]):
+            console.print(sentence)
         torch.manual_seed(settings.seed)
         policy = DiffusionPolicy.for_statistics(self.policy, summary.statistics, store.modes, angles).to(device)
         point = replace(sketch, policy=policy, dataset=replace(sketch.dataset, fingerprint=summary.fingerprint))
@@ -293,7 +296,8 @@ class Train:
 
         def save(metrics: dict[str, float]) -> Path:
             point = checkpoint.Checkpoint(trainer.averaged, settings, environment, dataset, trainer.step, metrics)
-            return checkpoint.save(self.output, point, trainer.state(), settings.keep, settings.keep_best)
+            kept = settings.keep, settings.keep_best
+            return checkpoint.save(self.output, point, trainer.state(), *kept, count_due=True)
 
         latest: dict[str, Any] = {}
 
