@@ -1,14 +1,17 @@
 """Sweeps of tiny trainings, each in a process of its own."""
 
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import zarr
 
 from diffusion_policy.cli import main, parse
 from diffusion_policy.commands import sweep
@@ -180,11 +183,17 @@ def test_values_have_the_types_of_their_options() -> None:
     "options, said",
     [
         (("--grid", "learning-rat=1e-3"), "unknown option 'learning-rat'; did you mean learning-rate?"),
-        (("--grid", "learning-rate=fast"), "trial-000 (learning-rate fast): learning_rate must be a finite number; got 'fast'"),
+        (
+            ("--grid", "learning-rate=fast"),
+            "trial-000 (learning-rate fast): learning_rate must be a finite number; got 'fast'",
+        ),
         (("--grid", "learning-rate"), "--grid takes options with values, as in learning-rate=...; got 'learning-rate'"),
         (("--grid", "steps=1", "steps=2"), "--grid names steps twice"),
         (("--grid", "widths=64:60"), "trial-000 (widths 64 60): widths must be multiples of the 8 groups; got [60]"),
-        (("--grid", "prediction=nose"), "trial-000 (prediction nose): prediction must be one of noise, sample, velocity, flow; got 'nose'"),
+        (
+            ("--grid", "prediction=nose"),
+            "trial-000 (prediction nose): prediction must be one of noise, sample, velocity, flow; got 'nose'",
+        ),
         (
             ("--grid", "validation-share=0"),
             "the metric validation_loss needs held-out episodes; got validation-share 0",
@@ -202,6 +211,131 @@ def test_mistakes_are_told_before_anything_is_trained(options: tuple, said: str,
     assert main(["sweep", "--dataset", "none.zarr", "--output", str(tmp_path / "sweep"), *options]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (("--grid", "levels=20,10"), "trial-001 (levels 10): sampling steps must be from 1 to the 10 noise"),
+        (("--grid", "steps=1", "--guidance", "2"), "guidance 2.0 needs a policy trained with --condition-dropout"),
+        (("--grid", "steps=1", "--mode", "left"), "cannot be steered to mode 'left'; it was trained without"),
+        (("--grid", "condition-on-mode=true"), "this policy must be told a mode, one of left, right"),
+        (("--grid", "schedule-options=0.1:0.2:0.3"), "the schedule cosine takes the options offset; got 3 numbers"),
+        (("--grid", "widths=8192:8192"), "a policy has at most 268435456 weights"),
+        (("--grid", "prediction-horizon=1024"), "no episode of"),
+        (("--grid", "seed=0", "--validation-share", "0.99"), "cannot hold out 99% of 12 episodes"),
+        (("--grid", "seed=0", "--device", "warp"), "no device 'warp' here"),
+        (("--grid", "seed=0", "--observation", "pose"), "has no observation 'pose'"),
+        (("--grid", "seed=0", "--action", "pose"), "has no action key 'pose'"),
+        (("--grid", "seed=0", "--angles", "desired_xy:9"), "angles must name columns of a key"),
+        (("--grid", "keep-best=success_rate"), "keep-best success_rate is measured by rollout-every"),
+        (("--grid", "corrector-steps=1"), "unknown option 'corrector-steps'"),
+        (("--grid", "condition-on-mode=true", "--episodes", "0", "--keep-best", "action_error"), "has no action error"),
+        (("--grid", "condition-on-mode=true", "--episodes", "0", "--rollout-every", "500"), "must be told a mode"),
+        (("--grid", f"seed={','.join(map(str, range(1001)))}"), "at most 1000 trials; this --grid has 1001"),
+        (("--random", "learning-rate=uniform:-1e308:1e308"), "--random learning-rate must be drawn like"),
+        (("--grid", f"widths={'[' * 5000}"), "widths[0] must be a whole number; got '[["),
+    ],
+)  # fmt: skip
+def test_what_no_trial_could_do_is_found_before_the_first_one_begins(
+    options: tuple, said: str, demonstrations: Path, tmp_path: Path, capsys
+) -> None:
+    command = ["--levels", "20", "--widths", "16", "32", "--batch-size", "16"]
+    named = {option.split("=")[0] for option in options}
+    command = ["--widths", "16", "32"] if "levels" in named else command[:2] if "widths" in named else command
+    assert main(["sweep", "--dataset", str(demonstrations), "--output", str(tmp_path / "s"), *command, *options]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "s").exists()
+
+
+def test_trials_without_an_environment_are_neither_rolled_out_nor_evaluated(tmp_path: Path, capsys) -> None:
+    group = zarr.create_group(tmp_path / "other.zarr")
+    group.create_array("data/pose", data=np.random.default_rng(0).normal(size=(40, 3)))
+    group.create_array("data/action", data=np.zeros((40, 2)))
+    group.create_array("meta/episode_ends", data=np.array([20, 40]))
+    command = ["sweep", "--dataset", str(tmp_path / "other.zarr"), "--output", str(tmp_path / "s"), "--grid", "seed=1"]
+    rollouts = ["--episodes", "0", "--rollout-every", "500", "--keep-best", "success_rate"]
+    for options in ([], rollouts):
+        assert main([*command, *options]) == 2
+        assert "names no environment: give --episodes 0 and --rollout-every 0" in capsys.readouterr().err
+
+
+SAME_LOSS = {
+    "action_horizon", "widths", "kernel_size", "groups", "level_dim", "condition_dropout", "steps", "batch_size",
+    "learning_rate", "weight_decay", "warmup_steps", "gradient_clip", "average_power", "average_limit",
+    "validate_every", "checkpoint_every", "keep", "keep_best", "rollout_every", "rollout_episodes", "precision",
+    "accumulation", "compile",
+}  # fmt: skip
+"""Options under which the validation loss stays what it is: the mean over the same windows, of the averaged weights, in
+single precision and with the condition."""
+
+
+def test_of_each_option_it_is_known_whether_losses_compare() -> None:
+    options = {option.name for kind in (PolicyConfig, TrainConfig) for option in fields(kind)}
+    assert sweep.OTHER_LOSS.keys() | SAME_LOSS == options
+    assert not sweep.OTHER_LOSS.keys() & SAME_LOSS
+
+
+def judged(asked: Sweep) -> str | None:
+    """Which of its trials a sweep calls the best, where the last one has the lowest loss."""
+    asked.output.mkdir()
+    trials = asked.trials()
+    rows = [
+        {**sweep.describe(trial), "status": "finished", "validation_loss": 1 / (i + 1), "success_rate": {"value": 0.5}}
+        for i, trial in enumerate(trials)
+    ]
+    return asked._write(rows)["best"]
+
+
+def test_no_trial_is_the_best_where_losses_do_not_compare(tmp_path: Path, capsys) -> None:
+    of_rates = Sweep("none.zarr", tmp_path / "a", ("learning-rate=1e-3,1e-4", "prediction=noise"))
+    assert judged(of_rates) == "trial-001"
+    of_levels = replace(of_rates, output=tmp_path / "b", grid=("learning-rate=1e-3,1e-4", "levels=50,100"))
+    assert judged(of_levels) is None
+    assert judged(replace(of_levels, output=tmp_path / "c", metric="success_rate")) == "trial-003"
+    of_levels._conclude(json.loads((tmp_path / "b" / "sweep.json").read_text()))
+    said = capsys.readouterr().err
+    assert "validation losses cannot be compared where levels differs: other noise is taken away" in said
+    assert "best:" not in said
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"trials": 5}', '{"trials": [5]}', '{"trials": [{}]}', "[" * 5000, '{"trials": [{"status": 3}]}',
+     '{"trials": [{"policy": {"widths": 64}}]}', '{"trials": null, "trials": null}', "\xff\xfe", None],
+)  # fmt: skip
+def test_a_sweep_that_cannot_be_read_is_told_in_one_line(content: str | None, tmp_path: Path, capsys) -> None:
+    file = tmp_path / "sweep.json"
+    file.write_bytes(content.encode("latin-1")) if content is not None else os.mkfifo(file)
+    assert main(["sweep", "--dataset", "d.zarr", "--output", str(tmp_path), "--grid", "seed=1", "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert "holds no sweep to go on with: " in said
+    assert said.count("\n") == 1
+
+
+def test_two_sweeps_never_share_a_folder(demonstrations: Path, tmp_path: Path) -> None:
+    asked = Sweep(str(demonstrations), tmp_path / "s", ("seed=0",), episodes=0, policy=TINY, training=TRAINING)
+
+    def begin_another(_: Trial) -> None:
+        with pytest.raises(ValueError, match="is being written by another process"):
+            spy(replace(asked, resume=True), lambda _: None)
+
+    with pytest.raises(Failed):
+        spy(asked, begin_another)
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_end(tmp_path: Path) -> None:
+    asked = Sweep("none.zarr", tmp_path / "a [b] c", ("seed=0",), episodes=0)
+    (trial,) = asked.trials()
+    trial.train.output.mkdir(parents=True)
+    lines = [json.dumps({"step": step, "validation_loss": 1 / step}) for step in range(1, 1002)]
+    (trial.train.output / "metrics.jsonl").write_text("\n".join([*lines, "torn", '{"step": "x"}', "[" * 1000]) + "\n")
+    row = sweep.describe(trial, None)
+    assert row["curve"][-1] == (1001, 1 / 1001)
+    assert 50 < len(row["curve"]) <= sweep.CURVE
+    assert row["validation_loss"] == 1 / 1001
 
 
 @pytest.mark.slow

@@ -208,30 +208,40 @@ class Sweep:
     def run(self) -> dict[str, Any]:
         """Run all trials; returns what sweep.json holds. Raises ValueError for options that cannot work, an output
         folder that holds something else, and a data set that cannot be read; Failed when every trial failed."""
+        from diffusion_policy.datasets.storage import lock
+
         trials = self.trials()
         rows = self._earlier_rows(trials)
         self._require_possible([t for t, row in zip(trials, rows, strict=True) if row["status"] != "finished"])
         if self.metric == "validation_loss":
             self._say_incomparable(rows)
         self.output.mkdir(parents=True, exist_ok=True)
-        waiting = [trial for trial, row in zip(trials, rows, strict=True) if row["status"] != "finished"]
-        each = each_alone(run_trial, waiting, self.workers, self.engine, self.gpus)
+        unlock = lock(self.output, "choose another --output")
         try:
-            with contextlib.closing(each) as ended, progress_bar("trials") as bar:
-                task = bar.add_task("sweeping", total=len(trials), completed=len(trials) - len(waiting), note="")
-                results = self._write(rows)
-                for trial, reason in ended:
-                    row = rows[trials.index(trial)] = describe(trial, reason)
-                    results = self._write(rows)
-                    bar.console.print(f"{trial.name}: {reason or say_numbers(row)}")
-                    bar.advance(task)
+            results = self._run(trials, rows)
         except KeyboardInterrupt:
             done = sum(row["status"] == "finished" for row in rows)
             raise Interrupted(
                 f"stopped: {done} of {len(trials)} trials are finished in {self.output}; the same command goes on with "
                 "--resume"
             ) from None
+        finally:
+            unlock()
         self._conclude(results)
+        return results
+
+    def _run(self, trials: Sequence[Trial], rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Run what is not finished, and write down in `rows` what becomes of it."""
+        waiting = [trial for trial, row in zip(trials, rows, strict=True) if row["status"] != "finished"]
+        each = each_alone(run_trial, waiting, self.workers, self.engine, self.gpus)
+        with contextlib.closing(each) as ended, progress_bar("trials") as bar:
+            task = bar.add_task("sweeping", total=len(trials), completed=len(trials) - len(waiting), note="")
+            results = self._write(rows)
+            for trial, reason in ended:
+                row = rows[trials.index(trial)] = describe(trial, reason)
+                results = self._write(rows)
+                bar.console.print(f"{trial.name}: {reason or say_numbers(row)}")
+                bar.advance(task)
         return results
 
     def trials(self) -> list[Trial]:
@@ -356,6 +366,8 @@ def require_possible(trial: Trial, store: EpisodeStore) -> None:
     if train.training.rollout_every:
         point.policy.require(quick_sampling(point.policy))
     if trial.episodes or train.training.rollout_every:
+        if point.environment.id is None:
+            raise ConfigError(f"{train.dataset} names no environment: give --episodes 0 and --rollout-every 0")
         joined = join_environment(train.dataset, point, None, None, None, Signals())
         joined.env.close()
         if trial.episodes:
