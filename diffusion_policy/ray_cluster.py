@@ -118,6 +118,9 @@ def each_alone(
 ) -> Generator[tuple[T, str | None]]:
     """As `engines.each_alone`, in tasks of the cluster that share its cores; each also takes `gpus`."""
     with connect(workers):
+        offered = ray.cluster_resources().get("GPU", 0)
+        if gpus > offered:  # else they are waited for
+            raise ValueError(f"gpus must be at most {offered:g}, those of the Ray cluster; got {gpus:g}")
         of_nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         cores = max(1, min(sum(of_nodes) // workers, max(of_nodes)))
         run = ray.remote(num_cpus=cores, num_gpus=gpus, max_calls=1, max_retries=RETRIES)(function)
