@@ -39,6 +39,7 @@ from diffusion_policy.datasets.storage import (
     remove,
     row_bytes,
     say,
+    settle,
     say_names,
     unfinished_files,
 )
@@ -445,12 +446,16 @@ class EpisodeStore:
         self._checked.clear()
         self._readable.clear()
         self.__dict__.pop("left_out", None)
-        with ThreadPoolExecutor(len(rows)) as executor:  # a disk takes many files at once in about the time of one
-            begins = [start if path.startswith("data/") else count for path in rows]
-            list(executor.map(self._write, rows.keys(), begins, rows.values()))
-            self._sync_folders(executor, {*rows, "data", "meta", ""})
-            self._write("meta/episode_ends", count, ends)
-            self._sync_folders(executor, {"meta/episode_ends", "meta"})
+        try:
+            with ThreadPoolExecutor(len(rows)) as executor:  # a disk takes many files at once in about the time of one
+                begins = [start if path.startswith("data/") else count for path in rows]
+                list(executor.map(self._write, rows.keys(), begins, rows.values()))
+                self._sync_folders(executor, {*rows, "data", "meta", ""})
+                self._write("meta/episode_ends", count, ends)
+                self._sync_folders(executor, {"meta/episode_ends", "meta"})
+        except BaseException:
+            settle()
+            raise
         self._ends, self._expected = np.concatenate([self._ends, ends]), expected
         self._kept = np.ones(len(self._ends), bool)
 
@@ -574,7 +579,7 @@ class EpisodeStore:
     def raw_array(self, path: str) -> zarr.Array:
         """An array as zarr opens it, its contents not yet trusted; raises StoreError."""
         folder, _, name = path.partition("/")
-        with self._foreign(path):
+        with self._foreign(path, " cannot be opened:"):
             array = self.group[path] if NAME.fullmatch(name) and path in self.group else None
         if not isinstance(array, zarr.Array):
             if name in self.names(folder):

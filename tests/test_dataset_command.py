@@ -14,7 +14,7 @@ from diffusion_policy import checkpoint
 from diffusion_policy.cli import main
 from diffusion_policy.commands.collect import Collect
 from diffusion_policy.commands.common import parse_angles
-from diffusion_policy.commands.dataset import Inspect, Validate
+from diffusion_policy.commands.dataset import Inspect, Merge, Validate
 from diffusion_policy.commands.replay import Replay
 from diffusion_policy.commands.rollout import Rollout
 from diffusion_policy.commands.train import Train
@@ -113,12 +113,12 @@ def test_repair_drops_the_tail_and_says_so(demonstrations: Path, tmp_path: Path,
     before = files_of(path)
     zarr.open_group(path, mode="r+")["data/state"].resize((30, 2))
     said = run(capsys, "dataset", "inspect", path)[2]
-    assert "has 10 rows beyond its last complete episode" in " ".join(said.split())
+    assert "10 rows beyond its last complete episode are not read" in " ".join(said.split())
     status, _, err = run(capsys, "dataset", "repair", path)
     assert status == 0
     assert "data/state: dropped 10 uncommitted rows" in err
     assert files_of(path) == before
-    assert "nothing to drop" in run(capsys, "dataset", "repair", path)[2]
+    assert "nothing to mend" in run(capsys, "dataset", "repair", path)[2]
 
 
 @pytest.mark.parametrize("plane", [(), ("--plane", "state:2,3")])
@@ -195,7 +195,7 @@ def test_a_full_disk_in_a_collection_keeps_what_is_committed(tmp_path: Path, cap
 def test_keys_and_angles_are_chosen_on_the_command_line(tmp_path: Path, capsys) -> None:
     path = push_t_like(tmp_path / "p.zarr", key="target")
     assert (
-        "has no action key 'action'; it has n_contacts, state, target; choose one with --action"
+        "has no action key 'action'; it has n_contacts, state, target; choose with --action"
         in run(capsys, "train", "--dataset", path, "--output", tmp_path / "run")[2]
     )
     choice = {"observation": ("state",), "action": "target", "angles": ("state:4",)}
@@ -204,7 +204,6 @@ def test_keys_and_angles_are_chosen_on_the_command_line(tmp_path: Path, capsys) 
     assert loaded.policy.shapes.angles == {"state": (4,)}
     assert loaded.policy.encoder.cond_dim == 2 * 6
     assert loaded.dataset.action_key == "target"
-    assert loaded.dataset.statistics["action"]["rows"] < 400
     state = torch.zeros(1, 2, 5)
     turned = state + torch.tensor([0, 0, 0, 0, 2 * torch.pi])
     torch.testing.assert_close(loaded.policy.encode({"state": state}), loaded.policy.encode({"state": turned}))
@@ -308,6 +307,74 @@ def test_options_of_a_checkpoint_bring_its_keys_and_angles(tmp_path: Path) -> No
     first, second = (checkpoint.load(tmp_path / name) for name in ("a", "b"))
     assert second.policy.shapes == first.policy.shapes
     assert second.dataset == first.dataset
+
+
+def in_parts(path: Path) -> Path:
+    """A store of others: actions in two arrays, a sensor that was unplugged, pictures that no one here can unpack."""
+    push_t_like(path, key="pos")
+    group = zarr.open_group(path, mode="r+")
+    group.create_array("data/yaw", data=np.linspace(-3, 3, 400))
+    group.create_array("data/force", data=np.full((400, 6), np.nan))
+    (path / "data/rgb").mkdir()
+    (path / "data/rgb/.zarray").write_text(
+        '{"zarr_format": 2, "shape": [400, 4], "chunks": [1, 4], "dtype": "|u1", "fill_value": 0, "order": "C", '
+        '"filters": null, "compressor": {"id": "imagecodecs_jpegxl"}}'
+    )
+    return path
+
+
+def test_what_nobody_needs_and_nobody_can_read_is_left_out_and_said(tmp_path: Path, capsys) -> None:
+    path = in_parts(tmp_path / "p.zarr")
+    status, out, err = run(capsys, "dataset", "inspect", path)
+    assert status == 0
+    assert "observation: n_contacts, pos, state, yaw" in out
+    err = " ".join(err.split())
+    assert "data/force is left out: it has NaN or infinity in 400 rows" in err
+    assert err.count("data/rgb is left out") == 1
+    found = json.loads(run(capsys, "dataset", "inspect", path, "--json")[1])
+    assert found["left_out"].keys() == {"force", "rgb"}
+    status, _, err = run(capsys, "train", "--dataset", path, "--output", tmp_path / "x", "--action", "rgb")
+    assert (status, "data/rgb cannot be used: it cannot be opened: codec not available" in err) == (2, True)
+    plots = tmp_path / "plots"
+    status, _, err = run(capsys, "dataset", "plot", path, "--output", plots, "--action", "pos", "yaw")
+    assert status == 0, err
+    assert len(list(plots.iterdir())) == 3
+
+
+def test_actions_of_several_arrays_are_learned_side_by_side(tmp_path: Path, capsys) -> None:
+    path = in_parts(tmp_path / "p.zarr")
+    chosen = ("--dataset", path, "--observation", "state", "--action", "pos", "yaw")
+    tiny = ("--widths", 16, 32, "--level-dim", 16, "--levels", 10, "--steps", 2, "--batch-size", 16, "--device", "cpu")
+    status, _, err = run(capsys, "train", *chosen, *tiny, "--output", tmp_path / "a", "--angles", "yaw:0", "state:4")
+    assert status == 0, err
+    loaded = checkpoint.load(tmp_path / "a")
+    assert loaded.dataset.action_key == "pos+yaw"
+    assert loaded.policy.shapes.action == (3,)
+    assert loaded.policy.shapes.angles == {"action": (2,), "state": (4,)}
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["action"] == "pos+yaw"
+    assert run(capsys, "train", "--resume", tmp_path / "a")[0] == 0
+    config = checkpoint.steps_of(tmp_path / "a")[-1] / "config.json"
+    assert run(capsys, "train", "--dataset", path, "--output", tmp_path / "b", "--config", config)[0] == 0
+    second = checkpoint.load(tmp_path / "b")
+    assert (second.policy.shapes, second.dataset) == (loaded.policy.shapes, loaded.dataset)
+    looked = ("doctor", "--checkpoint", tmp_path / "a", "--overfit-steps", 0, "--sampling-steps", 4, "--device", "cpu")
+    for data in ((), ("--dataset", path)):
+        assert "400 steps of state, action" in run(capsys, *looked, *data)[2]
+    for wrong, said in (
+        (("--action", "pos", "pose"), "has no action key 'pose'; it has "),
+        (("--angles", "yaw:1"), "angles must name columns of a key; yaw has 1, got 1"),
+    ):
+        status, _, err = run(capsys, "train", *chosen, *tiny, "--output", tmp_path / "c", *wrong)
+        assert (status, said in err) == (2, True), err
+
+
+def test_a_collection_and_recorded_rollouts_are_merged(demonstrations: Path, run_folder: Path, tmp_path: Path) -> None:
+    sampling = SampleConfig(sampling_steps=4)
+    Rollout(run_folder, episodes=1, record=tmp_path / "b.zarr", sampling=sampling, workers=1, device="cpu").run()
+    assert Merge((str(demonstrations), str(tmp_path / "b.zarr")), tmp_path / "all.zarr").run() == 13
+    store = EpisodeStore.open(tmp_path / "all.zarr")
+    assert store.seeds()[-1] == 100_000
+    assert Validate(str(tmp_path / "all.zarr")).run() == []
 
 
 def test_a_copy_can_declare_keys_and_angles(tmp_path: Path, capsys) -> None:

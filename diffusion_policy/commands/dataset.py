@@ -277,6 +277,7 @@ class Plot:
     def _plane(self, store: EpisodeStore) -> tuple[list[PlanePath], Scene | None, tuple[str, str]] | None:
         """Episodes as paths in a plane, what stands in it, and what its axes are; None without two columns."""
         from diffusion_policy.commands.pictures import choose_drawn
+        from diffusion_policy.datasets.store import StoreError
         from diffusion_policy.drawing import PlanePath
 
         drawn = choose_drawn(store)
@@ -285,15 +286,19 @@ class Plot:
             episodes = store.episodes(drawn, store.observation_keys)
             paths = [PlanePath(e.mode, e.success is not False, task.path(e.data)) for e in episodes]
             return paths, task.scene, (f"x [{task.scene.unit}]", f"y [{task.scene.unit}]")
-        found = self._columns(store)
-        if found is None:
-            return None
-        key, columns = found
-        paths = [
-            PlanePath(e.mode, e.success is not False, e.data[key].reshape(len(e.data[key]), -1)[:, columns])
-            for e in store.episodes(drawn, [key])
-        ]
-        return paths, None, (f"{key}[{columns[0]}]", f"{key}[{columns[1]}]")
+        for key, columns in self._columns(store):
+            try:
+                paths = [
+                    PlanePath(e.mode, e.success is not False, e.data[key].reshape(len(e.data[key]), -1)[:, columns])
+                    for e in store.episodes(drawn, [key])
+                ]
+            except StoreError as error:
+                if self.plane is not None:
+                    raise
+                console.print(str(error))
+            else:
+                return paths, None, (f"{key}[{columns[0]}]", f"{key}[{columns[1]}]")
+        return None
 
     def _task(self, store: EpisodeStore) -> Drawable | None:
         """The environment that the store names, where it is here and says how its paths are drawn."""
@@ -305,19 +310,19 @@ class Plot:
             return None
         return None if recorded.get("wrappers") else as_drawable(envs.make(recorded["id"], **recorded["arguments"]))
 
-    def _columns(self, store: EpisodeStore) -> tuple[str, list[int]] | None:
-        """Key and two of its columns to draw; raises ConfigError for others than there are."""
+    def _columns(self, store: EpisodeStore) -> list[tuple[str, list[int]]]:
+        """Keys and two columns of each, of which the first that can be read is drawn; raises ConfigError for others
+        than there are."""
         sizes = {key: math.prod(store.shape(key)) for key in store.keys}
         if self.plane is None:
-            wide = [key for key in store.observation_keys if sizes.get(key, 0) >= 2]
-            return (wide[0], [0, 1]) if wide else None
+            return [(key, [0, 1]) for key in store.observation_keys if sizes.get(key, 0) >= 2]
         key, _, columns = self.plane.rpartition(":")
         chosen = [int(column) for column in columns.split(",") if column.isdigit()]
         if key not in sizes or len(chosen) != 2 or max(chosen) >= sizes[key]:
             known = ", ".join(f"{name} ({size})" for name, size in sizes.items())
             what = f"a key and two of its columns, as state:0,1, of {known}"
             raise ConfigError(f"--plane must be {what}; got {self.plane!r}")
-        return key, chosen
+        return [(key, chosen)]
 
 
 def inspect(store: EpisodeStore) -> dict[str, Any]:
