@@ -17,6 +17,7 @@ import pytest
 from diffusion_policy import checkpoint
 from diffusion_policy.cli import main
 from diffusion_policy.commands import runs
+from diffusion_policy.commands.collect import Collect
 from diffusion_policy.commands.common import Interrupted
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig
@@ -397,8 +398,26 @@ def test_what_cannot_be_measured_is_refused_before_training(demonstrations: Path
     with pytest.raises(ValueError, match="this policy must be told a mode"):
         replace(start, policy=replace(TINY, condition_on_mode=True)).run()
     best = replace(start.training, keep_best="action_error", validate_every=10)
-    with pytest.raises(ConfigError, match="a policy with condition-on-mode has no action error"):
+    with pytest.raises(ConfigError, match=r"a policy with condition-on-mode .*has no action error"):
         replace(start, policy=replace(TINY, condition_on_mode=True), training=best).run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_rollouts_on_seeds_of_demonstrations_are_refused_before_training(tmp_path: Path) -> None:
+    store = tmp_path / "s.zarr"
+    Collect(store, env_kwargs='{"rows": 1}', episodes=2, seed=200_003, workers=1).run()
+    start = train(store, tmp_path / "run", validation_share=0, rollout_every=10, rollout_episodes=4, keep_best=None)
+    with pytest.raises(ConfigError, match="take the seeds 200000 to 200003, of which 1 are demonstrations' of"):
+        start.run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_rollouts_in_another_environment_than_the_policys_are_refused_before_training(
+    demonstrations: Path, tmp_path: Path
+) -> None:
+    start = train(demonstrations, tmp_path / "run", rollout_every=10)
+    with pytest.raises(ConfigError, match=r"observes .* offers"):
+        replace(start, env="diffusion_policy/BlockPush-v0").run()
     assert not (tmp_path / "run").exists()
 
 

@@ -168,10 +168,11 @@ def run_episodes(
                 successes += episode.success
                 bar.update(shown, completed=finished, note=f"{successes} successful")
 
-            policy = loaded.checkpoint.policy
+            policy, dtype = loaded.checkpoint.policy, loaded.env.action_space.dtype
+            options = {"sampling": sampling, "plan_batch": parallel, "delay_steps": delay_steps, "dtype": dtype}
             episodes = rollout(
                 loaded.make_env,
-                partial(Controller, policy, sampling=sampling, plan_batch=parallel, delay_steps=delay_steps),
+                partial(Controller, policy, **options),
                 seeds,
                 mode_of,
                 parallel,

@@ -17,8 +17,9 @@ from diffusion_policy.commands.common import (
     Keys,
     choose_angles,
     choose_keys,
-    choose_task,
     console,
+    is_same_id,
+    join_environment,
     open_store,
     recorded_location,
     refuse_modules,
@@ -146,7 +147,7 @@ class Train:
         policy = DiffusionPolicy.for_statistics(self.policy, summary.statistics, store.modes, angles).to(device)
         point = replace(sketch, policy=policy, dataset=replace(sketch.dataset, fingerprint=summary.fingerprint))
         checkpoint.require_savable(point)
-        roll_out = self._make_rollouts(store, policy) if settings.rollout_every else None
+        roll_out = self._make_rollouts(store, point) if settings.rollout_every else None
         modes = [store.modes, store.mode_indices().tolist()] if self.policy.condition_on_mode else []
         told = runs.to_options(self._completed(keys, angles), summary.fingerprint, modes)
         if self.resume:
@@ -225,26 +226,32 @@ class Train:
             console.print(f"going on from {folder}", soft_wrap=True)
             return
 
-    def _make_rollouts(self, store: EpisodeStore, policy: DiffusionPolicy) -> Callable[[DiffusionPolicy], float | None]:
+    def _make_rollouts(self, store: EpisodeStore, point: Checkpoint) -> Callable[[DiffusionPolicy], float | None]:
         """Measures the success rate of a policy on a few seeds, None where the simulator fails; raises ValueError where
-        there is no environment, and for a policy that cannot act without being told a mode."""
+        there is no environment, or another than the policy's, where the demonstrations have these seeds, and for a
+        policy that cannot act without being told a mode."""
         from functools import partial
+
+        import numpy as np
 
         from diffusion_policy.controller import Controller
         from diffusion_policy.rollout import RolloutError, rollout
         from diffusion_policy.trainer import quick_sampling
 
-        task, _ = choose_task(
-            self.dataset, store.attributes.get("environment", {}), self.env, self.env_kwargs, Signals()
-        )
+        sampling = quick_sampling(point.policy)
+        joined = join_environment(self.dataset, point, self.env, self.env_kwargs, sampling, Signals())
         seeds = range(FIRST_ROLLOUT_SEED, FIRST_ROLLOUT_SEED + self.training.rollout_episodes)
-        mode_of = task().get_wrapper_attr("mode")
-        sampling = quick_sampling(policy)
-        policy.require(sampling)
+        shown = np.intersect1d(store.seeds(), seeds)
+        if len(shown) and is_same_id(joined.env_id, point.environment.id):
+            raise ConfigError(
+                f"rollouts in training take the seeds {seeds[0]} to {seeds[-1]}, of which {len(shown)} are "
+                f"demonstrations' of {self.dataset}, first {shown[0]}; fewer --rollout-episodes, or --rollout-every 0"
+            )
 
         def success_rate(policy: DiffusionPolicy) -> float | None:
+            make_controller = partial(Controller, policy, sampling=sampling, dtype=joined.env.action_space.dtype)
             try:
-                episodes = rollout(task, partial(Controller, policy, sampling=sampling), seeds, mode_of)
+                episodes = rollout(joined.make_env, make_controller, seeds, lambda _: None)
             except RolloutError as error:
                 console.print(f"no rollouts at this step: {error}", soft_wrap=True)
                 return None
