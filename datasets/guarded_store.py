@@ -167,7 +167,7 @@ class GuardedStore(WrapperStore[Any]):
         store = self._store
         if isinstance(store, LocalStore):
             try:
-                return await asyncio.to_thread(_read_local, store.root / key, byte_range, most_bytes)
+                return await asyncio.to_thread(_read_local, store.root, key, byte_range, most_bytes)
             except FileError as error:  # the store is named where this is said
                 raise ValueError(str(error).replace(f"{store.root / key}", key)) from error
         if isinstance(store, ZipStore):
@@ -235,16 +235,27 @@ def _cut(byte_range: ByteRequest | None, size: int) -> tuple[int, int]:
     return 0, size
 
 
-def _read_local(path: Path, byte_range: ByteRequest | None, most_bytes: int) -> bytes | None:
+def _read_local(root: Path, key: str, byte_range: ByteRequest | None, most_bytes: int) -> bytes | None:
     """A regular file. What is none, or a link that leads nowhere, is not taken for a file that is missing."""
+    path = root / key
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
+        if path.name not in METADATA:
+            _refuse_irregular_folder(root, path.parent)
         return None
     with open_regular(path, most_bytes) as file:
         start, length = _cut(byte_range, os.fstat(file.fileno()).st_size)
         file.seek(start)
         return file.read(length)
+
+
+def _refuse_irregular_folder(root: Path, folder: Path) -> None:
+    """Raise ValueError where something else lies in the place of a folder, or of one above it."""
+    while folder != root and not folder.is_dir():
+        if os.path.lexists(folder):
+            raise ValueError(f"{folder.relative_to(root)} is no folder")
+        folder = folder.parent
 
 
 def _walk(root: Path, prefix: str) -> Iterator[str]:
