@@ -3,6 +3,7 @@
 Knows zarr and files. Knows no episodes.
 """
 
+import asyncio
 import math
 import os
 import re
@@ -285,6 +286,17 @@ def say(error: Exception) -> str:
     """An error of a library, in one line."""
     text = " ".join(str(error).split())
     return text if isinstance(error, (ValueError, OSError)) and text else f"{type(error).__name__}: {text}"
+
+
+def settle() -> None:
+    """Wait until zarr has done or given up what it began: where one chunk cannot be written, it leaves the others under
+    way, and says so at length when the interpreter ends."""
+
+    async def wait() -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*others, return_exceptions=True)
+
+    sync(wait(), timeout=20)
 
 
 def remove(folder: Path) -> None:

@@ -39,8 +39,8 @@ from diffusion_policy.datasets.storage import (
     remove,
     row_bytes,
     say,
-    settle,
     say_names,
+    settle,
     unfinished_files,
 )
 from diffusion_policy.files import sync_folder
