@@ -19,8 +19,8 @@ from diffusion_policy.files import WRITING
 from diffusion_policy.lines import describe
 
 PLAN_COLOR = (0, 90, 200, 130)
-MOST_FILM_BYTES = 2**29
-"""Of the pictures of one film."""
+MOST_PICTURE_BYTES, MOST_FILM_BYTES = 2**26, 2**29
+"""Of one picture, and of all of one film."""
 
 Pixels = Callable[[np.ndarray], np.ndarray]
 """Paths (N, points, 2) in an environment's plane → the same in the columns and rows of its pictures."""
@@ -119,6 +119,8 @@ def check_picture(frame: Any) -> np.ndarray:
         raise VideoError(
             f"render() must give an array (height, width, 3) of uint8; got one of {frame.shape} and {frame.dtype}"
         )
+    if frame.nbytes > MOST_PICTURE_BYTES:
+        raise VideoError(f"a picture of {frame.shape[1]} x {frame.shape[0]} is too large for a film")
     return frame.copy()  # some environments draw into the same array again
 
 

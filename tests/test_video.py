@@ -1,3 +1,4 @@
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -5,7 +6,10 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 
-from diffusion_policy.video import Camera, Script, tile, write_video
+from diffusion_policy import video
+from diffusion_policy.envs.avoid import AvoidEnv
+from diffusion_policy.files import WRITING
+from diffusion_policy.video import Camera, Filmer, Script, VideoError, tile, write_video
 
 
 def film(length: int, shade: int) -> np.ndarray:
@@ -40,3 +44,58 @@ def test_a_video_has_the_frames_that_were_written(tmp_path: Path, name: str) -> 
 def test_other_endings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a video is written as .mp4 or .gif; got .*video.avi"):
         write_video(tmp_path / "video.avi", film(1, 0), 10)
+
+
+SHORT = Script(0, np.zeros((2, 2), np.float32))
+SIZES = iter(range(8, 100))
+GIVEN = [
+    (lambda _: None, "render() must give an array (height, width, 3) of uint8; got NoneType"),
+    (lambda _: [np.zeros((8, 8, 3), np.uint8)], "of uint8; got list"),
+    (lambda _: np.zeros((8, 8), np.uint8), "of uint8; got one of (8, 8) and uint8"),
+    (lambda _: np.zeros((0, 8, 3), np.uint8), "of uint8; got one of (0, 8, 3) and uint8"),
+    (lambda _: np.zeros((8, 8, 4), np.uint8), "of uint8; got one of (8, 8, 4) and uint8"),
+    (lambda _: np.zeros((8, 8, 3)), "of uint8; got one of (8, 8, 3) and float64"),
+    (lambda _: np.zeros((8, next(SIZES), 3), np.uint8), "render() must give pictures of one size; got (8, 8, 3) and"),
+    (lambda _: np.zeros((2, 10_000, 3), np.uint8), "a picture of 10000 x 2 is too large for a film"),
+    (lambda _: np.zeros((2, 6_000, 3), np.uint8), "3 pictures of 6000 x 2 are too many for one film"),
+    (lambda _: sys.exit("no display"), "SystemExit: no display"),
+    (lambda _: np.zeros((1, 1, 3), np.uint8), ""),
+]
+
+
+@pytest.mark.parametrize("render, reason", GIVEN, ids=[reason[-30:] for _, reason in GIVEN])
+def test_what_render_gives_is_a_film_or_a_reason(make_env: partial, monkeypatch, render, reason: str) -> None:
+    monkeypatch.setattr(AvoidEnv, "render", render)
+    monkeypatch.setattr(video, "MOST_PICTURE_BYTES", 50_000)
+    monkeypatch.setattr(video, "MOST_FILM_BYTES", 100_000)
+    said = Filmer(partial(make_env, disable_env_checker=True), 1, 30)(SHORT)
+    assert isinstance(said, str)
+    assert reason in said
+
+
+def test_a_picture_that_is_drawn_into_again_is_copied(make_env: partial, monkeypatch) -> None:
+    canvas = np.zeros((8, 8, 3), np.uint8)
+
+    def draw(_: AvoidEnv) -> np.ndarray:
+        canvas[:] += 50
+        return canvas
+
+    monkeypatch.setattr(AvoidEnv, "render", draw)
+    assert Camera(make_env)(SHORT)[:, 0, 0, 0].tolist() == [50, 100, 150]
+
+
+def test_films_of_different_sizes_are_no_tiles() -> None:
+    with pytest.raises(VideoError, match="one size"):
+        tile([film(2, 10), film(2, 10)[:, :16]], columns=2)
+
+
+def test_a_video_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    def fill(path: Path, *_: object, **__: object) -> None:
+        assert path.name.startswith(WRITING)
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(imageio, "mimwrite", fill)
+    with pytest.raises(OSError, match="No space"):
+        write_video(tmp_path / "a.mp4", film(2, 0), 10)
+    assert list(tmp_path.iterdir()) == []

@@ -206,11 +206,9 @@ def _training(run: Path, remarks: Remarks) -> list[dict[str, Any]]:
     """What the metrics file beside the checkpoint says of the losses; lines that say something else are passed over."""
 
     def read() -> list[dict[str, Any]]:
-        folders = run, checkpoint.find(run).parent
-        for path in (folder / "metrics.jsonl" for folder in folders):
-            if path.exists():
-                return parse_losses(read_bytes(path, MOST_METRICS_BYTES))
-        return []
+        path = run / "metrics.jsonl"
+        path = path if path.exists() else checkpoint.find(run).parent / path.name
+        return parse_losses(read_bytes(path, MOST_METRICS_BYTES)) if path.exists() else []
 
     return remarks.attempt("the losses of the training are not drawn", read, [])
 
