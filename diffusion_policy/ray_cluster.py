@@ -1,6 +1,7 @@
 """The engine `ray`: the same work as in local worker processes, on a Ray cluster. The only module that imports ray.
 
-Every machine of the cluster needs this package, in the same version.
+Every machine of the cluster needs this package, in the same version. A cluster that is started here listens on
+127.0.0.1 alone, where every user of this machine can reach it; that of RAY_ADDRESS as whoever started it has chosen.
 """
 
 import contextlib
@@ -22,7 +23,10 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
+from ray._private import ray_constants
 from ray.exceptions import RayError, RayTaskError
+
+from diffusion_policy.lines import describe, one_line
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -60,15 +64,28 @@ def _initialize(workers: int) -> None:
     try:
         if address and (place := re.fullmatch(r"([^/]+):(\d+)", address)):  # ray itself gives up after minutes
             socket.create_connection((place[1], int(place[2])), timeout=5).close()
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+        with contextlib.nullcontext() if address else _on_loopback():
+            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(str(error))
         raise ValueError(
             f"no Ray cluster {f'at RAY_ADDRESS={address}' if address else 'could be started'}: {reason}"
         ) from error
     finally:
         if in_main_thread and handler is not None:
             signal.signal(signal.SIGTERM, handler)  # ray puts its own in its place
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Ray's processes that are started within the context listen on 127.0.0.1 alone: its own way on macOS and Windows,
+    where it does not put them on all interfaces, as its option `_node_ip_address` cannot prevent."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def ordered_map(make_function: Callable[[], Callable[[T], R]], items: Iterable[T], workers: int) -> Generator[R]:
@@ -134,11 +151,12 @@ def each_alone(
             (done,), _ = ray.wait(list(running), num_returns=1)
             item = running.pop(done)
             try:
-                yield item, ray.get(done)
+                said = ray.get(done)
             except RayTaskError as error:
-                yield item, f"{type(error.cause).__name__}: {error.cause}"
+                said = describe(error.cause or error)
             except RayError:
-                yield item, "its worker process died"
+                said = "its worker process died"
+            yield item, said
 
 
 @ray.remote(num_cpus=1, max_restarts=0)
@@ -176,7 +194,7 @@ class RayWorker:
             answer, self.culprit = ray.get(self._keeper.answer.remote(hang_after))
         except RayError as error:  # such as a module that the other machine lacks
             self.culprit = None
-            return f"its worker on the Ray cluster died: {str(error).strip().splitlines()[-1].strip()}"
+            return f"its worker on the Ray cluster died: {one_line(str(error).strip().splitlines()[-1])}"
         return answer
 
     def end(self, patience: float) -> None:

@@ -40,7 +40,7 @@ OURS_ALLOWED = {
     "checkpoint_contents": {"checkpoint_files", "config", "files", "policy"},
     "checkpoint_files": {"config", "files"},
     "engines": {"lines", "ray_cluster", "spawned"},
-    "ray_cluster": set(),
+    "ray_cluster": {"lines"},
     "pool": {"engines", "lines", "ray_cluster", "spawned"},
     "spawned": {"lines"},
     "metrics": {"intervals"},

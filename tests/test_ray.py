@@ -1,5 +1,6 @@
 """The engine ray on a real cluster of two cores: the same results as in local workers, also when workers die."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -37,6 +38,31 @@ def cluster() -> Iterator[None]:
     """What the program connects to before stays connected, so all tests share it."""
     with engines.cluster("ray", 2):
         yield
+
+
+def listening() -> set[str]:
+    """Addresses, as Linux writes them, on which this process and those of Ray listen."""
+    sockets = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":
+                sockets[f"socket:[{fields[9]}]"] = fields[1].partition(":")[0]
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (process / "cmdline").read_text().lower()
+            if process.name == str(os.getpid()) or "ray::" in command or "/ray/" in command:
+                found |= {sockets[link] for fd in (process / "fd").iterdir() if (link := os.readlink(fd)) in sockets}
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="what listens cannot be read here")
+def test_a_cluster_that_is_started_here_listens_on_this_machine_alone() -> None:
+    assert list(ordered_map(make_square, range(3), 2, "ray")) == [0, 1, 4]  # its workers listen, too
+    loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+    assert listening()
+    assert listening() <= loopback
 
 
 def square(x: int) -> int:
