@@ -169,7 +169,7 @@ class Adapter(gymnasium.Wrapper):
         that fails."""
         inner = self._inner_action
         row = action_row(self.action_space, action, self._name)  # pyright: ignore[reportArgumentType]
-        given = np.clip(row.astype(inner.dtype).reshape(inner.shape), inner.low, inner.high)
+        given = np.asarray(np.clip(row.astype(inner.dtype).reshape(inner.shape), inner.low, inner.high))
         observation, reward, terminated, truncated, info = self.env.step(given)
         reward = to_number(reward, f"{self._name} gives the reward")
         self._return += reward

@@ -9,6 +9,7 @@ Knows Gymnasium's wrappers. Whoever makes one has made sure that the user named 
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,7 +96,9 @@ def wrap(env: gymnasium.Env, wrapped: Wrapped) -> gymnasium.Env:
         if name is None:
             return load(str(point))(env, **_revive(kwargs))
         _check_sizes(name, kwargs)
-        return getattr(gymnasium.wrappers, name)(env, **_revive(kwargs))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of precision, which was said when the user put it on
+            return getattr(gymnasium.wrappers, name)(env, **_revive(kwargs))
     except TaskError:
         raise
     except Exception as error:
