@@ -32,7 +32,7 @@ class Controller:
         sampling: SampleConfig | None = None,
         plan_batch: int | None = None,
         delay_steps: int = 0,
-        dtype: np.typing.DTypeLike = np.float32,
+        dtype: np.dtype | type | None = np.float32,
     ) -> None:
         """`environments`: B; `plan_batch`: observations in one planning call, by default B; `dtype`: type of the
         actions, such as that of an environment's action space. Raises ValueError for a delay that the predicted

@@ -25,6 +25,8 @@ OVERFIT_LOSS = 0.02
 """A healthy network comes below this on 32 windows in 2000 steps."""
 LEVELS_SHOWN = 8
 """Levels at which a trained policy is looked at."""
+BOUND_LEVELS = 1000
+"""The variational bound is taken over at most so many levels, evenly from all."""
 
 
 @dataclass(frozen=True)
@@ -369,19 +371,22 @@ def check_bound(policy: DiffusionPolicy, batch: Batch, seed: int) -> Check:
     """The variational bound on -log p of the normalized sequences given their observations: a figure to compare
     policies on the same data with, lower is better."""
     schedule = policy.diffusion.schedule
-    levels = list(range(len(schedule) - 1 - schedule.ends_silent, -1, -1))
+    highest = len(schedule) - 1 - schedule.ends_silent
+    levels = np.linspace(highest, 0, min(highest + 1, BOUND_LEVELS)).round().astype(int).tolist()
     x0 = policy.normalizer.normalize("action", batch.actions).cpu().double()
-    noise = torch.randn((len(levels), *x0.shape), generator=derive_generator("doctor bound", seed), dtype=torch.float64)
+    generator = derive_generator("doctor bound", seed)
+    noise = (torch.randn(x0.shape, generator=generator, dtype=torch.float64) for _ in levels)
     network = policy.diffusion.denoiser(policy.network, policy.encode(batch.observations, batch.modes))
 
     def denoise(xt: Tensor, level: int) -> Tensor:
         return network(xt.float().to(policy.device), level).cpu().double()
 
     bound = variational_bound(denoise, x0, schedule, levels, noise)
+    over = f", over {len(levels)} of {highest + 1} levels" if len(levels) <= highest else ""
     bits, nats = float(bound.bits_per_dimension.mean()), float(bound.nats.mean())
     return judge(
         "likelihood is finite",
-        f"variational bound {bits:.3f} bits per dimension, {nats:.1f} nats a sequence",
+        f"variational bound {bits:.3f} bits per dimension, {nats:.1f} nats a sequence{over}",
         "the policy predicts NaN or infinity; train again with a lower learning rate",
         passes=bool(np.isfinite(bits)),
     )

@@ -1,6 +1,7 @@
 """What a denoiser says of data: the variational bound on −log p(x0), in nats and bits per dimension, and the score."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -33,12 +34,14 @@ class Bound:
         return self.nats / (self.dimensions * math.log(2))
 
 
-def variational_bound(denoise: Denoise, x0: Tensor, schedule: Schedule, levels: Levels, noise: Tensor) -> Bound:
+def variational_bound(
+    denoise: Denoise, x0: Tensor, schedule: Schedule, levels: Levels, noise: Iterable[Tensor]
+) -> Bound:
     """The bound of the sampler `ddpm` with the posterior variance on these levels (Ho et al. 2020, eq. 5).
 
-    `noise` (len(levels), *x0.shape), drawn beforehand, one draw for each term. Both Gaussians of a term have the same
-    variance, so a term is ½ (SNR_next − SNR) |x0 − denoised|² (Kingma et al. 2021, arXiv 2107.00630, eq. 14). The last
-    step's posterior has no variance; it takes (sigma / alpha)², the width of x0 in q(xt | x0).
+    `noise`: one draw of x0's shape for each term, which may be drawn one after the other. Both Gaussians of a term have
+    the same variance, so a term is ½ (SNR_next − SNR) |x0 − denoised|² (Kingma et al. 2021, arXiv 2107.00630, eq. 14).
+    The last step's posterior has no variance; it takes (sigma / alpha)², the width of x0 in q(xt | x0).
     """
     alpha, sigma = schedule.alpha[list(levels)], schedule.sigma[list(levels)]  # (levels,)
     snr = (alpha / sigma) ** 2
@@ -48,8 +51,8 @@ def variational_bound(denoise: Denoise, x0: Tensor, schedule: Schedule, levels: 
         return x.square().flatten(1).sum(dim=1)  # (B,)
 
     terms = []
-    for i, level in enumerate(levels):
-        error = squares(x0 - denoise(alpha[i] * x0 + sigma[i] * noise[i], level))
+    for i, (level, eps) in enumerate(zip(levels, noise, strict=True)):
+        error = squares(x0 - denoise(alpha[i] * x0 + sigma[i] * eps, level))
         if i < len(levels) - 1:
             terms.append((snr[i + 1] - snr[i]) / 2 * error)
         else:

@@ -11,6 +11,7 @@ The predicted sequence starts at the first observed step, so what is executed is
 Knows no simulator and no file.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -31,6 +32,9 @@ from diffusion_policy.prediction import PREDICTIONS
 from diffusion_policy.samplers import SAMPLERS, Denoise, Levels, Sampler, ddim
 from diffusion_policy.schedules import make_schedule
 from diffusion_policy.streams import derive_entropy
+
+MOST_DRAWN = 2**28
+"""Numbers of noise for one batch of plans: 1 GB."""
 
 
 class Shapes(NamedTuple):
@@ -178,6 +182,11 @@ class DiffusionPolicy(nn.Module):
                 raise ValueError(f"the observation {key} holds NaN or infinity")
         draws = count_draws(sampler, levels, config.corrector_steps)
         shape = (draws, num_samples, self.config.prediction_horizon, *self.normalizer.shapes["action"])
+        if len(generators) * math.prod(shape) > MOST_DRAWN:
+            raise ValueError(
+                f"sampling needs {len(generators)} x {draws} draws of noise of {math.prod(shape[1:])} numbers, at most "
+                f"{MOST_DRAWN} numbers are drawn at once; fewer samples, steps or corrector steps"
+            )
         rows = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         noise = rearrange(rows, "b draws n t a -> draws (b n) t a").to(self.device)
         mode = -1 if config.mode is None else self.modes.index(config.mode)

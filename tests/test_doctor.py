@@ -215,6 +215,23 @@ def test_nan_fails_every_check_of_a_policy(batch: Batch) -> None:
         assert check.status == "fail", check
 
 
+def test_the_bound_of_very_many_levels_is_taken_over_some_of_them(batch: Batch, monkeypatch) -> None:
+    monkeypatch.setattr(doctor, "BOUND_LEVELS", 7)
+    seen = []
+    right = oracle(batch)
+    policy = policy_that_says(lambda cond, xt, level: seen.append(level) or right(cond, xt, level))
+    check = doctor.check_bound(policy, batch, 0)
+    assert check.status == "pass"
+    assert check.figure.endswith("over 7 of 20 levels")
+    assert seen == [19, 16, 13, 10, 6, 3, 0]
+
+
+def test_no_more_than_a_thousand_levels_are_looked_at(batch: Batch) -> None:
+    policy = policy_that_says(oracle(batch), replace(CONFIG, levels=100_000))
+    few = Batch({key: rows[:2] for key, rows in batch.observations.items()}, batch.actions[:2])
+    assert "over 1000 of 100000 levels" in doctor.check_bound(policy, few, 0).figure
+
+
 def test_overfitting_needs_a_network_that_learns() -> None:
     windows = Windows(walk(), ENDS, range(3), 2, 16)
     torch.manual_seed(0)
@@ -278,6 +295,18 @@ def test_a_checkpoint_whose_data_has_gone_is_still_looked_at(run: Path, tmp_path
     assert report["dataset"] is None
     assert "warn" in {check["status"] for check in report["checks"]}
     assert "name one with --dataset" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_url_that_only_the_checkpoint_names_is_not_opened(run: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (path,) = (tmp_path / "run").glob("step-*/config.json")
+    config = json.loads(path.read_text())
+    config["dataset"]["location"] = "http://127.0.0.1:1/s.zarr"
+    path.write_text(json.dumps(config))
+    assert main(["doctor", "--checkpoint", str(tmp_path / "run"), "--sampling-steps", "4"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "warn data set is there: the checkpoint names its data set by the URL" in said
+    assert "refused" not in said
 
 
 def test_data_that_does_not_fit_the_checkpoint_is_refused(run: Path, tmp_path: Path, capsys) -> None:

@@ -204,6 +204,14 @@ def test_nothing_that_was_demonstrated_is_cut_off_by_default(normalization: str,
         assert torch.equal(x0, beyond.clamp(-1, 1) if clipped else beyond)
 
 
+def test_sampling_that_would_fill_the_memory_is_refused_at_once() -> None:
+    policy = new_policy(replace(CONFIG, levels=100_000))
+    with pytest.raises(ValueError, match=r"needs 1 x 100000001 draws of noise of 32 numbers, at most 268435456"):
+        policy.sample(
+            observe(1), [planning_generator(0)], config=SampleConfig(sampling_steps=100_000, corrector_steps=1000)
+        )
+
+
 def test_training_on_modes_needs_modes() -> None:
     with pytest.raises(ValueError, match="trained with the modes of its windows; got none"):
         new_policy(STEERABLE).loss(observe(2), torch.zeros(2, 16, 2), torch.Generator())

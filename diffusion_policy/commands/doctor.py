@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -20,6 +21,7 @@ from diffusion_policy.commands.common import (
     choose_angles,
     choose_keys,
     console,
+    open_recorded,
     open_store,
     progress_bar,
     require_fresh,
@@ -41,7 +43,9 @@ PROBED = 512
 """Windows that a trained policy is looked at with."""
 PLANNED = 64
 """Windows that plans are sampled for."""
-MEMORY_BYTES = 1e9
+PROBED_NUMBERS = 2**26
+"""... but fewer where the network would hold more numbers than these at a time."""
+MEMORY_BYTES = 3e8
 """Of a larger data set only the first episodes are looked at."""
 READABLE = "data is readable and finite"
 COLORS = {"pass": "green", "warn": "yellow", "fail": "red"}
@@ -160,15 +164,17 @@ class Doctor:
             yield doctor.check_last_level(schedule)
             return
         yield doctor.Check(READABLE, "pass", f"{len(data['action'])} steps of {', '.join(data)}, no NaN, no infinity")
-        torch.manual_seed(self.seed)
         statistics = {key: measure(data[name])._replace(dtype=store.dtype(key)) for key, name in keys.names.items()}
-        untrained = DiffusionPolicy.for_statistics(
-            dataclasses.replace(config, snr_gamma=0.0, condition_dropout=0.0),
-            {keys.names[key]: found for key, found in statistics.items()},
-            loaded.policy.modes if loaded else store.modes,
-            loaded.policy.shapes.angles if loaded else choose_angles(store, self.angles, keys),
-        ).to(device)
-        policy = loaded.policy if loaded else untrained
+        modes = loaded.policy.modes if loaded else store.modes
+        angles = loaded.policy.shapes.angles if loaded else choose_angles(store, self.angles, keys)
+
+        def make_untrained() -> DiffusionPolicy:
+            torch.manual_seed(self.seed)
+            named = {keys.names[key]: found for key, found in statistics.items()}
+            plain = dataclasses.replace(config, snr_gamma=0.0, condition_dropout=0.0)
+            return DiffusionPolicy.for_statistics(plain, named, modes, angles).to(device)
+
+        policy = loaded.policy if loaded else make_untrained()
         yield doctor.check_constant({f"data/{key}": s for key, s in statistics.items()}, config.normalization)
         yield from self._check_data(policy, data, ends)
         windows = _windows(policy, store, data, ends)
@@ -185,7 +191,11 @@ class Doctor:
             with progress_bar("steps") as bar:
                 task = bar.add_task("overfitting", total=self.overfit_steps, note="")
                 check = doctor.check_overfit(
-                    untrained, windows, self.overfit_steps, self.seed, lambda step: bar.update(task, completed=step)
+                    make_untrained() if loaded else policy,
+                    windows,
+                    self.overfit_steps,
+                    self.seed,
+                    lambda step: bar.update(task, completed=step),
                 )
             yield check
 
@@ -224,11 +234,11 @@ class Doctor:
         assert loaded is not None
         keys = Keys(tuple(loaded.policy.shapes.observations), loaded.dataset.action_key)
         try:
-            store = open_store(loaded.dataset.location)
+            store = open_recorded("the checkpoint", loaded.dataset.location)
             if store.fingerprint(*keys) == loaded.dataset.fingerprint:
                 return store, keys, []
             found = f"{loaded.dataset.location} is no longer what the policy was trained on"
-        except (StoreError, OSError) as error:
+        except (StoreError, OSError, ConfigError) as error:  # ConfigError: a URL is not opened
             found = str(error)
         return None, keys, [Check("data set is there", "warn", found, "name one with --dataset for all checks")]
 
@@ -240,7 +250,8 @@ class Doctor:
         from diffusion_policy.policy import derive_generator
 
         order = torch.randperm(len(windows), generator=derive_generator("doctor windows", self.seed))
-        batch, few = windows.gather(order[:PROBED]), windows.gather(order[:PLANNED])
+        probed = min(PROBED, max(2, PROBED_NUMBERS // _numbers_held(policy)))
+        batch, few = windows.gather(order[:probed]), windows.gather(order[: min(PLANNED, probed)])
         probes = doctor.probe(policy, batch, self.seed)
         yield doctor.check_noise_scale(probes)
         yield doctor.check_one_step(probes)
@@ -248,6 +259,15 @@ class Doctor:
         yield doctor.check_copying(policy, batch, self.seed)
         yield doctor.check_bound(policy, batch, self.seed)
         yield doctor.check_jumps(policy, few, jumps, self.sampling, self.seed)
+
+
+def _numbers_held(policy: DiffusionPolicy) -> int:
+    """About as many numbers as a window takes while the network looks at it."""
+    config, shapes = policy.config, policy.shapes
+    observed = sum(math.prod(shape) for shape in shapes.observations.values())
+    return config.observation_horizon * observed + config.prediction_horizon * (
+        shapes.action[0] + 4 * max(config.widths)
+    )
 
 
 def _windows(
