@@ -344,7 +344,7 @@ def _choose(
     if not observed:
         why = "; ".join(f"{name}: {useless[name]}" for name in contents.observation_keys if name in useless)
         hint = f"name some with --observation of: {_list({*names} - {*done})}"
-        raise StoreError(f"there is nothing to observe{f' ({why})' if why else ''}; {hint}")
+        raise StoreError("; ".join([f"there is nothing to observe{f' ({why})' if why else ''}", *contents.remarks, hint]))
     choice = _combine(names, observed, done, bool(observation), left_out, frozenset({*map(find, observation), *done}))
     chosen = _attributes(contents.attributes, choice, bool(observation or action))
     return Source(
