@@ -291,7 +291,7 @@ class EpisodeStore:
             episode = int(np.searchsorted(self.episode_ends, row, side="right"))
             raise StoreError(
                 f"{self.location}: data/{part} has NaN or infinity in {len(bad)} rows, first in episode {episode} "
-                f"(row {row}); name the keys to read, without it"
+                f"(row {row}); name the keys to read without it, or make a copy without it: dataset convert"
             )
         return rows if rows.ndim > 1 else rows[:, None]
 

@@ -130,7 +130,7 @@ def _check_array(store: EpisodeStore, key: str) -> Iterator[Finding]:
             )
             yield Finding(True, path, what, *place(first))
     written = store.checksums().get(key, np.empty(0)) if (np.diff(store.episode_ends, prepend=0) > 0).all() else ()
-    check, whole = RowChecksums(key, ends), np.ones(len(ends), bool)
+    check, whole, others = RowChecksums(key, ends), np.ones(len(ends), bool), []
     for first in range(0, rows, chunk_rows):
         stop = min(first + chunk_rows, rows)
         try:
@@ -147,7 +147,10 @@ def _check_array(store: EpisodeStore, key: str) -> Iterator[Finding]:
             whole[episode] = False
         for episode, value in check.add(found) if len(written) else ():
             if value != written[episode] and whole[episode]:
-                yield Finding(True, path, exchanged(episode), episode, int(ends[episode - 1]) if episode else 0)
+                others.append(episode)
+    if others:
+        what = exchanged(others[0]) + (f"; so of {len(others)} episodes" if len(others) > 1 else "")
+        yield Finding(True, path, what, others[0], int(ends[others[0] - 1]) if others[0] else 0)
 
 
 def _check_meta(store: EpisodeStore) -> Iterator[Finding]:
@@ -180,7 +183,11 @@ def _check_meta(store: EpisodeStore) -> Iterator[Finding]:
 
 def _check_checksums(store: EpisodeStore, known: Mapping[str, np.ndarray]) -> Iterator[Finding]:
     """Whether the checksums of episodes are there, and what is known of episodes is what was written."""
-    if store.attributes.get("format") != FORMAT or store.attributes.get("format_version", 1) == 1:
+    if store.attributes.get("format") != FORMAT:
+        return
+    if store.attributes.get("format_version", 1) == 1:
+        what = "format version 1 has no checksums of episodes, so exchanged files cannot be told; a copy has them"
+        yield Finding(False, CHECKSUMS, f"{what}: dataset convert")
         return
     checksums = store.checksums()
     if not checksums:
