@@ -158,3 +158,10 @@ def test_no_number_of_episodes_helps_where_no_difference_is_seen() -> None:
         assert words in result.sentence
         assert "no number of further episodes will tell them apart" in result.sentence
         assert (result.success_difference.low or 0) < 0 < (result.success_difference.high or 0)
+
+
+def test_scores_that_are_no_numbers_are_not_compared() -> None:
+    a, b = outcomes([1, 0], scores=[0.5, 0.5]), outcomes([1, 0], scores=[0.5, 0.5])
+    assert compare(a, b).score_difference is not None
+    a[0]["measures"]["score"] = None
+    assert compare(a, b).score_difference is None

@@ -2,12 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from diffusion_policy.cli import main
+from diffusion_policy.commands import study as study_module
 from diffusion_policy.commands.common import Interrupted
+from diffusion_policy.commands.episodes import RolledOut
 from diffusion_policy.commands.study import Study
+from diffusion_policy.figures import draw_study
+from diffusion_policy.metrics import Lost
+from diffusion_policy.rollout import RolloutError
 
 
 def test_the_study_measures_each_sampler_at_each_number_of_steps(run: Path, tmp_path: Path, capsys) -> None:
@@ -53,3 +59,46 @@ def test_impossible_steps_are_refused_at_once(run: Path, tmp_path: Path, capsys)
     assert main(["study", "speed", *arguments]) == 2
     assert "invalid choice" in capsys.readouterr().err
     assert not (tmp_path / "study").exists()
+
+
+def test_lost_episodes_are_counted_and_the_study_goes_on_where_all_are_lost(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    roll_out = study_module.run_episodes
+
+    def lose(loaded: Any, seeds: range, sampling: Any, *options: Any) -> RolledOut:
+        lost = [Lost(seed, 0, "RuntimeError: it fell [over]") for seed in seeds]
+        if sampling.sampling_steps == 1:
+            return RolledOut([], lost, [])
+        if sampling.sampling_steps == 2:
+            raise RolloutError("the first 3 episodes failed 2 times each: it fell")
+        return roll_out(loaded, seeds, sampling, *options)._replace(lost=lost[:1])
+
+    monkeypatch.setattr(study_module, "run_episodes", lose)
+    study = Study("samplers", run, tmp_path / "s [1]", samplers=("ddim",), steps=(1, 2, 3), episodes=1, workers=1)
+    results = study.run()
+    assert json.loads((study.output / "results.json").read_text()) == results
+    first, second, third = results["samplers"]["ddim"].values()
+    assert first == {"refused": "every episode failed: RuntimeError: it fell [over]", "lost": 1}
+    assert "the first 3 episodes failed" in second["refused"]
+    assert (third["lost"], third["errors"][0]["reason"]) == (1, "RuntimeError: it fell [over]")
+    said = capsys.readouterr().err
+    assert "not possible: every episode failed: RuntimeError: it fell [over]" in said
+    assert "episodes lost, by steps" in " ".join(said.split())
+    assert (study.output / "samplers.png").exists()
+
+
+def test_a_study_of_which_nothing_was_possible_has_a_picture() -> None:
+    draw_study({"samplers": {"ddim": {"1": {"refused": "no"}}, "heun": {}}}).canvas.draw()
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_results(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def fail(_: Any) -> None:
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("diffusion_policy.figures.draw_study", fail)
+    Study("samplers", run, tmp_path / "s", samplers=("ddim",), steps=(1,), episodes=1, workers=1).run()
+    assert "no picture: RuntimeError: no fonts" in capsys.readouterr().err
+    assert [each.name for each in (tmp_path / "s").iterdir()] == ["results.json"]

@@ -123,7 +123,7 @@ class Study:
         print_by_steps("mode entropy", cells, "mode_entropy", "{:.2f}")
         print_by_steps("milliseconds of one plan", cells, "milliseconds", "{:.0f}")
         if any(cell.get("lost") for of_sampler in cells.values() for cell in of_sampler.values()):
-            print_by_steps("episodes that could not be run, and count nowhere", cells, "lost", "{:.0f}")
+            print_by_steps("episodes lost", cells, "lost", "{:.0f}")
         remarks = Remarks()
         picture = self.output / "samplers.png"
         remarks.attempt("no picture", lambda: write_whole(picture, to_png(draw_study(results), 150)), None)
