@@ -94,7 +94,10 @@ def wrap(env: gymnasium.Env, wrapped: Wrapped) -> gymnasium.Env:
     name, kwargs = _ours_or_gymnasiums(point), wrapped.get("kwargs", {})
     try:
         if name is None:
-            return load(str(point))(env, **_revive(kwargs))
+            kind = load(str(point))
+            if not (isinstance(kind, type) and issubclass(kind, gymnasium.Wrapper)):
+                raise TaskError(f"{point} is no wrapper of environments, as {name_of_env(env)} was recorded under")
+            return kind(env, **_revive(kwargs))
         _check_sizes(name, kwargs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of precision, which was said when the user put it on

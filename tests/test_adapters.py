@@ -2,10 +2,11 @@
 
 import importlib
 import importlib.util
+import os
 import pickle
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Te
 from gymnasium.utils.env_checker import check_env
 
 from diffusion_policy.datasets.collect import disturb, disturbance_generator
-from diffusion_policy.envs.adapters import Adapter, Task, TaskError, load
+from diffusion_policy.envs.adapters import Adapter, Task, TaskError, capped_steps, load
 from diffusion_policy.envs.avoid import AvoidEnv
 from diffusion_policy.envs.examples import (
     MOUNTAIN_CAR_MODES,
@@ -207,6 +208,154 @@ def test_an_environment_without_seeds_is_refused() -> None:
 
     with pytest.raises(TaskError, match="Old takes no seed"):
         Adapter(Old())
+
+
+# What somebody else's environment does otherwise
+
+
+def test_a_reset_without_options_is_called_without_also_under_wrappers() -> None:
+    class Seeded(Fake):
+        def reset(self, seed: int | None = None) -> tuple[Any, dict]:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return Fake.reset(self, seed=seed)
+
+    wrapped = gymnasium.wrappers.TimeLimit(gymnasium.wrappers.OrderEnforcing(Seeded()), 5)
+    for env in (Seeded(), wrapped):
+        assert finish(Adapter(env, 0.0))[0] == [False, False, False]
+
+
+@pytest.mark.parametrize(
+    "reset, step, said",
+    [
+        (np.zeros(2), None, r"reset of Old gives a ndarray, as in old versions of gym; .*\(observation, info\)"),
+        ((np.zeros(2), 3), None, "reset of Old gives 2 values"),
+        (None, (np.zeros(2), 0.0, False, {}), "step of Old gives 4 values, as in old versions of gym; it must return"),
+        (None, (np.zeros(2), None, False, False, {}), "Old gives the reward None; it must be one number"),
+        (None, (np.zeros(2), [1.0, 2.0], False, False, {}), r"the reward \[1.0, 2.0\]; it must be one number"),
+        (None, (np.zeros(2), 0.0, np.zeros(2), False, {}), "the end of the episode as"),
+        (None, (np.zeros(3), 0.0, False, False, {}), r"observation as float64 of shape \(3,\); its observation space"),
+    ],
+)
+def test_answers_of_another_form_are_told_in_one_line_under_wrappers_too(reset: Any, step: Any, said: str) -> None:
+    class Old(Fake):
+        def reset(self, *, seed: int | None = None, options: dict | None = None) -> Any:
+            return super().reset(seed=seed) if reset is None else reset
+
+        def step(self, action: np.ndarray) -> Any:
+            return step
+
+    for env in (Old(), gymnasium.wrappers.TimeLimit(Old(), 5)):
+        with pytest.raises(TaskError, match=said) as error:
+            finish(Adapter(env))
+        assert "\n" not in str(error.value)
+        assert error.value.hopeless
+
+
+def test_numbers_come_as_arrays_and_infos_as_nothing() -> None:
+    class Arrays(Fake):
+        def step(self, action: np.ndarray) -> Any:
+            *_, done, _, _ = super().step(action)
+            return (
+                np.zeros(2),
+                np.array([2.0]),
+                np.array([done]),
+                np.False_,
+                {"success": np.array([done])} if done else None,
+            )
+
+    answers, info = finish(Adapter(Arrays()))
+    assert answers == [False, False, True]
+    assert info["measures"] == {"return": 4.0}
+
+
+@pytest.mark.parametrize("share", [0.3, np.array([0.5]), np.nan])
+def test_a_share_is_neither_success_nor_failure(share: Any) -> None:
+    with pytest.raises(TaskError, match=r"info\['success'\] = .*, which is neither true nor false"):
+        finish(Adapter(Fake(infos=({}, {"success": share}))))
+
+
+def test_measures_that_are_no_named_numbers_are_somebody_elses() -> None:
+    for measures in ([1, 2], {"a": "b"}, {1: 2.0}, "many"):
+        assert finish(Adapter(Fake(infos=({}, {"measures": measures})), 0.0))[1]["measures"] == {"return": -2.0}
+
+
+def test_close_may_fail() -> None:
+    class Closing(Fake):
+        def close(self) -> None:
+            raise RuntimeError("already closed")
+
+    Adapter(Closing()).close()
+
+
+def test_several_environments_are_not_one() -> None:
+    with pytest.raises(TaskError, match=r"SyncVectorEnv is several environments; give a single one: gymnasium.make"):
+        Adapter(gymnasium.make_vec("Pendulum-v1", 2))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TaskError, match=r"an environment is a gymnasium.Env; got builtins.int"):
+        Adapter(3)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture
+def register() -> Iterator[Callable[..., str]]:
+    """Registers environments for one test."""
+    names = []
+
+    def add(entry_point: Any, **options: Any) -> str:
+        names.append(f"Mine{len(names)}-v0")
+        gymnasium.register(names[-1], entry_point=entry_point, **options)
+        return names[-1]
+
+    yield add
+    for name in names:
+        gymnasium.registry.pop(name)
+
+
+def test_an_episode_without_an_end_ends(register: Callable[..., str]) -> None:
+    endless = register(lambda: Fake(infos=({},) * 3000))
+    for arguments, cap in (({}, 1000), ({"max_episode_steps": -1}, 1000), ({"max_episode_steps": 1500}, None)):
+        env = Task(endless, arguments, success="none")()
+        assert capped_steps(env) == cap
+        env.reset(seed=0)
+        steps = 1
+        while not env.step(np.zeros(2))[3]:
+            steps += 1
+        assert steps == (cap or 1500)
+    assert capped_steps(MOUNTAIN_CAR()) is None
+
+
+def test_a_picture_is_made_as_is_asked_whatever_stands_among_the_arguments() -> None:
+    task = Task("Pendulum-v1", {"render_mode": "rgb_array_list"}, "none")
+    assert task().render_mode == "rgb_array_list"
+    assert task(render_mode="rgb_array").render_mode == "rgb_array"
+
+
+@pytest.mark.parametrize(
+    "fails, said",
+    [
+        (RuntimeError("no GPU\nat all"), "could not be made: RuntimeError: no GPU at all"),
+        (SystemExit(3), "could not be made: SystemExit: 3"),
+        (KeyError("x"), "could not be made: KeyError: 'x'"),
+        (ImportError("No module named 'mujoco'"), "could not be made: ImportError: No module named 'mujoco'"),
+    ],
+)
+def test_constructors_that_print_and_fail_are_told_in_one_line(
+    fails: BaseException, said: str, register: Callable[..., str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    def make(**_: Any) -> gymnasium.Env:
+        os.write(1, b"hello from the simulator")
+        raise fails
+
+    with pytest.raises(ValueError, match=said) as error:
+        Task(register(make))()
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr().out == ""
+
+
+def test_a_checker_that_asserts_is_left_out(register: Callable[..., str]) -> None:
+    class Odd(Fake):
+        def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
+            return super().reset(seed=seed)[0].astype(np.float64), {}
+
+    env = Task(register(Odd, max_episode_steps=5), success="none")()
+    assert env.reset(seed=0)[0]["observation"].dtype == np.float32
 
 
 # Success

@@ -1,14 +1,22 @@
 """Other people's environments through the commands: collected, trained, evaluated, compared."""
 
+import contextlib
 import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import gymnasium
+import numpy as np
 import pytest
+from gymnasium.spaces import Box, Dict, Discrete, Tuple
+from gymnasium.wrappers import RescaleAction, TimeLimit
 
 from diffusion_policy.cli import main
 from diffusion_policy.commands.evaluate import Evaluate
+from diffusion_policy.config import SampleConfig
+from diffusion_policy.datasets.recorder import Recorder
 from diffusion_policy.datasets.store import EpisodeStore
 
 SMALL = ["--widths", "32", "64", "--level-dim", "32", "--batch-size", "64", "--learning-rate", "2e-3"]
@@ -101,10 +109,14 @@ def test_a_task_without_a_success_signal_says_how_to_give_one(
     assert "say what success is" in text
 
 
-def test_a_mode_function_that_raises_is_named(car: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("--checkpoint", car / "policy", "--output", tmp_path / "e", "--episodes", 2, "--workers", 1)
-    text = fails(capsys, "evaluate", *arguments, "--success", "none", "--mode-function", "json:loads")
-    assert "json:loads failed: TypeError" in text
+def test_a_mode_function_that_raises_is_named_and_costs_no_episode(
+    car: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("evaluate", "--checkpoint", car / "policy", "--output", tmp_path / "e", "--episodes", 1, "--workers", 1,
+        "--videos", 0, "--env-kwargs", '{"max_episode_steps": 20}', "--success", "none",
+        "--mode-function", "json:loads")  # fmt: skip
+    assert "json:loads failed: TypeError" in " ".join(capsys.readouterr().err.split())
+    assert len(json.loads((tmp_path / "e" / "results.json").read_text())["outcomes"]) == 1
 
 
 def test_without_any_success_the_entropy_is_undefined_and_said_so(
@@ -157,3 +169,78 @@ def test_panda_gym_is_collected_trained_and_evaluated(tmp_path: Path, capsys: py
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
     assert results["success_rate"]["value"] >= 0.5
     assert results["mode_base"] is None
+
+
+class Tangled(gymnasium.Env):
+    """Observes a number, a double and a gear; takes a matrix; has no reset options, and fails to close."""
+
+    observation_space = Dict(
+        {"arm": Tuple((Box(-9, 9, ()), Box(-1e7, 1e7, (2,), np.float64))), "gear/now": Discrete(3)}
+    )
+    action_space = Box(-2, 2, (2, 1))
+
+    def reset(self, seed: int | None = None) -> tuple[Any, dict]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().reset(seed=seed)
+        self.x = self.np_random.uniform(-1, 1)
+        self.lengths: list[float] = []
+        return self._observe(), {}
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+        assert action.shape == (2, 1)
+        self.lengths.append(float(np.abs(action).max()))
+        self.x += 0.1 * float(action[0, 0])
+        return self._observe(), -1.0, False, False, {"success": np.array([abs(self.x) < 1])}
+
+    def close(self) -> None:
+        raise RuntimeError("already closed")
+
+    def _observe(self) -> dict[str, Any]:
+        return {"arm": (np.float32(self.x), np.array([5.4e6 + self.x, 0])), "gear/now": np.int64(self.x > 0)}
+
+
+def test_what_is_recorded_under_wrappers_is_trained_on_and_acted_with_under_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gymnasium.register("Tangled-v0", entry_point=Tangled, disable_env_checker=True, order_enforce=False)
+    try:
+        env = RescaleAction(Tangled(), np.full((2, 1), -1, np.float32), np.full((2, 1), 1, np.float32))
+        env.unwrapped.spec = gymnasium.spec("Tangled-v0")
+        with contextlib.suppress(RuntimeError), Recorder(TimeLimit(env, 12), tmp_path / "t.zarr") as recorder:
+            for seed in range(4):
+                recorder.reset(seed=seed)
+                for step in range(12):
+                    recorder.step(np.full((2, 1), np.sin(step + seed), np.float32))
+        horizons = ("--observation-horizon", 1, "--prediction-horizon", 4, "--action-horizon", 2)
+        run("train", "--dataset", tmp_path / "t.zarr", "--output", tmp_path / "p", "--steps", 2, "--widths", 16, 32,
+            "--batch-size", 8, "--device", "cpu", *horizons)  # fmt: skip
+        results = Evaluate(
+            tmp_path / "p", tmp_path / "e", episodes=2, workers=1, videos=0, sampling=SampleConfig(sampling_steps=1)
+        ).run()
+        assert [one["entry_point"].rpartition(":")[2] for one in results["wrappers"]] == ["RescaleAction", "TimeLimit"]
+        assert {outcome["steps"] for outcome in results["outcomes"]} == {12}
+        capsys.readouterr()
+        run("dataset", "replay", tmp_path / "t.zarr")
+        assert "gear.now: off by 0 at most, in 4 episodes" in capsys.readouterr().out
+    finally:
+        gymnasium.registry.pop("Tangled-v0")
+
+
+class Forgetful(Tangled):
+    """Its start does not come from the seed."""
+
+    def reset(self, seed: int | None = None) -> tuple[Any, dict]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().reset()
+
+
+def test_replay_says_that_a_seed_repeats_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gymnasium.register("Forgetful-v0", entry_point=Forgetful, max_episode_steps=3)
+    try:
+        env = gymnasium.make("Forgetful-v0", disable_env_checker=True)
+        with contextlib.suppress(RuntimeError), Recorder(env, tmp_path / "f.zarr") as recorder:
+            recorder.reset(seed=1)
+            for _ in range(3):
+                recorder.step(np.zeros((2, 1), np.float32))
+        assert main(["dataset", "replay", str(tmp_path / "f.zarr")]) == 1
+        assert "Forgetful-v0 does not repeat an episode by its seed" in " ".join(capsys.readouterr().err.split())
+    finally:
+        gymnasium.registry.pop("Forgetful-v0")

@@ -285,3 +285,9 @@ def test_nothing_is_printed_where_output_is_a_pipe() -> None:
     code = 'from diffusion_policy import envs; env = envs.make("diffusion_policy/Avoid-v0"); env.reset(); env.close()'
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_what_is_hidden_needs_no_open_output(closed: str) -> None:
+    code = "import os; from diffusion_policy.envs.quiet import silence\nwith silence(): os.write(1, b'x')\nos._exit(7)"
+    assert subprocess.run(f'exec "{sys.executable}" -c "{code}" {closed}', shell=True).returncode == 7

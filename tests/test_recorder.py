@@ -138,3 +138,94 @@ def test_an_observation_called_action_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="under names that differ and are not `action`"):
         Recorder(Confusing(), tmp_path / "mine.zarr")
     assert not (tmp_path / "mine.zarr").exists()
+
+
+class Steps(gymnasium.Env):
+    """Ends after three steps, and has modes."""
+
+    observation_space = gymnasium.spaces.Box(-9, 9, (1,))
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+    modes = ("left", "right")
+
+    def reset(self, *, seed=None, options=None):
+        self.steps = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        return np.full(1, self.steps, np.float32), 0.0, self.steps >= 3, False, {"success": np.array([1.0])}
+
+    def mode(self, observations):
+        return "left"
+
+
+def walk(env: gymnasium.Env, steps: int = 3) -> None:
+    env.reset(seed=0)
+    for _ in range(steps):
+        env.step(np.zeros(1, np.float32))
+
+
+def test_steps_after_the_end_are_not_recorded(tmp_path: Path) -> None:
+    with Recorder(Steps(), tmp_path / "mine.zarr") as env:
+        walk(env, steps=7)
+        walk(env)
+    episodes = list(EpisodeStore.open(tmp_path / "mine.zarr").episodes())
+    assert [len(episode.data["action"]) for episode in episodes] == [3, 3]
+    assert [(episode.success, episode.mode) for episode in episodes] == [(True, "left")] * 2
+
+
+@pytest.mark.parametrize("answer", ["up", 3, KeyError("x")])
+def test_an_episode_is_kept_where_its_mode_cannot_be_told(answer: object, tmp_path: Path) -> None:
+    class Broken(Steps):
+        def mode(self, observations):
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    with Recorder(Broken(), tmp_path / "mine.zarr") as env, pytest.warns(UserWarning, match="mode"):
+        walk(env)
+    (episode,) = EpisodeStore.open(tmp_path / "mine.zarr").episodes()
+    assert episode.mode is None
+
+
+def test_actions_that_are_none_are_refused_before_the_step_and_those_beyond_the_space_said_once(tmp_path: Path) -> None:
+    with Recorder(Steps(), tmp_path / "mine.zarr") as env:
+        env.reset(seed=0)
+        for wrong in (np.zeros(2), [np.nan], "left", None):
+            with pytest.raises(ValueError, match="an action of Steps is 1 finite numbers; got"):
+                env.step(wrong)
+        with pytest.warns(UserWarning, match="outside Steps's action space: a policy's actions will be clipped"):
+            env.step(np.full(1, 2.0, np.float32))
+        for _ in range(2):
+            env.step(np.full(1, 2.0, np.float32))
+    assert EpisodeStore.open(tmp_path / "mine.zarr").episode_ends.tolist() == [3]
+
+
+def test_a_store_of_others_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    with Recorder(gymnasium.make("Pendulum-v1"), tmp_path / "pendulum.zarr") as env:
+        swing(env, 0)
+    with Recorder(Steps(), tmp_path / "steps.zarr") as env:
+        walk(env)
+    other = Steps()
+    other.modes = ("left", "up")  # pyright: ignore[reportAttributeAccessIssue]
+    for store, env, said in (
+        ("pendulum.zarr", gymnasium.make("Pendulum-v1", max_episode_steps=5), "holds episodes of"),
+        ("steps.zarr", other, "knows the modes left, right; Steps has up as well"),
+        ("steps.zarr", gymnasium.make("Pendulum-v1").unwrapped.__class__(), "record it into another store"),
+    ):
+        with EpisodeStore.append_to(tmp_path / store) as opened, pytest.raises(ValueError, match=said):
+            Recorder(env, opened)
+
+
+def test_environments_that_reset_themselves_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Steps resets itself"):
+        Recorder(gymnasium.wrappers.Autoreset(Steps()), tmp_path / "mine.zarr")
+    assert not (tmp_path / "mine.zarr").exists()
+
+
+def test_a_rate_that_is_none_is_left_out(tmp_path: Path) -> None:
+    env = Steps()
+    env.metadata = {"render_fps": "fast"}
+    with Recorder(env, tmp_path / "mine.zarr") as recorder:
+        walk(recorder)
+    assert "control_frequency" not in EpisodeStore.open(tmp_path / "mine.zarr").attributes

@@ -1,0 +1,251 @@
+"""The wrappers and the time limit under which something was recorded: kept and put on again, or named and refused."""
+
+import importlib
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.wrappers import (
+    ClipAction,
+    DelayObservation,
+    FrameStackObservation,
+    NormalizeObservation,
+    NormalizeReward,
+    RecordEpisodeStatistics,
+    RepeatAction,
+    RescaleAction,
+    ReshapeObservation,
+    TimeAwareObservation,
+    TimeLimit,
+    TransformAction,
+    TransformObservation,
+)
+
+from diffusion_policy.commands.common import choose_task
+from diffusion_policy.config import ConfigError, Signals
+from diffusion_policy.datasets.recorder import Recorder
+from diffusion_policy.datasets.store import EpisodeStore
+from diffusion_policy.envs.adapters import Task
+from diffusion_policy.envs.spaces import TaskError
+from diffusion_policy.envs.wrappers import KEPT, UNSEEN, describe
+
+MINE = """
+import gymnasium
+
+class Half(gymnasium.ActionWrapper, gymnasium.utils.RecordConstructorArgs):
+    def __init__(self, env, share):
+        gymnasium.utils.RecordConstructorArgs.__init__(self, share=share)
+        gymnasium.ActionWrapper.__init__(self, env)
+        self.share = share
+    def action(self, action):
+        return action * self.share
+
+def Plain(env):
+    raise RuntimeError("called")
+"""
+
+
+def pendulum(**arguments: Any) -> gymnasium.Env:
+    return gymnasium.make("Pendulum-v1", **{"max_episode_steps": 6, **arguments})
+
+
+def rescaled(env: gymnasium.Env) -> gymnasium.Env:
+    return RescaleAction(env, np.array([-1], np.float32), np.array([1], np.float32))
+
+
+def play(env: gymnasium.Env) -> list[np.ndarray]:
+    """An episode of one seed under one force; what was observed."""
+    observation, _ = env.reset(seed=3)
+    trace, ended = [observation], False
+    while not ended:
+        observation, _, terminated, truncated, _ = env.step(np.full(1, 0.5, np.float32))
+        trace.append(observation)
+        ended = terminated or truncated
+    return trace
+
+
+def record(env: gymnasium.Env, path: Path) -> dict[str, Any]:
+    """Record one episode; what the store says of its environment."""
+    with Recorder(env, path) as recorder:
+        play(recorder)
+    return EpisodeStore.open(path).attributes["environment"]
+
+
+def choose(environment: dict[str, Any], env: str | None = None, env_kwargs: str | None = None) -> Task:
+    environment = json.loads(json.dumps(environment))  # as a file gives it
+    return replace(choose_task("a.zarr", environment, env, env_kwargs, Signals())[0], success="none")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        rescaled,
+        ClipAction,
+        TimeAwareObservation,
+        lambda env: FrameStackObservation(env, 3),
+        lambda env: ReshapeObservation(env, (3, 1)),
+        lambda env: DelayObservation(env, 2),
+        lambda env: TimeLimit(env, 4),
+        lambda env: TimeLimit(RepeatAction(rescaled(env), 2), 2),
+        lambda env: RecordEpisodeStatistics(NormalizeReward(env)),  # what these change is not recorded
+        lambda env: gymnasium.make("Pendulum-v1", max_episode_steps=5, g=3.0),
+    ],
+)
+def test_an_environment_is_made_again_as_it_was_recorded(
+    wrap: Callable[[gymnasium.Env], gymnasium.Env], tmp_path: Path
+) -> None:
+    task = choose(record(wrap(pendulum()), tmp_path / "a.zarr"))
+    (episode,) = EpisodeStore.open(tmp_path / "a.zarr").episodes()
+    rows = [*episode.data["observation"], (episode.final or {})["observation"]]
+    again = [observation["observation"] for observation in play(task())]
+    np.testing.assert_array_equal(again, rows)
+    assert again[0].dtype == rows[0].dtype
+
+
+def test_a_limit_as_it_is_registered_is_not_written_and_none_is() -> None:
+    assert describe(gymnasium.make("Pendulum-v1")) == {"id": "Pendulum-v1", "arguments": {}}
+    assert describe(gymnasium.make("Pendulum-v1", max_episode_steps=-1)) == {
+        "id": "Pendulum-v1",
+        "arguments": {"max_episode_steps": -1},
+    }
+    assert describe(pendulum(render_mode="rgb_array")) == {"id": "Pendulum-v1", "arguments": {"max_episode_steps": 6}}
+
+
+class Unknown(gymnasium.Wrapper):
+    """Says nothing of its arguments."""
+
+
+@pytest.mark.parametrize(
+    "wrap, name",
+    [
+        (lambda env: TransformAction(env, lambda action: -action, env.action_space), "TransformAction"),
+        (lambda env: TransformObservation(env, np.negative, env.observation_space), "TransformObservation"),
+        (NormalizeObservation, "NormalizeObservation"),
+        (Unknown, "Unknown"),
+        (lambda env: pendulum(g=np.float64), "the argument g of Pendulum-v1"),
+    ],
+)
+def test_what_cannot_be_kept_is_named_at_once_and_refused_later(
+    wrap: Callable[[gymnasium.Env], gymnasium.Env], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.warns(UserWarning, match=f"cannot keep {name}: to act in this environment"):
+        Recorder(wrap(rescaled(pendulum())), tmp_path / "a.zarr").close()
+    environment = EpisodeStore.append_to(tmp_path / "a.zarr").attributes["environment"]
+    with pytest.raises(ConfigError, match=f"recorded under what no file can keep: .*{name}; register an environment"):
+        choose(environment)
+    task = choose(environment, env="Pendulum-v1")  # named by the user, who answers for it
+    assert task.wrappers == ()
+    assert name in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_wrapper_of_somebodys_module_is_imported_only_where_the_user_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my_half.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    environment = record(importlib.import_module("my_half").Half(pendulum(), 0.5), tmp_path / "a.zarr")
+    assert environment["wrappers"] == [{"entry_point": "my_half:Half", "kwargs": {"share": 0.5}}]
+    del sys.modules["my_half"]
+    with pytest.raises(ConfigError, match=r"module my_half, which would be imported; .*--env my_half:Pendulum-v1"):
+        choose(environment)
+    assert choose(environment, env="Pendulum-v1").wrappers == ()
+    assert "made as it is registered, without what" in " ".join(capsys.readouterr().err.split())
+    assert "my_half" not in sys.modules
+    forged = {**environment, "wrappers": [{"entry_point": "my_half:Plain", "kwargs": {}}]}
+    with pytest.raises(TaskError, match="my_half:Plain is no wrapper of environments"):
+        choose(forged, env="my_half:Pendulum-v1")()
+    (episode,) = EpisodeStore.open(tmp_path / "a.zarr").episodes()
+    again = play(choose(environment, env="my_half:Pendulum-v1")())
+    np.testing.assert_array_equal([row["observation"] for row in again[:-1]], episode.data["observation"])
+
+
+@pytest.mark.parametrize(
+    "wrapped, said",
+    [
+        ({"entry_point": "gymnasium.wrappers.rendering:RecordVideo", "kwargs": {"video_folder": "v"}}, "the module"),
+        ({"entry_point": "gymnasium.wrappers:no_such", "kwargs": {}}, "the module gymnasium.wrappers, which would"),
+        ({"entry_point": "os:system", "kwargs": {"command": "true"}}, "the module os, which would be imported"),
+        ({"entry_point": 3}, "does not say its wrappers"),
+        ("RescaleAction", "does not say its wrappers"),
+    ],
+)
+def test_a_file_makes_no_other_wrappers(wrapped: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        choose({"id": "Pendulum-v1", "arguments": {}, "wrappers": [wrapped]})
+
+
+@pytest.mark.parametrize(
+    "name, kwargs",
+    [
+        ("stateful_observation:FrameStackObservation", {"stack_size": 10**9}),
+        ("transform_observation:ResizeObservation", {"shape": [10**6, 10**6]}),
+        ("transform_observation:FlattenObservation", {"to": 1}),
+        ("transform_action:RescaleAction", {"min_action": {"array": ["a"], "dtype": "O"}, "max_action": 1}),
+    ],
+)
+def test_wrappers_that_cannot_be_put_on_are_told_in_one_line(name: str, kwargs: dict[str, Any]) -> None:
+    task = choose(
+        {
+            "id": "Pendulum-v1",
+            "arguments": {},
+            "wrappers": [{"entry_point": f"gymnasium.wrappers.{name}", "kwargs": kwargs}],
+        }
+    )
+    with pytest.raises(TaskError) as error:
+        task()
+    assert "\n" not in str(error.value)
+
+
+def test_only_wrappers_within_the_recorder_count(tmp_path: Path) -> None:
+    outside = rescaled(Recorder(pendulum(), tmp_path / "a.zarr"))
+    play(outside)
+    outside.close()
+    assert EpisodeStore.open(tmp_path / "a.zarr").attributes["environment"].keys() == {"id", "arguments"}
+    assert EpisodeStore.open(tmp_path / "a.zarr").read("action").max() == 1.0  # what the environment got
+
+
+def test_an_environment_that_a_task_made_is_recorded_as_that_task(tmp_path: Path) -> None:
+    wrappers = ({"entry_point": "gymnasium.wrappers.transform_action:ClipAction", "kwargs": {}},)
+    task = Task("Pendulum-v1", {"max_episode_steps": 4}, "return>=-300", fresh=True, wrappers=wrappers)
+    environment = record(task(), tmp_path / "a.zarr")
+    assert environment == task.described
+    assert choose_task("a.zarr", environment, None, None, Signals())[0] == task
+    with pytest.warns(UserWarning, match="cannot keep FrameStackObservation"):
+        Recorder(FrameStackObservation(task(), 2), tmp_path / "b.zarr").close()
+
+
+def test_an_environment_of_no_known_making_is_not_named(tmp_path: Path) -> None:
+    with Recorder(TimeLimit(gymnasium.make("Pendulum-v1").unwrapped.__class__(), 3), tmp_path / "a.zarr") as env:
+        play(env)
+    with pytest.raises(ConfigError, match="names no environment; give one with --env"):
+        choose(EpisodeStore.open(tmp_path / "a.zarr").attributes.get("environment", {}))
+
+
+def test_attributes_of_the_users_go_before_what_was_found(tmp_path: Path) -> None:
+    mine = {"id": "Mine-v0", "arguments": {}}
+    with (
+        warnings.catch_warnings(),
+        Recorder(NormalizeObservation(pendulum()), tmp_path / "a.zarr", {"environment": mine}),
+    ):
+        pass
+    assert EpisodeStore.append_to(tmp_path / "a.zarr").attributes["environment"] == mine
+
+
+def test_an_id_is_the_same_with_the_module_that_registers_it() -> None:
+    environment = {"id": "PandaReach-v3", "arguments": {"max_episode_steps": 7}}
+    assert choose_task("a.zarr", environment, "panda_gym:PandaReach-v3", None, Signals())[0].arguments == {
+        "max_episode_steps": 7
+    }
+
+
+def test_every_wrapper_of_gymnasiums_has_one_place() -> None:
+    assert not KEPT & UNSEEN
+    for name in KEPT | UNSEEN:
+        assert hasattr(gymnasium.wrappers, name)
