@@ -239,8 +239,7 @@ class EnvironmentPool:
         """`make_env` must be picklable for more than one worker, and of a module that can be imported there for a
         cluster; `hang_after`: see HANG_AFTER. Raises ValueError for what cannot be."""
         require_workers(workers)
-        if not 0 < hang_after <= LONGEST_WAIT:
-            raise ValueError(f"hang_after must be above 0 and at most {LONGEST_WAIT:g} s; got {hang_after}")
+        require_patience(hang_after)
         in_this_process = workers == 1 and engine == "local"
         if not in_this_process:
             require_picklable("make_env", make_env)
@@ -327,6 +326,12 @@ class EnvironmentPool:
         from diffusion_policy.ray_cluster import RayWorker
 
         return RayWorker(partial(Worker, self._make_env))
+
+
+def require_patience(hang_after: float) -> None:
+    """Raise ValueError for a time after which nothing can be said to hang."""
+    if not 0 < hang_after <= LONGEST_WAIT:
+        raise ValueError(f"hang_after must be above 0 and at most {LONGEST_WAIT:g} s; got {hang_after}")
 
 
 def _serve(connection: Connection, at_work: MutableSequence[int], make_env: Callable[[], gymnasium.Env]) -> None:

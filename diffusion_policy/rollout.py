@@ -6,7 +6,6 @@ environment fails is begun again, once.
 """
 
 import itertools
-import numbers
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +19,7 @@ from diffusion_policy.engines import HANG_AFTER, Engine
 from diffusion_policy.lines import describe, message_of, one_line
 from diffusion_policy.metrics import Episode, Lost, Plan
 from diffusion_policy.names import is_label
-from diffusion_policy.pool import EnvironmentPool, Fault, Stretch
+from diffusion_policy.pool import EnvironmentPool, Fault, Stretch, require_patience
 
 ModeOf = Callable[[Mapping[str, np.ndarray]], str | None]
 """An episode's observations {key: (steps + 1, ...)} → its mode."""
@@ -120,6 +119,7 @@ def rollout(
         _require_whole("each seed", seed, 0)
     if not len(seeds):
         raise ValueError("rollout needs at least one seed; got none")
+    require_patience(hang_after)
     if not callable(mode_of):
         raise ValueError(f"mode_of must be a function of an episode's observations; got {mode_of!r:.60}")
     names = list(itertools.product(seeds, range(repeats)))
@@ -134,7 +134,7 @@ def rollout(
 
 
 def _require_whole(name: str, value: Any, lowest: int) -> None:
-    if not isinstance(value, numbers.Integral) or value < lowest:
+    if not isinstance(value, int | np.integer) or value < lowest:
         raise ValueError(f"{name} must be a whole number of at least {lowest}; got {value!r:.60}")
 
 

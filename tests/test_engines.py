@@ -1,12 +1,17 @@
 import itertools
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from functools import partial
+from pathlib import Path
 
 import pytest
 
-from diffusion_policy.engines import each_alone, ordered_map, require_engine
+from diffusion_policy.engines import GivenUp, each_alone, ordered_map, require_engine
 from diffusion_policy.spawned import no_interrupts
 
 
@@ -84,3 +89,156 @@ def test_ctrl_c_waits_until_a_process_has_started(to_another_thread: bool) -> No
         other.join()
     assert started
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# Crashes, errors, and what cannot run in workers
+
+
+def make_unlucky(folder: Path | None = None):
+    return partial(unlucky, folder)
+
+
+def unlucky(folder: Path | None, x: int) -> int:
+    """Dies once at 2 where there is a folder, always at 4 where there is none."""
+    if x == 3:
+        raise LookupError("3 is \x1b[2J not lucky")
+    if x == 2 and folder is not None and not (folder / "died").exists():
+        (folder / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if x == 4 and folder is None:
+        os._exit(9)
+    return x
+
+
+def test_an_item_whose_worker_died_is_begun_again(tmp_path: Path) -> None:
+    assert list(ordered_map(partial(make_unlucky, tmp_path), [0, 1, 2, 4, 5], 2)) == [0, 1, 2, 4, 5]
+    assert (tmp_path / "died").exists()
+
+
+def test_an_item_that_kills_every_worker_is_given_up_after_the_items_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("diffusion_policy.engines.RETRIES", 1)
+    results = ordered_map(make_unlucky, [1, 2, 4, 5], 2)
+    assert [next(results), next(results)] == [1, 2]
+    with pytest.raises(GivenUp, match=r"^worker processes died 2 times at item 4 \(exit status 9\)$") as caught:
+        next(results)
+    assert caught.value.item == 4
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_is_raised_as_it_was_after_the_items_before_it(workers: int) -> None:
+    results = ordered_map(make_unlucky, [1, 3, 2], workers)
+    assert next(results) == 1
+    with pytest.raises(LookupError, match="not lucky"):
+        next(results)
+
+
+def make_local_error():
+    class Local(Exception):
+        pass
+
+    def function(item: str) -> object:
+        if item == "lambda":
+            return lambda: 0
+        raise Local("cannot be sent") if item == "local" else SystemExit(4)
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("local", "Local: cannot be sent"),
+        ("exit", "SystemExit: 4"),
+        ("lambda", "a worker's result cannot be sent"),
+    ],
+)
+def test_what_a_worker_cannot_send_is_told(item: str, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        list(ordered_map(make_local_error, [item], 2))
+
+
+def test_an_error_of_one_that_runs_alone_is_told() -> None:
+    assert list(each_alone(unlucky_alone, [0])) == [(0, "ZeroDivisionError: division by zero")]
+
+
+def unlucky_alone(item: int) -> str | None:
+    return str(1 / item)
+
+
+def test_closing_ends_what_runs() -> None:
+    started = time.monotonic()
+    results = ordered_map(make_report, ["works", "waits", "works"], 2)
+    assert next(results) is None
+    results.close()
+    assert time.monotonic() - started < 30
+    assert multiprocessing.active_children() == []
+
+
+def make_report():
+    return report
+
+
+@pytest.mark.parametrize("workers", [0, -1, 1.5])
+def test_a_number_of_workers_that_cannot_be_is_refused_at_once(workers: int) -> None:
+    for start in (lambda: ordered_map(make_square, [1], workers), lambda: each_alone(report, ["works"], workers)):
+        with pytest.raises(ValueError, match="workers must be a whole number of at least 1; got"):
+            start()
+
+
+def test_lambdas_are_refused_at_once_where_they_would_have_to_be_sent() -> None:
+    with pytest.raises(ValueError, match=r"make_function must be picklable .*: use functools.partial or a function of"):
+        ordered_map(lambda: square, [1], 2)
+    with pytest.raises(ValueError, match="function must be picklable"):
+        each_alone(lambda _: None, [1])
+    with pytest.raises(ValueError, match="each item must be picklable"):
+        next(each_alone(report, [lambda: 0]))  # pyright: ignore[reportArgumentType]
+    assert list(ordered_map(lambda: square, [3], 1)) == [9]
+
+
+SCRIPT = """
+import time
+from diffusion_policy.engines import each_alone, ordered_map
+from diffusion_policy.pool import EnvironmentPool
+
+def make():
+    return abs
+
+def start():
+    for run in (lambda: list(ordered_map(make, [-1, -2], 2)), lambda: list(each_alone(abs, [-3], 2)),
+                lambda: EnvironmentPool(make, 2).reset({0: 0})):
+        try:
+            print("result", run())
+        except ValueError as error:
+            print("refused:", error)
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "in_a_file", "said"),
+    [
+        (
+            "start()",
+            True,
+            "refused: a worker process could not begin (exit status 97); it imports your script again, so ",
+        ),
+        ("start()", False, "refused: a worker process cannot load what it is to run: AttributeError: "),
+    ],
+)
+def test_a_script_that_cannot_have_workers_is_told_what_to_do(
+    tmp_path: Path, ending: str, in_a_file: bool, said: str
+) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT + ending)
+    program = ["script.py"] if in_a_file else ["-c", SCRIPT + ending]
+    done = subprocess.run([sys.executable, *program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    if in_a_file:
+        assert all(line.startswith(said) and "if __name__ == '__main__':" in line for line in lines)
+    else:
+        assert [line.startswith(said) for line in lines] == [True, False, True]
+        assert lines[1] == "result [(-3, 3)]"  # a function of a module

@@ -1,15 +1,19 @@
 """Environments that raise, crash and hang, in real worker processes."""
 
 import os
+import re
 import signal
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
+from gymnasium.wrappers import TimeLimit
 
-from diffusion_policy.pool import EnvironmentPool, Fault, Stretch
+from diffusion_policy.pool import MOST_STEPS, EnvironmentPool, Fault, Stretch
 
 NOTHING = np.zeros((1, 1), np.float32)
 """One action."""
@@ -129,3 +133,181 @@ def test_the_time_that_traffic_takes_is_known() -> None:
 def counts_reason(answer: object) -> str:
     assert isinstance(answer, Fault)
     return answer.reason
+
+
+# Environments of ill will
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+ERRORS = {
+    "is long": lambda: RuntimeError("x" * 10_000_000),
+    "commands": lambda: RuntimeError("\x1b[2J\nall is \u202e fine"),
+    "is unspeakable": Unspeakable,
+    "exits": lambda: SystemExit(3),
+    "interrupts": KeyboardInterrupt,
+}
+ANSWERS = {  # (observation, reward, terminated, truncated, info)
+    "gives no reward": {1: None},
+    "gives NaN as reward": {1: np.nan},
+    "gives no success": {4: {}},
+    "gives two successes": {4: {"is_success": np.array([True, False])}},
+    "gives a text as success": {4: {"is_success": "yes"}},
+    "measures no number": {4: {"is_success": True, "measures": {"score": None}}},
+    "changes shape": {0: {"x": np.zeros(3)}},
+    "changes keys": {0: {"y": np.zeros(2)}},
+    "observes texts": {0: {"x": np.array(["a", "b"])}},
+    "observes no dict": {0: np.zeros(2)},
+    "gives an array as success": {
+        4: {"is_success": np.array([1.0]), "measures": {"score": np.float32(0.5)}, "huge": ERRORS}
+    },
+}
+
+
+class Ill(gymnasium.Env):
+    """Goes wrong in its third step in one way, if its seed is 7."""
+
+    observation_space = gymnasium.spaces.Dict({"x": gymnasium.spaces.Box(0, 1000, (2,), np.float64)})
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, kind: str = "") -> None:
+        self._kind = kind
+
+    def reset(self, *, seed=None, options=None):
+        self._seed, self._steps, self._x = seed, 0, np.full(2, 1 / 3)
+        return {"x": self._x}, {}
+
+    def step(self, action):
+        self._steps += 1
+        self._x += 1  # in place
+        answer = [{"x": self._x}, 1, False, False, {"is_success": False}]
+        if self._seed == 7 and self._steps == 3:
+            if self._kind in ERRORS:
+                raise ERRORS[self._kind]()
+            for place, value in ANSWERS.get(self._kind, {}).items():
+                answer[place] = value
+        return tuple(answer)
+
+    def close(self):
+        if self._kind == "cannot close":
+            raise RuntimeError("already closed")
+        if self._kind == "exits as it closes":
+            sys.exit(3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("is long", r"RuntimeError: x+ \.\.\. \(.*test_pool"),
+        ("commands", r"RuntimeError: \\x1b\[2J all is \\u202e fine \("),
+        ("is unspeakable", r"Unspeakable: its message cannot be shown \("),
+        ("exits", r"SystemExit: 3 \("),
+        ("gives no reward", "the reward must be a finite number; got None"),
+        ("gives NaN as reward", "the reward must be a finite number; got nan"),
+        ("gives no success", r"must give info\['is_success'\] at every step"),
+        ("gives two successes", r"info\['is_success'\] must be a finite number; got array"),
+        ("gives a text as success", r"info\['is_success'\] must be a finite number; got 'yes'"),
+        ("measures no number", "the measure 'score' must be a finite number; got None"),
+        ("changes shape", r"the observation 'x' was \(2,\) at the first step; now it is \(3,\)"),
+        ("changes keys", "the observation 'x' was .* now it is nothing"),
+        ("observes texts", "must be a dict of arrays of numbers"),
+        ("observes no dict", "must be a dict of arrays; got ndarray; make the environment with .*Task"),
+    ],
+)
+def test_what_an_environment_does_costs_its_own_episode_alone_and_is_told_in_a_line(kind: str, reason: str) -> None:
+    with EnvironmentPool(partial(Ill, kind)) as pool:
+        pool.reset({0: 7, 1: 8})
+        answers = pool.step(dict.fromkeys([0, 1], np.zeros((3, 1))))
+        assert re.search(reason, counts_reason(answers[0]))
+        assert counts_reason(answers[0]).isprintable()
+        assert len(counts_reason(answers[0])) < 1100
+        assert isinstance(answers[1], Stretch)
+
+
+def test_numbers_come_as_numbers_whatever_they_were_in() -> None:
+    with EnvironmentPool(partial(Ill, "gives an array as success")) as pool:
+        pool.reset({0: 7})
+        answer = pool.step({0: np.zeros((3, 1))})[0]
+        assert isinstance(answer, Stretch)
+        assert answer.info == {"is_success": True, "measures": {"score": 0.5}}
+
+
+def test_an_interrupt_that_a_simulator_raises_does_not_end_its_worker() -> None:
+    with EnvironmentPool(partial(Ill, "interrupts"), 2) as pool:
+        pool.reset({0: 7, 2: 8})
+        answers = pool.step(dict.fromkeys([0, 2], np.zeros((5, 1))))
+        assert isinstance(answers[0], Fault)
+        assert isinstance(answers[2], Stretch)
+
+
+def test_ctrl_c_in_a_simulator_of_this_process_is_the_users() -> None:
+    with EnvironmentPool(partial(Ill, "interrupts")) as pool:
+        pool.reset({0: 7})
+        with pytest.raises(KeyboardInterrupt):
+            pool.step({0: np.zeros((5, 1))})
+
+
+def test_observations_keep_their_precision_and_are_copied() -> None:
+    with EnvironmentPool(Ill) as pool:
+        first = pool.reset({0: 1})[0]
+        answer = pool.step({0: np.zeros((3, 1))})[0]
+        assert isinstance(first, dict)
+        assert isinstance(answer, Stretch)
+        rows = np.concatenate([first["x"][None], answer.observations["x"]])
+        assert rows[0, 0] == 1 / 3
+        np.testing.assert_allclose(rows[:, 0], 1 / 3 + np.arange(4), rtol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("kind", "workers"), [("cannot close", 1), ("exits as it closes", 1), ("exits as it closes", 2)]
+)
+def test_an_environment_that_cannot_be_closed_takes_nothing_along(
+    kind: str, workers: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with EnvironmentPool(partial(Ill, kind), workers) as pool:
+        pool.reset({0: 1, 1: 2})
+        assert isinstance(pool.step({0: NOTHING, 1: NOTHING})[1], Stretch)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_an_episode_without_an_end_ends() -> None:
+    for make_env, steps in ((Ill, MOST_STEPS), (lambda: TimeLimit(Ill(), MOST_STEPS + 5), MOST_STEPS + 5)):
+        with EnvironmentPool(make_env) as pool:
+            pool.reset({0: 1})
+            answer = pool.step({0: np.zeros((2 * MOST_STEPS, 1))})[0]
+            assert isinstance(answer, Stretch)
+            assert answer.ended
+            assert len(answer.rewards) == steps
+
+
+class Wandering(Ill):
+    def step(self, action):
+        os.chdir("/")
+        return super().step(action)
+
+
+def test_an_environment_may_change_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with EnvironmentPool(Wandering) as pool:
+        pool.reset({0: 1})
+        pool.step({0: NOTHING})
+        assert Path.cwd() == Path("/")
+    assert Path.cwd() == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"workers": 0}, "workers must be a whole number of at least 1; got 0"),
+        ({"hang_after": 0}, "hang_after must be above 0"),
+        ({"hang_after": float("nan")}, "hang_after must be above 0"),
+        ({"hang_after": 1e9}, "hang_after must be above 0"),
+        ({"workers": 2, "make_env": lambda: Ill()}, "make_env must be picklable .*: use functools.partial or a"),
+    ],
+)
+def test_a_pool_that_cannot_be_is_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EnvironmentPool(**{"make_env": Ill, **arguments})

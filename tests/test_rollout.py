@@ -7,12 +7,14 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
+from gymnasium.wrappers import FilterObservation
 
 from diffusion_policy import checkpoint
 from diffusion_policy.config import SampleConfig
 from diffusion_policy.controller import Controller
+from diffusion_policy.envs.adapters import TaskError
 from diffusion_policy.metrics import Episode, Lost
-from diffusion_policy.rollout import RolloutError, rollout
+from diffusion_policy.rollout import ModeFailure, RolloutError, rollout
 
 SEEDS = range(100_000, 100_007)
 
@@ -148,3 +150,141 @@ def test_every_plan_is_kept_with_its_step(make_env: partial, make_controller: pa
 def test_without_measures_the_return_is_the_measure(make_env: partial, make_controller: partial) -> None:
     for episode in roll_out(make_env, make_controller, seeds=SEEDS[:3]):
         assert episode.measures == {"return": float(episode.success)}  # Avoid's reward is 1 at success
+
+
+# What goes wrong costs no more than it must
+
+
+class Blind(gymnasium.Wrapper):
+    """Observes NaN from its third step on, in one key, for one seed; and something else that is NaN for all."""
+
+    def __init__(self, make_env: partial, seed: int) -> None:
+        super().__init__(make_env())
+        self._blind = seed
+
+    def reset(self, *, seed=None, options=None):
+        self._seed, self._steps = seed, 0
+        observation, info = self.env.reset(seed=seed, options=options)
+        return self._observe(observation), info
+
+    def step(self, action):
+        self._steps += 1
+        observation, *others = self.env.step(action)
+        return self._observe(observation), *others
+
+    def _observe(self, observation):
+        if self._seed == self._blind and self._steps > 2:
+            observation = {**observation, "actual_xy": np.full(2, np.nan)}
+        return {**observation, "broken_sensor": np.full(3, np.nan)}
+
+
+def test_what_the_policy_sees_must_be_finite_and_the_rest_need_not(make_env: partial, make_controller: partial) -> None:
+    lost: list[Lost] = []
+    episodes = roll_out(partial(Blind, make_env, SEEDS[1]), make_controller, seeds=SEEDS[:3], on_lost=lost.append)
+    assert [one.seed for one in lost] == [SEEDS[1]]
+    assert lost[0].reason == "the environment observes NaN or infinity in actual_xy"
+    whole = roll_out(make_env, make_controller, seeds=[SEEDS[0], SEEDS[2]])
+    assert all(alike(a, b) for a, b in zip(episodes, whole, strict=True))
+
+
+def test_an_environment_that_observes_something_else_is_told_before_the_first_step(
+    make_env: partial, make_controller: partial
+) -> None:
+    fewer = partial(FilterObservation, filter_keys=["actual_xy"])
+    with pytest.raises(RolloutError, match=r"^the policy observes desired_xy \(2,\); the environment gives actual_xy"):
+        rollout(partial(call, fewer, make_env), make_controller, [1], str)
+
+
+def call(wrap, make_env):
+    return wrap(make_env())
+
+
+class Forgetful(gymnasium.Wrapper):
+    """Does not say at the end of one seed's episodes whether it is a success."""
+
+    def __init__(self, make_env: partial, seed: int) -> None:
+        super().__init__(make_env())
+        self._forgotten = seed
+
+    def reset(self, *, seed=None, options=None):
+        self._seed = seed
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action):
+        *others, info = self.env.step(action)
+        return *others, {} if self._seed == self._forgotten else info
+
+
+def test_what_is_hopeless_ends_a_rollout_only_before_anything_has_finished(
+    make_env: partial, make_controller: partial
+) -> None:
+    lost: list[Lost] = []
+    forgetful = partial(Forgetful, make_env, SEEDS[2])
+    mode_of = make_env().unwrapped.mode
+    episodes = rollout(forgetful, make_controller, SEEDS[:3], mode_of, parallel=1, on_lost=lost.append)
+    assert [episode.seed for episode in episodes] == list(SEEDS[:2])
+    assert [one.seed for one in lost] == [SEEDS[2]]
+    with pytest.raises(RolloutError, match=r"must give info\['is_success'\] at every step"):
+        rollout(forgetful, make_controller, SEEDS[2:4], mode_of, parallel=1, on_lost=lost.append)
+
+
+def mode_that(mode: object):
+    def mode_of(observations: object) -> str | None:
+        if isinstance(mode, Exception):
+            raise mode
+        return mode  # pyright: ignore[reportReturnType]
+
+    return mode_of
+
+
+NO_LABEL = "ValueError: a mode is printable text on one line, or None"
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [
+        (KeyError("x\x1b[2J"), r"the mode function failed: KeyError: 'x\\x1b[2J'"),
+        (TaskError("mine:mode must give one of a, b"), "mine:mode must give one of a, b"),
+        (3, f"the mode function failed: {NO_LABEL}; got 3"),
+        ("left\nright", rf"the mode function failed: {NO_LABEL}; got 'left\nright'"),
+    ],
+)
+def test_a_mode_that_cannot_be_told_is_none_and_is_told(
+    make_env: partial, make_controller: partial, mode: object, reason: str
+) -> None:
+    failures: list[ModeFailure] = []
+    seeds = SEEDS[:2]
+    episodes = rollout(make_env, make_controller, seeds, mode_that(mode), on_mode_failure=failures.append)
+    assert [(episode.seed, episode.mode) for episode in episodes] == [(seed, None) for seed in seeds]
+    assert sorted(failures) == [ModeFailure(seed, 0, reason) for seed in seeds]
+
+
+def test_a_mode_that_cannot_be_told_is_a_warning_unless_someone_listens(
+    make_env: partial, make_controller: partial
+) -> None:
+    with pytest.warns(UserWarning, match="episodes count as without a mode: the mode function failed: OSError: gone"):
+        rollout(make_env, make_controller, SEEDS[:1], mode_that(OSError("gone")))
+
+
+def refuse_to_work(slots: int) -> Controller:
+    raise AssertionError("no work was to be done")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seeds": []}, "rollout needs at least one seed; got none"),
+        ({"seeds": [0, -1]}, "each seed must be a whole number of at least 0; got -1"),
+        ({"seeds": [0.5]}, "each seed must be a whole number"),
+        ({"parallel": 0}, "parallel must be a whole number of at least 1; got 0"),
+        ({"workers": 0}, "workers must be a whole number of at least 1; got 0"),
+        ({"workers": 1.5}, "workers must be"),
+        ({"repeats": 0}, "repeats must be a whole number of at least 1; got 0"),
+        ({"hang_after": 0}, "hang_after must be above 0"),
+        ({"hang_after": float("nan")}, "hang_after must be above 0"),
+        ({"mode_of": None}, "mode_of must be a function"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(make_env: partial, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rollout(**{"make_env": make_env, "make_controller": refuse_to_work, "seeds": [1], "mode_of": str, **arguments})
