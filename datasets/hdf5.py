@@ -21,7 +21,7 @@ import numpy as np
 
 from diffusion_policy.datasets.convert import check_sizes, library, most_bytes, say_too_large, stored_bytes
 from diffusion_policy.datasets.store import StoreError
-from diffusion_policy.files import refuse_irregular
+from diffusion_policy.files import FileError, refuse_irregular
 
 FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}
 PACKING = {1: 1100, 32000: 100}
@@ -60,10 +60,10 @@ class File:
         for name in path:
             if not self.is_group(group):
                 return None
-            there = name not in ("", ".") and group.id.links.exists(name.encode(errors="surrogateescape"))
-            if not there:  # `in` would follow a link, into another file if need be
+            links, encoded = group.id.links, name.encode(errors="surrogateescape")
+            if name in ("", ".") or not links.exists(encoded):  # `in` would follow a link, into another file if need be
                 return None
-            if not isinstance(group.get(name, getlink=True), self._h5py.HardLink):
+            if links.get_info(encoded).type != self._h5py.h5l.TYPE_HARD:
                 return "it is a link, which may lead out of the file"
             self._objects_left -= 1
             if self._objects_left < 0:
@@ -190,22 +190,34 @@ def opened(path: Path, what: str = "HDF5 files") -> Iterator[File]:
 
 def layout(path: Path) -> str:
     """Which format of ours a file's groups are; raises StoreError, which names those that are read, for others."""
-    with opened(path) as file:
-        names = file.names(file.root)
-        if any(re.fullmatch(r"traj_\d+", name) for name in names):
-            return "maniskill"
-        if "data" in names and file.is_group(file.member(file.root, "data")):
-            return "robomimic"
-        if "action" in names and file.is_group(file.member(file.root, "observations")):
-            return "aloha"
-        if {"observations", "actions"} <= {*names}:
-            return "d4rl"
+    try:
+        with opened(path) as file:
+            names = file.names(file.root)
+            found = _layout(file, names)
+    except (StoreError, FileError):
+        raise
+    except Exception as error:
+        raise StoreError(f"{path} is HDF5 that cannot be read: {_line(error)}") from error
+    if found is not None:
+        return found
     raise StoreError(
         f"{path} is HDF5 of no known layout: read are data/demo_0 (robomimic, Isaac Lab), traj_0 (ManiSkill), action "
         "beside observations (ALOHA, a folder of them), and flat observations beside actions (D4RL); it has "
         f"{', '.join(names[:9]) or 'nothing'}; from other layouts, write a zarr store or an npz: arrays of one row a "
         "step, and meta/episode_ends"
     )
+
+
+def _layout(file: File, names: list[str]) -> str | None:
+    if any(re.fullmatch(r"traj_\d+", name) for name in names):
+        return "maniskill"
+    if "data" in names and file.is_group(file.member(file.root, "data")):
+        return "robomimic"
+    if "action" in names and file.is_group(file.member(file.root, "observations")):
+        return "aloha"
+    if {"observations", "actions"} <= {*names}:
+        return "d4rl"
+    return None
 
 
 # What the episodes of a file have in common
