@@ -214,6 +214,8 @@ class Collect:
             raise ConfigError(
                 f"{store.location} was begun with --{name.replace('_', '-')} {stored[name]}; got {asked[name]}"
             )
+        for sentence in store.mended:
+            console.print(f"{store.location}: {sentence}")
         for array, rows in store.dropped.items():
             console.print(f"{store.location}: dropped {rows} uncommitted rows of {array}")
         return Settings(**{**stored, "episodes": asked.get("episodes", stored["episodes"])})
