@@ -28,6 +28,8 @@ LARGEST_GAP = 2**28
 """Bytes that an array may have at most where some of its chunks are left out, which stands for a constant ..."""
 MOST_PLACES = 2**16
 """... and most places in its grid then; most chunks in a shard, too."""
+MOST_CHUNKS = 2**20
+"""Of an array; each costs zarr some time and memory."""
 
 
 def refuse_unsafe(array: zarr.Array, rows: int, complete: bool) -> None:
@@ -43,6 +45,8 @@ def refuse_unsafe(array: zarr.Array, rows: int, complete: bool) -> None:
         raise ValueError(f"is stored with {', '.join(unknown)}; known codecs are {', '.join(sorted(CODECS))}")
     if array.ndim == 0 or array.shape[0] < rows:
         raise ValueError(f"has {array.shape[0] if array.ndim else 'no'} rows; meta/episode_ends needs {rows}")
+    if array.ndim > MOST_AXES:
+        raise ValueError(f"has {array.ndim} axes; at most {MOST_AXES} are read")
     if 0 in array.shape[1:]:
         raise ValueError(f"has rows without numbers, of shape {array.shape[1:]}")
     stored_shape = array.shards or array.chunks
@@ -51,9 +55,12 @@ def refuse_unsafe(array: zarr.Array, rows: int, complete: bool) -> None:
         raise ValueError(f"has chunks of {chunk_bytes / 2**20:.0f} MB; at most {LARGEST_CHUNK / 2**20:.0f} are read")
     if array.shards and math.prod(array.shards) // math.prod(array.chunks) > MOST_PLACES:
         raise ValueError(f"has shards of more than {MOST_PLACES} chunks")
+    places = math.prod(_grid(array, rows))
+    if places > MOST_CHUNKS:
+        raise ValueError(f"has {places} chunks; at most {MOST_CHUNKS} are read")
     missing = next(missing_chunks(array, rows, complete), None)
     size = rows * math.prod(array.shape[1:]) * array.dtype.itemsize
-    if missing is not None and (complete or size > LARGEST_GAP or math.prod(_grid(array, rows)) > MOST_PLACES):
+    if missing is not None and (complete or size > LARGEST_GAP or places > MOST_PLACES):
         raise ValueError(f"is damaged: its chunk {array.metadata.encode_chunk_key(missing)} is missing")
     trust(array)
 
@@ -123,10 +130,21 @@ def _packing(array: zarr.Array) -> Packing:
     compressor = compressors[0] if compressors else None
     chunk_bytes = math.prod(array.chunks) * array.dtype.itemsize
     if array.shards is None:
-        return Packing(compressor, chunk_bytes, None)
+        return Packing(compressor, chunk_bytes, None, _encoded_bytes(array, chunk_bytes))
     sharding: list[Any] = [codec.to_dict() for codec in array.metadata.codecs]  # pyright: ignore[reportAttributeAccessIssue]
     index = sharding[0].get("configuration", {}) if len(sharding) == 1 else {}
     names = [codec["name"] for codec in index.get("index_codecs", ())]
     if names != ["bytes", "crc32c"] or index.get("index_location", "end") != "end":
         raise ValueError("has shards of an unusual form; only an index at the end, with a crc32c, is read")
-    return Packing(compressor, chunk_bytes, math.prod(array.shards) // math.prod(array.chunks))
+    return Packing(compressor, chunk_bytes, math.prod(array.shards) // math.prod(array.chunks), chunk_bytes)
+
+
+def _encoded_bytes(array: zarr.Array, chunk_bytes: int) -> int:
+    """What a chunk has before its filters are undone. Only the differences of one delta may have another size than the
+    numbers, since several in a row would grow without bound."""
+    filters: Any = (array.metadata.filters or ()) if array.metadata.zarr_format == 2 else ()
+    sizes = [(one.astype.itemsize, one.dtype.itemsize) for one in filters if one.codec_id == "delta"]
+    sizes = [size for size in sizes if size[0] != size[1]]
+    if len(sizes) > 1:
+        raise ValueError("has more than one delta that changes the size of its numbers; one is read")
+    return chunk_bytes * sizes[0][0] // sizes[0][1] if sizes else chunk_bytes

@@ -23,14 +23,16 @@ from diffusion_policy.datasets.packing import CHECKSUM, ENTRY, Packing, chunks_o
 from diffusion_policy.files import MAX_JSON_BYTES, FileError, open_regular, parse_json
 
 METADATA = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
+ALL_METADATA_BYTES = 4 * MAX_JSON_BYTES
+"""Of a store; what it says of an array takes about 2^10."""
 ANY_STORE_BYTES = 2**26
 """So much any store may unpack into; more only ..."""
 LARGEST_RATIO = 256
 """... as far as its files have at least this part of it (blank pictures of ours have one) ..."""
 SMALLEST_FILE = 2**11
 """... where each file counts as so many bytes at least."""
-MOST_NAMES = 2**16
-"""Names in one folder."""
+MOST_NAMES = 2**13
+"""Names in one folder of arrays."""
 MOST_FILES = 2**20
 """Files of one array."""
 
@@ -95,8 +97,8 @@ class GuardedStore(WrapperStore[Any]):
         """By path of the array."""
         self.listed: dict[str, Listing] = {}
         """Folders that a reader has asked for."""
-        self._sound: set[int] = set()
-        """Hashes of metadata that have passed."""
+        self._sound: dict[str, tuple[int, int]] = {}
+        """Hash and size of metadata that have passed."""
         self._counted: set[tuple[str, int]] = set()
         self._stored, self._unpacked = 0, 0
         """Bytes of all chunks that were read, each counted once."""
@@ -114,15 +116,21 @@ class GuardedStore(WrapperStore[Any]):
             reading.join()
         if key.rpartition("/")[2] in METADATA:
             content = await self._read(key, None, MAX_JSON_BYTES)
-            if content is not None and hash(content) not in self._sound:
-                try:
-                    parse_json(content)
-                except ValueError as error:
-                    raise ValueError(f"{key} is not JSON that can be read: {error}") from error
-                self._sound.add(hash(content))
+            if content is not None and self._sound.get(key, (0,))[0] != hash(content):
+                self._check_metadata(key, content)
         else:
             content = await self._get_chunk(key, byte_range)
         return None if content is None else prototype.buffer.from_bytes(content)
+
+    def _check_metadata(self, key: str, content: bytes) -> None:
+        """Raise ValueError for JSON that would take much memory, alone or with what was read before."""
+        try:
+            parse_json(content)
+        except ValueError as error:
+            raise ValueError(f"{key} is not JSON that can be read: {error}") from error
+        if len(content) + sum(size for one, (_, size) in self._sound.items() if one != key) > ALL_METADATA_BYTES:
+            raise ValueError(f"{key} is one metadata file too many: more than {ALL_METADATA_BYTES} bytes of them")
+        self._sound[key] = hash(content), len(content)
 
     async def _get_chunk(self, key: str, byte_range: ByteRequest | None) -> bytes | None:
         packing = next((packing for path, packing in self.packings.items() if key.startswith(f"{path}/")), None)
@@ -146,14 +154,25 @@ class GuardedStore(WrapperStore[Any]):
         part = byte_range.start if isinstance(byte_range, RangeByteRequest) else -1
         unpacked = packing.chunk_bytes if part >= 0 else packing.file_bytes
         if self.read_only:  # a writer reads only what it has checked or makes itself
-            self._count((key, part), content, unpacked)
+            self._count((key, part), 0 if content is None else self._weigh(key, content), unpacked)
         return content
 
-    def _count(self, part: tuple[str, int], content: bytes | None, unpacked: int) -> None:
+    def _weigh(self, key: str, content: bytes) -> int:
+        """What a file, or a part of it, takes where it lies: less where it has holes or is deflated in its zip."""
+        if isinstance(self._store, LocalStore):
+            blocks = getattr(os.stat(self._store.root / key), "st_blocks", None)
+            taken = len(content) if blocks is None else 512 * blocks
+        elif isinstance(self._store, ZipStore):
+            taken = _archive(self._store).getinfo(key).compress_size
+        else:
+            taken = len(content)
+        return max(min(len(content), taken), SMALLEST_FILE)
+
+    def _count(self, part: tuple[str, int], stored: int, unpacked: int) -> None:
         """Raise ValueError where all that was read so far unpacks into far more than it has."""
         if part in self._counted:
             return
-        stored = self._stored + (0 if content is None else max(len(content), SMALLEST_FILE))
+        stored += self._stored
         if self._unpacked + unpacked > max(ANY_STORE_BYTES, LARGEST_RATIO * stored):
             raise ValueError(
                 f"{part[0]} would unpack into {unpacked} bytes, and with what was read before into "

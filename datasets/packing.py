@@ -23,6 +23,8 @@ class Packing(NamedTuple):
     """Decoded."""
     chunks_in_shard: int | None
     """None without shards."""
+    encoded_bytes: int
+    """Of a chunk that is unpacked, before its filters are undone."""
 
     @property
     def file_bytes(self) -> int:
@@ -32,7 +34,7 @@ class Packing(NamedTuple):
     @property
     def most_packed(self) -> int:
         """A chunk takes no more bytes than this, even where its compressor gains nothing."""
-        return self.chunk_bytes + self.chunk_bytes // 128 + 4096
+        return self.encoded_bytes + self.encoded_bytes // 128 + 4096
 
     @property
     def most_stored(self) -> int:
@@ -41,8 +43,8 @@ class Packing(NamedTuple):
 
 
 def refuse_bomb(packed: memoryview, packing: Packing) -> None:
-    """Raise ValueError when a packed chunk would unpack into more than its decoded size."""
-    limit = packing.chunk_bytes + 64  # checksums of filters
+    """Raise ValueError when a packed chunk would unpack into more than it should."""
+    limit = packing.encoded_bytes + 64  # checksums of filters
     if packing.compressor in ("gzip", "zlib"):
         stream = zlib.decompressobj(wbits=47)  # either
         unpacked = len(stream.decompress(packed, limit + 1))
@@ -51,7 +53,7 @@ def refuse_bomb(packed: memoryview, packing: Packing) -> None:
     else:
         unpacked = _unpacked_size(packing.compressor, packed)
     if unpacked > limit:
-        raise ValueError(f"a chunk would unpack into {unpacked} bytes or more; it should have {packing.chunk_bytes}")
+        raise ValueError(f"a chunk would unpack into {unpacked} bytes or more; it should have {packing.encoded_bytes}")
 
 
 def chunks_of_shard(shard: memoryview, count: int) -> Iterator[memoryview]:
