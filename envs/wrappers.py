@@ -76,22 +76,22 @@ def describe(env: gymnasium.Env) -> dict[str, Any] | None:
 
 
 def lost(wrappers: Sequence[Wrapped]) -> list[str]:
-    """What of the wrappers could not be kept, by name."""
-    return [str(one.get("name", "a wrapper")) for one in wrappers if one.get("entry_point") is None]
+    """What of the wrappers cannot be put on again, by name."""
+    return [_name(one) for one in wrappers if _is_lost(one)]
 
 
 def foreign(wrappers: Sequence[Wrapped]) -> list[str]:
     """Entry points of wrappers that are not Gymnasium's: their modules would be imported."""
-    points = [one.get("entry_point") for one in wrappers]
-    return [str(point) for point in points if point is not None and _ours_or_gymnasiums(point) is None]
+    return [str(one["entry_point"]) for one in wrappers if not _is_lost(one) and _gymnasiums(one) is None]
 
 
 def wrap(env: gymnasium.Env, wrapped: Wrapped) -> gymnasium.Env:
     """Put a wrapper on again; raises TaskError where it cannot be. A module that its entry point names is imported."""
-    point = wrapped.get("entry_point")
-    if point is None:
-        raise TaskError(f"{name_of_env(env)} was wrapped in {lost([wrapped])[0]}, which cannot be made again")
-    name, kwargs = _ours_or_gymnasiums(point), wrapped.get("kwargs", {})
+    point, name, kwargs = wrapped.get("entry_point"), _gymnasiums(wrapped), wrapped.get("kwargs", {})
+    if _is_lost(wrapped):
+        raise TaskError(f"{name_of_env(env)} was wrapped in {_name(wrapped)}, which cannot be made again")
+    if name in UNSEEN:
+        return env
     try:
         if name is None:
             kind = load(str(point))
@@ -115,7 +115,7 @@ def is_written(value: object) -> bool:
     return isinstance(value, list | tuple) and all(
         isinstance(one, Mapping)
         and isinstance(one.get("entry_point"), str | None)
-        and isinstance(one.get("kwargs", {}), Mapping)
+        and isinstance(one.get("kwargs", {}), Mapping | None)
         and isinstance(one.get("name", ""), str)
         for one in value
     )
@@ -156,13 +156,24 @@ def _written(layer: Any) -> dict[str, Any] | None:
 
 
 def _is(wrapped: Wrapped, name: str) -> bool:
-    return _ours_or_gymnasiums(wrapped.get("entry_point")) == name
+    return not _is_lost(wrapped) and _gymnasiums(wrapped) == name
 
 
-def _ours_or_gymnasiums(point: object) -> str | None:
-    """The name of the wrapper of Gymnasium's that an entry point means, None where it is another."""
-    module, _, name = str(point).partition(":")
-    return name if module.startswith("gymnasium.wrappers.") and name in KEPT else None
+def _is_lost(wrapped: Wrapped) -> bool:
+    """Whether a wrapper does not say all that it does: by Gymnasium's own convention its arguments are None then."""
+    silent = wrapped.get("entry_point") is None or wrapped.get("kwargs", {}) is None
+    name = _gymnasiums(wrapped)
+    return name not in UNSEEN and (silent or (name is not None and name not in KEPT))
+
+
+def _name(wrapped: Wrapped) -> str:
+    return str(wrapped.get("name") or str(wrapped.get("entry_point")).rpartition(":")[2])
+
+
+def _gymnasiums(wrapped: Wrapped) -> str | None:
+    """The name of Gymnasium's wrapper that an entry point means, None where it is another's."""
+    module, _, name = str(wrapped.get("entry_point")).partition(":")
+    return name if module == "gymnasium.wrappers" or module.startswith("gymnasium.wrappers.") else None
 
 
 def _plain(value: Any) -> Any:

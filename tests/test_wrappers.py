@@ -169,8 +169,9 @@ def test_a_wrapper_of_somebodys_module_is_imported_only_where_the_user_names_it(
 @pytest.mark.parametrize(
     "wrapped, said",
     [
-        ({"entry_point": "gymnasium.wrappers.rendering:RecordVideo", "kwargs": {"video_folder": "v"}}, "the module"),
-        ({"entry_point": "gymnasium.wrappers:no_such", "kwargs": {}}, "the module gymnasium.wrappers, which would"),
+        ({"entry_point": "gymnasium.wrappers:no_such", "kwargs": {}}, "what no file can keep: no_such"),
+        ({"entry_point": "gymnasium.wrappers.stateful_observation:NormalizeObservation", "kwargs": {}}, "no file can"),
+        ({"entry_point": "my:Wrapper", "kwargs": None, "name": "Mine"}, "what no file can keep: Mine"),
         ({"entry_point": "os:system", "kwargs": {"command": "true"}}, "the module os, which would be imported"),
         ({"entry_point": 3}, "does not say its wrappers"),
         ("RescaleAction", "does not say its wrappers"),
@@ -179,6 +180,14 @@ def test_a_wrapper_of_somebodys_module_is_imported_only_where_the_user_names_it(
 def test_a_file_makes_no_other_wrappers(wrapped: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         choose({"id": "Pendulum-v1", "arguments": {}, "wrappers": [wrapped]})
+
+
+def test_what_changes_nothing_that_is_observed_is_not_made_from_a_file(tmp_path: Path) -> None:
+    folder = tmp_path / "videos"
+    video = {"entry_point": "gymnasium.wrappers.rendering:RecordVideo", "kwargs": {"video_folder": str(folder)}}
+    order = {"entry_point": "gymnasium.wrappers.common:OrderEnforcing", "kwargs": None}
+    play(choose({"id": "Pendulum-v1", "arguments": {}, "wrappers": [video, order]})())
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(
