@@ -49,6 +49,7 @@ from diffusion_policy.checkpoint_files import (
     sync,
 )
 from diffusion_policy.config import TrainConfig
+from diffusion_policy.files import remove
 from diffusion_policy.policy import DiffusionPolicy
 
 WRITING = ".writing-"
@@ -103,7 +104,7 @@ def save(
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write the checkpoint {folder}: {error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
     counted = [older for older in steps_of(run) if not count_due or _was_due(older)]
     kept = {folder, *counted[-keep:]}
     winner = _find_best(run, best) if best else None
@@ -177,7 +178,7 @@ def _write(folder: Path, checkpoint: Checkpoint, training_state: Mapping[str, Te
 def _clear(run: Path) -> None:
     """Delete what is to be deleted, and what a killed process left."""
     for path in (*run.glob(f"{WRITING}*"), *run.glob(f"{DELETING}*")):
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
 
 
 def _set_aside(folder: Path) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -124,6 +125,16 @@ def write_whole(path: Path, content: str | bytes) -> None:
         sync_folder(path.parent)
     except OSError as error:
         raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def remove(path: Path) -> None:
+    """Delete a folder or a file of any kind, never opening one (a pipe would be waited for); what cannot be deleted
+    stays."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

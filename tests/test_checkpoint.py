@@ -401,8 +401,12 @@ def test_what_a_killed_run_left_is_removed(point: Checkpoint, tmp_path: Path) ->
     for name in (".writing-step-000001", ".deleting-step-000002"):
         (tmp_path / name / "deep").mkdir(parents=True)
         (tmp_path / name / "file").touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".deleting-step-000003").symlink_to("elsewhere")
+    os.mkfifo(tmp_path / ".deleting-step-000004")
+    os.mkfifo(tmp_path / "step-000030")
     checkpoint.save(tmp_path, point, {})
-    assert names(tmp_path) == ["step-000030"]
+    assert names(tmp_path) == ["elsewhere", "step-000030"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ line, quickly and before it takes memory, or in a policy that acts."""
 
 import ast
 import dataclasses
+import itertools
 import json
 import os
 import pickle
@@ -14,10 +15,10 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -27,6 +28,8 @@ from safetensors.torch import load_file, save_file
 from diffusion_policy import checkpoint
 from diffusion_policy.checkpoint import Checkpoint, CheckpointError, Dataset, Environment
 from diffusion_policy.checkpoint_files import MAX_HEADER_BYTES, describe
+from diffusion_policy.commands.sweep import Sweep
+from diffusion_policy.commands.sweep import describe as describe_trial
 from diffusion_policy.config import PolicyConfig, TrainConfig
 from diffusion_policy.files import MAX_JSON_BYTES
 from diffusion_policy.policy import DiffusionPolicy
@@ -603,6 +606,231 @@ def test_a_thousand_mutated_checkpoints(original: Path, tmp_path: Path) -> None:
     outcomes = mutate_and_load(1000, original, tmp_path)
     assert outcomes["refused"] > 500
     assert outcomes["acts"] > 20
+
+
+# The commands that read what a stranger hands over
+
+COMMANDER = """
+import io, json, resource, signal, sys, time, traceback, warnings
+from pathlib import Path
+import torch
+from diffusion_policy import checkpoint, cli
+from diffusion_policy.commands import terminal
+
+def late(*_):
+    raise SystemExit("hangs")
+
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+signal.signal(signal.SIGALRM, late)
+for line in sys.stdin:
+    terminal.console.file, terminal.console.quiet, answer, started = io.StringIO(), False, {}, time.perf_counter()
+    signal.alarm(20)
+    try:
+        answer["status"] = cli.main(json.loads(line))
+    except BaseException:
+        answer["crash"] = traceback.format_exc()
+    signal.alarm(0)
+    answer |= {"said": terminal.console.file.getvalue(), "seconds": time.perf_counter() - started,
+               "resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    print(json.dumps(answer), flush=True)
+"""
+"""Runs each command line that it reads, in one process that has imported everything."""
+
+
+class Handed(NamedTuple):
+    """What a stranger hands over: the folder of a run, of a sweep, and options."""
+
+    folder: Path
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def files(self) -> list[str]:
+        """All that is read, the folders themselves too."""
+        inner = [f"{STEP}/{name}" for name in ("config.json", MODEL, TRAINING)]
+        return ["run/run.json", "run/metrics.jsonl", "sweep/sweep.json", "options.json", STEP, "run", "sweep", *inner]
+
+    def commands(self) -> dict[str, list[str]]:
+        """What is run on it."""
+        evaluation, run = str(self.folder / "evaluation"), str(self.run)
+        return {
+            "resume": ["train", "--resume", run, "--device", "cpu"],
+            "config": ["train", "--config", str(self.folder / "options.json"), "--dataset", "no.zarr", "--output", "o"],
+            "sweep": ["sweep", "--dataset", "d.zarr", "--output", str(self.folder / "sweep"), "--grid", "seed=1,2",
+                      "--resume"],
+            "doctor": ["doctor", "--checkpoint", run, "--overfit-steps", "0", "--sampling-steps", "1",
+                       "--device", "cpu"],
+            "evaluate": ["evaluate", "--checkpoint", run, "--output", evaluation, "--episodes", "1", "--workers", "1",
+                         "--videos", "0", "--sampling-steps", "1", "--device", "cpu"],
+        }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def handed(run: Path, demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Handed:
+    """A sound run, its options in a file, and a sweep of which nothing has run."""
+    folder = tmp_path_factory.mktemp("handed")
+    shutil.copytree(run, folder / "run")
+    shutil.copy(run / "run.json", folder / "options.json")
+    shutil.copy(checkpoint.find(run) / "config.json", folder / "config.json")
+    sweep = Sweep("d.zarr", folder / "sweep", ("seed=1,2",))
+    sweep.output.mkdir()
+    sweep._write([describe_trial(trial) for trial in sweep.trials()])
+    return Handed(folder)
+
+
+@pytest.fixture(scope="module")
+def commander() -> Iterator[Callable[[list[str]], dict[str, Any]]]:
+    """Runs a command line; returns what came of it."""
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", COMMANDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def run(arguments: list[str]) -> dict[str, Any]:
+            process.stdin.write(json.dumps(arguments) + "\n")  # pyright: ignore[reportOptionalMemberAccess]
+            process.stdin.flush()  # pyright: ignore[reportOptionalMemberAccess]
+            line = process.stdout.readline()  # pyright: ignore[reportOptionalMemberAccess]
+            assert line, f"died or hung: {arguments}"
+            return json.loads(line)
+
+        yield run
+        process.stdin.close()
+
+
+def check_told(answer: dict[str, Any], deed: object) -> str:
+    """Whether a command has ended as it should; returns how."""
+    assert "crash" not in answer, (deed, answer["crash"])
+    assert answer["status"] in (0, 1, 2), deed
+    assert "Traceback" not in answer["said"], deed
+    assert answer["resident"] < 1e6, (deed, answer["resident"])  # [KB]
+    assert all(len(line) < 3000 for line in answer["said"].splitlines()), deed
+    if answer["status"] == 2:
+        assert answer["said"].splitlines()[-1].startswith("error: "), (deed, answer["said"])
+        assert answer["seconds"] < 10, (deed, answer["seconds"])
+        return "refused"
+    return "works"
+
+
+def put(path: Path, kind: str) -> None:
+    """Something of this kind in the place of a file or a folder."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            here = os.getcwd()
+            os.chdir(path.parent)  # the name of a socket is short
+            server.bind(path.name)
+            os.chdir(here)
+    elif kind == "large":
+        with path.open("wb") as file:
+            file.truncate(5 * 2**30)
+    elif kind == "zeros":
+        path.write_bytes(bytes(10**6))
+    elif kind == "empty":
+        path.touch()
+    else:
+        path.symlink_to(
+            {"nowhere": "nowhere", "itself": path.name, "device": "/dev/zero", "terminal": "/dev/tty"}[kind]
+        )
+
+
+STEP = "run/step-000030"
+NEEDED = {
+    "resume": {"run", "run/run.json", f"{STEP}/config.json", f"{STEP}/{MODEL}", f"{STEP}/{TRAINING}"},
+    "config": {"options.json"},
+    "sweep": {"sweep", "sweep/sweep.json"},
+    "doctor": {"run", STEP, f"{STEP}/config.json", f"{STEP}/{MODEL}"},
+    "evaluate": {"run", STEP, f"{STEP}/config.json", f"{STEP}/{MODEL}"},
+}
+"""What each command cannot do without."""
+KINDS = ("pipe", "folder", "socket", "large", "zeros", "empty", "nowhere", "itself", "device", "terminal")
+
+
+def replace_files(cases: Sequence[tuple[str, str, str]], handed: Handed, commander, tmp_path: Path) -> dict[str, int]:
+    """Put something else in a file's place, and run a command on it; returns how often what happened."""
+    outcomes: dict[str, int] = {}
+    for i, (name, kind, command) in enumerate(cases):
+        copy = Handed(Path(shutil.copytree(handed.folder, tmp_path / str(i))))
+        put(copy.folder / name, kind)
+        outcome = check_told(commander(copy.commands()[command]), (name, kind, command))
+        assert outcome == "refused" or name not in NEEDED[command], (name, kind, command)
+        outcomes[outcome] = outcomes.get(outcome, 0) + 1
+        shutil.rmtree(copy.folder)
+    return outcomes
+
+
+def test_files_of_every_kind_in_every_place(handed: Handed, commander, tmp_path: Path) -> None:
+    cases = list(itertools.product(handed.files, KINDS, handed.commands()))
+    outcomes = replace_files(random.Random(1).sample(cases, 20), handed, commander, tmp_path)
+    assert outcomes["refused"] > 5
+
+
+@pytest.mark.slow
+def test_all_files_of_every_kind_in_every_place(handed: Handed, commander, tmp_path: Path) -> None:
+    cases = list(itertools.product(handed.files, KINDS, handed.commands()))
+    outcomes = replace_files(cases, handed, commander, tmp_path)
+    assert outcomes["refused"] > 200
+
+
+def edit_some_json(copy: Handed, rng: random.Random) -> tuple[str, str, list[str]]:
+    """Change a value of one of the JSON files; returns the file, what was done, and the commands that read it."""
+    readers = {
+        "run/run.json": ["resume"],
+        "options.json": ["config"],
+        "sweep/sweep.json": ["sweep"],
+        "run/metrics.jsonl": ["resume", "evaluate"],
+        "run/step-000030/config.json": ["resume", "doctor", "evaluate", "config"],
+    }
+    name = rng.choice([*readers, "run/step-000030/config.json", "run/run.json"])
+    file = copy.folder / name
+    lines = file.read_text().splitlines() if name.endswith("jsonl") else [file.read_text()]
+    i = rng.randrange(len(lines))
+    tree = json.loads(lines[i])
+    deed = edit_tree(tree, rng)
+    training = tree.setdefault("training", {}) if name == "run/run.json" else None
+    if isinstance(training, dict) and isinstance(steps := training.get("steps", 3000), int):
+        training["steps"] = min(30, steps)  # more of them would be trained
+    lines[i] = json.dumps(tree)
+    if rng.random() < 0.1:
+        lines[i] = rng.choice(
+            [lines[i][:-5], lines[i] * 2, "[" * 50_000, '{"a":' * 40, "\x00", lines[i].replace(":", "::")]
+        )
+    file.write_text("\n".join(lines))
+    if name.endswith("config.json"):
+        shutil.copy(file, copy.folder / "options.json")
+    return name, deed, readers[name]
+
+
+def edit_json_and_run(count: int, handed: Handed, commander, tmp_path: Path, seed: int = 0) -> dict[str, int]:
+    """Change JSON and run the commands that read it; returns how often what happened."""
+    rng = random.Random(seed)
+    outcomes: dict[str, int] = {}
+    for i in range(count):
+        copy = Handed(Path(shutil.copytree(handed.folder, tmp_path / str(i))))
+        name, deed, readers = edit_some_json(copy, rng)
+        command = rng.choice(readers)
+        outcome = check_told(commander(copy.commands()[command]), (i, name, deed, command))
+        outcomes[outcome] = outcomes.get(outcome, 0) + 1
+        shutil.rmtree(copy.folder)
+    return outcomes
+
+
+def test_every_field_of_the_files_of_a_run_is_checked(handed: Handed, commander, tmp_path: Path) -> None:
+    outcomes = edit_json_and_run(20, handed, commander, tmp_path)
+    assert outcomes["refused"] > 5
+
+
+@pytest.mark.slow
+def test_a_thousand_fields_of_the_files_of_a_run(handed: Handed, commander, tmp_path: Path) -> None:
+    outcomes = edit_json_and_run(1000, handed, commander, tmp_path)
+    assert outcomes["refused"] > 300
 
 
 # Nothing is ever unpickled

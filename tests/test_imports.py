@@ -36,7 +36,7 @@ OURS_ALLOWED = {
     "processes": set(),
     "trainer": {"config", "diffusion", "policy", "processes", "samplers", "datasets.windows"},
     "trackers": {"config", "files"},
-    "checkpoint": {"checkpoint_contents", "checkpoint_files", "config", "policy"},
+    "checkpoint": {"checkpoint_contents", "checkpoint_files", "config", "files", "policy"},
     "checkpoint_contents": {"checkpoint_files", "config", "files", "policy"},
     "checkpoint_files": {"config", "files"},
     "engines": {"lines", "ray_cluster", "spawned"},

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,7 +50,7 @@ from diffusion_policy.config import (
     require_at_most,
 )
 from diffusion_policy.engines import Engine, each_alone, require_engine
-from diffusion_policy.files import FileError, format_json, read_json, write_whole
+from diffusion_policy.files import FileError, format_json, read_json, remove, write_whole
 from diffusion_policy.trackers import read_lines
 
 if TYPE_CHECKING:
@@ -396,10 +395,10 @@ def run_trial(trial: Trial) -> str | None:
             if (trial.train.output / OPTIONS).is_file():  # it was interrupted
                 dataclasses.replace(trial.train, resume=trial.train.output).run()
             else:
-                shutil.rmtree(trial.train.output, ignore_errors=True)
+                remove(trial.train.output)
                 trial.train.run()
         if trial.episodes and not (trial.evaluation / "results.json").is_file():
-            shutil.rmtree(trial.evaluation, ignore_errors=True)
+            remove(trial.evaluation)
             Evaluate(
                 trial.train.output,
                 trial.evaluation,
