@@ -403,3 +403,16 @@ def test_the_episodes_before_a_crash_are_told_and_can_be_gone_on_with(
     said = " ".join(capsys.readouterr().err.split())
     assert "the episode of seed 2 was begun 2 times, and its process died each time" in said
     assert "2 of 4 episodes are safe in store.zarr, go on with --resume store.zarr" in said
+
+
+def test_what_is_committed_is_on_the_disk_unless_it_need_not_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(descriptor))
+    command = ["collect", "--env-kwargs", '{"rows": 1}', "--episodes", "2", "--workers", "1", "--output"]
+    assert main([*command, str(tmp_path / "quick.zarr"), "--no-sync"]) == 0
+    assert synced == []
+    assert main([*command, str(tmp_path / "safe.zarr")]) == 0
+    assert synced != []
+    assert files_of(tmp_path / "quick.zarr") == files_of(tmp_path / "safe.zarr")

@@ -243,7 +243,7 @@ NO_LABEL = "ValueError: a mode is printable text on one line, or None"
 @pytest.mark.parametrize(
     ("mode", "reason"),
     [
-        (KeyError("x\x1b[2J"), r"the mode function failed: KeyError: 'x\\x1b[2J'"),
+        (OSError("x\x1b[2J"), r"the mode function failed: OSError: x\x1b[2J"),
         (TaskError("mine:mode must give one of a, b"), "mine:mode must give one of a, b"),
         (3, f"the mode function failed: {NO_LABEL}; got 3"),
         ("left\nright", rf"the mode function failed: {NO_LABEL}; got 'left\nright'"),
