@@ -217,7 +217,7 @@ class Adapter(gymnasium.Wrapper):
                 raise TaskError(f"{name_of(self._success)} must give True or False; got {answer!r}")
             return bool(answer)
         if self._success is not None:
-            return ended and self._return >= self._success
+            return ended and self._return >= self._success < math.inf  # of `none`, nothing is a success
         said = self._says(info)
         if said is None and ended:
             raise TaskError(

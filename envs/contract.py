@@ -13,6 +13,7 @@ import numpy as np
 
 from diffusion_policy.envs.protocols import TaskEnv
 from diffusion_policy.envs.spaces import TaskError
+from diffusion_policy.lines import one_line
 
 
 class Contract(gymnasium.Wrapper):
@@ -60,6 +61,9 @@ def guard(env: gymnasium.Env) -> gymnasium.Env:
         )
     if not isinstance(env, gymnasium.Env):
         raise TaskError(f"an environment is a gymnasium.Env; got {type(env).__module__}.{type(env).__name__}")
+    for name in ("observation_space", "action_space"):
+        if not isinstance(getattr(env.unwrapped, name, None), gymnasium.Space):
+            raise TaskError(f"{name_of_env(env)} must have an {name}, a space of Gymnasium's")
     if isinstance(env.unwrapped, TaskEnv):
         return env
     if not isinstance(env, gymnasium.Wrapper):
@@ -75,7 +79,7 @@ def guard(env: gymnasium.Env) -> gymnasium.Env:
 def name_of_env(env: gymnasium.Env) -> str:
     """What an environment is called in messages."""
     spec = env.unwrapped.spec
-    return spec.id if spec else type(env.unwrapped).__name__
+    return one_line(spec.id if spec else type(env.unwrapped).__name__, 100)
 
 
 def takes(env: gymnasium.Env, name: str) -> bool:
@@ -88,7 +92,7 @@ def to_number(value: Any, what: str) -> float:
     """A number that may come as an array of one; raises TaskError, which says `what` it is, for others."""
     array = np.asarray(value)
     if array.size != 1 or array.dtype.kind not in "biuf":
-        raise TaskError(f"{what} {' '.join(repr(value).split())[:100]}; it must be one number")
+        raise TaskError(f"{what} {one_line(repr(value), 100)}; it must be one number")
     return float(array.reshape(-1)[0])
 
 

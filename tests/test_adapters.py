@@ -289,6 +289,12 @@ def test_close_may_fail() -> None:
 def test_several_environments_are_not_one() -> None:
     with pytest.raises(TaskError, match=r"SyncVectorEnv is several environments; give a single one: gymnasium.make"):
         Adapter(gymnasium.make_vec("Pendulum-v1", 2))  # pyright: ignore[reportArgumentType]
+
+    class Bare(gymnasium.Env):
+        observation_space = Box(-1, 1, (1,))
+
+    with pytest.raises(TaskError, match="Bare must have an action_space, a space of Gymnasium's"):
+        Adapter(Bare())
     with pytest.raises(TaskError, match=r"an environment is a gymnasium.Env; got builtins.int"):
         Adapter(3)  # pyright: ignore[reportArgumentType]
 
