@@ -144,8 +144,9 @@ def _score_difference(first: Mapping[Name, Any], second: Mapping[Name, Any], com
     if any(score is None for score in (*scores[0], *scores[1])):
         return None
     differences = [of_b - of_a for of_a, of_b in zip(*scores, strict=True)]
-    sums, counts = by_cluster([seed for seed, _ in common], differences)
-    return clustered_mean(sums, counts, bounds=(-1, 1))
+    with np.errstate(over="ignore", invalid="ignore"):  # of numbers near the largest there are
+        sums, counts = by_cluster([seed for seed, _ in common], differences)
+        return clustered_mean(sums, counts, bounds=(-1, 1))
 
 
 def _sentence(success: Metric, p_value: float, more: int | None, discordant: int, pairs: int) -> str:

@@ -1,5 +1,6 @@
 """The command line as a user meets it: real processes, real files."""
 
+import dataclasses
 import json
 import os
 import re
@@ -15,8 +16,11 @@ import zarr
 
 from diffusion_policy import checkpoint
 from diffusion_policy.cli import main, parse
+from diffusion_policy.commands.common import load_with_environment
+from diffusion_policy.commands.episodes import FIRST_ROLLOUT_SEED, FIRST_TEST_SEED, refuse_seen_seeds
 from diffusion_policy.commands.evaluate import Evaluate
 from diffusion_policy.commands.train import Train
+from diffusion_policy.config import Signals
 from diffusion_policy.datasets.store import EpisodeStore
 
 CLI = [sys.executable, "-m", "diffusion_policy.cli"]
@@ -134,7 +138,17 @@ def test_train_refuses_bad_data(demonstrations: Path, tmp_path: Path, capsys) ->
         (["--mode", "left"], "cannot be steered to mode 'left'; it was trained without condition-on-mode"),
         (["--eta", "2"], "eta must be from 0 to 1; got 2.0"),
         (["--sampler", "ddpm", "--eta", "0.5"], "eta must be 0 with the sampler ddpm; got 0.5"),
-        (["--seed", "5"], "overlap the demonstrations' seeds 0 to 11; choose a --seed of at least 12"),
+        (["--seed", "5"], "overlap the demonstrations' seeds 0 to 11; choose another --seed, such as 100000"),
+        (["--seed", "4294967290"], "seeds go up to 4294967295; got 4294967290 to 4294967389; choose a lower --seed"),
+        (["--episodes", "1000000000"], "at most 100000 episodes are run, all repeats and delays counted; got 10000000"),
+        (["--repeats", "1001"], "at most 100000 episodes are run, all repeats and delays counted; got 100100"),
+        (["--delay-steps", "0", "1", "--episodes", "50001"], "at most 100000 episodes are run"),
+        (["--parallel", "1000000000"], "parallel must be at most 1024; got 1000000000"),
+        (["--videos", "1000000"], "videos must be at most 200, since one page holds them; got 1000000"),
+        (
+            ["--corrector-steps", "1000", "--parallel", "1024"],
+            "GB of noise, at most 0.5 GB are used; lower --sampling-steps",
+        ),
         (["--episodes", "-1"], "episodes must be at least 1; got -1"),
     ],
 )
@@ -142,6 +156,40 @@ def test_evaluate_refuses(run: Path, tmp_path: Path, capsys, arguments: list[str
     text = fails(capsys, "evaluate", "--checkpoint", run, "--output", tmp_path / "e", *arguments)
     assert message in text
     assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("seed, free", [(200_000, 200_021), (199_950, 200_021), (200_020, 200_021)])
+def test_seeds_of_rollouts_in_training_are_no_test(run: Path, seed: int, free: int) -> None:
+    loaded = load_with_environment(run, None, None, None, "cpu", Signals())
+    refuse_seen_seeds(loaded, range(200_000, 200_100))  # this one was trained without rollouts
+    training = dataclasses.replace(loaded.checkpoint.training, rollout_every=10, rollout_episodes=21)
+    seen = loaded._replace(checkpoint=dataclasses.replace(loaded.checkpoint, training=training))
+    words = f"overlap the training rollouts' seeds 200000 to 200020; choose another --seed, such as {FIRST_TEST_SEED}"
+    with pytest.raises(ValueError, match=words):
+        refuse_seen_seeds(seen, range(seed, seed + 100))
+    with pytest.raises(ValueError, match=f"such as {free}"):
+        refuse_seen_seeds(seen, range(seed, seed + 150_000))
+    refuse_seen_seeds(seen, range(FIRST_TEST_SEED, FIRST_ROLLOUT_SEED))
+    refuse_seen_seeds(seen, range(free, free + 150_000))
+
+
+def test_study_and_rollout_refuse_what_no_machine_holds(run: Path, tmp_path: Path, capsys) -> None:
+    many = ["--checkpoint", run, "--episodes", 10**9]
+    assert "at most 100000 episodes are run" in fails(capsys, "rollout", *many)
+    assert "at most 100000 episodes are run" in fails(capsys, "study", "samplers", *many, "--output", tmp_path / "s")
+
+
+def test_a_rollout_whose_film_cannot_be_made_says_so_after_its_results(run: Path, tmp_path: Path, capsys) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffusion_policy.envs.avoid.AvoidEnv.render", lambda _: None)
+        arguments = ["--checkpoint", run, "--episodes", 1, "--workers", 1, "--sampling-steps", 1]
+        files = ["--video", tmp_path / "v.mp4", "--record", tmp_path / "r.zarr"]
+        assert main([str(argument) for argument in ("rollout", *arguments, *files)]) == 1
+    said = capsys.readouterr()
+    assert "seed 100000: " in said.out
+    assert "no video: render() must give an array (height, width, 3) of uint8; got NoneType" in said.err
+    assert len(EpisodeStore.open(tmp_path / "r.zarr").episode_ends) == 1
+    assert [each.name for each in tmp_path.iterdir()] == ["r.zarr"]
 
 
 def test_evaluate_names_the_shapes_that_do_not_fit(demonstrations: Path, tmp_path: Path, capsys) -> None:

@@ -163,5 +163,8 @@ def test_no_number_of_episodes_helps_where_no_difference_is_seen() -> None:
 def test_scores_that_are_no_numbers_are_not_compared() -> None:
     a, b = outcomes([1, 0], scores=[0.5, 0.5]), outcomes([1, 0], scores=[0.5, 0.5])
     assert compare(a, b).score_difference is not None
+    a[0]["measures"]["score"] = -1.7e308
+    b[0]["measures"]["score"] = 1.7e308
+    assert compare(a, b).score_difference is not None
     a[0]["measures"]["score"] = None
     assert compare(a, b).score_difference is None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.table import Table
 
-from diffusion_policy.commands.afterwards import PAGE, RESULTS, Remarks, hold_output, require_same
+from diffusion_policy.commands.afterwards import PAGE, RESULTS, Remarks, hold_output, require_same, waits_for_page
 from diffusion_policy.commands.common import (
     Failed,
     Interrupted,
@@ -115,18 +115,19 @@ class Evaluate:
         environment that cannot be run, or an output folder that holds something."""
         from diffusion_policy.controller import require_delay
 
-        with hold_output(self.output) as waits_for_page:
-            loaded = load_with_environment(
-                self.checkpoint, self.env, self.env_kwargs, self.sampling, self.device, self.signals
-            )
-            policy = loaded.checkpoint.policy
-            for delay in self.delay_steps:
-                require_delay(policy.config, delay)
-            require_memory(policy, self.sampling, self.parallel)
-            seeds = range(self.seed, self.seed + self.episodes)
-            refuse_seen_seeds(loaded, seeds)
-            asked = self._asked(loaded)
-            if waits_for_page:
+        waits_for_page(self.output)
+        loaded = load_with_environment(
+            self.checkpoint, self.env, self.env_kwargs, self.sampling, self.device, self.signals
+        )
+        policy = loaded.checkpoint.policy
+        for delay in self.delay_steps:
+            require_delay(policy.config, delay)
+        require_memory(policy, self.sampling, self.parallel)
+        seeds = range(self.seed, self.seed + self.episodes)
+        refuse_seen_seeds(loaded, seeds)
+        asked = self._asked(loaded)
+        with hold_output(self.output) as waits:
+            if waits:
                 return self._go_on(loaded, asked)
             if self.backend == "compile":
                 policy.compile_sampling()
