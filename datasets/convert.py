@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusion_policy.datasets.durable import sync_tree, unfinished_path
+from diffusion_policy.datasets.durable import make_parents, sync_tree, unfinished_path
 from diffusion_policy.datasets.storage import KEY, StoreError
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore, nonfinite_rows
-from diffusion_policy.files import FileError, refuse_irregular
+from diffusion_policy.files import FileError, refuse_irregular, sync_folder
 from diffusion_policy.names import join_names
 
 APPEND_BYTES = 2**26
@@ -525,7 +525,7 @@ def _whole(target: Path) -> Iterator[Path]:
     """A path of the target's name in a new folder beside it. What lies there in the end becomes the target; after an
     error or an interrupt, nothing does."""
     _refuse_existing(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_parents(target)
     folder = unfinished_path(target)
     try:
         folder.mkdir()
@@ -533,6 +533,7 @@ def _whole(target: Path) -> Iterator[Path]:
         sync_tree(folder / target.name)
         _refuse_existing(target)
         (folder / target.name).rename(target)
+        sync_folder(target.parent)
     except Unusable:
         raise
     except StoreError as error:

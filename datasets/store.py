@@ -52,6 +52,7 @@ FORMAT_VERSION = 2
 CHECKSUMS = "meta/episode_crc32c"
 """(episodes, arrays + 1) uint32: a column for each array of data/, sorted by name, and one for what is known of the
 episode."""
+NO_CHECKSUMS = "is missing, or of other arrays than those in data/: exchanged rows cannot be told"
 BLOCK_BYTES = 2**23
 """About so much is read at a time where a whole array is walked through."""
 
@@ -150,6 +151,8 @@ class EpisodeStore:
         if len(store.episode_ends):
             for array in store._layout():
                 store._array(array)
+            if store.has_checksums and not store.checksums():
+                raise StoreError(f"{path}: {CHECKSUMS} {NO_CHECKSUMS}; make a copy to append to with: dataset convert")
         if drop_consolidated(group):
             store.mended = ("dropped a consolidated copy of the metadata, which would not know what is appended",)
         store._drop_uncommitted()
@@ -222,6 +225,11 @@ class EpisodeStore:
     def episode_ends(self) -> np.ndarray:
         """Row after the last of each episode, (episodes,) int64; episodes without rows are left out."""
         return self._ends
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether checksums of its episodes belong to the store: it is one of ours, and not of the first version."""
+        return self.attributes.get("format") == FORMAT and self.attributes.get("format_version", 1) != 1
 
     @property
     def empty_episodes(self) -> np.ndarray:
@@ -372,7 +380,7 @@ class EpisodeStore:
     def checksums(self) -> dict[str, np.ndarray]:
         """The checksum of each episode, (episodes,), by array of data/ and, of what is known of it, by `meta`; empty
         where the store has none, or none that fit its arrays."""
-        table = self.read_meta("crc32c") if self.attributes.get("format_version", 1) != 1 else None
+        table = self.read_meta("crc32c") if self.has_checksums else None
         names = [*self.names("data"), "meta"]
         if table is None or table.dtype != np.uint32 or table.shape != (len(self._ends), len(names)):
             return {}
@@ -440,7 +448,7 @@ class EpisodeStore:
         lengths = [len(next(iter(episode.data.values()))) for episode in episodes]
         ends = start + np.cumsum(lengths, dtype=np.int64)
         rows = {path: np.concatenate([column[path] for column in columns]) for path in expected}
-        if self.attributes.get("format_version", 1) != 1:
+        if self.has_checksums:
             both = zip(columns, ends, strict=True)
             rows[CHECKSUMS] = np.array([_checksums(i, *one) for i, one in enumerate(both, count)], np.uint32)
         self._checked.clear()

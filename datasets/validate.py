@@ -18,6 +18,7 @@ from diffusion_policy.datasets.storage import list_names, open_group, say, unfin
 from diffusion_policy.datasets.store import (
     CHECKSUMS,
     FORMAT,
+    NO_CHECKSUMS,
     EpisodeStore,
     StoreError,
     checksum_of_meta,
@@ -185,14 +186,13 @@ def _check_checksums(store: EpisodeStore, known: Mapping[str, np.ndarray]) -> It
     """Whether the checksums of episodes are there, and what is known of episodes is what was written."""
     if store.attributes.get("format") != FORMAT:
         return
-    if store.attributes.get("format_version", 1) == 1:
+    if not store.has_checksums:
         what = "format version 1 has no checksums of episodes, so exchanged files cannot be told; a copy has them"
         yield Finding(False, CHECKSUMS, f"{what}: dataset convert")
         return
     checksums = store.checksums()
     if not checksums:
-        what = "is missing, or of other arrays than those in data/: exchanged rows cannot be told"
-        yield Finding(True, CHECKSUMS, what)
+        yield Finding(True, CHECKSUMS, NO_CHECKSUMS)
         return
     names = ("episode_mode", "episode_seed", "episode_success")
     written = {f"meta/{name}": known[name] for name in known if name in names or name.startswith("episode_final_")}

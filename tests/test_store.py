@@ -584,6 +584,25 @@ def test_what_is_known_of_an_episode_is_checked_too(tmp_path: Path) -> None:
     assert finding.what.startswith("is missing")
 
 
+def test_a_store_whose_checksums_are_of_other_arrays_is_read_and_not_appended_to(tmp_path: Path) -> None:
+    path = two_chunks(tmp_path / "s.zarr")
+    zarr.open_group(path, mode="r+").create_array("data/mine", data=np.ones((2 * 16_384, 1)))
+    assert EpisodeStore.open(path).keys == ("action", "mine", "x", "y")
+    assert len(list(EpisodeStore.open(path).episodes())) == 2
+    texts = [finding.what for finding in validate(path) if finding.path == "meta/episode_crc32c"]
+    assert "of other arrays than those in data/" in texts[0]
+    with pytest.raises(StoreError, match=r"of other arrays .*; make a copy to append to with: dataset convert"):
+        EpisodeStore.append_to(path)
+
+
+def test_a_foreign_array_of_the_name_of_our_checksums_is_none(tmp_path: Path) -> None:
+    path = umi_like(tmp_path / "s.zarr")
+    group = zarr.open_group(path, mode="r+")
+    group.create_array("meta/episode_crc32c", data=np.zeros((3, 5), np.uint32))
+    group.attrs["format_version"] = 2
+    assert len(list(EpisodeStore.open(path).episodes())) == 3
+
+
 def test_a_store_of_version_1_is_read_and_goes_on_as_one(tmp_path: Path) -> None:
     path = tmp_path / "s.zarr"
     with EpisodeStore.create(path, {}, ["a"]) as store:
@@ -735,3 +754,18 @@ def test_a_store_half_made_by_a_process_that_is_gone_is_cleared_away(tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         [".another.zarr.999999999", f".store.zarr.{os.getppid()}", "store.zarr"]
     )
+
+
+def test_a_conversion_is_on_the_disk_too(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = set()
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        known.add(os.fstat(descriptor).st_ino)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name in ("copy.zarr", "copy.zarr.zip"):
+        convert(path, tmp_path / "new" / name)
+        everything = [tmp_path, tmp_path / "new", tmp_path / "new" / name, *(tmp_path / "new" / name).rglob("*")]
+        assert known >= {item.stat().st_ino for item in everything}

@@ -58,7 +58,8 @@ class Inspect:
             table.add_column(name, no_wrap=True)
         for key, part in found["keys"].items():
             size = ("-", "-") if part["bytes"] is None else (f"{part['bytes'] / 1e6:.2f}", f"{part['ratio']:.1f}x")
-            shape, limits = "x".join(map(str, part["shape"])) or "1", (min(part["min"]), max(part["max"]))
+            shape, limits = "x".join(map(str, part["shape"])), (min(part["min"]), max(part["max"]))
+            shape = shape if len(shape) <= 20 else f"{len(part['shape'])} axes"
             table.add_row(key, shape, part["dtype"], *(f"{n:.4g}" for n in limits), str(part["chunk_rows"]), *size)
         roles = {role: [key for key in found["keys"] if found["keys"][key]["role"] == role] for role in ROLES}
         out.print("; ".join(f"{role}: {', '.join(keys)}" for role, keys in roles.items() if keys))
