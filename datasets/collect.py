@@ -51,11 +51,15 @@ class Demonstrator:
         expert's action. Raises DemonstratorError for what cannot be."""
         if not (isinstance(noise, int | float) and 0 <= noise < math.inf):
             raise DemonstratorError(f"noise must be a finite number of at least 0; got {noise!r}")
-        self._env = make_env()
+        try:
+            self._env = make_env()
+        except (Exception, SystemExit) as error:
+            reason = message_of(error) if isinstance(error, ValueError) else describe_with_place(error)
+            raise DemonstratorError(f"the environment cannot be made: {reason}") from error
         self._make_expert = make_expert
         self._noise = noise
         self._most_steps = _time_limit(self._env) or MOST_STEPS
-        space = self._env.observation_space
+        space = getattr(self._env, "observation_space", None)
         if not isinstance(getattr(space, "spaces", None), Mapping):
             raise DemonstratorError(
                 f"the environment must observe a dict of arrays; got {space}; make it with "
@@ -121,9 +125,10 @@ def _time_limit(env: Any) -> int | None:
     """Steps of the time limit that is put around an environment, as Gymnasium does."""
     layer = env
     while layer is not None:
-        if limit := vars(layer).get("_max_episode_steps"):
+        attributes = getattr(layer, "__dict__", {})
+        if limit := attributes.get("_max_episode_steps"):
             return limit
-        layer = vars(layer).get("env")
+        layer = attributes.get("env")
     return None
 
 

@@ -88,8 +88,8 @@ class Spawned:
             raise self._explain_death() from None
         if isinstance(answer, _Unreadable):
             raise SpawnError(
-                f"a worker process cannot load what it is to run: {answer.reason}; define it in a module or script "
-                "that can be imported"
+                f"a worker process cannot load what it is to run: {answer.reason}; define it in a module, or in your "
+                "script before and not within: if __name__ == '__main__':"
             )
         return answer
 

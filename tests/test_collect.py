@@ -201,6 +201,10 @@ def test_impossible_noise_is_refused(noise: Any) -> None:
         Demonstrator(Point, Pusher, noise)
 
 
+def fail_to_start() -> Any:
+    raise RuntimeError("no display")
+
+
 class Plain(Point):
     observation_space = Box(0, 1, (1,))
 
@@ -219,9 +223,14 @@ class Forked(Point):
 
 @pytest.mark.parametrize(
     ("make_env", "message"),
-    [(Plain, "must observe a dict of arrays; got Box"), (Modeless, r"must have modes and mode\(observations\)")],
+    [
+        (Plain, "must observe a dict of arrays; got Box"),
+        (Modeless, r"must have modes and mode\(observations\)"),
+        (object, "must observe a dict of arrays; got None"),
+        (fail_to_start, "the environment cannot be made: RuntimeError: no display"),
+    ],
 )
-def test_an_environment_of_another_kind_is_refused(make_env: type, message: str) -> None:
+def test_an_environment_of_another_kind_is_refused(make_env: Any, message: str) -> None:
     with pytest.raises(DemonstratorError, match=message):
         Demonstrator(make_env, Pusher, 0.1)
 
@@ -350,7 +359,7 @@ class Hanging(gymnasium.Env):
         return np.zeros(1, np.float32), {}
     def step(self, action):
         if self.seed_ == 2:
-            while not os.path.exists("1"):
+            while not (os.path.exists("0") and os.path.exists("1")):
                 time.sleep(0.01)
             open("hangs", "w").close()
             time.sleep(1000)
