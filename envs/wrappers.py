@@ -62,7 +62,7 @@ def describe(env: gymnasium.Env) -> dict[str, Any] | None:
         except ValueError:
             if not (registered and _same(registered.kwargs.get(name), value)):  # that one comes with the id
                 wrappers.append({"entry_point": None, "name": f"the argument {name} of {spec.id}"})
-    within = _wrappers(found[:-1])
+    within = _wrappers_around(found)
     limits = []
     while within and _is(within[0], "TimeLimit"):
         limits.append(within.pop(0)["kwargs"]["max_episode_steps"])
@@ -119,6 +119,18 @@ def is_written(value: object) -> bool:
         and isinstance(one.get("name", ""), str)
         for one in value
     )
+
+
+def _wrappers_around(found: Sequence[gymnasium.Env]) -> list[dict[str, Any]]:
+    """What is written of the wrappers that were put around what `gymnasium.make` gave. What lies below the wrapper that
+    `make` itself puts on belongs to the environment's registration, and comes with its id; where there is no such
+    wrapper, nobody can tell the two apart."""
+    for name in ("OrderEnforcing", "PassiveEnvChecker"):
+        for i, layer in enumerate(found):
+            if type(layer) is getattr(gymnasium.wrappers, name):
+                return _wrappers(found[:i])
+    written = _wrappers(found[:-1])
+    return [one if _is(one, "TimeLimit") else {"entry_point": None, "name": _name(one)} for one in written]
 
 
 def _wrappers(found: Sequence[gymnasium.Env]) -> list[dict[str, Any]]:

@@ -201,10 +201,11 @@ class Tangled(gymnasium.Env):
 def test_what_is_recorded_under_wrappers_is_trained_on_and_acted_with_under_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gymnasium.register("Tangled-v0", entry_point=Tangled, disable_env_checker=True, order_enforce=False)
+    gymnasium.register("Tangled-v0", entry_point=Tangled, disable_env_checker=True)
     try:
-        env = RescaleAction(Tangled(), np.full((2, 1), -1, np.float32), np.full((2, 1), 1, np.float32))
-        env.unwrapped.spec = gymnasium.spec("Tangled-v0")
+        env = RescaleAction(
+            gymnasium.make("Tangled-v0"), np.full((2, 1), -1, np.float32), np.full((2, 1), 1, np.float32)
+        )
         with contextlib.suppress(RuntimeError), Recorder(TimeLimit(env, 12), tmp_path / "t.zarr") as recorder:
             for seed in range(4):
                 recorder.reset(seed=seed)

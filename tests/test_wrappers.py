@@ -212,6 +212,28 @@ def test_wrappers_that_cannot_be_put_on_are_told_in_one_line(name: str, kwargs: 
     assert "\n" not in str(error.value)
 
 
+def test_wrappers_that_come_with_an_id_are_not_put_on_twice(tmp_path: Path) -> None:
+    gymnasium.register("Registered-v0", entry_point=lambda: rescaled(pendulum()), max_episode_steps=4)
+    try:
+        environment = record(FrameStackObservation(gymnasium.make("Registered-v0"), 2), tmp_path / "a.zarr")
+        assert [one["entry_point"].rpartition(":")[2] for one in environment["wrappers"]] == ["FrameStackObservation"]
+        again = play(choose(environment)())
+        (episode,) = EpisodeStore.open(tmp_path / "a.zarr").episodes()
+        np.testing.assert_array_equal([row["observation"] for row in again[:-1]], episode.data["observation"])
+    finally:
+        gymnasium.registry.pop("Registered-v0")
+
+
+def test_wrappers_of_which_nobody_knows_whether_they_come_with_the_id_are_named(tmp_path: Path) -> None:
+    gymnasium.register("Bare-v0", entry_point=lambda: pendulum().unwrapped, order_enforce=False)
+    try:
+        env = rescaled(gymnasium.make("Bare-v0", disable_env_checker=True, max_episode_steps=5))
+        with pytest.warns(UserWarning, match="cannot keep RescaleAction"):
+            Recorder(env, tmp_path / "a.zarr").close()
+    finally:
+        gymnasium.registry.pop("Bare-v0")
+
+
 def test_only_wrappers_within_the_recorder_count(tmp_path: Path) -> None:
     outside = rescaled(Recorder(pendulum(), tmp_path / "a.zarr"))
     play(outside)
