@@ -217,6 +217,7 @@ class TrainConfig:
         require_at_least(self, 1, ("rollout_episodes",))
         require_at_most(self, MAX_STEP, ("steps",))
         require_at_most(self, 100_000, ("rollout_episodes",))
+        _require(self.accumulation <= self.batch_size, "accumulation", "at most the batch-size", self.accumulation)
         check_choice("precision", self.precision, get_args(PrecisionName))
         if self.keep_best is not None:
             check_choice("keep-best", self.keep_best, get_args(MetricName))

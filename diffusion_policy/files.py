@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -74,16 +74,32 @@ def read_bytes(path: Path | str, most_bytes: int) -> bytes:
             raise FileError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def read_json(path: Path | str, most_bytes: int = MAX_JSON_BYTES, most_brackets: int = MAX_BRACKETS) -> Any:
+Pairs = Callable[[list[tuple[str, Any]]], Any]
+"""Makes an object of its keys and values."""
+
+
+def read_json(
+    path: Path | str, most_bytes: int = MAX_JSON_BYTES, most_brackets: int = MAX_BRACKETS, pairs: Pairs = dict
+) -> Any:
     """The JSON of a regular file; raises FileError when that is too large, too deeply nested, or none."""
     content = read_bytes(path, most_bytes)
     try:
-        return parse_json(content, most_brackets)
+        return parse_json(content, most_brackets, pairs)
     except ValueError as error:
         raise FileError(f"{path} is not JSON that can be read: {error}") from error
 
 
-def parse_json(content: bytes | str, most_brackets: int = MAX_BRACKETS) -> Any:
+def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object in which a key stands once; raises ValueError where it was written twice, as by hand."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:100]!r} stands there twice")
+    return found
+
+
+def parse_json(content: bytes | str, most_brackets: int = MAX_BRACKETS, pairs: Pairs = dict) -> Any:
     """What JSON says; raises ValueError where it is none, nested too deeply, of too many parts (items grow in number
     with lists and objects), or holds text that no file could hold (half a surrogate pair)."""
     text = content.decode() if isinstance(content, bytes) else content
@@ -94,7 +110,7 @@ def parse_json(content: bytes | str, most_brackets: int = MAX_BRACKETS) -> Any:
     if text.count(",") > most_commas:
         raise ValueError(f"it has more than {most_commas} items")
     try:
-        tree = json.loads(text)
+        tree = json.loads(text, object_pairs_hook=None if pairs is dict else pairs)
     except RecursionError as error:
         raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep") from error
     _check_depth(tree)

@@ -65,6 +65,10 @@ def test_unknown_commands_and_options_name_what_there_is(capsys) -> None:
         (["--env", "Pendulum-v1"], "no expert for 'Pendulum-v1'; experts exist for diffusion_policy/Avoid-v0"),
         (["--env-kwargs", "{"], "--env-kwargs must be a JSON object"),
         (["--env-kwargs", "[1]"], "--env-kwargs must be a JSON object"),
+        (["--env-kwargs", "[" * 5000], "--env-kwargs must be a JSON object"),
+        (["--env-kwargs", '{"rows": NaN}'], "--env-kwargs must be a JSON object"),
+        (["--env-kwargs", '{"rows": "\\ud800"}'], "half a surrogate pair"),
+        (["--env-kwargs", '{"rows": 1, "rows": 2}'], "the key 'rows' stands there twice"),
         (["--env-kwargs", '{"rows": 5}'], "rows must be 1, 2 or 3; got 5"),
         (["--env-kwargs", '{"colour": 5}'], "does not take the arguments {'colour': 5}"),
         (["--episodes", "0"], "episodes must be at least 1; got 0"),
@@ -95,7 +99,15 @@ def test_collect_refuses(tmp_path: Path, capsys, arguments: list[str], message: 
         (["--device", "warp"], "no device 'warp' here"),
         (["--device", "meta"], "no device 'meta' here"),
         (["--validation-share", "0.99"], "cannot hold out 99% of 12 episodes"),
-        (["--config", "/nowhere.json"], "/nowhere.json"),
+        (["--config", "/nowhere.json"], "/nowhere.json is missing"),
+        (["--config", "/dev/zero"], "/dev/zero is no regular file"),
+        (["--config", "/tmp"], "/tmp is no regular file"),
+        (["--levels", "100001"], "levels must be at most 100000; got 100001"),
+        (["--learning-rate", "1e400"], "learning-rate must be finite"),
+        (["--steps", str(2**63)], "steps must be at most 1000000000000"),
+        (["--keep", str(2**63)], "keep must be finite, and whole numbers below 2^63"),
+        (["--accumulation", "300"], "accumulation must be at most the batch-size; got 300"),
+        (["--widths", "8192", "8192", "--prediction-horizon", "16"], "a policy has at most 268435456 weights"),
     ],
 )
 def test_train_refuses(demonstrations: Path, tmp_path: Path, capsys, arguments: list[str], message: str) -> None:
@@ -243,6 +255,19 @@ def test_an_option_file_with_an_unknown_key_names_the_nearest(tmp_path: Path, ca
     path.write_text("[]")
     text = fails(capsys, "train", "--dataset", "d", "--output", "o", "--config", path)
     assert "must be a JSON object" in text
+    for content, said in (
+        ('{"policy": {"widths": 64}}', f"{path}: policy, widths must be a list of at most 1024 items, each a whole"),
+        ('{"policy": {"schedule": {}}}', f"{path}: policy, schedule must be one of cosine, linear"),
+        ('{"policy": {"schedule_options": [1e400]}}', "schedule_options[0] must be a finite number; got inf"),
+        ('{"training": {"steps": 9223372036854775808}}', "steps must be a whole number; got 9223372036854775808"),
+        ('{"training": {"steps": 1, "steps": 2}}', "the key 'steps' stands there twice"),
+        ('{"training": []}', "training must be a JSON object; got []"),
+        ('{"training": {}, "tracker": ["mlflow"]}', "tracker[0] must be one of tensorboard, wandb; got 'mlflow'"),
+        ('{"policy": "\\ud800"}', "half a surrogate pair"),
+        ('{"policy": ' + "[" * 10_000, "is nested more than 32 levels deep"),
+    ):
+        path.write_text(content)
+        assert said in fails(capsys, "train", "--dataset", "d", "--output", "o", "--config", path)
     for content in ("{}", '{"polcy": {}}'):
         path.write_text(content)
         text = fails(capsys, "train", "--dataset", "d", "--output", "o", "--config", path)

@@ -11,10 +11,12 @@ from diffusion_policy.files import (
     MAX_BRACKETS,
     FileError,
     format_json,
+    once_each,
     open_regular,
     parse_json,
     read_bytes,
     read_json,
+    remove,
     write_whole,
 )
 
@@ -97,3 +99,23 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
 def test_json_of_results_has_only_what_json_knows() -> None:
     tree = {"a": np.float32(0.5), 1: (np.int64(3), math.nan), "b": [np.array([1.0, np.inf]), np.bool_(True), Path("x")]}
     assert json.loads(format_json(tree)) == {"a": 0.5, "1": [3, None], "b": [[1.0, None], True, "x"]}
+
+
+def test_a_key_that_stands_twice_is_said_where_that_matters() -> None:
+    assert parse_json('{"a": 1, "a": 2}') == {"a": 2}
+    with pytest.raises(ValueError, match="the key 'a' stands there twice"):
+        parse_json('{"b": {"a": 1, "a": 2}}', pairs=once_each)
+
+
+def test_a_pipe_is_deleted_and_never_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "folder" / "inner")
+    (tmp_path / "link").symlink_to("folder")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("pipe", "link", "loop"):
+        remove(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    remove(tmp_path / "folder")
+    remove(tmp_path / "nothing")
+    assert not list(tmp_path.iterdir())

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError, SampleConfig, Signals, from_dict
+from diffusion_policy.files import once_each, parse_json
 
 if TYPE_CHECKING:
     import gymnasium
@@ -146,11 +147,14 @@ def parse_angles(texts: Sequence[str], keys: Collection[str]) -> dict[str, tuple
 def parse_env_kwargs(text: str) -> dict[str, Any]:
     """--env-kwargs: a JSON object; raises ConfigError."""
     try:
-        arguments = json.loads(text)
+        arguments = parse_json(text, pairs=once_each)
+        json.dumps(arguments, allow_nan=False)
     except ValueError as error:
-        raise ConfigError(f"--env-kwargs must be a JSON object such as '{{\"rows\": 2}}'; got {text!r}") from error
+        arguments, reason = None, f" ({error})"
+    else:
+        reason = ""
     if not isinstance(arguments, dict):
-        raise ConfigError(f"--env-kwargs must be a JSON object such as '{{\"rows\": 2}}'; got {text!r}")
+        raise ConfigError(f"--env-kwargs must be a JSON object such as '{{\"rows\": 2}}'; got {text!r:.100}{reason}")
     return arguments
 
 

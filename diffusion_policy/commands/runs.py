@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_policy.commands.common import join_actions, require_fresh
 from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, decode
-from diffusion_policy.files import MAX_JSON_BYTES, FileError, read_bytes, read_json, write_whole
+from diffusion_policy.files import MAX_JSON_BYTES, FileError, once_each, read_bytes, read_json, write_whole
 from diffusion_policy.trackers import TrackerName
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def write_options(run: Path, options: Mapping[str, Any]) -> None:
 
 def read_options(path: Path) -> dict[str, Any]:
     """A JSON that holds options of training: a run.json, or the config.json of a checkpoint. Raises ValueError."""
-    options = read_json(path)
+    options = read_json(path, pairs=once_each)
     if not isinstance(options, dict) or not options.keys() & {"policy", "training"}:
         raise ConfigError(f"{path} must be a JSON object with `policy` or `training`")
     for name in options.keys() - KNOWN:

@@ -486,7 +486,7 @@ def say(value: object) -> str:
 
 
 def say_options(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name.replace('_', '-')} {say(value)}" for name, value in options.items())
+    return ", ".join(f"{name.replace('_', '-')} {say(value):.100}" for name, value in options.items())
 
 
 def say_numbers(row: Mapping[str, Any]) -> str:
