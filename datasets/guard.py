@@ -26,10 +26,16 @@ MOST_AXES = 32
 """Axes of an array."""
 LARGEST_GAP = 2**28
 """Bytes that an array may have at most where some of its chunks are left out, which stands for a constant ..."""
-MOST_PLACES = 2**16
-"""... and most places in its grid then; most chunks in a shard, too."""
+MOST_PLACES = 2**13
+"""... and most places in its grid then."""
+MOST_IN_SHARD = 2**14
+"""Chunks in a shard: each costs zarr a task, and it reads several shards at once."""
 MOST_CHUNKS = 2**20
-"""Of an array; each costs zarr some time and memory."""
+"""Of an array, those in shards counted ..."""
+MOST_TINY_CHUNKS = 2**16
+"""... and most where they have on average less than ..."""
+TINY_CHUNK = 2**9
+"""... so many bytes: each takes zarr some time, however little is in it."""
 
 
 def refuse_unsafe(array: zarr.Array, rows: int, complete: bool) -> None:
@@ -53,14 +59,15 @@ def refuse_unsafe(array: zarr.Array, rows: int, complete: bool) -> None:
     chunk_bytes = math.prod(stored_shape) * array.dtype.itemsize
     if chunk_bytes > LARGEST_CHUNK:
         raise ValueError(f"has chunks of {chunk_bytes / 2**20:.0f} MB; at most {LARGEST_CHUNK / 2**20:.0f} are read")
-    if array.shards and math.prod(array.shards) // math.prod(array.chunks) > MOST_PLACES:
-        raise ValueError(f"has shards of more than {MOST_PLACES} chunks")
-    places = math.prod(_grid(array, rows))
-    if places > MOST_CHUNKS:
-        raise ValueError(f"has {places} chunks; at most {MOST_CHUNKS} are read")
-    missing = next(missing_chunks(array, rows, complete), None)
+    if array.shards and math.prod(array.shards) // math.prod(array.chunks) > MOST_IN_SHARD:
+        raise ValueError(f"has shards of more than {MOST_IN_SHARD} chunks")
     size = rows * math.prod(array.shape[1:]) * array.dtype.itemsize
-    if missing is not None and (complete or size > LARGEST_GAP or places > MOST_PLACES):
+    count = math.prod(_grid(array, rows, array.chunks))
+    most = MOST_CHUNKS if size >= count * TINY_CHUNK else MOST_TINY_CHUNKS
+    if count > most:
+        raise ValueError(f"has {count} chunks of some {size // count} bytes; at most {most} of those are read")
+    missing = next(missing_chunks(array, rows, complete), None)
+    if missing is not None and (complete or size > LARGEST_GAP or math.prod(_grid(array, rows)) > MOST_PLACES):
         raise ValueError(f"is damaged: its chunk {array.metadata.encode_chunk_key(missing)} is missing")
     trust(array)
 
@@ -93,9 +100,9 @@ def _names_within(codecs: Any) -> Iterator[str]:
         yield from _names_within([*configuration.get("codecs", ()), *configuration.get("index_codecs", ())])
 
 
-def _grid(array: zarr.Array, rows: int) -> list[int]:
-    """How many stored chunks the first `rows` rows have along each axis."""
-    sizes = zip((rows, *array.shape[1:]), array.shards or array.chunks, strict=True)
+def _grid(array: zarr.Array, rows: int, chunks: tuple[int, ...] | None = None) -> list[int]:
+    """How many stored chunks, or chunks of another shape, the first `rows` rows have along each axis."""
+    sizes = zip((rows, *array.shape[1:]), chunks or array.shards or array.chunks, strict=True)
     return [math.ceil(length / size) for length, size in sizes]
 
 

@@ -99,6 +99,7 @@ class GuardedStore(WrapperStore[Any]):
         """Folders that a reader has asked for."""
         self._sound: dict[str, tuple[int, int]] = {}
         """Hash and size of metadata that have passed."""
+        self._metadata_bytes = 0
         self._counted: set[tuple[str, int]] = set()
         self._stored, self._unpacked = 0, 0
         """Bytes of all chunks that were read, each counted once."""
@@ -128,12 +129,16 @@ class GuardedStore(WrapperStore[Any]):
             parse_json(content)
         except ValueError as error:
             raise ValueError(f"{key} is not JSON that can be read: {error}") from error
-        if len(content) + sum(size for one, (_, size) in self._sound.items() if one != key) > ALL_METADATA_BYTES:
+        total = self._metadata_bytes + len(content) - self._sound.get(key, (0, 0))[1]
+        if total > ALL_METADATA_BYTES:
             raise ValueError(f"{key} is one metadata file too many: more than {ALL_METADATA_BYTES} bytes of them")
-        self._sound[key] = hash(content), len(content)
+        self._sound[key], self._metadata_bytes = (hash(content), len(content)), total
 
     async def _get_chunk(self, key: str, byte_range: ByteRequest | None) -> bytes | None:
-        packing = next((packing for path, packing in self.packings.items() if key.startswith(f"{path}/")), None)
+        path = key
+        while path and path not in self.packings:
+            path = path.rpartition("/")[0]
+        packing = self.packings.get(path)
         if packing is None:
             raise ValueError(f"{key} belongs to no array that was looked at")
         count = packing.chunks_in_shard

@@ -471,9 +471,9 @@ def test_absurd_shapes_are_refused_before_anything_is_allocated(tmp_path: Path) 
     write_published(path)
     metadata = json.loads((path / "data" / "state" / ".zarray").read_text())
     for change, message in (
-        ({"shape": [10**15, 3]}, "chunks; at most 1048576 are read"),
+        ({"shape": [10**15, 3]}, "chunks of some 731 bytes; at most 1048576 of those are read"),
         ({"chunks": [10**9, 3]}, "has chunks of 11444 MB"),
-        ({"shape": [200, 10**12]}, "chunks; at most 1048576 are read"),
+        ({"shape": [200, 10**12]}, "chunks of some 600 bytes; at most 1048576 of those are read"),
         ({"shape": [200, 10**5]}, "is damaged: its chunk"),
     ):
         (path / "data" / "state" / ".zarray").write_text(json.dumps(metadata | change))
@@ -740,6 +740,18 @@ def test_when_a_file_of_an_array_cannot_be_read_nothing_of_that_read_goes_on(tmp
     assert sync(count()) == 1
 
 
+def test_shards_of_more_chunks_than_anyone_has_are_not_read(tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path / "store.zarr")
+    for key, shards in (("state", 2**15), ("action", 2**14)):
+        group.create_array(f"data/{key}", shape=(2**17, 1), dtype="u1", chunks=(1, 1), shards=(shards, 1))
+    group.create_array("meta/episode_ends", data=np.array([2**17]))
+    store = EpisodeStore.open(tmp_path / "store.zarr")
+    with pytest.raises(StoreError, match="has shards of more than 16384 chunks"):
+        store.read("state")
+    with pytest.raises(StoreError, match="has 131072 chunks of some 1 bytes; at most 65536 of those are read"):
+        store.read("action")
+
+
 @pytest.mark.parametrize(
     "array, shape, chunks", [("meta/episode_ends", [2**25], [1]), ("data/state", [2**28, 1], [1, 1])]
 )
@@ -754,7 +766,7 @@ def test_more_chunks_than_anyone_has_are_not_walked_through(tmp_path: Path, arra
         if file.name[0].isdigit():
             file.unlink()
     started = time.monotonic()
-    with pytest.raises(StoreError, match=r"has \d+ chunks; at most 1048576 are read"):
+    with pytest.raises(StoreError, match=r"has \d+ chunks of some 1 bytes; at most 65536 of those are read"):
         EpisodeStore.open(path).read("state")
     assert time.monotonic() - started < 5
 
