@@ -107,7 +107,7 @@ def caveats(results: Mapping[str, Any]) -> list[str]:
     """What must be known of these numbers, a sentence each; the fields are missing in older results."""
     sentences = []
     if results.get("wrappers"):
-        points = [str(one.get("entry_point")) for one in results["wrappers"]]
+        points = [str(one.get("entry_point") or one.get("name")) for one in results["wrappers"]]
         sentences.append(f"The environment acts under {', '.join(point.rpartition(':')[2] for point in points)}.")
     if results.get("mode_failures"):
         first, count = results["mode_failures"][0], len(results["mode_failures"])

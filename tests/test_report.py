@@ -162,9 +162,56 @@ def test_labels_and_reasons_that_look_like_markup_stay_text(tmp_path: Path) -> N
 
 def test_measures_that_are_no_numbers_do_not_break_the_data(tmp_path: Path) -> None:
     outcome = two_modes()
-    outcome["outcomes"][0]["measures"] = {"score": float("nan"), "tries": 3.14159}
+    outcome["outcomes"][0]["measures"] = {"score": float("nan"), "tries": 3.14159, "return": -12345.6}
     page, _ = write(tmp_path, outcome, NOTHING)
-    assert page.data["episodes"][0]["measures"] == {"score": None, "tries": 3.142}
+    assert page.data["episodes"][0]["measures"] == {"score": None, "tries": 3.142, "return": -12346.0}
+
+
+def test_what_must_be_known_of_the_numbers_is_said(tmp_path: Path) -> None:
+    outcome = two_modes() | {
+        "repeats": 2,
+        "seeds_repeat": False,
+        "capped_steps": 1000,
+        "wrappers": [
+            {"entry_point": "gymnasium.wrappers:RescaleAction", "kwargs": {}},
+            {"entry_point": None, "name": "X"},
+        ],
+        "mode_failures": [{"seed": 3, "repeat": 0, "reason": "the mode function failed: <KeyError>"}],
+    }
+    text = write(tmp_path, outcome, NOTHING._replace(remarks=("no film of seed 3: <no display>",)))[1]
+    for words in (
+        "The environment acts under RescaleAction, X.",
+        "1 episode counts without a mode, such as seed 3: the mode function failed: &lt;KeyError&gt;",
+        "does not repeat an episode by its seed",
+        "and the entropy for one initial state is that of different ones.",
+        "no time limit of their own, ended after 1000 steps",
+        "no film of seed 3: &lt;no display&gt;",
+    ):
+        assert words in text
+    assert 'id="remarks"' not in write(tmp_path, two_modes(), NOTHING)[1]
+
+
+@pytest.mark.parametrize("labels", [[f"mode {i}" for i in range(1000)], ["$x^{$", "_x", "x" * 200, "日本語", "مرحبا"]])
+def test_a_page_holds_many_modes_and_labels_of_any_writing(tmp_path: Path, labels: list[str]) -> None:
+    outcome = results(dict.fromkeys(labels, (1, 1)))
+    page, text = write(tmp_path, outcome, NOTHING)
+    assert page.open == []
+    assert all(f"<bdi>{label}</bdi>" in text for label in labels)
+    assert [one["mode"] for one in page.data["episodes"]] == labels
+
+
+def test_a_page_that_cannot_be_written_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, two_modes(), NOTHING)
+    before = (tmp_path / "report.html").read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(ValueError, match=r"cannot write .*report.html: No space left on device"):
+        write_report(tmp_path / "report.html", two_modes(), pictures())
+    assert [each.name for each in tmp_path.iterdir()] == ["report.html"]
+    assert (tmp_path / "report.html").read_bytes() == before
 
 
 def test_lost_episodes_are_listed_with_their_reasons(tmp_path: Path) -> None:
@@ -297,8 +344,8 @@ def test_undefined_numbers_are_no_tiles() -> None:
 
 
 def test_numbers_have_three_digits_and_their_unit() -> None:
-    numbers = [number(value) for value in (None, 0.0, 6.9e-16, 0.95834, 12.34, 1234.5)]
-    assert numbers == ["\N{EN DASH}", "0", "0", "0.958", "12.3", "1234"]
+    numbers = [number(value) for value in (None, 0.0, 6.9e-16, 0.95834, 12.34, 999.6, 1234.5, np.nan)]
+    assert numbers == ["\N{EN DASH}", "0", "0", "0.958", "12.3", "1000", "1234", "\N{EN DASH}"]
     assert share(0.963) == "96.3\N{NO-BREAK SPACE}%"
     assert share_interval({"value": 0.5, "low": 0.4, "high": 1.0}) == "40 to 100\N{NO-BREAK SPACE}%"
     assert number_interval({"value": 0.5, "low": 0.4, "high": None}, "s") == "at least 0.4\N{NO-BREAK SPACE}s"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from diffusion_policy.commands.common import require_fresh
+from diffusion_policy.commands.common import Failed, require_fresh
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError
 from diffusion_policy.files import WRITING, plain
@@ -45,7 +45,7 @@ class Remarks:
 
 def explain(error: BaseException) -> str:
     """What went wrong; with its type where the message may not speak for itself."""
-    return str(error) if isinstance(error, ValueError) and str(error) else describe(error)
+    return str(error) if isinstance(error, ValueError | Failed) and str(error) else describe(error)
 
 
 @contextlib.contextmanager

@@ -5,10 +5,13 @@ from pathlib import Path
 
 from diffusion_policy.commands.collect import Collect
 from diffusion_policy.commands.common import console, require_fresh
-from diffusion_policy.commands.episodes import FIRST_TEST_SEED
+from diffusion_policy.commands.episodes import FIRST_TEST_SEED, MOST_SEED
 from diffusion_policy.commands.evaluate import Evaluate
 from diffusion_policy.commands.train import Train
-from diffusion_policy.config import PolicyConfig, TrainConfig, require_seed
+from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, require_seed
+
+EPISODES = 100
+"""Of the evaluation."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Demo:
 
     def __post_init__(self) -> None:
         require_seed(self)
+        if self.seed + FIRST_TEST_SEED + EPISODES - 1 > MOST_SEED:
+            raise ConfigError(f"seed must be at most {MOST_SEED - FIRST_TEST_SEED - EPISODES + 1}; got {self.seed}")
 
     def run(self) -> None:
         """Run everything; raises ConfigError when the output folder holds something."""
@@ -42,5 +47,5 @@ class Demo:
             training=TrainConfig(steps=5000, learning_rate=1e-3, seed=self.seed),
         ).run()
         console.rule("3 of 3: evaluation")
-        Evaluate(policy, evaluation, seed=self.seed + FIRST_TEST_SEED).run()
+        Evaluate(policy, evaluation, episodes=EPISODES, seed=self.seed + FIRST_TEST_SEED).run()
         console.print(f"\nOpen {(evaluation / 'report.html').resolve()} in a browser.", soft_wrap=True)

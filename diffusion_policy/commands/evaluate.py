@@ -159,7 +159,8 @@ class Evaluate:
                 if not results:
                     raise
                 if isinstance(error, Interrupted):
-                    raise Interrupted(f"{error}; results up to then are in {self.output}/{RESULTS}") from None
+                    before = f"those of the delays before are in {self.output}/{RESULTS}"
+                    raise Interrupted(f"stopped before the results of delay {delay}; {before}") from None
                 remarks.say(f"no results for planning that takes {delay} control steps: {error}")
                 continue
             with console.status("counting"):

@@ -102,7 +102,7 @@ class Rollout:
         if self.video:
             try:
                 self._film(self.video, loaded, episodes)
-            except Exception as error:  # somebody else's simulator draws
+            except (Exception, SystemExit) as error:  # somebody else's simulator draws
                 raise Failed(f"no video: {explain(error)}") from error
             console.print(f"video in {self.video}", soft_wrap=True)
 
@@ -132,9 +132,11 @@ class Rollout:
         """Write the video."""
         from diffusion_policy.commands.pictures import draw_plans, pixels_of
         from diffusion_policy.engines import ordered_map
-        from diffusion_policy.envs.protocols import as_pictured
+        from diffusion_policy.envs.protocols import as_pictured, repeats_by_seed
         from diffusion_policy.video import Camera, Script, tile, write_video
 
+        if not repeats_by_seed(loaded.make_env, self.seed):
+            raise Failed("a film replays episodes from their seeds, which do not repeat them here")
         plane, policy = as_pictured(loaded.env), loaded.checkpoint.policy
         scripts = []
         with progress_bar("episodes") as bar:
