@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from diffusion_policy.config import SampleConfig, TrainConfig
+from diffusion_policy.config import PolicyConfig, SampleConfig, TrainConfig
 from diffusion_policy.datasets.windows import Batch, Share, StreamedWindows, Windows
 from diffusion_policy.diffusion import Part
 from diffusion_policy.policy import DiffusionPolicy, derive_generator
@@ -317,6 +317,13 @@ def _require_fit(policy: DiffusionPolicy, windows: Windows | StreamedWindows) ->
     found = {key: shape for key, shape in windows.shapes.items() if key in needed}
     if found != needed:
         raise ValueError(f"the policy needs windows of {needed}; got {windows.shapes}")
+
+
+def least_memory(config: PolicyConfig, windows: int) -> int:
+    """Bytes that so many windows take at least while the network learns from them: each resolution keeps its channels
+    some 16 times, for four residual blocks."""
+    steps = config.prediction_horizon
+    return 4 * 16 * windows * sum(width * (steps >> i) for i, width in enumerate(config.widths))
 
 
 def quick_sampling(policy: DiffusionPolicy) -> SampleConfig:

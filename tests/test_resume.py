@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from diffusion_policy import checkpoint
 from diffusion_policy.cli import main
@@ -401,6 +402,13 @@ def test_what_cannot_be_measured_is_refused_before_training(demonstrations: Path
     with pytest.raises(ConfigError, match=r"a policy with condition-on-mode .*has no action error"):
         replace(start, policy=replace(TINY, condition_on_mode=True), training=best).run()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_no_memory_holds_is_refused_before_training(tmp_path: Path) -> None:
+    start = train(tmp_path, tmp_path / "run", accumulation=1000)
+    start._require_memory(10**9, 4, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"of 100000000000 windows takes at least \d+ GB, and cpu has \d+ GB; lower"):
+        start._require_memory(10**11, 1, torch.device("cpu"))
 
 
 def test_rollouts_on_seeds_of_demonstrations_are_refused_before_training(tmp_path: Path) -> None:

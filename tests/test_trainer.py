@@ -8,7 +8,7 @@ import torch
 from diffusion_policy.config import PolicyConfig, TrainConfig
 from diffusion_policy.datasets.windows import Windows
 from diffusion_policy.policy import DiffusionPolicy
-from diffusion_policy.trainer import Diverged, Progress, Trainer, learning_rate_factor
+from diffusion_policy.trainer import Diverged, Progress, Trainer, learning_rate_factor, least_memory
 
 CONFIG = PolicyConfig(prediction_horizon=8, action_horizon=4, widths=(16, 32), level_dim=32, levels=20)
 RNG = np.random.default_rng(0)
@@ -74,6 +74,18 @@ def test_the_averaged_policy_never_drops_out() -> None:
     mean = trainer.averaged.state_dict()["network.out.3.running_mean"]
     assert torch.equal(mean, trainer.state()["weights.network.out.3.running_mean"])
     assert (mean != 0).any()  # in validation it is used, not learned
+
+
+def test_the_least_memory_is_no_more_than_is_taken() -> None:
+    """Counted by the tensors that autograd keeps of a batch."""
+    kept = {}
+    policy = DiffusionPolicy.for_data(CONFIG, DATA)
+    batch = Windows(DATA, ENDS, [0, 1, 2], CONFIG.observation_horizon, CONFIG.prediction_horizon).gather(np.arange(60))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.update({x.data_ptr(): x.nbytes}) or x, lambda x: x):
+        policy.loss(batch.observations, batch.actions, torch.Generator().manual_seed(0))
+    weights = sum(weight.nbytes for weight in policy.parameters())
+    needed = least_memory(CONFIG, 60)
+    assert sum(kept.values()) / 3 - weights < needed < sum(kept.values())
 
 
 @pytest.mark.parametrize("horizons, keys", [((1, 8), DATA), ((2, 4), DATA), ((2, 8), {"other": DATA["state"]})])

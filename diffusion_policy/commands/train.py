@@ -121,6 +121,7 @@ class Train:
                 console.quiet = quiet
 
     def _run(self, processes: Processes, device_name: str) -> None:
+        import numpy as np
         import torch
 
         from diffusion_policy import checkpoint
@@ -138,6 +139,8 @@ class Train:
         sketch = self.sketch(store, plan)
         settings = self.training
 
+        rows = int(np.diff(store.episode_ends, prepend=0)[chosen].sum())
+        self._require_memory(min(settings.batch_size, rows), processes.count, device)
         with console.status("measuring the data"):
             summary = summarize(store, keys.observations, keys.action, chosen)
         columns = {f"data/{key}": summary.statistics[name] for key, name in keys.names.items()}
@@ -273,6 +276,28 @@ class Train:
             return windows, None
         few = episodes_within(store, keys.names, held_out, memory if isinstance(windows, Windows) else VALIDATION_BYTES)
         return windows, hold_windows(store, keys.names, few, *horizons, device, modes)
+
+    def _require_memory(self, batch: int, processes: int, device: torch.device) -> None:
+        """Raise ConfigError where a part of a batch cannot fit the memory, which would end the training without a
+        word."""
+        import os
+
+        import torch
+
+        from diffusion_policy.trainer import least_memory
+
+        if device.type == "cuda":
+            there = torch.cuda.get_device_properties(device).total_memory
+        elif hasattr(os, "sysconf"):
+            there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        else:
+            return
+        needed = least_memory(self.policy, batch // (processes * self.training.accumulation))
+        if needed > there:
+            raise ConfigError(
+                f"a batch of {batch} windows takes at least {needed / 1e9:.0f} GB, and {device} has {there / 1e9:.0f} "
+                "GB; lower --batch-size, or compute it in parts with --accumulation"
+            )
 
     def _look_at_lengths(self, lengths: np.ndarray) -> None:
         """Raise ConfigError when no episode is as long as a window; say so when some are not."""
