@@ -18,12 +18,33 @@ from diffusion_policy.lines import one_line
 
 class Contract(gymnasium.Wrapper):
     """Stands directly around an environment, below all wrappers: `reset` is called with what it takes, and what it and
-    `step` return is looked at, as wrappers would fail on it in words of their own."""
+    `step` return is looked at, as wrappers would fail on it in words of their own. A wrapper that reaches for
+    attributes of the environment that it was put around finds them, and sets them, as before."""
 
     def __init__(self, env: gymnasium.Env) -> None:
+        vars(self)["_own"] = {
+            "env",
+            "_action_space",
+            "_observation_space",
+            "_metadata",
+            "_cached_spec",
+            "_name",
+            "_takes",
+        }
         super().__init__(env)
         self._name = name_of_env(env)
         self._takes = {name for name in ("seed", "options") if takes(env, name)}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "env" not in vars(self):
+            raise AttributeError(name)
+        return getattr(self.env, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._own:
+            super().__setattr__(name, value)
+        else:
+            setattr(self.env, name, value)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin an episode; what `reset` does not know is left out where it is None."""

@@ -223,6 +223,18 @@ def test_a_reset_without_options_is_called_without_also_under_wrappers() -> None
         assert finish(Adapter(env, 0.0))[0] == [False, False, False]
 
 
+def test_wrappers_reach_for_what_they_were_put_around() -> None:
+    class Reaching(gymnasium.Wrapper):
+        def step(self, action: Any) -> Any:
+            self.env.gain = len(self.env.actions) + 1  # pyright: ignore[reportAttributeAccessIssue]
+            return self.env.step(action)
+
+    fake = Fake()
+    finish(Adapter(Reaching(fake), 0.0))
+    assert fake.gain == 2  # pyright: ignore[reportAttributeAccessIssue]
+    assert not hasattr(Adapter(fake).env, "anything")
+
+
 @pytest.mark.parametrize(
     "reset, step, said",
     [
