@@ -113,7 +113,7 @@ def test_a_mode_function_that_raises_is_named_and_costs_no_episode(
     car: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("evaluate", "--checkpoint", car / "policy", "--output", tmp_path / "e", "--episodes", 1, "--workers", 1,
-        "--videos", 0, "--env-kwargs", '{"max_episode_steps": 20}', "--success", "none",
+        "--videos", 0, "--sampling-steps", 1, "--env-kwargs", '{"max_episode_steps": 20}', "--success", "none",
         "--mode-function", "json:loads")  # fmt: skip
     assert "json:loads failed: TypeError" in " ".join(capsys.readouterr().err.split())
     assert len(json.loads((tmp_path / "e" / "results.json").read_text())["outcomes"]) == 1
