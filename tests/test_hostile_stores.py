@@ -239,7 +239,7 @@ def judge(name: str, deeds: list[str], answer: dict, expected: dict[str, list[fl
 
 
 def test_mutated_stores_are_refused_or_read(tmp_path: Path) -> None:
-    mutate_and_read(50, tmp_path)
+    mutate_and_read(30, tmp_path)
 
 
 @pytest.mark.slow
@@ -320,7 +320,7 @@ def pack_and_read(count: int, tmp_path: Path, seed: int = 0) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # zarr has its own ideas of what a reader should know
 def test_stores_of_every_codec_and_type_are_read_and_their_mutations_refused_or_read(tmp_path: Path) -> None:
-    pack_and_read(16, tmp_path)
+    pack_and_read(12, tmp_path)
 
 
 @pytest.mark.slow
@@ -399,7 +399,7 @@ def all_exchanges(tmp_path: Path) -> list[tuple[str, str, str]]:
 
 def test_whatever_lies_in_a_files_place_is_refused_at_once_or_read(tmp_path: Path) -> None:
     cases = all_exchanges(tmp_path)
-    exchange_and_read(random.Random(0).sample(cases, 20), tmp_path)
+    exchange_and_read(random.Random(0).sample(cases, 15), tmp_path)
 
 
 @pytest.mark.slow
@@ -473,7 +473,7 @@ def test_absurd_shapes_are_refused_before_anything_is_allocated(tmp_path: Path) 
     for change, message in (
         ({"shape": [10**15, 3]}, "chunks of some 731 bytes; at most 1048576 of those are read"),
         ({"chunks": [10**9, 3]}, "has chunks of 11444 MB"),
-        ({"shape": [200, 10**12]}, "chunks of some 600 bytes; at most 1048576 of those are read"),
+        ({"shape": [200, 10**12]}, "chunks of some 599 bytes; at most 1048576 of those are read"),
         ({"shape": [200, 10**5]}, "is damaged: its chunk"),
     ):
         (path / "data" / "state" / ".zarray").write_text(json.dumps(metadata | change))
