@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from multiprocessing import connection
 from multiprocessing.connection import Connection
+from numbers import Integral
 from typing import Any, Literal, TypeVar
 
 from diffusion_policy.lines import describe
@@ -58,7 +59,7 @@ def cluster(engine: Engine, workers: int) -> contextlib.AbstractContextManager[N
 
 def require_workers(workers: int) -> None:
     """Raise ValueError for a number of workers that cannot be."""
-    if not isinstance(workers, int) or workers < 1:
+    if not isinstance(workers, Integral) or int(workers) < 1:
         raise ValueError(f"workers must be a whole number of at least 1; got {workers!r}")
 
 
