@@ -17,8 +17,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from diffusion_policy.datasets.convert import Contents, foreign
 from diffusion_policy.datasets.hdf5 import File, Survey, opened
+from diffusion_policy.datasets.source import Contents, foreign
 from diffusion_policy.datasets.store import Demonstration, StoreError
 
 NAME = re.compile(r"episode_(\d+)\.hdf5")

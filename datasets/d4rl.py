@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_policy.datasets.convert import Contents, foreign
 from diffusion_policy.datasets.hdf5 import File, Survey, opened
+from diffusion_policy.datasets.source import Contents, foreign
 from diffusion_policy.datasets.store import Demonstration, StoreError
 
 ENDS = ("terminals", "timeouts")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusion_policy.datasets.convert import check_sizes, library, most_bytes, say_too_large, stored_bytes
+from diffusion_policy.datasets.source import check_sizes, library, most_bytes, say_too_large, stored_bytes
 from diffusion_policy.datasets.store import StoreError
 from diffusion_policy.files import FileError, refuse_irregular
 

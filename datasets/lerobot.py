@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusion_policy.datasets.convert import (
+from diffusion_policy.datasets.source import (
     Contents,
     Source,
     Unusable,

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion_policy.datasets.convert import Contents, foreign
 from diffusion_policy.datasets.hdf5 import File, Survey, opened
+from diffusion_policy.datasets.source import Contents, foreign
 from diffusion_policy.datasets.store import Demonstration, StoreError
 from diffusion_policy.files import read_json
 

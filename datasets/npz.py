@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from diffusion_policy.datasets.convert import (
+from diffusion_policy.datasets.source import (
     Contents,
     Source,
     check_sizes,

@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_policy.datasets.convert import Contents, Source, foreign, from_header, header
 from diffusion_policy.datasets.hdf5 import File, Survey, created, opened
+from diffusion_policy.datasets.source import Contents, Source, foreign, from_header, header
 from diffusion_policy.datasets.store import Demonstration, StoreError
 from diffusion_policy.files import parse_json
 
