@@ -280,7 +280,7 @@ def test_a_kill_at_any_moment_leaves_whole_results_or_none_and_the_same_command_
 def test_a_full_disk_costs_the_page_only(run: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], check=False).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=36k", "none", disk], check=False).returncode:
         pytest.skip("no disk can be mounted here")
     try:
         arguments = ["evaluate", "--checkpoint", run, "--output", disk / "e", "--episodes", 3, "--workers", 1]

@@ -171,7 +171,7 @@ class Evaluate:
             results["seeds_repeat"] = self._seeds_repeat(loaded, remarks)
             with console.status("measuring diversity and latency"):
                 results |= plain(self._measures_of_plans(loaded, first, remarks))
-            self._keep(results)
+            remarks.attempt("what was measured after the rollouts is not kept", lambda: self._keep(results), None)
             print_scorecard(results)
             with console.status("filming and drawing"):
                 pictures = self._pictures(loaded, results, first, remarks)
