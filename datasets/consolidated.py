@@ -64,6 +64,9 @@ def _compared(metadata: Any) -> Any:
 
 
 def _read_json(group: zarr.Group, path: str) -> dict[str, Any]:
-    content = sync(group.store.get(f"{group.path}/{path}".strip("/"), default_buffer_prototype()))
-    tree = {} if content is None else parse_json(content.to_bytes())
+    try:
+        content = sync(group.store.get(f"{group.path}/{path}".strip("/"), default_buffer_prototype()))
+        tree = {} if content is None else parse_json(content.to_bytes())
+    except (ValueError, OSError):  # what nobody can read says nothing
+        return {}
     return tree if isinstance(tree, dict) else {}
