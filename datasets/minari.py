@@ -47,7 +47,7 @@ CARRIED = (
     *("num_episodes_average_score", "ref_max_score", "ref_min_score", "requirements"),
 )
 """Metadata that goes into the store and back."""
-METADATA_BYTES = 2**27
+METADATA_BYTES = 2**26
 """Bounds of pictures are written out, number by number."""
 LONG_LIST = re.compile(rb"\[[-+\d.,\s\[\]eEInfityNa]{1000,}\]")
 WHAT = "Minari data sets"

@@ -1068,3 +1068,49 @@ def test_a_library_that_is_missing_is_named(
     needed = {"robomimic": "h5py", "lerobot": "pyarrow", "minari": "h5py"}[name]
     with pytest.raises(StoreError, match=rf"need {needed}: pip install 'diffusion-policy-toolkit\[formats\]'"):
         convert(store, tmp_path / NAMES[name], target_format=name)
+
+
+def test_spaces_of_minari_are_observed_as_the_environment_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    minari = pytest.importorskip("minari")
+    spaces = pytest.importorskip("gymnasium").spaces
+    from minari.data_collector import EpisodeBuffer
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    joints = spaces.Tuple((spaces.Box(-1, 1, (2,)), spaces.MultiDiscrete([2, 3])))
+    parts = {"joints": joints, "view": spaces.Box(0, 255, (32, 40, 3), np.uint8), "word": spaces.Text(5)}
+    values = np.array([[0, 2], [1, 0], [1, 1]])
+    observations = {
+        "joints": (np.ones((3, 2), np.float32), values),
+        "view": np.full((3, 32, 40, 3), 90, np.uint8),
+        "word": ["a", "b", "c"],
+    }
+    moves: Any = {"arm": np.ones((2, 2), np.float32), "base": np.zeros((2, 1), np.float32)}
+    rewards, ended = np.zeros(2), np.array([False, True])
+    buffer = EpisodeBuffer(
+        observations=observations,
+        actions=moves,
+        rewards=rewards,  # pyright: ignore[reportArgumentType]
+        terminations=ended,  # pyright: ignore[reportArgumentType]
+        truncations=ended,  # pyright: ignore[reportArgumentType]
+    )
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        minari.create_dataset_from_buffers(
+            "mixed-v0",
+            buffer=[buffer],
+            observation_space=spaces.Dict(parts),
+            action_space=spaces.Dict({"arm": spaces.Box(-1, 1, (2,)), "base": spaces.Box(-1, 1, (1,))}),
+        )
+    with pytest.raises(StoreError, match=r"there is no action; there is action\.arm, action\.base, .* with --action"):
+        conversion.read(tmp_path / "mixed-v0")
+    source = conversion.read(tmp_path / "mixed-v0", action=["action.arm", "action.base"])
+    assert source.observation_keys == ("joints.0", "joints.1", "view")
+    assert source.left_out["word"].startswith("it is a space of Text, not of numbers")
+    (one,) = source.episodes
+    assert one.data["joints.1"].tolist() == [[1, 0, 0, 0, 1], [0, 1, 1, 0, 0]]  # one-hot
+    assert one.data["view"].shape == (2, 32, 40, 3)
+    assert abs(one.data["view"].astype(int) - 90).max() < 3  # it was JPEG
+    assert one.data["action"].tolist() == [[1, 1, 0]] * 2
+    assert one.final is not None
+    assert one.final["joints.1"].tolist() == [0, 1, 0, 1, 0]
