@@ -16,10 +16,11 @@ import numpy as np
 
 from diffusion_policy.controller import Controller, planning_generator
 from diffusion_policy.engines import HANG_AFTER, Engine
+from diffusion_policy.host import Fault, Stretch
 from diffusion_policy.lines import describe, message_of, one_line
 from diffusion_policy.metrics import Episode, Lost, Plan
 from diffusion_policy.names import is_label
-from diffusion_policy.pool import EnvironmentPool, Fault, Stretch, require_patience
+from diffusion_policy.pool import EnvironmentPool, require_patience
 
 ModeOf = Callable[[Mapping[str, np.ndarray]], str | None]
 """An episode's observations {key: (steps + 1, ...)} → its mode."""
@@ -111,7 +112,7 @@ def rollout(
     controller; `parallel`: how many environments run at once; `on_lost` hears of an episode whose environment raised an
     error, crashed its worker or did not answer within `hang_after` [s] at each attempt; `on_mode_failure` of one whose
     mode `mode_of` could not tell, and which counts without. Where an environment limits no episode, it ends after
-    `pool.MOST_STEPS`. Raises ValueError for arguments that cannot be, RolloutError when no episode can be run.
+    `host.MOST_STEPS`. Raises ValueError for arguments that cannot be, RolloutError when no episode can be run.
     """
     for name, value in (("parallel", parallel), ("workers", workers), ("repeats", repeats)):
         _require_whole(name, value, 1)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from gymnasium.wrappers import TimeLimit
 
-from diffusion_policy.pool import MOST_STEPS, EnvironmentPool, Fault, Stretch
+from diffusion_policy.host import MOST_STEPS, Fault, Stretch
+from diffusion_policy.pool import EnvironmentPool
 
 NOTHING = np.zeros((1, 1), np.float32)
 """One action."""

@@ -24,8 +24,9 @@ from diffusion_policy.commands.evaluate import Evaluate
 from diffusion_policy.config import SampleConfig
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.engines import each_alone, ordered_map
+from diffusion_policy.host import Fault
 from diffusion_policy.metrics import Episode
-from diffusion_policy.pool import EnvironmentPool, Fault
+from diffusion_policy.pool import EnvironmentPool
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
 
