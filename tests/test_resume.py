@@ -406,7 +406,7 @@ def test_what_cannot_be_measured_is_refused_before_training(demonstrations: Path
 
 def test_a_batch_that_no_memory_holds_is_refused_before_training(tmp_path: Path) -> None:
     start = train(tmp_path, tmp_path / "run", accumulation=1000)
-    start._require_memory(10**9, 4, torch.device("cpu"))
+    start._require_memory(10**6, 4, torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"of 100000000000 windows takes at least \d+ GB, and cpu has \d+ GB; lower"):
         start._require_memory(10**11, 1, torch.device("cpu"))
 
@@ -458,3 +458,76 @@ def test_rollouts_say_whether_it_learns(demonstrations: Path, whole: Path, tmp_p
     assert [line["step"] for line in lines if line["success_rate"] is not None] == [30, 60]
     assert checkpoint.load(run).metrics["success_rate"] in (0.0, 0.5, 1.0)
     assert left_by(run)[0] == left_by(whole)[0]  # they changed nothing
+
+
+def test_a_run_of_an_older_version_goes_on(
+    demonstrations: Path, whole: Path, tmp_path: Path, press, make_version_2
+) -> None:
+    run = tmp_path / "run"
+    press({44: signal.SIGTERM})
+    with pytest.raises(Interrupted):
+        train(demonstrations, run).run()
+    for folder in checkpoint.steps_of(run):
+        make_version_2(folder)
+    Train.to_resume(run).run()
+    loaded, uninterrupted = (checkpoint.load(folder).policy.state_dict() for folder in (run, whole))
+    for name, weight in uninterrupted.items():
+        assert loaded[name].dtype == weight.dtype
+        np.testing.assert_allclose(loaded[name], weight, atol=1e-3)
+
+
+def test_a_url_that_only_the_run_names_is_not_opened(demonstrations: Path, tmp_path: Path, capsys) -> None:
+    run = tmp_path / "run"
+    begin_only(train(demonstrations, run))
+    options = json.loads((run / "run.json").read_text())
+    for url in ("http://127.0.0.1:9/x.zarr", "https://a.b/x.zip", "s3://a/b", "simplecache::file:///x", "file:///x"):
+        dataset = options["dataset"] | {"location": url}
+        (run / "run.json").write_text(json.dumps(options | {"dataset": dataset}))
+        assert main(["train", "--resume", str(run)]) == 2
+        said = capsys.readouterr().err
+        assert f"names its data set by the URL '{url}', which would be opened" in said
+        assert "give it yourself with --dataset" in said
+        assert said.count("\n") == 1
+        assert Train.to_resume(run, dataset=str(demonstrations)).dataset == str(demonstrations)
+        assert Train.to_resume(run, dataset=url).dataset == url
+    (run / "run.json").write_text(json.dumps(options))
+    assert Train.to_resume(run).dataset == str(demonstrations)
+    assert f"the data set is {demonstrations}, as {run} says" in capsys.readouterr().err
+
+
+def test_a_pipe_that_a_run_names_as_its_data_is_not_waited_for(demonstrations: Path, tmp_path: Path, capsys) -> None:
+    run = tmp_path / "run"
+    begin_only(train(demonstrations, run))
+    options = json.loads((run / "run.json").read_text())
+    os.mkfifo(tmp_path / "x.zip")
+    for location in (tmp_path / "x.zip", "a\0b", "/dev/zero"):
+        dataset = options["dataset"] | {"location": str(location)}
+        (run / "run.json").write_text(json.dumps(options | {"dataset": dataset}))
+        capsys.readouterr()
+        assert main(["train", "--resume", str(run)]) == 2
+        assert "no data set at" in capsys.readouterr().err
+
+
+def test_files_of_a_run_that_are_no_files_are_refused_and_never_written_to(
+    demonstrations: Path, tmp_path: Path, capsys
+) -> None:
+    run = tmp_path / "run"
+    begin_only(train(demonstrations, run, steps=2, checkpoint_every=1, keep=1, validate_every=1))
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").symlink_to("outside")  # a log that is begun anew
+    Train.to_resume(run).run()
+    assert not (run / "outside").exists()
+    assert (run / "metrics.jsonl").is_file()
+    options = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(options | {"training": options["training"] | {"steps": 3}}))
+    for make in (
+        os.mkfifo,
+        os.mkdir,
+        lambda path: path.symlink_to("outside"),
+        lambda path: path.symlink_to("/dev/zero"),
+    ):
+        (run / "metrics.jsonl").rmdir() if (run / "metrics.jsonl").is_dir() else (run / "metrics.jsonl").unlink()
+        make(run / "metrics.jsonl")
+        assert main(["train", "--resume", str(run), "--device", "cpu"]) == 2
+        assert "metrics.jsonl" in capsys.readouterr().err.splitlines()[-1]
+    assert not (run / "outside").exists()
