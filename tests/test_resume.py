@@ -405,7 +405,7 @@ def test_what_cannot_be_measured_is_refused_before_training(demonstrations: Path
 
 
 def test_a_batch_that_no_memory_holds_is_refused_before_training(tmp_path: Path) -> None:
-    start = train(tmp_path, tmp_path / "run", accumulation=1000)
+    start = train(tmp_path, tmp_path / "run", batch_size=1000, accumulation=1000)
     start._require_memory(10**6, 4, torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"of 100000000000 windows takes at least \d+ GB, and cpu has \d+ GB; lower"):
         start._require_memory(10**11, 1, torch.device("cpu"))
