@@ -30,13 +30,13 @@ def consolidated_is_stale(group: zarr.Group) -> list[str]:
 def _copies(group: zarr.Group) -> dict[str, Any]:
     """What the consolidated copy says of each path within the group."""
     if group.metadata.zarr_format == 3:
-        copied = (_read_json(group, "zarr.json").get("consolidated_metadata") or {}).get("metadata") or {}
+        copied = _object(_object(_read_json(group, "zarr.json").get("consolidated_metadata")).get("metadata"))
         return {path: _compared(metadata) for path, metadata in copied.items()}
     copied: dict[str, Any] = {}
-    for file, content in (_read_json(group, ".zmetadata").get("metadata") or {}).items():
+    for file, content in _object(_read_json(group, ".zmetadata").get("metadata")).items():
         path, _, name = file.rpartition("/")
         if path:
-            copied.setdefault(path, {}).update(_named(name, content))
+            copied.setdefault(path, {}).update(_named(name, _object(content)))
     return {path: _compared(metadata) for path, metadata in copied.items()}
 
 
@@ -69,4 +69,9 @@ def _read_json(group: zarr.Group, path: str) -> dict[str, Any]:
         tree = {} if content is None else parse_json(content.to_bytes())
     except (ValueError, OSError):  # what nobody can read says nothing
         return {}
+    return _object(tree)
+
+
+def _object(tree: Any) -> dict[str, Any]:
+    """JSON that should be an object; an empty one where it is none."""
     return tree if isinstance(tree, dict) else {}

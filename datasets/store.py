@@ -153,7 +153,9 @@ class EpisodeStore:
                 store._array(array)
             if store.has_checksums and not store.checksums():
                 raise StoreError(f"{path}: {CHECKSUMS} {NO_CHECKSUMS}; make a copy to append to with: dataset convert")
-        if drop_consolidated(group):
+        with store._foreign("the metadata"):
+            consolidated = drop_consolidated(group)
+        if consolidated:
             store.mended = ("dropped a consolidated copy of the metadata, which would not know what is appended",)
         store._drop_uncommitted()
         return store
