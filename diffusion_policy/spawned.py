@@ -58,6 +58,8 @@ class Spawned:
             os._exit(UNGUARDED)
         content = ForkingPickler.dumps(arguments)
         context = multiprocessing.get_context("spawn")
+        self.owner = os.getpid()
+        """The process that started it; others may be forked from that one."""
         self._begun = context.RawValue("b", 0)
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_begin, args=(serve, theirs, self._begun, shared))
@@ -143,7 +145,7 @@ def _join(workers: Iterable[Spawned], patience: float) -> None:
 
 @atexit.register  # before multiprocessing's own, which would wait for them
 def _end_the_rest() -> None:
-    end_all(_running, patience=0)
+    end_all([worker for worker in _running if worker.owner == os.getpid()], patience=0)
 
 
 @contextlib.contextmanager
