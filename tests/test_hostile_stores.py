@@ -498,6 +498,17 @@ def test_names_lead_nowhere_else(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("evil"))
 
 
+def test_links_to_folders_and_to_regular_files_are_followed_to_read(tmp_path: Path) -> None:
+    write_ours(tmp_path / "real.zarr")
+    (tmp_path / "store.zarr").symlink_to("real.zarr")
+    state = tmp_path / "real.zarr" / "data" / "state"
+    for place in (state / "c.0.0", state / "zarr.json", tmp_path / "real.zarr" / "meta"):
+        place.rename(tmp_path / place.name)
+        place.symlink_to(tmp_path / place.name)
+    expected = np.concatenate([episode.data["state"] for episode in demonstrations()])
+    np.testing.assert_array_equal(EpisodeStore.open(tmp_path / "store.zarr").read("state"), expected)
+
+
 def test_a_zip_whose_members_lead_outside_writes_nothing(tmp_path: Path) -> None:
     write_ours(tmp_path / "store.zarr")
     zip_folder(tmp_path / "store.zarr", tmp_path / "store.zarr.zip")
