@@ -1,13 +1,18 @@
 """Real miniatures that several tests share: demonstrations from the simulator, and a checkpoint trained on them."""
 
+import dataclasses
+import json
 import signal
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import hypothesis
 import pytest
+from safetensors.torch import load_file, save_file
 
 from diffusion_policy import envs
+from diffusion_policy.checkpoint_files import describe
 from diffusion_policy.commands.collect import Collect
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import PolicyConfig, TrainConfig
@@ -51,3 +56,19 @@ def run(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     training = TrainConfig(steps=30, batch_size=64, learning_rate=1e-3, warmup_steps=5, validate_every=10)
     Train(str(demonstrations), folder, policy=TINY, training=training, device="cpu").run()
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_version_2() -> Callable[[Path], None]:
+    """Makes a checkpoint what the package wrote before it normalized in double precision."""
+
+    def make(folder: Path) -> None:
+        file, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+        weights = load_file(file)
+        save_file({n: value.float() if n.startswith("normalizer.") else value for n, value in weights.items()}, file)
+        config["files"][file.name] = dataclasses.asdict(describe(file))
+        del config["environment"]["wrappers"]
+        config["dataset"]["statistics"] = {"pose": {"rows": 30, "std": [1.0, 1.0, 0.5]}}
+        (folder / "config.json").write_text(json.dumps(config | {"format_version": 2}))
+
+    return make

@@ -94,21 +94,8 @@ def rewrite_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     edit_config(folder, files=files)
 
 
-def make_version_2(folder: Path) -> None:
-    """What the package wrote before it normalized in double precision."""
-    weights = load_file(folder / "model.safetensors")
-    rewrite_weights(
-        folder, {name: value.float() if name.startswith("normalizer.") else value for name, value in weights.items()}
-    )
-    config = json.loads((folder / "config.json").read_text())
-    del config["environment"]["wrappers"]
-    config["dataset"]["statistics"] = {"pose": {"rows": 30, "std": [1.0, 1.0, 0.5]}}
-    (folder / "config.json").write_text(json.dumps(config | {"format_version": 2}))
-
-
 def make_version_1(folder: Path) -> None:
-    """What the first versions of the package wrote."""
-    make_version_2(folder)
+    """What the first versions of the package wrote, of a checkpoint of version 2."""
     config = json.loads((folder / "config.json").read_text())
     config["format_version"] = 1
     for part, missing in (
@@ -261,7 +248,7 @@ def test_an_incomplete_configuration_is_refused(copy: Path, part: str) -> None:
 
 
 def test_a_checkpoint_of_version_2_normalizes_with_the_same_numbers_in_double_precision(
-    copy: Path, point: Checkpoint
+    copy: Path, point: Checkpoint, make_version_2
 ) -> None:
     make_version_2(copy)
     loaded = checkpoint.load(copy)
@@ -283,7 +270,8 @@ def test_an_option_that_a_checkpoint_does_not_know_yet_takes_its_default(copy: P
     assert checkpoint.load(copy).policy.config.learn_variance is False
 
 
-def test_a_checkpoint_of_version_1_is_migrated(copy: Path, point: Checkpoint) -> None:
+def test_a_checkpoint_of_version_1_is_migrated(copy: Path, point: Checkpoint, make_version_2) -> None:
+    make_version_2(copy)
     make_version_1(copy)
     config = json.loads((copy / "config.json").read_text())
     config["shapes"]["angles"] = {"pose": [2]}

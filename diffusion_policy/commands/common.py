@@ -75,7 +75,7 @@ def recorded_location(source: object, location: str) -> str:
             f"{source} names its data set by the URL {location[:200]!r}, which would be opened; if you trust it, give "
             "it yourself with --dataset"
         )
-    console.print(f"the data set is {location}, as {source} says")
+    console.print(f"the data set is {location}, as {source} says", soft_wrap=True)
     return location
 
 

@@ -358,21 +358,17 @@ class Sweep:
 def require_possible(trial: Trial, store: EpisodeStore) -> None:
     """Raise ValueError for a trial that cannot be trained on this store, or whose policy cannot be rolled out or
     evaluated as asked: before any of its work is done."""
-    from diffusion_policy.trainer import quick_sampling
-
     train = trial.train
     point = train.sketch(store, train.plan(store))
+    if (trial.episodes or train.training.rollout_every) and point.environment.id is None:
+        raise ConfigError(f"{train.dataset} names no environment: give --episodes 0 and --rollout-every 0")
     if train.training.rollout_every:
-        point.policy.require(quick_sampling(point.policy))
-    if trial.episodes or train.training.rollout_every:
-        if point.environment.id is None:
-            raise ConfigError(f"{train.dataset} names no environment: give --episodes 0 and --rollout-every 0")
-        joined = join_environment(train.dataset, point, None, None, None, Signals())
+        train.make_rollouts(store, point)
+    if trial.episodes:
+        joined = join_environment(train.dataset, point, None, None, trial.sampling, Signals())
         joined.env.close()
-        if trial.episodes:
-            point.policy.require(trial.sampling)
-            require_memory(point.policy, trial.sampling, PLANNING_BATCH)
-            refuse_seen_seeds(joined, range(FIRST_TEST_SEED, FIRST_TEST_SEED + trial.episodes))
+        require_memory(point.policy, trial.sampling, PLANNING_BATCH)
+        refuse_seen_seeds(joined, range(FIRST_TEST_SEED, FIRST_TEST_SEED + trial.episodes))
 
 
 def incomparable(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -150,7 +150,7 @@ class Train:
         policy = DiffusionPolicy.for_statistics(self.policy, summary.statistics, store.modes, angles).to(device)
         point = replace(sketch, policy=policy, dataset=replace(sketch.dataset, fingerprint=summary.fingerprint))
         checkpoint.require_savable(point)
-        roll_out = self._make_rollouts(store, point) if settings.rollout_every else None
+        roll_out = self.make_rollouts(store, point) if settings.rollout_every else None
         modes = [store.modes, store.mode_indices().tolist()] if self.policy.condition_on_mode else []
         told = runs.to_options(self._completed(keys, angles), summary.fingerprint, modes)
         if self.resume:
@@ -229,7 +229,7 @@ class Train:
             console.print(f"going on from {folder}", soft_wrap=True)
             return
 
-    def _make_rollouts(self, store: EpisodeStore, point: Checkpoint) -> Callable[[DiffusionPolicy], float | None]:
+    def make_rollouts(self, store: EpisodeStore, point: Checkpoint) -> Callable[[DiffusionPolicy], float | None]:
         """Measures the success rate of a policy on a few seeds, None where the simulator fails; raises ValueError where
         there is no environment, or another than the policy's, where the demonstrations have these seeds, and for a
         policy that cannot act without being told a mode."""
