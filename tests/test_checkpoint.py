@@ -458,6 +458,44 @@ def test_what_could_not_be_read_again_is_not_written(point: Checkpoint, tmp_path
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"environment": Environment(None, {}, ("left\x1b[2J",))}, "printable characters"),
+        ({"environment": Environment(None, {}, ("x" * 201,))}, "printable characters"),
+        ({"environment": Environment(None, {}, tuple(map(str, range(1025))))}, "at most 1024 items|from 0 to 1024"),
+        ({"environment": Environment("a", {"map": "x" * 2**22}, ())}, "it would have .* bytes; at most"),
+        ({"environment": Environment("a", {"x": float("nan")}, ())}, "arguments must be finite"),
+        ({"environment": Environment("a", {"x": object()}, ())}, "no config.json of a checkpoint can hold this"),
+        ({"environment": Environment("a", {"x": "\ud800"}, ())}, "half a surrogate pair"),
+        ({"environment": Environment("a", {"x": [[] for _ in range(20_001)]}, ())}, "lists and objects"),
+        ({"step": 10**13}, "step must be from 0"),
+    ],
+)
+def test_what_could_never_be_saved_is_found_before_the_training(point: Checkpoint, change: dict, said: str) -> None:
+    checkpoint.require_savable(point)
+    with pytest.raises(CheckpointError, match=said) as caught:
+        checkpoint.require_savable(dataclasses.replace(point, **change))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_policy_that_is_too_large_is_found_without_its_memory(point: Checkpoint) -> None:
+    with checkpoint.without_memory():
+        large = DiffusionPolicy(PolicyConfig(widths=(4096, 8192)), point.policy.shapes)
+    with pytest.raises(CheckpointError, match="a policy has at most 268435456 weights"):
+        checkpoint.require_savable(dataclasses.replace(point, policy=large))
+
+
+def test_data_of_many_numbers_a_step_are_trained_on_and_kept(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    data = {"action": rng.normal(size=(30, 2)), "wide": rng.normal(size=(30, 30_000))}
+    policy = DiffusionPolicy.for_data(PolicyConfig(widths=(8,), level_dim=8, levels=20, observation_horizon=1), data)
+    dataset = Dataset("/data", "abc", 2, 30, {"left": 2}, (0, 1))
+    point = Checkpoint(policy, TrainConfig(steps=30), Environment(None, {}, ()), dataset, 30)
+    checkpoint.require_savable(point)
+    assert same_weights(checkpoint.load(checkpoint.save(tmp_path, point, {})), point)
+
+
 def kill_again_and_again(kills: int, point: Checkpoint, tmp_path: Path) -> int:
     """Kill a process that saves at random moments; returns how often it was in the middle of it."""
     original, run = checkpoint.save(tmp_path / "original", point, {}), tmp_path / "run"
