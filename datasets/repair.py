@@ -14,7 +14,14 @@ import zarr
 from diffusion_policy.datasets.consolidated import consolidated_is_stale
 from diffusion_policy.datasets.durable import remove_leftovers
 from diffusion_policy.datasets.guard import trust
-from diffusion_policy.datasets.storage import drop_consolidated, list_names, lock, open_group, unfinished_files
+from diffusion_policy.datasets.storage import (
+    drop_consolidated,
+    list_names,
+    lock,
+    open_group,
+    say,
+    unfinished_files,
+)
 from diffusion_policy.datasets.store import FORMAT, EpisodeStore, StoreError
 from diffusion_policy.datasets.validate import Finding, validate
 
@@ -45,6 +52,10 @@ def repair(path: Path | str) -> Repaired:
         unlock = lock(path)
         try:
             mended = tuple(_mend(open_group(str(path), "r+"), path))
+        except StoreError:
+            raise
+        except ValueError as error:  # of a file that nobody can read
+            raise StoreError(f"{path} cannot be mended: {say(error)}") from error
         finally:
             unlock()
     mended += tuple(f"{left.name}: dropped what a killed process had begun" for left in remove_leftovers(path))

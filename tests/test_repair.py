@@ -151,6 +151,17 @@ def test_what_cannot_be_mended_is_said(tmp_path: Path) -> None:
         repair(path)
 
 
+def test_what_nobody_can_read_is_one_line(tmp_path: Path) -> None:
+    path = foreign(tmp_path / "s.zarr", 3, (20, 45), 90)
+    (path / "data" / "zarr.json").write_text('{"half')
+    with pytest.raises(StoreError, match=r"cannot be mended: data/zarr.json is not JSON"):
+        repair(path)
+    mine = ours(tmp_path / "mine.zarr", range(2))
+    (mine / "data" / "zarr.json").write_text('{"half')
+    with pytest.raises(StoreError, match=r"mine.zarr: the metadata data/zarr.json is not JSON"):
+        EpisodeStore.append_to(mine)
+
+
 def test_repair_waits_for_no_one_who_writes(tmp_path: Path) -> None:
     path = ours(tmp_path / "s.zarr", range(2))
     with EpisodeStore.append_to(path), pytest.raises(StoreError, match="is being written by another process"):
