@@ -25,7 +25,7 @@ OVERFIT_LOSS = 0.02
 """A healthy network comes below this on 32 windows in 2000 steps."""
 LEVELS_SHOWN = 8
 """Levels at which a trained policy is looked at."""
-BOUND_LEVELS = 1000
+BOUND_LEVELS = 200
 """The variational bound is taken over at most so many levels, evenly from all."""
 
 
