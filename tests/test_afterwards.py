@@ -10,20 +10,24 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from diffusion_policy import report, video
 from diffusion_policy.commands import afterwards, evaluate, pictures
 from diffusion_policy.commands.common import Failed, Interrupted
+from diffusion_policy.commands.episodes import observe
 from diffusion_policy.commands.evaluate import Evaluate
 from diffusion_policy.config import SampleConfig, Signals
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs import protocols
 from diffusion_policy.envs.avoid import AvoidEnv
 from diffusion_policy.files import WRITING, FileError
+from diffusion_policy.metrics import Episode
 
 NO_OPTIONS: Any = ()
 """Of what `rolled_out` puts in the place of functions."""
@@ -253,6 +257,18 @@ def test_failed_demonstrations_are_drawn_as_failures(
     assert plane is not None
     drawn = pictures._demonstrated_paths(loaded, plane)
     assert [path.success for path in drawn] == [True, False] * 6
+
+
+def test_what_is_observed_keeps_its_precision() -> None:
+    far = 5.4e6 + np.arange(3)[:, None] / 1000
+    rows = {"far": far, "near": far.astype(np.float32), "picture": np.ones((3, 2, 2, 3), np.uint8)}
+    shapes = SimpleNamespace(observations={key: value.shape[1:] for key, value in rows.items()})
+    policy: Any = SimpleNamespace(config=SimpleNamespace(observation_horizon=2), shapes=shapes, device="cpu")
+    seen = observe(policy, Episode(0, True, None, rows, np.zeros((2, 1), np.float32)), 2)
+    assert {key: value.dtype for key, value in seen.items()} == {
+        "far": torch.float64, "near": torch.float32, "picture": torch.float32,
+    }  # fmt: skip
+    assert seen["far"][0].tolist() == far[1:].tolist()
 
 
 @pytest.mark.slow
