@@ -100,6 +100,8 @@ def from_header(
     """The contents of a file that we wrote, whose `header` this is; raises StoreError where it is none."""
     try:
         keys, modes = tuple(map(str, head["observation_keys"])), tuple(map(str, head["modes"]))
+        if not all(isinstance(head[name], list) for name in ("observation_keys", "modes")):
+            raise TypeError("observation_keys and modes are no lists")
         return Contents(dict(head["attributes"]), modes, keys, str(head["action_key"]), arrays, episodes, left_out)
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"what we wrote beside the data is damaged: {type(error).__name__}: {error}") from error

@@ -32,6 +32,7 @@ from diffusion_policy.datasets.durable import DurableFolder
 from diffusion_policy.datasets.guard import GuardedStore, collect_async
 from diffusion_policy.datasets.guarded_store import Listing
 from diffusion_policy.files import open_regular
+from diffusion_policy.lines import one_line
 
 try:
     import fcntl
@@ -60,7 +61,11 @@ NAMES_SAID = 20
 
 
 class StoreError(ValueError):
-    """A data set cannot be read or written; the message says what is wrong and where."""
+    """A data set cannot be read or written; the message says what is wrong and where, in one printable line whatever
+    names and texts a file holds."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(one_line(str(message), 1000))
 
 
 def open_group(location: str, mode: Literal["r", "r+"], sync: bool = True) -> zarr.Group:

@@ -44,6 +44,7 @@ from diffusion_policy.datasets.storage import (
     unfinished_files,
 )
 from diffusion_policy.files import sync_folder
+from diffusion_policy.lines import one_line
 from diffusion_policy.names import is_label
 
 FORMAT = "diffusion-policy episodes"
@@ -195,7 +196,7 @@ class EpisodeStore:
             try:
                 self.readable_array(f"data/{name}")
             except StoreError as error:
-                found[name] = str(error).removeprefix(f"{self.location}: data/{name} ")
+                found[name] = str(error).removeprefix(one_line(f"{self.location}: data/{name}", 1000)).strip()
         return found
 
     @property

@@ -1114,3 +1114,12 @@ def test_spaces_of_minari_are_observed_as_the_environment_has_them(
     assert one.data["action"].tolist() == [[1, 1, 0]] * 2
     assert one.final is not None
     assert one.final["joints.1"].tolist() == [0, 1, 0, 1, 0]
+
+
+def test_names_of_bad_will_stay_within_one_printable_line(tmp_path: Path) -> None:
+    evil = "a\x1b[31m\nerror: all is well"
+    np.savez(tmp_path / "x.npz", **{evil: np.ones(3)}, action=np.ones(2), state=np.ones(2), episode_ends=[2])  # pyright: ignore[reportArgumentType]
+    for chosen in ({"observation": ["other"]}, {"observation": [evil]}, {"action": [evil]}):
+        with pytest.raises(StoreError) as error:
+            conversion.read(tmp_path / "x.npz", **chosen)  # pyright: ignore[reportArgumentType]
+        assert str(error.value).isprintable()
