@@ -315,6 +315,14 @@ def test_a_sweep_that_cannot_be_read_is_told_in_one_line(content: str | None, tm
     assert said.count("\n") == 1
 
 
+def test_a_folder_that_is_a_link_to_itself_is_told_in_one_line(demonstrations: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for command in (["sweep", "--grid", "seed=1"], ["train"]):
+        arguments = ["--dataset", str(demonstrations), "--output", str(tmp_path / "loop"), "--device", "cpu"]
+        assert main([*command, *arguments]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
 def test_two_sweeps_never_share_a_folder(demonstrations: Path, tmp_path: Path) -> None:
     asked = Sweep(str(demonstrations), tmp_path / "s", ("seed=0",), episodes=0, policy=TINY, training=TRAINING)
 

@@ -265,7 +265,7 @@ class Sweep:
             point,
             Train(
                 absolute(self.dataset),
-                self.output.resolve() / name,
+                Path(os.path.realpath(self.output)) / name,
                 observation=self.observation,
                 action=self.action,
                 angles=self.angles,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -111,7 +112,7 @@ class Train:
         when another training would be resumed; FloatingPointError when the loss is no longer finite."""
         from diffusion_policy.processes import join_processes
 
-        if self.resume and self.resume.resolve() != self.output.resolve():
+        if self.resume and os.path.realpath(self.resume) != os.path.realpath(self.output):
             raise ConfigError(f"--resume {self.resume} goes on in its own folder; got --output {self.output}")
         with join_processes(self.device) as (processes, device):
             quiet, console.quiet = console.quiet, not processes.is_main
