@@ -55,11 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Failed as finding:
         _say(finding)
         return 1
-    except Interrupted as stop:
-        _say(stop)
-        return 130
-    except KeyboardInterrupt:
-        _say("stopped")
+    except (Interrupted, KeyboardInterrupt) as stop:
+        _say(str(stop) or "stopped")
+        exec("")  # CPython remembers an interrupt within exec (imports use it), and would end by the signal, not by 130
         return 130
     return 0
 

@@ -56,7 +56,11 @@ from diffusion_policy.schedules import SCHEDULES, SPACINGS
         (SampleConfig, {"clip": "hard"}, "unknown clip 'hard'; choose from auto, static, dynamic, none"),
         (SampleConfig, {"corrector_steps": 1, "sampling_steps": 1}, "sampling-steps must be at least 2; got 1"),
         (SampleConfig, {"guidance": float("inf")}, "guidance must be at least -1; got inf"),
-        (PolicyConfig, {"schedule_options": (float("nan"),)}, "schedule-options must be finite, and whole numbers below"),
+        (
+            PolicyConfig,
+            {"schedule_options": (float("nan"),)},
+            "schedule-options must be finite, and whole numbers below",
+        ),
     ],
 )
 def test_impossible_options_are_refused_in_one_sentence(kind, options, message) -> None:

@@ -35,7 +35,8 @@ def test_a_number_has_three_digits_and_an_exponent_only_far_from_one(value: floa
 
 
 @pytest.mark.parametrize(
-    "value, text", [(0.1, "0.100"), (999.6, "1000"), (99.96, "100"), (1.2e-5, "1.20e-5"), (0.0, "0.00"), (12.34, "12.3")]
+    "value, text",
+    [(0.1, "0.100"), (999.6, "1000"), (99.96, "100"), (1.2e-5, "1.20e-5"), (0.0, "0.00"), (12.34, "12.3")],
 )
 def test_zeros_that_count_are_kept_where_they_are_asked_for(value: float, text: str) -> None:
     assert three_digits(value, keep_zeros=True) == text

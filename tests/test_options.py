@@ -26,7 +26,7 @@ collect --output car.zarr --env MountainCarContinuous-v0 --success 'return>=90' 
     diffusion_policy.envs.examples:mountain_car_mode --mode-labels left right
 dataset inspect a.zarr --json
 dataset validate a.zarr --json
-dataset plot a.zarr --output plots --plane measured_xy:0,1 --action action
+dataset plot a.zarr --output plots --plane actual_xy:0,1 --action action
 dataset replay a.zarr --episodes 1 --tolerance 1e-3 --env diffusion_policy/Avoid-v0 --env-kwargs '{{"rows":1}}' \
     --success none --video replay.gif
 dataset replay car.zarr --episodes 1 --success none --fresh --mode-function \
@@ -36,7 +36,7 @@ dataset merge b.zarr c.zarr --output d.zarr
 dataset repair d.zarr
 dataset convert d.zarr d.archive --output-format npz --observation desired_xy --action action --angles desired_xy:0
 dataset convert d.archive e.zarr --source-format npz
-train --dataset a.zarr --output r {SMALL} --observation desired_xy measured_xy --action action --angles \
+train --dataset a.zarr --output r {SMALL} --observation desired_xy actual_xy --action action --angles \
     desired_xy:0 --tracker tensorboard --env diffusion_policy/Avoid-v0 --env-kwargs '{{"rows":1}}' \
     --observation-horizon 3 --prediction-horizon 8 --action-horizon 4 --kernel-size 3 --schedule linear \
     --schedule-options 0.001 0.3 --prediction velocity --snr-gamma 5 --learn-variance --condition-dropout 0.2 \
@@ -94,7 +94,7 @@ class Window(gymnasium.Env):
 
     def __init__(self, render_mode=None):
         box = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
-        self.observation_space = gymnasium.spaces.Dict({"desired_xy": box, "measured_xy": box})
+        self.observation_space = gymnasium.spaces.Dict({"desired_xy": box, "actual_xy": box})
         self.action_space, self.render_mode = box, render_mode
 
     def reset(self, *, seed=None, options=None):
