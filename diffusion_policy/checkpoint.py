@@ -119,14 +119,23 @@ def save(
     return folder
 
 
+def count_weights(policy: DiffusionPolicy) -> int:
+    """Weights of a policy, also of one that was made within `without_memory`; raises CheckpointError for more than any
+    policy may have."""
+    weights = sum(weight.numel() for weight in policy.parameters())
+    if weights > MAX_WEIGHTS:
+        raise CheckpointError(
+            f"a policy has at most {MAX_WEIGHTS} weights; got {weights}; lower the widths, or observe fewer numbers"
+        )
+    return weights
+
+
 def require_savable(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError where `save` would, whatever the training finds: for a policy that is too large, contents
     that config.json cannot hold, and a normalizer by which nothing can be divided. The policy may be one that was made
     within `without_memory`."""
     policy = checkpoint.policy
-    weights = sum(weight.numel() for weight in policy.parameters())
-    if weights > MAX_WEIGHTS:
-        raise CheckpointError(f"a policy has at most {MAX_WEIGHTS} weights; got {weights}; lower the widths")
+    count_weights(policy)
     made = {name: tensor for name, tensor in policy.state_dict().items() if not tensor.is_meta}
     _check_numbers("the policy", made)
     format_contents(_contents(checkpoint, {name: Recorded("0" * 64, 2**40) for name in (MODEL, TRAINING)}))

@@ -16,6 +16,7 @@ from diffusion_policy import doctor
 from diffusion_policy.cli import main
 from diffusion_policy.config import PolicyConfig, SampleConfig
 from diffusion_policy.datasets.statistics import measure
+from diffusion_policy.datasets.store import Demonstration, EpisodeStore
 from diffusion_policy.datasets.windows import Batch, Windows
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.schedules import SCHEDULES, constant, linear, make_schedule
@@ -339,3 +340,11 @@ def test_an_interrupted_doctor_keeps_its_checks(run: Path, tmp_path: Path, monke
 def test_nothing_to_look_at_is_refused(capsys) -> None:
     assert main(["doctor"]) == 2
     assert "needs a --dataset, a --checkpoint, or both" in capsys.readouterr().err
+
+
+def test_a_store_of_absurd_width_is_refused_before_a_network_is_made(tmp_path: Path, capsys) -> None:
+    with EpisodeStore.create(tmp_path / "wide.zarr", {}, ()) as store:
+        rows = {"x": np.zeros((20, 80_000), np.float32), "action": np.arange(20, dtype=np.float32)[:, None]}
+        store.append([Demonstration(rows)])
+    assert main(["doctor", "--dataset", str(tmp_path / "wide.zarr")]) == 2
+    assert "a policy has at most 268435456 weights; got 577" in capsys.readouterr().err

@@ -20,14 +20,14 @@ from diffusion_policy.commands.common import (
     Keys,
     choose_angles,
     choose_keys,
-    console,
     open_recorded,
     open_store,
     progress_bar,
     require_fresh,
 )
-from diffusion_policy.commands.terminal import printable
+from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError, PolicyConfig, SampleConfig, require_at_least, require_seed
+from diffusion_policy.lines import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,6 +45,8 @@ PLANNED = 64
 """Windows that plans are sampled for."""
 PROBED_NUMBERS = 2**26
 """... but fewer where the network would hold more numbers than these at a time."""
+MOST_FITTED = 2**26
+"""Weights of a network that is trained here: some 1 GB with gradients and moments."""
 MEMORY_BYTES = 3e8
 """Of a larger data set only the first episodes are looked at."""
 READABLE = "data is readable and finite"
@@ -146,6 +148,7 @@ class Doctor:
         import torch
 
         from diffusion_policy import doctor
+        from diffusion_policy.checkpoint import count_weights, without_memory
         from diffusion_policy.datasets.statistics import measure
         from diffusion_policy.figures import draw_noised
         from diffusion_policy.policy import DiffusionPolicy
@@ -172,9 +175,11 @@ class Doctor:
             torch.manual_seed(self.seed)
             named = {keys.names[key]: found for key, found in statistics.items()}
             plain = dataclasses.replace(config, snr_gamma=0.0, condition_dropout=0.0)
-            return DiffusionPolicy.for_statistics(plain, named, modes, angles).to(device)
+            return DiffusionPolicy.for_statistics(plain, named, modes, angles)
 
-        policy = loaded.policy if loaded else make_untrained()
+        with without_memory():
+            weights = count_weights(loaded.policy if loaded else make_untrained())
+        policy = loaded.policy if loaded else make_untrained().to(device)
         yield doctor.check_constant({f"data/{key}": s for key, s in statistics.items()}, config.normalization)
         yield from self._check_data(policy, data, ends)
         windows = _windows(policy, store, data, ends)
@@ -187,11 +192,14 @@ class Doctor:
         if loaded:
             jumps = doctor.largest_jumps(data["action"], ends)
             yield from self._check_policy(policy, windows, jumps)
-        if self.overfit_steps:
+        if self.overfit_steps and weights > MOST_FITTED:
+            figure = f"{weights} weights; the test is made with at most {MOST_FITTED}"
+            yield doctor.Check("overfits 32 windows", "warn", figure, "fewer observed numbers, or smaller widths")
+        elif self.overfit_steps:
             with progress_bar("steps") as bar:
                 task = bar.add_task("overfitting", total=self.overfit_steps, note="")
                 check = doctor.check_overfit(
-                    make_untrained() if loaded else policy,
+                    make_untrained().to(device) if loaded else policy,
                     windows,
                     self.overfit_steps,
                     self.seed,
