@@ -49,7 +49,7 @@ def repair(path: Path | str) -> Repaired:
     else:
         if any(file.is_symlink() for file in path.rglob("*")):
             raise StoreError(f"{path} holds links, which may lead out of it; make a copy with: dataset convert")
-        unlock = lock(path)
+        unlock = lock(path, "mend a copy: dataset convert")
         try:
             mended = tuple(_mend(open_group(str(path), "r+"), path))
         except StoreError:

@@ -29,8 +29,8 @@ from zarr.errors import ContainsArrayError, GroupNotFoundError
 from zarr.storage import FsspecStore, ZipStore
 
 from diffusion_policy.datasets.durable import DurableFolder
-from diffusion_policy.datasets.guard import GuardedStore, collect_async
-from diffusion_policy.datasets.guarded_store import Listing
+from diffusion_policy.datasets.guard import collect_async
+from diffusion_policy.datasets.guarded_store import GuardedStore, Listing
 from diffusion_policy.files import open_regular
 from diffusion_policy.lines import one_line
 
