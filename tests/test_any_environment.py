@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 from gymnasium.spaces import Box, Dict, Discrete, Tuple
 from gymnasium.wrappers import RescaleAction, TimeLimit
 
-from diffusion_policy.cli import main
+from diffusion_policy.cli import main, parse
+from diffusion_policy.commands.common import signal_flags
 from diffusion_policy.commands.evaluate import Evaluate
-from diffusion_policy.config import SampleConfig
+from diffusion_policy.config import SampleConfig, Signals
 from diffusion_policy.datasets.recorder import Recorder
 from diffusion_policy.datasets.store import EpisodeStore
 
@@ -138,9 +140,15 @@ def test_modules_that_only_a_file_names_are_not_imported(
         arguments = ("--checkpoint", car / "policy", "--output", tmp_path / "e", "--episodes", 2)
         said = fails(capsys, "evaluate", *arguments)
         assert "names its environment by the module antigravity, which would be imported; if you trust it" in said
-        assert "--mode-function 'antigravity:mode'" in said
+        assert "--mode-function antigravity:mode --mode-labels left right" in said
     finally:
         config.write_text(text)
+
+
+def test_flags_that_an_error_tells_can_be_given_as_they_are() -> None:
+    signals = Signals("return>=90", "my_task:mode", ("left", "it's right"), fresh=True)
+    told = shlex.split(" ".join(signal_flags(signals)))
+    assert parse(["collect", "--output", "s.zarr", *told]).signals == signals  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_a_collection_goes_on_with_what_was_said_once_unless_it_would_import_a_stranger(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from diffusion_policy.commands.common import Failed, require_fresh
+from diffusion_policy.commands.common import Failed, holding, require_fresh
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError
 from diffusion_policy.files import WRITING, plain
@@ -53,12 +53,8 @@ def hold_output(output: Path) -> Iterator[bool]:
     """Have an evaluation's folder for oneself; whether results are there that still lack their page. Raises ConfigError
     where the folder holds anything else but leftovers of a killed evaluation, which are removed; and ValueError where
     another process holds it, or it cannot be written."""
-    from diffusion_policy.datasets.storage import lock
-
     waits_for_page(output)
-    output.mkdir(parents=True, exist_ok=True)
-    unlock = lock(output, "choose another --output")
-    try:
+    with holding(output):
         waits = waits_for_page(output)  # another may have been quicker
         for name in LEFTOVERS:
             (output / name).unlink(missing_ok=True)
@@ -66,8 +62,6 @@ def hold_output(output: Path) -> Iterator[bool]:
         probe.touch()  # a folder that cannot be written to is no late surprise
         probe.unlink()
         yield waits
-    finally:
-        unlock()
 
 
 def waits_for_page(output: Path) -> bool:

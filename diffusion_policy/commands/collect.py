@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,14 +21,16 @@ from diffusion_policy.commands.common import (
     ONE_PRESS,
     Interrupted,
     available_cores,
-    console,
     describe_episodes,
+    hearing,
     make_task,
     parse_env_kwargs,
     progress_bar,
     refuse_modules,
     say_cap,
+    signal_flags,
 )
+from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError, Signals, from_dict, require_at_least, require_numbers, require_seed
 from diffusion_policy.engines import Engine, require_engine
 
@@ -134,7 +136,7 @@ class Collect:
         from diffusion_policy.datasets.store import EpisodeStore
 
         assert self.output is not None
-        attributes = describe_episodes(env, settings.env, settings.env_kwargs, settings.signals)
+        attributes = describe_episodes(env)
         attributes |= {
             "noise": settings.noise,
             "collection": {"episodes": settings.episodes, "seed": settings.seed}
@@ -258,21 +260,14 @@ def interrupt_on_signal() -> Iterator[threading.Event]:
         if last - before > ONE_PRESS:
             raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+    with hearing(handle):
         yield stop
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def find_expert(settings: Settings) -> Callable[[str | None], Any]:
     """The expert that was asked for, or ours for this environment; raises ConfigError where there is none."""
-    from diffusion_policy.envs.adapters import load
     from diffusion_policy.envs.experts import EXPERTS
+    from diffusion_policy.envs.modules import load
 
     if settings.expert is not None:
         return load(settings.expert)
@@ -286,7 +281,5 @@ def find_expert(settings: Settings) -> Callable[[str | None], Any]:
 
 def describe(settings: Mapping[str, Any]) -> list[str]:
     """Flags that mean these settings."""
-    flags = [f"--env {settings['env']}"]
-    flags += [f"--expert {settings['expert']}"] if settings["expert"] else []
-    flags += [f"--{name.replace('_', '-')} {value!r}" for name, value in settings["signals"].given.items()]
-    return flags
+    named = {name: settings[name] for name in ("env", "expert") if settings[name]}
+    return [f"--{name} {shlex.quote(value)}" for name, value in named.items()] + signal_flags(settings["signals"])

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import threading
 import time
@@ -158,21 +159,13 @@ def parse_env_kwargs(text: str) -> dict[str, Any]:
     return arguments
 
 
-def describe_episodes(
-    env: gymnasium.Env,
-    env_id: str,
-    arguments: Mapping[str, Any],
-    signals: Signals,
-    wrappers: Sequence[Mapping[str, Any]] = (),
-) -> dict[str, Any]:
-    """Attributes of a store of an environment's episodes."""
+def describe_episodes(env: gymnasium.Env) -> dict[str, Any]:
+    """Attributes of a store of the episodes of an environment that a Task has made."""
     from diffusion_policy.envs.contract import control_rate
 
     rate = control_rate(env)
     return {
-        "environment": {"id": env_id, "arguments": dict(arguments)}
-        | ({"signals": signals.given} if signals.given else {})
-        | ({"wrappers": [dict(one) for one in wrappers]} if wrappers else {}),
+        "environment": dict(env.described),  # pyright: ignore[reportAttributeAccessIssue]
         **({"control_frequency": rate} if rate else {}),
         "observation_keys": sorted(env.observation_space.keys()),  # pyright: ignore[reportAttributeAccessIssue]
         "action_key": "action",
@@ -188,6 +181,31 @@ def require_fresh(path: Path) -> None:
     """Raise ConfigError when an output exists and holds anything."""
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ConfigError(f"{path} already holds something; choose another --output or delete it first")
+
+
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Make an output folder, and keep other processes away from it; raises StoreError where one holds it."""
+    from diffusion_policy.datasets.storage import lock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    unlock = lock(folder, "choose another --output")
+    try:
+        yield
+    finally:
+        unlock()
+
+
+def require_video(video: Path | None, episodes: int) -> None:
+    """Raise ConfigError where so many episodes cannot be filmed into this file."""
+    if video is None:
+        return
+    if episodes > MOST_FILMED:
+        raise ConfigError(f"a --video shows at most {MOST_FILMED} episodes; got {episodes}")
+    if video.suffix not in (".mp4", ".gif"):
+        raise ConfigError(f"--video must end in .mp4 or .gif; got {video}")
+    if video.exists():
+        raise ConfigError(f"{video} already exists; choose another --video or delete it first")
 
 
 def progress_bar(unit: str) -> Progress:
@@ -216,6 +234,20 @@ def print_by_steps(title: str, samplers: Mapping[str, Mapping[str, Any]], figure
 
 
 @contextlib.contextmanager
+def hearing(handle: Callable[[int, object], None]) -> Iterator[None]:
+    """Within the context, Ctrl-C and SIGTERM call this; but only in the main thread, as they reach no other."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
     """Within the context, Ctrl-C and SIGTERM set the event, so that the step under way is finished; a second Ctrl-C
     interrupts at once (but torchrun hands on the first one, which then comes twice)."""
@@ -230,15 +262,8 @@ def stop_on_signal() -> Iterator[threading.Event]:
             first = time.monotonic()
         stop.set()
 
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+    with hearing(handle):
         yield stop
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 OUR_EXAMPLES = "diffusion_policy.envs.examples"
@@ -260,11 +285,19 @@ def choose_task(
     if same and not signals.given:
         signals = from_dict(Signals, recorded.get("signals", {}))
         from_file += [signals.success, signals.mode_function]
-    flags = [f"--{name.replace('_', '-')} {value!r}" for name, value in signals.given.items()]
-    refuse_modules(source, from_file, [f"--env {env_id}", *flags])
+    refuse_modules(source, from_file, [f"--env {shlex.quote(env_id)}", *signal_flags(signals)])
     wrappers = choose_wrappers(source, recorded.get("wrappers") or (), env, env_id) if same else ()
     arguments = arguments if env_kwargs is None else parse_env_kwargs(env_kwargs)
     return make_task(env_id, arguments, signals, wrappers), signals
+
+
+def signal_flags(signals: Signals) -> list[str]:
+    """Flags that mean these signals, as a shell takes them."""
+    flags = []
+    for name, value in signals.given.items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        flags.append(" ".join([f"--{name.replace('_', '-')}", *map(shlex.quote, values)]))
+    return flags
 
 
 def is_same_id(one: str | None, other: str | None) -> bool:
@@ -292,7 +325,8 @@ def choose_wrappers(
                 f"{source} was recorded under what no file can keep: {', '.join(lost(wrappers))}; register an "
                 "environment that is made with all of it, and give that with --env module:Id"
             )
-        refuse_modules(source, strangers, [f"--env {strangers[0].partition(':')[0]}:{env_id.rpartition(':')[2]}"])
+        again = f"{strangers[0].partition(':')[0]}:{env_id.rpartition(':')[2]}"
+        refuse_modules(source, strangers, [f"--env {shlex.quote(again)}"])
     names = [str(one.get("entry_point") or one.get("name")).rpartition(":")[2] for one in wrappers]
     console.print(f"{env_id} is made as it is registered, without what {source} was recorded under: {', '.join(names)}")
     return ()

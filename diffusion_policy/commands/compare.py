@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from diffusion_policy.commands.common import console, require_fresh
-from diffusion_policy.commands.terminal import out
+from diffusion_policy.commands.common import require_fresh
+from diffusion_policy.commands.terminal import console, out
 from diffusion_policy.config import ConfigError
 from diffusion_policy.files import format_json, write_whole
 

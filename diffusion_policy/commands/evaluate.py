@@ -17,7 +17,6 @@ from diffusion_policy.commands.common import (
     Interrupted,
     Loaded,
     available_cores,
-    console,
     load_with_environment,
 )
 from diffusion_policy.commands.episodes import (
@@ -34,6 +33,7 @@ from diffusion_policy.commands.episodes import (
     run_episodes,
     sample_starts,
 )
+from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError, SampleConfig, Signals, require_at_least, require_seed
 from diffusion_policy.engines import HANG_AFTER, Engine, require_engine
 from diffusion_policy.files import format_json, plain, write_whole

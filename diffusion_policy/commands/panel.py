@@ -26,8 +26,8 @@ from rich.table import Table
 from rich.text import Text
 
 from diffusion_policy.commands.terminal import console as shared_console
-from diffusion_policy.commands.terminal import printable
 from diffusion_policy.digits import three_digits
+from diffusion_policy.lines import printable
 
 if TYPE_CHECKING:
     from diffusion_policy.trainer import Progress

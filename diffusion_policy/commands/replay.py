@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import tyro
 
 from diffusion_policy import lines
-from diffusion_policy.commands.common import MOST_FILMED, Failed, choose_task, console, open_store
-from diffusion_policy.commands.terminal import out
+from diffusion_policy.commands.common import Failed, choose_task, open_store, require_video
+from diffusion_policy.commands.terminal import console, out
 from diffusion_policy.config import ConfigError, Signals, require_at_least
 
 if TYPE_CHECKING:
@@ -62,17 +62,14 @@ class Replay:
         if self.episodes is not None:
             require_at_least(self, 1, ("episodes",))
         require_at_least(self, 0, ("tolerance",))
-        if self.video and (self.episodes or 4) > MOST_FILMED:
-            raise ConfigError(f"a --video shows at most {MOST_FILMED} episodes; got {self.episodes}")
-        if self.video and self.video.suffix not in (".mp4", ".gif"):
-            raise ConfigError(f"--video must end in .mp4 or .gif; got {self.video}")
-        if self.video and self.video.exists():
-            raise ConfigError(f"{self.video} already exists; choose another --video or delete it first")
+        require_video(self.video, self.episodes or 4)
 
     def run(self) -> dict[str, float]:
         """Replay; returns the largest difference by key. Raises Failed when one is beyond the tolerance, and ValueError
         for a store that does not say how its episodes began."""
         import numpy as np
+
+        from diffusion_policy.envs.contract import control_rate
 
         store = open_store(self.store)
         if len(store.seeds()) < len(store.episode_ends):
@@ -104,7 +101,7 @@ class Replay:
         for key, difference in largest.items():
             out.print(f"{key}: off by {difference:.2g} at most, in {count} episodes")
         if self.video:
-            self._film(self.video, task, scripts)
+            self._film(self.video, task, scripts, control_rate(env) or 30)
         if wrong:
             why = self._explain(task, scripts[0][0])
             raise Failed(f"{wrong[0]} ({len(wrong)} such things in {count} episodes){why}")
@@ -130,16 +127,16 @@ class Replay:
             raise ConfigError(f"{env_id} does not fit {self.store}: {has}; the store has {stored}")
         return tuple(offered)
 
-    def _film(self, path: Path, task: Task, scripts: Sequence[tuple[int | None, np.ndarray]]) -> None:
-        """Film the episodes again; raises Failed where the environment gives no pictures."""
-        from diffusion_policy.envs.contract import control_rate
+    def _film(self, path: Path, task: Task, scripts: Sequence[tuple[int | None, np.ndarray]], rate: float) -> None:
+        """Film the episodes again, at so many frames a second; raises Failed where the environment gives no
+        pictures."""
         from diffusion_policy.video import Camera, Script, tile, write_video
 
         try:
             camera = Camera(task)
             films = [camera(Script(seed or 0, actions)) for seed, actions in scripts]
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_video(path, tile(films, columns=2), control_rate(task()) or 30)
+            write_video(path, tile(films, columns=2), rate)
         except Exception as error:  # somebody else's simulator draws
             raise Failed(f"no video: {lines.describe(error)}") from error
         console.print(f"video in {path}")

@@ -13,14 +13,13 @@ import tyro
 
 from diffusion_policy.commands.afterwards import explain
 from diffusion_policy.commands.common import (
-    MOST_FILMED,
     Failed,
     Loaded,
     available_cores,
-    console,
     describe_episodes,
     load_with_environment,
     progress_bar,
+    require_video,
 )
 from diffusion_policy.commands.episodes import (
     FIRST_TEST_SEED,
@@ -29,7 +28,7 @@ from diffusion_policy.commands.episodes import (
     require_memory,
     run_episodes,
 )
-from diffusion_policy.commands.terminal import out
+from diffusion_policy.commands.terminal import console, out
 from diffusion_policy.config import ConfigError, SampleConfig, Signals, require_at_least, require_seed
 
 if TYPE_CHECKING:
@@ -71,12 +70,7 @@ class Rollout:
         require_at_least(self, 1, ("episodes", "workers"))
         require_episodes(self.episodes)
         require_seed(self)
-        if self.video and self.episodes > MOST_FILMED:
-            raise ConfigError(f"a --video shows at most {MOST_FILMED} episodes; got {self.episodes}")
-        if self.video and self.video.suffix not in (".mp4", ".gif"):
-            raise ConfigError(f"--video must end in .mp4 or .gif; got {self.video}")
-        if self.video and self.video.exists():
-            raise ConfigError(f"{self.video} already exists; choose another --video or delete it first")
+        require_video(self.video, self.episodes)
 
     def run(self) -> None:
         """Roll out; raises ValueError for a checkpoint that does not fit the environment."""
@@ -157,7 +151,7 @@ def record_episodes(path: Path, loaded: Loaded, episodes: Sequence[Episode]) -> 
     from diffusion_policy.envs.protocols import as_multimodal
 
     task = as_multimodal(loaded.env)
-    attributes = describe_episodes(loaded.env, loaded.env_id, loaded.env_kwargs, loaded.signals, loaded.wrappers)
+    attributes = describe_episodes(loaded.env)
     with EpisodeStore.create(path, attributes, tuple(task.modes) if task else ()) as store:
         for episode in episodes:
             data = {key: rows[:-1] for key, rows in episode.observations.items()} | {"action": episode.actions}

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_policy.commands.common import join_actions, require_fresh
+from diffusion_policy.commands.common import holding, join_actions, require_fresh
 from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, decode
 from diffusion_policy.files import MAX_JSON_BYTES, FileError, once_each, read_bytes, read_json, write_whole
 from diffusion_policy.trackers import TrackerName
@@ -151,17 +151,11 @@ def _say(value: object) -> str:
 def hold(run: Path, options: Mapping[str, Any], begun: bool) -> Iterator[None]:
     """Keep other trainings away from a folder, and write there what this one is told; `begun`: whether the folder
     is its own already. Raises ValueError where another process holds it, or it is not empty."""
-    from diffusion_policy.datasets.storage import lock
-
-    run.mkdir(parents=True, exist_ok=True)
-    unlock = lock(run, "choose another --output")
-    try:
+    with holding(run):
         if not begun:
             require_fresh(run)  # another may have been quicker
         write_options(run, options)
         yield
-    finally:
-        unlock()
 
 
 def left(run: Path) -> str:

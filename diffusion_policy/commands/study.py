@@ -15,7 +15,6 @@ from diffusion_policy.commands.common import (
     Interrupted,
     Loaded,
     available_cores,
-    console,
     load_with_environment,
     print_by_steps,
     require_fresh,
@@ -31,6 +30,7 @@ from diffusion_policy.commands.episodes import (
     require_memory,
     run_episodes,
 )
+from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError, SampleConfig, SamplerName, Signals, require_at_least, require_seed
 from diffusion_policy.files import format_json, write_whole
 from diffusion_policy.lines import one_line

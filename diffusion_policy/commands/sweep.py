@@ -20,7 +20,7 @@ from rich.table import Table
 from diffusion_policy.commands.common import (
     Failed,
     Interrupted,
-    console,
+    holding,
     join_actions,
     join_environment,
     open_store,
@@ -37,6 +37,7 @@ from diffusion_policy.commands.episodes import (
 from diffusion_policy.commands.evaluate import Evaluate
 from diffusion_policy.commands.points import MAX_TRIALS, draw_points, read_grid
 from diffusion_policy.commands.runs import OPTIONS, absolute
+from diffusion_policy.commands.terminal import console
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import (
     ConfigError,
@@ -207,25 +208,20 @@ class Sweep:
     def run(self) -> dict[str, Any]:
         """Run all trials; returns what sweep.json holds. Raises ValueError for options that cannot work, an output
         folder that holds something else, and a data set that cannot be read; Failed when every trial failed."""
-        from diffusion_policy.datasets.storage import lock
-
         trials = self.trials()
         rows = self._earlier_rows(trials)
         self._require_possible([t for t, row in zip(trials, rows, strict=True) if row["status"] != "finished"])
         if self.metric == "validation_loss":
             self._say_incomparable(rows)
-        self.output.mkdir(parents=True, exist_ok=True)
-        unlock = lock(self.output, "choose another --output")
-        try:
-            results = self._run(trials, rows)
-        except KeyboardInterrupt:
-            done = sum(row["status"] == "finished" for row in rows)
-            raise Interrupted(
-                f"stopped: {done} of {len(trials)} trials are finished in {self.output}; the same command goes on with "
-                "--resume"
-            ) from None
-        finally:
-            unlock()
+        with holding(self.output):
+            try:
+                results = self._run(trials, rows)
+            except KeyboardInterrupt:
+                done = sum(row["status"] == "finished" for row in rows)
+                raise Interrupted(
+                    f"stopped: {done} of {len(trials)} trials are finished in {self.output}; the same command goes on "
+                    "with --resume"
+                ) from None
         self._conclude(results)
         return results
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import tyro
 
 from diffusion_policy import __version__
-from diffusion_policy.commands.common import console, print_by_steps, progress_bar, require_fresh
+from diffusion_policy.commands.common import print_by_steps, progress_bar, require_fresh
+from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import PredictionName, require_seed
 from diffusion_policy.files import format_json, write_whole
 

@@ -18,7 +18,6 @@ from diffusion_policy.commands.common import (
     Keys,
     choose_angles,
     choose_keys,
-    console,
     is_same_id,
     join_environment,
     open_store,
@@ -28,6 +27,7 @@ from diffusion_policy.commands.common import (
     stop_on_signal,
 )
 from diffusion_policy.commands.episodes import FIRST_ROLLOUT_SEED
+from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError, PolicyConfig, Signals, TrainConfig, decode
 from diffusion_policy.trackers import TrackerName
 
