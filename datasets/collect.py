@@ -15,12 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from diffusion_policy.bounds import MOST_SEED, MOST_STEPS
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore
 from diffusion_policy.lines import describe_with_place, message_of
-
-MOST_STEPS = 1000
-"""Steps after which an episode ends where no time limit is put around the environment."""
-MOST_SEED = 2**32 - 1
 
 
 class DemonstratorError(ValueError):

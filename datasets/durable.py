@@ -6,7 +6,6 @@ Knows files, and zarr's store of a folder. Knows no arrays and no episodes.
 import asyncio
 import os
 import re
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +14,7 @@ from uuid import uuid4
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-from diffusion_policy.files import sync_folder
+from diffusion_policy.files import remove, sync, sync_folder
 
 
 class DurableFolder(LocalStore):
@@ -65,15 +64,14 @@ def put(path: Path, content: Any, sync: bool) -> None:
 def sync_tree(path: Path) -> None:
     """Put a file, or all that a folder holds, on the disk, which takes many files in about the time of one."""
     with ThreadPoolExecutor(16) as executor:
-        list(executor.map(_sync, (path, *(path.rglob("*") if path.is_dir() else ()))))
+        list(executor.map(_put_on_disk, (path, *(path.rglob("*") if path.is_dir() else ()))))
 
 
-def _sync(path: Path) -> None:
+def _put_on_disk(path: Path) -> None:
     if path.is_dir():
         sync_folder(path)
     else:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(path)
 
 
 def make_parents(path: Path) -> None:
@@ -97,7 +95,7 @@ def remove_leftovers(path: Path) -> list[Path]:
     places = ((left, re.fullmatch(re.escape(f".{path.name}.") + r"(\d+)", left.name)) for left in beside)
     gone = [left for left, process in places if process and not _runs(int(process[1]))]
     for left in gone:
-        shutil.rmtree(left, ignore_errors=True) if left.is_dir() and not left.is_symlink() else left.unlink()
+        remove(left)
     return gone
 
 

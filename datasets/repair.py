@@ -19,10 +19,11 @@ from diffusion_policy.datasets.storage import (
     list_names,
     lock,
     open_group,
+    refuse_links,
     say,
     unfinished_files,
 )
-from diffusion_policy.datasets.store import FORMAT, EpisodeStore, StoreError
+from diffusion_policy.datasets.store import EpisodeStore, StoreError
 from diffusion_policy.datasets.validate import Finding, validate
 
 
@@ -42,13 +43,12 @@ def repair(path: Path | str) -> Repaired:
     if not path.is_dir():
         raise StoreError(f"{path} is no folder; a store elsewhere is mended in a copy: dataset convert {path} NEW.zarr")
     store = EpisodeStore.open(path)
-    if store.attributes.get("format") == FORMAT and len(store.empty_episodes) == 0:
+    if store.is_ours and len(store.empty_episodes) == 0:
         with EpisodeStore.append_to(path) as ours:
             dropped = (f"{array}: dropped {rows} uncommitted rows" for array, rows in ours.dropped.items())
             mended = (*ours.mended, *dropped)
     else:
-        if any(file.is_symlink() for file in path.rglob("*")):
-            raise StoreError(f"{path} holds links, which may lead out of it; make a copy with: dataset convert")
+        refuse_links(path)
         unlock = lock(path, "mend a copy: dataset convert")
         try:
             mended = tuple(_mend(open_group(str(path), "r+"), path))

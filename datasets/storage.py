@@ -204,6 +204,12 @@ def lock(path: Path, otherwise: str = "collect into another store and join them 
     return partial(os.close, descriptor)
 
 
+def refuse_links(path: Path) -> None:
+    """Raise StoreError for a folder that holds links, through which one would write elsewhere."""
+    if any(file.is_symlink() for file in path.rglob("*")):
+        raise StoreError(f"{path} holds links, which may lead out of it; make a copy with: dataset convert")
+
+
 def create_array(group: zarr.Group, path: str, like: np.ndarray, fill_value: float | None = None) -> None:
     """An array with a checksum on every chunk, each chunk one file. Rows that were never written are NaN where there is
     a NaN."""

@@ -36,6 +36,7 @@ from diffusion_policy.datasets.storage import (
     list_names,
     lock,
     open_group,
+    refuse_links,
     remove,
     row_bytes,
     say,
@@ -141,10 +142,9 @@ class EpisodeStore:
         if path.suffix == ".zip" or (path / ".zgroup").exists():
             raise StoreError(f"{path} can only be read; make a copy to append to with: dataset convert {path} NEW.zarr")
         group = open_group(str(path), "r+", sync)
-        if any(file.is_symlink() for file in path.rglob("*")):
-            raise StoreError(f"{path} holds links, which may lead out of it; make a copy with: dataset convert")
+        refuse_links(path)
         store = cls(group, str(path), lock(path), sync)
-        if store.attributes.get("format") != FORMAT:
+        if not store.is_ours:
             raise StoreError(f"{path} was not written by this toolkit; copy it with: dataset convert {path} NEW.zarr")
         store._check()
         if len(store.empty_episodes):
@@ -230,9 +230,14 @@ class EpisodeStore:
         return self._ends
 
     @property
+    def is_ours(self) -> bool:
+        """Whether this toolkit has written it."""
+        return self.attributes.get("format") == FORMAT
+
+    @property
     def has_checksums(self) -> bool:
         """Whether checksums of its episodes belong to the store: it is one of ours, and not of the first version."""
-        return self.attributes.get("format") == FORMAT and self.attributes.get("format_version", 1) != 1
+        return self.is_ours and self.attributes.get("format_version", 1) != 1
 
     @property
     def empty_episodes(self) -> np.ndarray:
@@ -524,7 +529,7 @@ class EpisodeStore:
     def _check(self) -> None:
         """Raise StoreError for episodes that cannot be, and for a store that a later version of ours has written."""
         version = self.attributes.get("format_version", 1)
-        if self.attributes.get("format") == FORMAT and version not in range(1, FORMAT_VERSION + 1):
+        if self.is_ours and version not in range(1, FORMAT_VERSION + 1):
             known = f"1 to {FORMAT_VERSION}"
             raise StoreError(f"{self.location} has format version {version}; this package reads {known}")
         decreasing = np.flatnonzero(np.diff(self._ends, prepend=0) < 0)
@@ -560,7 +565,7 @@ class EpisodeStore:
                 raise ValueError(f"must be one row of whole numbers; got {array.shape} of {array.dtype}")
             refuse_unsafe(array, array.shape[0], complete=False)
             ends = read_rows(array, 0, array.shape[0]).astype(np.int64)
-        if self.attributes.get("format") == FORMAT:  # a killed append can have written the second of two chunks alone
+        if self.is_ours:  # a killed append can have written the second of two chunks alone
             return ends[: np.argmax(ends == -1)] if (ends == -1).any() else ends
         return ends[: np.max(np.flatnonzero(ends != -1), initial=-1) + 1]
 
@@ -570,7 +575,7 @@ class EpisodeStore:
             array = self.raw_array(path)
             with self._foreign(path):
                 rows = int(self._ends[-1]) if path.startswith("data/") else len(self._ends)
-                refuse_unsafe(array, rows, complete=self.attributes.get("format") == FORMAT)
+                refuse_unsafe(array, rows, complete=self.is_ours)
             self._checked[path] = array
         return self._checked[path]
 

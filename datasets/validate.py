@@ -17,7 +17,6 @@ from diffusion_policy.datasets.guard import codec_names, missing_chunks, read_ro
 from diffusion_policy.datasets.storage import list_names, open_group, say, unfinished_files
 from diffusion_policy.datasets.store import (
     CHECKSUMS,
-    FORMAT,
     NO_CHECKSUMS,
     EpisodeStore,
     StoreError,
@@ -113,6 +112,10 @@ def _check_ends(store: EpisodeStore) -> Iterator[Finding]:
         yield Finding(False, path, what, int(short[0]), int(starts[short[0]]))
 
 
+def _increase(ends: np.ndarray) -> bool:
+    return bool((np.diff(ends, prepend=0) > 0).all())
+
+
 def _check_array(store: EpisodeStore, key: str) -> Iterator[Finding]:
     """Missing chunks, then chunk by chunk damage, numbers that are not finite, and rows that are not those that were
     written."""
@@ -123,14 +126,14 @@ def _check_array(store: EpisodeStore, key: str) -> Iterator[Finding]:
         return int(np.searchsorted(ends, row, side="right")), row
 
     chunk_rows = (array.shards or array.chunks)[0]
-    if store.attributes.get("format") == FORMAT:
+    if store.is_ours:
         for chunk in islice(missing_chunks(array, rows), MOST_FINDINGS):
             first = chunk[0] * chunk_rows
             what = (
                 f"chunk {array.metadata.encode_chunk_key(chunk)} is missing (rows {first} to {first + chunk_rows - 1})"
             )
             yield Finding(True, path, what, *place(first))
-    written = store.checksums().get(key, np.empty(0)) if (np.diff(store.episode_ends, prepend=0) > 0).all() else ()
+    written = store.checksums().get(key, np.empty(0)) if _increase(store.episode_ends) else ()
     check, whole, others = RowChecksums(key, ends), np.ones(len(ends), bool), []
     for first in range(0, rows, chunk_rows):
         stop = min(first + chunk_rows, rows)
@@ -168,7 +171,7 @@ def _check_meta(store: EpisodeStore) -> Iterator[Finding]:
         known[name] = rows
         for episode in nonfinite_rows(rows):
             yield Finding(True, f"meta/{name}", f"NaN or infinity for episode {episode}", int(episode))
-    if len(known) == len(names) and (np.diff(store.episode_ends, prepend=0) > 0).all():
+    if len(known) == len(names) and _increase(store.episode_ends):
         yield from _check_checksums(store, known)
     modes = known.get("episode_mode", np.empty(0, int))
     for episode in np.flatnonzero((modes < -1) | (modes >= len(store.modes))) if store.modes else ():
@@ -184,7 +187,7 @@ def _check_meta(store: EpisodeStore) -> Iterator[Finding]:
 
 def _check_checksums(store: EpisodeStore, known: Mapping[str, np.ndarray]) -> Iterator[Finding]:
     """Whether the checksums of episodes are there, and what is known of episodes is what was written."""
-    if store.attributes.get("format") != FORMAT:
+    if not store.is_ours:
         return
     if not store.has_checksums:
         what = "format version 1 has no checksums of episodes, so exchanged files cannot be told; a copy has them"

@@ -46,13 +46,11 @@ from diffusion_policy.checkpoint_files import (
     open_file,
     read_header,
     read_tensors,
-    sync,
 )
 from diffusion_policy.config import TrainConfig
-from diffusion_policy.files import remove
+from diffusion_policy.files import WRITING, remove, sync
 from diffusion_policy.policy import DiffusionPolicy
 
-WRITING = ".writing-"
 DELETING = ".deleting-"
 STATE_BESIDES = 2**16
 """Numbers of a training's state beside weights and moments."""

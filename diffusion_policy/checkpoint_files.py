@@ -168,12 +168,3 @@ def read_tensors(
 
 def _damaged(path: Path) -> CheckpointError:
     return CheckpointError(f"{path} is damaged: its size or SHA-256 is not what config.json says")
-
-
-def sync(path: Path) -> None:
-    """Have a file or folder reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,9 +9,11 @@ import functools
 import math
 import reprlib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from diffusion_policy.bounds import MOST_CHARACTERS, MOST_SEED
 
 # Names of what the registries of the diffusion core hold; written here since those need torch.
 ScheduleName = Literal["cosine", "linear", "sigmoid", "constant", "flow"]
@@ -36,8 +38,8 @@ MAX_LEVELS = 100_000
 MAX_STEP = 10**12
 MAX_ITEMS = 1024
 """Items of a list in JSON."""
-MAX_LABEL = 200
-"""Characters of a key or of a mode's label."""
+MAX_EPISODES = 100_000
+"""Of an evaluation: all stay in memory until they are counted."""
 
 
 class ConfigError(ValueError):
@@ -78,8 +80,8 @@ def _is_plain(number: float) -> bool:
 def require_labels(labels: Iterable[str]) -> None:
     """Raise ConfigError for names of keys and modes that do not fit one line."""
     for label in labels:
-        if not 1 <= len(label) <= MAX_LABEL or not label.isprintable():
-            raise ConfigError(f"keys and modes have at most {MAX_LABEL} printable characters; got {label[:50]!r}")
+        if not 1 <= len(label) <= MOST_CHARACTERS or not label.isprintable():
+            raise ConfigError(f"keys and modes have at most {MOST_CHARACTERS} printable characters; got {label[:50]!r}")
 
 
 @dataclass(frozen=True)
@@ -213,10 +215,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, ("steps", "batch_size", "validate_every", "checkpoint_every", "keep", "accumulation"))
-        require_at_least(self, 0, ("weight_decay", "warmup_steps", "rollout_every"))
         require_at_least(self, 1, ("rollout_episodes",))
+        require_at_least(self, 0, ("weight_decay", "warmup_steps", "rollout_every", "memory_gb"))
         require_at_most(self, MAX_STEP, ("steps",))
-        require_at_most(self, 100_000, ("rollout_episodes",))
+        require_at_most(self, MAX_EPISODES, ("rollout_episodes",))
         _require(self.accumulation <= self.batch_size, "accumulation", "at most the batch-size", self.accumulation)
         check_choice("precision", self.precision, get_args(PrecisionName))
         if self.keep_best is not None:
@@ -236,7 +238,6 @@ class TrainConfig:
             _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
         _require(0 <= self.average_limit < 1, "average_limit", "from 0 to below 1", self.average_limit)
         _require(self.max_episodes is None or self.max_episodes >= 1, "max_episodes", "at least 1", self.max_episodes)
-        require_at_least(self, 0, ("memory_gb",))
         require_at_most(self, 1e6, ("memory_gb",))
         _require(0 <= self.validation_share < 1, "validation_share", "from 0 to below 1", self.validation_share)
         require_numbers(self)
@@ -324,7 +325,7 @@ class Signals:
 def require_seed(config: object) -> None:
     """Raise ConfigError when the field `seed` is negative or too large for every generator that it feeds."""
     seed = getattr(config, "seed")  # noqa: B009
-    _require(0 <= seed < 2**32, "seed", "from 0 to below 2^32", seed)
+    _require(0 <= seed <= MOST_SEED, "seed", "from 0 to below 2^32", seed)
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -391,9 +392,7 @@ def _decode_object(value: Any, kind: Any, where: str) -> Any:
     hints, prefix = _hints_of(kind), f"{where}: " if where else ""
     for name in value:
         if name not in hints:
-            nearest = difflib.get_close_matches(name[:MAX_LABEL], hints, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(hints)}"
-            raise ConfigError(f"{prefix}unknown option {reprlib.repr(name)}; {hint}")
+            raise ConfigError(f"{prefix}unknown option {reprlib.repr(name)}; {did_you_mean(name, hints)}")
     missing = _required(kind) - value.keys()
     if missing:
         raise ConfigError(f"{prefix}{min(missing)!r} is missing")
@@ -402,6 +401,12 @@ def _decode_object(value: Any, kind: Any, where: str) -> Any:
         return kind(**fields)
     except ConfigError as error:
         raise ConfigError(f"{prefix}{error}") from error
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """The end of a message on an unknown name: the nearest that is known, or all."""
+    nearest = difflib.get_close_matches(name[:MOST_CHARACTERS], known, n=1)
+    return f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
 
 
 _hints_of = functools.cache(get_type_hints)

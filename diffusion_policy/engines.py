@@ -156,11 +156,15 @@ def each_alone(
     return _each_alone(function, items, workers)
 
 
+def available_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _each_alone(
     function: Callable[[T], str | None], items: Iterable[T], workers: int
 ) -> Generator[tuple[T, str | None]]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // workers)
+    threads = max(1, available_cores() // workers)
     running: dict[Connection, tuple[Spawned, T]] = {}
     source = iter(items)
     try:

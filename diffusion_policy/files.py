@@ -153,14 +153,19 @@ def remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, reach the disk; raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sync_folder(folder: Path) -> None:
     """Have the names in a folder reach the disk, where the system can."""
     with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(folder)
 
 
 def format_json(tree: Any) -> str:

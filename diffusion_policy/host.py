@@ -12,10 +12,8 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
+from diffusion_policy.bounds import MOST_STEPS
 from diffusion_policy.lines import describe_with_place, message_of
-
-MOST_STEPS = 1000
-"""Steps after which an episode ends where the environment has no time limit of its own."""
 
 
 class UnfitError(ValueError):

@@ -6,8 +6,8 @@ Knows text. Knows no arrays and no files.
 import re
 from collections.abc import Iterable
 
-MOST_CHARACTERS = 200
-"""In a key or in a label."""
+from diffusion_policy.bounds import MOST_CHARACTERS
+
 _OTHERS = re.compile(r"[^A-Za-z0-9_.-]")
 
 

@@ -112,7 +112,7 @@ def rollout(
     controller; `parallel`: how many environments run at once; `on_lost` hears of an episode whose environment raised an
     error, crashed its worker or did not answer within `hang_after` [s] at each attempt; `on_mode_failure` of one whose
     mode `mode_of` could not tell, and which counts without. Where an environment limits no episode, it ends after
-    `host.MOST_STEPS`. Raises ValueError for arguments that cannot be, RolloutError when no episode can be run.
+    `bounds.MOST_STEPS`. Raises ValueError for arguments that cannot be, RolloutError when no episode can be run.
     """
     for name, value in (("parallel", parallel), ("workers", workers), ("repeats", repeats)):
         _require_whole(name, value, 1)

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
-from diffusion_policy.lines import describe, describe_with_place, one_line
+from diffusion_policy.lines import describe, describe_with_place
 
 UNGUARDED = 97
 """Exit status of a worker that was about to start workers while it imported the script that had started it."""
@@ -203,7 +203,7 @@ def _begin(serve: Callable[..., None], connection: Connection, begun: Any, share
     except (EOFError, OSError):
         return
     except Exception as error:
-        reply(connection, _Unreadable(one_line(describe(error))))
+        reply(connection, _Unreadable(describe(error)))
         return
     begun.value = 1
     serve(connection, *shared, *arguments)

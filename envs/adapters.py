@@ -19,6 +19,7 @@ import gymnasium
 import numpy as np
 
 from diffusion_policy import envs
+from diffusion_policy.bounds import MOST_STEPS
 from diffusion_policy.envs.contract import guard, name_of_env, takes, to_number, to_truth
 from diffusion_policy.envs.modules import call, import_module, load, name_of
 from diffusion_policy.envs.protocols import TaskEnv, as_multimodal, check_label, layers
@@ -27,14 +28,10 @@ from diffusion_policy.envs.spaces import Observation, TaskError, action_box, act
 from diffusion_policy.envs.wrappers import Wrapped, wrap
 from diffusion_policy.names import is_label
 
-__all__ = ["Adapter", "Fresh", "ModeOf", "Observation", "SuccessOf", "Task", "TaskError", "capped_steps", "load"]
-
 SuccessOf = Callable[[Observation, dict[str, Any]], bool]
 """(the flat observation after a step, the step's info with its measures) → whether the task is solved now."""
 ModeOf = Callable[[Mapping[str, np.ndarray]], str | None]
 """An episode's observations {key: (steps + 1, ...)} → its mode's label, None where there is none yet."""
-CAP = 1000
-"""Steps after which an episode ends where the environment has no time limit."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,6 @@ class Task:
             raise TaskError(f"the modes {', '.join(self.modes)} need a mode function that tells them apart")
         if len(set(self.modes)) < len(self.modes):
             raise TaskError(f"each mode must be named once; got {', '.join(self.modes)}")
-
         for label in self.modes:
             check_label(label, self.env)
 
@@ -106,7 +102,7 @@ class Task:
             for wrapped in self.wrappers:
                 env = wrap(env, wrapped)
             limited = any(isinstance(layer, gymnasium.wrappers.TimeLimit) for layer in layers(env))
-            return env if limited else Capped(env, CAP)
+            return env if limited else Capped(env, MOST_STEPS)
 
 
 class Capped(gymnasium.wrappers.TimeLimit):
@@ -115,7 +111,7 @@ class Capped(gymnasium.wrappers.TimeLimit):
 
 def capped_steps(env: gymnasium.Env) -> int | None:
     """Steps after which a Task ends the episodes of an environment that has no time limit; None where it has one."""
-    return CAP if any(isinstance(layer, Capped) for layer in layers(env)) else None
+    return MOST_STEPS if any(isinstance(layer, Capped) for layer in layers(env)) else None
 
 
 class Adapter(gymnasium.Wrapper):

@@ -17,7 +17,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Te
 from gymnasium.utils.env_checker import check_env
 
 from diffusion_policy.datasets.collect import disturb, disturbance_generator
-from diffusion_policy.envs.adapters import Adapter, Task, TaskError, capped_steps, load
+from diffusion_policy.envs.adapters import Adapter, Task, TaskError, capped_steps
 from diffusion_policy.envs.avoid import AvoidEnv
 from diffusion_policy.envs.examples import (
     MOUNTAIN_CAR_MODES,
@@ -26,6 +26,7 @@ from diffusion_policy.envs.examples import (
     PandaReachExpert,
     mountain_car_mode,
 )
+from diffusion_policy.envs.modules import load
 from diffusion_policy.pool import EnvironmentPool
 
 AVOID = "diffusion_policy/Avoid-v0"

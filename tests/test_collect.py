@@ -15,8 +15,9 @@ import pytest
 from gymnasium.spaces import Box, Dict
 from gymnasium.wrappers import TimeLimit
 
+from diffusion_policy.bounds import MOST_STEPS
 from diffusion_policy.cli import main
-from diffusion_policy.datasets.collect import MOST_STEPS, Demonstrator, DemonstratorError, collect
+from diffusion_policy.datasets.collect import Demonstrator, DemonstratorError, collect
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore
 from diffusion_policy.engines import ordered_map
 from diffusion_policy.envs.experts import AvoidExpert

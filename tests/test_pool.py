@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from gymnasium.wrappers import TimeLimit
 
-from diffusion_policy.host import MOST_STEPS, Fault, Stretch
+from diffusion_policy.bounds import MOST_STEPS
+from diffusion_policy.host import Fault, Stretch
 from diffusion_policy.pool import EnvironmentPool
 
 NOTHING = np.zeros((1, 1), np.float32)

@@ -20,7 +20,6 @@ from diffusion_policy.commands.common import (
     DEFAULT_ENV,
     ONE_PRESS,
     Interrupted,
-    available_cores,
     describe_episodes,
     hearing,
     make_task,
@@ -32,7 +31,7 @@ from diffusion_policy.commands.common import (
 )
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError, Signals, from_dict, require_at_least, require_numbers, require_seed
-from diffusion_policy.engines import Engine, require_engine
+from diffusion_policy.engines import Engine, GivenUp, available_cores, ordered_map, require_engine
 
 if TYPE_CHECKING:
     import gymnasium
@@ -153,7 +152,6 @@ class Collect:
         should_stop: Callable[[], bool],
     ) -> None:
         from diffusion_policy.datasets.collect import Demonstrator, collect
-        from diffusion_policy.engines import GivenUp, ordered_map
 
         seeds = store.read_meta("seed")
         first_seed = settings.seed if seeds is None else int(seeds[-1]) + 1

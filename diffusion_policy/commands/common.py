@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import re
 import shlex
 import signal
@@ -170,11 +169,6 @@ def describe_episodes(env: gymnasium.Env) -> dict[str, Any]:
         "observation_keys": sorted(env.observation_space.keys()),  # pyright: ignore[reportAttributeAccessIssue]
         "action_key": "action",
     }
-
-
-def available_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def require_fresh(path: Path) -> None:

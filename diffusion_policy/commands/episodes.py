@@ -11,8 +11,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffusion_policy import __version__
+from diffusion_policy.bounds import MOST_SEED
 from diffusion_policy.commands.common import Interrupted, Loaded, is_same_id, progress_bar
-from diffusion_policy.config import ConfigError, SampleConfig
+from diffusion_policy.config import MAX_EPISODES, ConfigError, SampleConfig
 from diffusion_policy.engines import HANG_AFTER, Engine
 
 if TYPE_CHECKING:
@@ -26,11 +27,10 @@ if TYPE_CHECKING:
 
 FIRST_TEST_SEED, FIRST_ROLLOUT_SEED = 100_000, 200_000
 """Seeds of evaluations and those of rollouts in training begin here; those of demonstrations begin at 0."""
-MOST_SEED = 2**32 - 1
 PLANNING_BATCH = 25
 """Environments that run, and plan, together."""
-MOST_EPISODES, MOST_PARALLEL = 100_000, 1024
-"""All episodes stay in memory until they are counted."""
+MOST_PARALLEL = 1024
+"""Environments that the user may have run together."""
 MOST_NOISE_BYTES = 2**29
 """Of one planning batch; there are some three copies of it."""
 DIVERSITY_STATES, DIVERSITY_PLANS = 20, 32
@@ -108,8 +108,8 @@ def find_free_seed(taken: Sequence[tuple[int, int]], count: int) -> int:
 
 def require_episodes(episodes: int, parallel: int = 1) -> None:
     """Raise ConfigError for more episodes than are kept in memory, or more environments at once than a machine runs."""
-    if episodes > MOST_EPISODES:
-        raise ConfigError(f"at most {MOST_EPISODES} episodes are run, all repeats and delays counted; got {episodes}")
+    if episodes > MAX_EPISODES:
+        raise ConfigError(f"at most {MAX_EPISODES} episodes are run, all repeats and delays counted; got {episodes}")
     if parallel > MOST_PARALLEL:
         raise ConfigError(f"parallel must be at most {MOST_PARALLEL}; got {parallel}")
 

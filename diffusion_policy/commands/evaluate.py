@@ -16,7 +16,6 @@ from diffusion_policy.commands.common import (
     Failed,
     Interrupted,
     Loaded,
-    available_cores,
     load_with_environment,
 )
 from diffusion_policy.commands.episodes import (
@@ -35,7 +34,7 @@ from diffusion_policy.commands.episodes import (
 )
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError, SampleConfig, Signals, require_at_least, require_seed
-from diffusion_policy.engines import HANG_AFTER, Engine, require_engine
+from diffusion_policy.engines import HANG_AFTER, Engine, available_cores, require_engine
 from diffusion_policy.files import format_json, plain, write_whole
 
 if TYPE_CHECKING:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 from collections.abc import Iterable
 from typing import Any, get_args, get_origin, get_type_hints
 
-from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig
+from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, did_you_mean
 from diffusion_policy.files import parse_json
 
 HINTS = {kind: get_type_hints(kind) for kind in (PolicyConfig, TrainConfig)}
@@ -77,9 +76,7 @@ def hint_of(name: str) -> Any:
     """The type of an option; raises ConfigError for an unknown one, with the nearest."""
     known = {key: hint for hints in HINTS.values() for key, hint in hints.items()}
     if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
-        raise ConfigError(f"unknown option {name!r}; {hint}".replace("_", "-"))
+        raise ConfigError(f"unknown option {name!r}; {did_you_mean(name, known)}".replace("_", "-"))
     return known[name]
 
 

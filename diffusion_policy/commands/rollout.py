@@ -15,7 +15,6 @@ from diffusion_policy.commands.afterwards import explain
 from diffusion_policy.commands.common import (
     Failed,
     Loaded,
-    available_cores,
     describe_episodes,
     load_with_environment,
     progress_bar,
@@ -30,6 +29,7 @@ from diffusion_policy.commands.episodes import (
 )
 from diffusion_policy.commands.terminal import console, out
 from diffusion_policy.config import ConfigError, SampleConfig, Signals, require_at_least, require_seed
+from diffusion_policy.engines import available_cores, ordered_map
 
 if TYPE_CHECKING:
     from diffusion_policy.metrics import Episode
@@ -125,7 +125,6 @@ class Rollout:
     def _film(self, path: Path, loaded: Loaded, episodes: Sequence[Episode]) -> None:
         """Write the video."""
         from diffusion_policy.commands.pictures import draw_plans, pixels_of
-        from diffusion_policy.engines import ordered_map
         from diffusion_policy.envs.protocols import as_pictured, repeats_by_seed
         from diffusion_policy.video import Camera, Script, tile, write_video
 

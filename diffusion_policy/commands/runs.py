@@ -4,7 +4,6 @@ interruption, and only as the same training. Nothing here imports torch before i
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_policy.commands.common import holding, join_actions, require_fresh
-from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, decode
+from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, decode, did_you_mean
 from diffusion_policy.files import MAX_JSON_BYTES, FileError, once_each, read_bytes, read_json, write_whole
 from diffusion_policy.trackers import TrackerName
 
@@ -70,9 +69,7 @@ def read_options(path: Path) -> dict[str, Any]:
     if not isinstance(options, dict) or not options.keys() & {"policy", "training"}:
         raise ConfigError(f"{path} must be a JSON object with `policy` or `training`")
     for name in options.keys() - KNOWN:
-        nearest = difflib.get_close_matches(name[:100], KNOWN, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(sorted(KNOWN))}"
-        raise ConfigError(f"{path}: unknown option {reprlib.repr(name)}; {hint}")
+        raise ConfigError(f"{path}: unknown option {reprlib.repr(name)}; {did_you_mean(name, sorted(KNOWN))}")
     return options
 
 
@@ -127,10 +124,10 @@ def require_same(run: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -
         for option in fields(new[part]):
             was, becomes = getattr(old[part], option.name), getattr(new[part], option.name)
             if was != becomes and option.name not in FREE:
-                differences.append(f"{option.name.replace('_', '-')} {_say(was)}, now {_say(becomes)}")
+                differences.append(f"{option.name.replace('_', '-')} {say(was)}, now {say(becomes)}")
     for name in ("observation", "action", "angles"):
         if old.get(name) != new.get(name):
-            differences.append(f"{name} {_say(old.get(name))}, now {_say(new.get(name))}")
+            differences.append(f"{name} {say(old.get(name))}, now {say(new.get(name))}")
     fingerprints = [options["dataset"]["fingerprint"] for options in (before, now)]
     if fingerprints[0] != fingerprints[1]:
         differences.append(f"the data are others (SHA-256 {fingerprints[0][:8]}..., now {fingerprints[1][:8]}...)")
@@ -143,8 +140,9 @@ def absolute(location: str) -> str:
     return str(Path(location).resolve()) if Path(location).exists() else location
 
 
-def _say(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def say(value: object) -> str:
+    """A value as the command line takes it."""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 @contextlib.contextmanager

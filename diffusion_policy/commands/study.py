@@ -14,7 +14,6 @@ from diffusion_policy.commands.afterwards import Remarks
 from diffusion_policy.commands.common import (
     Interrupted,
     Loaded,
-    available_cores,
     load_with_environment,
     print_by_steps,
     require_fresh,
@@ -32,6 +31,7 @@ from diffusion_policy.commands.episodes import (
 )
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError, SampleConfig, SamplerName, Signals, require_at_least, require_seed
+from diffusion_policy.engines import available_cores
 from diffusion_policy.files import format_json, write_whole
 from diffusion_policy.lines import one_line
 

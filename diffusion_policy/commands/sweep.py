@@ -29,17 +29,17 @@ from diffusion_policy.commands.common import (
 )
 from diffusion_policy.commands.episodes import (
     FIRST_TEST_SEED,
-    MOST_EPISODES,
     PLANNING_BATCH,
     refuse_seen_seeds,
     require_memory,
 )
 from diffusion_policy.commands.evaluate import Evaluate
 from diffusion_policy.commands.points import MAX_TRIALS, draw_points, read_grid
-from diffusion_policy.commands.runs import OPTIONS, absolute
+from diffusion_policy.commands.runs import OPTIONS, absolute, say
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import (
+    MAX_EPISODES,
     ConfigError,
     PolicyConfig,
     SampleConfig,
@@ -198,7 +198,7 @@ class Sweep:
         require_at_least(self, 1, ("runs", "workers"))
         require_at_least(self, 0, ("episodes", "gpus"))
         require_at_most(self, MAX_TRIALS, ("runs", "workers", "gpus"))
-        require_at_most(self, MOST_EPISODES, ("episodes",))
+        require_at_most(self, MAX_EPISODES, ("episodes",))
         require_engine(self.engine)
         if self.gpus and self.engine == "local":
             raise ConfigError(f"gpus are those of a Ray cluster: they need --engine ray; got {self.gpus:g}")
@@ -389,7 +389,7 @@ def run_trial(trial: Trial) -> str | None:
             else:
                 remove(trial.train.output)
                 trial.train.run()
-        if trial.episodes and not (trial.evaluation / "results.json").is_file():
+        if not trial.evaluated:
             remove(trial.evaluation)
             Evaluate(
                 trial.train.output,
@@ -419,8 +419,7 @@ def describe(trial: Trial, reason: str | None = "") -> dict[str, Any]:
         "success_rate": None,
         "curve": [],
         "command": shlex.join(["diffusion-policy", "train", *flags(train)]),
-        "data": {name: getattr(train, name) for name in ("dataset", "observation", "angles")}
-        | {"action": join_actions(train.action) or None},
+        "data": Earlier.of(trial, "").data._asdict(),
         "evaluation": {"episodes": trial.episodes, "sampling": dataclasses.asdict(trial.sampling)},
         "policy": dataclasses.asdict(train.policy),
         "training": dataclasses.asdict(train.training),
@@ -471,10 +470,6 @@ def vary(config: Any, point: Mapping[str, Any]) -> Any:
     """A config with those of these options that are its own; raises ConfigError."""
     values = dataclasses.asdict(config)
     return from_dict(type(config), values | {name: point[name] for name in point.keys() & values.keys()})
-
-
-def say(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def say_options(options: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -234,8 +235,6 @@ class Train:
         """Measures the success rate of a policy on a few seeds, None where the simulator fails; raises ValueError where
         there is no environment, or another than the policy's, where the demonstrations have these seeds, and for a
         policy that cannot act without being told a mode."""
-        from functools import partial
-
         import numpy as np
 
         from diffusion_policy.controller import Controller
@@ -281,8 +280,6 @@ class Train:
     def _require_memory(self, batch: int, processes: int, device: torch.device) -> None:
         """Raise ConfigError where a part of a batch cannot fit the memory, which would end the training without a
         word."""
-        import os
-
         import torch
 
         from diffusion_policy.trainer import least_memory
