@@ -14,12 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_policy.datasets.source import Contents, Source, Unusable, store_errors
-from diffusion_policy.datasets.storage import KEY, StoreError
+from diffusion_policy.datasets.storage import KEY, StoreError, say_names
 from diffusion_policy.datasets.store import Demonstration, nonfinite_rows
 from diffusion_policy.names import join_names
-
-MOST_NAMED = 20
-"""So many names stand in a message."""
 
 
 class _Choice(NamedTuple):
@@ -54,7 +51,7 @@ def choose(
         found = name if name in contents.arrays else next((raw for raw in names if names[raw] == name), None)
         if found is None:
             hint = "" if observation or action else "; name the actions with --action"
-            raise StoreError(f"there is no {name}; there is {_list(contents.arrays)}{hint}")
+            raise StoreError(f"there is no {name}; there is {say_names(sorted(contents.arrays))}{hint}")
         if found in useless:
             raise StoreError(f"{name} cannot be used: {useless[found]}")
         return found
@@ -74,7 +71,7 @@ def choose(
         observed = tuple(name for name in contents.observation_keys if name in names and name not in done)
     if not observed:
         why = "; ".join(f"{name}: {useless[name]}" for name in contents.observation_keys if name in useless)
-        hint = f"name some with --observation of: {_list({*names} - {*done})}"
+        hint = f"name some with --observation of: {say_names(sorted({*names} - {*done}))}"
         raise StoreError(
             "; ".join([f"there is nothing to observe{f' ({why})' if why else ''}", *contents.remarks, hint])
         )
@@ -157,11 +154,6 @@ def _remarks(choice: _Choice) -> Iterator[str]:
         yield f"renamed: {', '.join(renamed)}"
     if len(choice.action) > 1:
         yield f"action: the columns of {', '.join(choice.action)}"
-
-
-def _list(names: Iterable[str]) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:MOST_NAMED]) + (" ..." if len(listed) > MOST_NAMED else "") or "nothing"
 
 
 # What is checked of every source

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusion_policy.datasets.convert import read, write
+from diffusion_policy.datasets.convert import read, refuse_existing, write
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore, StoreError
 from diffusion_policy.streams import derive_rng
 
@@ -97,8 +97,7 @@ def split(location: Path | str, targets: tuple[Path, Path], share: float, seed: 
     if targets[0] == targets[1]:
         raise StoreError(f"the two parts need two outputs; got {targets[0]} twice")
     for target in targets:
-        if target.exists():
-            raise StoreError(f"{target} already exists; choose another output or delete it first")
+        refuse_existing(target)
     order = derive_rng("parts of a data set", seed).permutation(count)
     for target, chosen in zip(targets, (order[:first], order[first:]), strict=True):
         source = read(location)

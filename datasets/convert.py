@@ -1,23 +1,22 @@
 """Other tools' data sets ↔ the store: what a format is, which formats there are, and `convert`.
 
 Every format is read as the same thing, `Contents`; of them is chosen, once for all, what a copy takes, a `Source`. A
-format that can be written has a function that writes a `Source`. Reader and writer are in a module of the format's own,
-which is imported when it is used. Nothing is ever unpickled.
+format that can be written has a function that writes a `Source`. Reader and writer are in a module of the format's own.
+Nothing is ever unpickled.
 
 Knows files. Knows no environment and no policy.
 """
 
 import contextlib
-import importlib
 import itertools
 import os
-import re
 import shutil
 import zipfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffusion_policy.datasets import aloha, d4rl, hdf5, lerobot, maniskill, minari, npz, robomimic
 from diffusion_policy.datasets.choice import choose, with_angles_of
 from diffusion_policy.datasets.durable import make_parents, sync_tree, unfinished_path
 from diffusion_policy.datasets.source import Contents, Source, Unusable, file_errors, store_errors
@@ -145,14 +144,14 @@ def detect(location: str | Path) -> str:
 def _whole(target: Path) -> Iterator[Path]:
     """A path of the target's name in a new folder beside it. What lies there in the end becomes the target; after an
     error or an interrupt, nothing does."""
-    _refuse_existing(target)
+    refuse_existing(target)
     make_parents(target)
     folder = unfinished_path(target)
     try:
         folder.mkdir()
         yield folder / target.name
         sync_tree(folder / target.name)
-        _refuse_existing(target)
+        refuse_existing(target)
         (folder / target.name).rename(target)
         sync_folder(target.parent)
     except Unusable:
@@ -166,7 +165,8 @@ def _whole(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _refuse_existing(target: Path) -> None:
+def refuse_existing(target: Path) -> None:
+    """Raise StoreError where something lies at a target."""
     if os.path.lexists(target):
         raise StoreError(f"{target} already exists; choose another output or delete it first")
 
@@ -221,13 +221,6 @@ def _write_store(source: Source, path: Path) -> None:
 # Which formats there are
 
 
-def _in_module(module: str, function: str) -> Callable[..., Any]:
-    """A function of a format's module, which is imported when it is called."""
-    return lambda *arguments: getattr(importlib.import_module(f"diffusion_policy.datasets.{module}"), function)(
-        *arguments
-    )
-
-
 def _is_zarr(path: Path) -> bool:
     if path.is_dir():
         return (path / "zarr.json").exists() or (path / ".zgroup").exists()
@@ -238,9 +231,7 @@ def _is_hdf5(layout: str) -> Callable[[Path], bool]:
     """Whether a file is HDF5 and its groups are those of a layout."""
 
     def detect(path: Path) -> bool:
-        return (
-            path.is_file() and _starts_with(path, b"\x89HDF\r\n\x1a\n") and _in_module("hdf5", "layout")(path) == layout
-        )
+        return path.is_file() and _starts_with(path, b"\x89HDF\r\n\x1a\n") and hdf5.layout(path) == layout
 
     return detect
 
@@ -249,7 +240,7 @@ def _is_aloha(path: Path) -> bool:
     if not path.is_dir():
         return _is_hdf5("aloha")(path)
     with os.scandir(path) as entries:
-        return any(re.fullmatch(r"episode_\d+\.hdf5", entry.name) for entry in itertools.islice(entries, 10**5))
+        return any(aloha.NAME.fullmatch(entry.name) for entry in itertools.islice(entries, aloha.MOST_FILES))
 
 
 def _is_lerobot(path: Path) -> bool:
@@ -270,28 +261,18 @@ def _starts_with(path: Path, magic: bytes) -> bool:
 
 
 def _names_in_zip(path: Path) -> list[str]:
-    return _in_module("npz", "names_in_zip")(path) if path.is_file() and _starts_with(path, b"PK") else []
+    return npz.names_in_zip(path) if path.is_file() and _starts_with(path, b"PK") else []
 
 
 FORMATS: dict[str, Format] = {
     "zarr": Format("zarr store", (".zarr", ".zarr.zip"), _is_zarr, _read_store, _write_store),
-    "robomimic": Format(
-        "robomimic HDF5",
-        (".hdf5", ".h5"),
-        _is_hdf5("robomimic"),
-        _in_module("robomimic", "read"),
-        _in_module("robomimic", "write"),
-    ),
-    "lerobot": Format(
-        "LeRobotDataset v3", (".lerobot",), _is_lerobot, _in_module("lerobot", "read"), _in_module("lerobot", "write")
-    ),
-    "minari": Format(
-        "Minari data set", (".minari",), _is_minari, _in_module("minari", "read"), _in_module("minari", "write")
-    ),
-    "npz": Format("npz archive", (".npz",), _is_npz, _in_module("npz", "read"), _in_module("npz", "write")),
-    "aloha": Format("ALOHA or ACT HDF5, a folder of episodes", (), _is_aloha, _in_module("aloha", "read"), None),
-    "maniskill": Format("ManiSkill HDF5", (), _is_hdf5("maniskill"), _in_module("maniskill", "read"), None),
-    "d4rl": Format("flat HDF5 as of D4RL", (), _is_hdf5("d4rl"), _in_module("d4rl", "read"), None),
+    "robomimic": Format("robomimic HDF5", (".hdf5", ".h5"), _is_hdf5("robomimic"), robomimic.read, robomimic.write),
+    "lerobot": Format("LeRobotDataset v3", (".lerobot",), _is_lerobot, lerobot.read, lerobot.write),
+    "minari": Format("Minari data set", (".minari",), _is_minari, minari.read, minari.write),
+    "npz": Format("npz archive", (".npz",), _is_npz, npz.read, npz.write),
+    "aloha": Format("ALOHA or ACT HDF5, a folder of episodes", (), _is_aloha, aloha.read, None),
+    "maniskill": Format("ManiSkill HDF5", (), _is_hdf5("maniskill"), maniskill.read, None),
+    "d4rl": Format("flat HDF5 as of D4RL", (), _is_hdf5("d4rl"), d4rl.read, None),
 }
 """By the name that a user gives."""
 

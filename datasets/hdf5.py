@@ -19,12 +19,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusion_policy.datasets.source import check_sizes, library, most_bytes, say_too_large, stored_bytes
+from diffusion_policy.datasets.source import (
+    MOST_COMPRESSED,
+    check_sizes,
+    library,
+    most_bytes,
+    say_too_large,
+    stored_bytes,
+)
 from diffusion_policy.datasets.store import StoreError
 from diffusion_policy.files import FileError, refuse_irregular
 
 FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}
-PACKING = {1: 1100, 32000: 100}
+PACKING = {1: MOST_COMPRESSED, 32000: 100}
 """Filters that make numbers smaller, and by how much at most."""
 MOST_DEPTH = 16
 """Levels of groups."""
@@ -34,6 +41,12 @@ CHUNK_BYTES = 2**28
 """Most bytes of a decoded chunk."""
 TEXT_BYTES = 2**24
 """Most bytes of a text."""
+
+
+def numbered(names: Iterable[str], prefix: str) -> list[str]:
+    """The names that are the prefix and a number, in the order of the numbers."""
+    found = {name: int(name[len(prefix) :]) for name in names if re.fullmatch(rf"{prefix}\d+", name)}
+    return sorted(found, key=lambda name: found[name])
 
 
 class File:

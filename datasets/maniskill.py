@@ -14,12 +14,11 @@ A file without `obs` is to be replayed with ManiSkill's own `replay_trajectory`,
 kind are only read.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion_policy.datasets.hdf5 import File, Survey, opened
+from diffusion_policy.datasets.hdf5 import File, Survey, numbered, opened
 from diffusion_policy.datasets.source import Contents, foreign
 from diffusion_policy.datasets.store import Demonstration, StoreError
 from diffusion_policy.files import read_json
@@ -33,9 +32,7 @@ def read(path: Path) -> Contents:
     survey = Survey()
     with opened(path, "ManiSkill files") as file:
         names = file.names(file.root)
-        episodes_of = sorted(
-            (name for name in names if re.fullmatch(r"traj_\d+", name)), key=lambda name: int(name[5:])
-        )
+        episodes_of = numbered(names, "traj_")
         for name in episodes_of:
             _add(file, survey, name)
         left_out = {name: "it is no trajectory" for name in names if name not in episodes_of} | survey.left_out

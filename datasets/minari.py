@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusion_policy.datasets.hdf5 import File, Survey, created, opened
+from diffusion_policy.datasets.hdf5 import File, Survey, created, numbered, opened
 from diffusion_policy.datasets.source import Contents, Source, foreign, from_header, header, library
 from diffusion_policy.datasets.store import Demonstration, StoreError
 from diffusion_policy.files import parse_json, read_bytes
@@ -213,10 +213,10 @@ def _environment(own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _episode_names(file: File) -> list[str]:
-    names = [name for name in file.names(file.root) if re.fullmatch(r"episode_\d+", name)]
+    names = numbered(file.names(file.root), "episode_")
     if not names:
         raise StoreError(f"{DATA} has no episode_0")
-    return sorted(names, key=lambda name: int(name[8:]))
+    return names
 
 
 def _add(

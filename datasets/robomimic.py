@@ -19,14 +19,13 @@ Not carried: filter keys (`mask`), attributes of demos (`model_file`), rows of `
 """
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffusion_policy.datasets.hdf5 import File, Survey, created, opened
+from diffusion_policy.datasets.hdf5 import File, Survey, created, numbered, opened
 from diffusion_policy.datasets.source import Contents, Source, foreign, from_header, header
 from diffusion_policy.datasets.store import Demonstration, StoreError
 from diffusion_policy.files import parse_json
@@ -47,7 +46,7 @@ def read(path: Path) -> Contents:
                 f"there is no group data; the file has {', '.join(file.names(file.root)[:9]) or 'nothing'}"
             )
         names = file.names(data)
-        demos = sorted((name for name in names if re.fullmatch(r"demo_\d+", name)), key=lambda name: int(name[5:]))
+        demos = numbered(names, "demo_")
         if not demos:
             raise StoreError(f"there is no data/demo_0; data has {', '.join(names[:5]) or 'nothing'}")
         beside = file.member(file.root, HEADER)

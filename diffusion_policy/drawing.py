@@ -20,6 +20,8 @@ from diffusion_policy.metrics import NONE
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 MOST_BARS, LONGEST_NAMED = 40, 40
 """Modes in one figure, and characters of a label."""
+MOST_DRAWN = 500
+"""Demonstrated paths in one picture."""
 MOST_CURVES_NAMED = 12
 """More of them are drawn without a legend."""
 FEW_COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")
@@ -36,6 +38,12 @@ class PlanePath(NamedTuple):
     """(steps, 2), in the scene's unit."""
     seed: int | None = None
     repeat: int = 0
+
+
+def choose_drawn(count: int) -> np.ndarray:
+    """Indices of the episodes that are drawn of so many, at random when they are many: modes take turns, and an even
+    choice could miss some of them."""
+    return np.sort(np.random.default_rng(0).choice(count, min(count, MOST_DRAWN), replace=False))
 
 
 def mode_colors(modes: Sequence[str]) -> dict[str, str]:

@@ -277,11 +277,10 @@ class Plot:
 
     def _plane(self, store: EpisodeStore) -> tuple[list[PlanePath], Scene | None, tuple[str, str]] | None:
         """Episodes as paths in a plane, what stands in it, and what its axes are; None without two columns."""
-        from diffusion_policy.commands.pictures import choose_drawn
         from diffusion_policy.datasets.store import StoreError
-        from diffusion_policy.drawing import PlanePath
+        from diffusion_policy.drawing import PlanePath, choose_drawn
 
-        drawn = choose_drawn(store)
+        drawn = choose_drawn(len(store.episode_ends))
         task = self._task(store)
         if task is not None:
             episodes = store.episodes(drawn, store.observation_keys)

@@ -16,7 +16,7 @@ from diffusion_policy import checkpoint
 from diffusion_policy.commands.common import is_same_id, open_recorded
 from diffusion_policy.commands.episodes import choose_modes, draw_bytes, observe
 from diffusion_policy.config import SampleConfig
-from diffusion_policy.datasets.store import EpisodeStore
+from diffusion_policy.drawing import choose_drawn
 from diffusion_policy.engines import ordered_map
 from diffusion_policy.envs.protocols import Drawable, as_drawable, as_pictured
 from diffusion_policy.files import parse_json, read_bytes
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 FANS, FAN_MOMENTS, FAN_PLANS = 6, 12, 24
 """Episodes whose plans are sampled again, re-plannings of each that are looked at, and sequences for each of those."""
-MOST_DRAWN = 500
-"""Demonstrated paths in one picture."""
 MOST_FRAMES = 300
 """Of one film; a longer episode is filmed at fewer of its steps."""
 MOST_DRAW_BYTES = 2**27
@@ -167,15 +165,8 @@ def _demonstrated_paths(loaded: Loaded, plane: Drawable) -> list[PlanePath]:
         raise ValueError(f"{recorded.location} has changed since the training")
     return [
         PlanePath(episode.mode, episode.success is not False, as_path(plane.path(episode.data)))
-        for episode in store.episodes(choose_drawn(store))
+        for episode in store.episodes(choose_drawn(len(store.episode_ends)))
     ]
-
-
-def choose_drawn(store: EpisodeStore) -> np.ndarray:
-    """Indices of the episodes that are drawn, at random when there are many: modes take turns, and an even choice could
-    miss some of them."""
-    count = len(store.episode_ends)
-    return np.sort(np.random.default_rng(0).choice(count, min(count, MOST_DRAWN), replace=False))
 
 
 def _videos(loaded: Loaded, episodes: Sequence[Episode], workers: int, remarks: Remarks) -> list[Video]:
