@@ -23,6 +23,7 @@ from diffusion_policy.datasets import durable, windows
 from diffusion_policy.datasets.recorder import Recorder
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore
 from diffusion_policy.envs import experts
+from diffusion_policy.envs.adapters import Task
 
 TINY = PolicyConfig(widths=(16, 32), level_dim=16, levels=10)
 SHORT = TrainConfig(steps=4, batch_size=16, validate_every=2)
@@ -133,10 +134,16 @@ def test_plot_draws_three_pictures(demonstrations: Path, tmp_path: Path, capsys,
     assert (status, "--plane must be a key and two of its columns" in err) == (2, True)
 
 
-def test_replay_repeats_every_step_and_notices_when_it_does_not(demonstrations: Path, tmp_path: Path, capsys) -> None:
+def test_replay_repeats_every_step_and_notices_when_it_does_not(
+    demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     assert Replay(str(demonstrations), episodes=4).run() == {"actual_xy": 0.0, "desired_xy": 0.0}
     video = tmp_path / "replay.mp4"
-    assert run(capsys, "dataset", "replay", demonstrations, "--episodes", 1, "--video", video)[0] == 0
+    made, make = [], Task.__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(Task, "__call__", lambda task, **given: made.append(given) or make(task, **given))
+        assert run(capsys, "dataset", "replay", demonstrations, "--episodes", 1, "--video", video)[0] == 0
+    assert made == [{}, {"render_mode": "rgb_array"}]  # none but to compare in and to film
     assert len(imageio.mimread(video, memtest=False)) > 50
     episodes = list(EpisodeStore.open(demonstrations).episodes([0, 1]))
     episodes[1].data["action"][30] += 0.005

@@ -13,6 +13,7 @@ import zarr
 
 from diffusion_policy.datasets import durable
 from diffusion_policy.datasets.repair import repair
+from diffusion_policy.datasets.storage import lock
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore, StoreError
 from diffusion_policy.datasets.validate import validate
 
@@ -166,6 +167,11 @@ def test_repair_waits_for_no_one_who_writes(tmp_path: Path) -> None:
     path = ours(tmp_path / "s.zarr", range(2))
     with EpisodeStore.append_to(path), pytest.raises(StoreError, match="is being written by another process"):
         repair(path)
+    path = foreign(tmp_path / "f.zarr", 2, (10, 10), 12)
+    unlock = lock(path)
+    with pytest.raises(StoreError, match="wait for it, or mend a copy: dataset convert"):
+        repair(path)
+    unlock()
 
 
 @pytest.mark.parametrize("version", [2, 3])
