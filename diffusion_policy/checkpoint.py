@@ -69,6 +69,8 @@ class Checkpoint:
     step: int
     metrics: dict[str, float] = field(default_factory=dict)
     """What was measured at this step, such as validation_loss; what is not finite is not kept."""
+    weights_sha256: str = ""
+    """Of the file that holds the policy's weights; empty before it is saved."""
 
 
 def save(
@@ -252,7 +254,13 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
     policy.load_state_dict(weights, assign=True)
     policy.to(device).eval()
     return Checkpoint(
-        policy, contents.training, contents.environment, contents.dataset, contents.step, contents.metrics
+        policy,
+        contents.training,
+        contents.environment,
+        contents.dataset,
+        contents.step,
+        contents.metrics,
+        contents.files[MODEL].sha256,
     )
 
 

@@ -32,12 +32,17 @@ class Controller:
         sampling: SampleConfig | None = None,
         plan_batch: int | None = None,
         delay_steps: int = 0,
-        dtype: np.dtype | type | None = np.float32,
+        dtype: np.dtype | type | None = np.float64,
     ) -> None:
-        """`environments`: B; `plan_batch`: observations in one planning call, by default B; `dtype`: type of the
-        actions, such as that of an environment's action space. Raises ValueError for a delay that the predicted
-        sequence cannot bridge. The first plan of an episode is always waited for."""
+        """`environments`: B; `plan_batch`: observations in one planning call, by default B; `dtype`: float32 or
+        float64, of the actions, such as that of an environment's action space. Raises ValueError for another type, and
+        for a delay that the predicted sequence cannot bridge. The first plan of an episode is always waited for."""
         require_delay(policy.config, delay_steps)
+        if dtype not in (np.float32, np.float64):
+            raise ValueError(f"actions are of float32 or float64; got {dtype!r}")
+        for name, value in (("environments", environments), ("plan_batch", plan_batch)):
+            if value is not None and not value >= 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
         self._policy = policy
         self._sampling = sampling or SampleConfig()
         self._plan_batch = plan_batch or environments
@@ -60,6 +65,7 @@ class Controller:
 
     def reset(self, mask: np.ndarray, generators: Sequence[torch.Generator]) -> None:
         """Begin new episodes where `mask` (B,) is true, with one planning generator for each of those."""
+        mask = self._mask(mask)
         self._fresh[mask] = True
         self._begins[mask] = True
         self._position[mask] = self.action_horizon
@@ -69,7 +75,7 @@ class Controller:
     def act(self, observations: Mapping[str, np.ndarray], active: np.ndarray | None = None) -> np.ndarray:
         """Observations of now {key: (B, ...)} → raw actions (B, A). Environments that are not `active` (B,) are left
         out: they neither plan nor move on. Raises FloatingPointError when the policy's plan is not finite."""
-        active = np.ones(len(self._position), bool) if active is None else active
+        active = self._mask(np.ones(len(self._position), bool) if active is None else active)
         self.observe(observations, active)
         self._plan_where_needed(active)
         actions = self._queue[np.arange(len(self._queue)), np.minimum(self._position, self.action_horizon - 1)]
@@ -79,6 +85,7 @@ class Controller:
     def act_until_next_plan(self, observations: Mapping[str, np.ndarray], active: np.ndarray) -> np.ndarray:
         """As `act`, but all actions up to the next plan at once, (B, Ta, A); what each but the last of them leads to is
         to be told to `observe`. Raises RuntimeError when an environment is in the middle of its plan."""
+        active = self._mask(active)
         self.observe(observations, active)
         self._plan_where_needed(active)
         if self._position[active].any():
@@ -95,6 +102,15 @@ class Controller:
             first = np.broadcast_to(now, history.shape)  # before the first step: that step repeated
             history[active] = np.where(_expand(self._fresh, history), first, shifted)[active]
         self._fresh &= ~active
+
+    def _mask(self, chosen: np.ndarray) -> np.ndarray:
+        """Which environments, (B,) bool; raises ValueError for what is not that, such as their numbers."""
+        mask = np.asarray(chosen)
+        if mask.dtype != bool or mask.shape != self._position.shape:
+            raise ValueError(
+                f"environments are chosen by {len(self._position)} booleans; got {mask.dtype} of shape {mask.shape}"
+            )
+        return mask
 
     def _plan_where_needed(self, active: np.ndarray) -> None:
         """Fill the queues of those active environments that have come to the end of theirs."""

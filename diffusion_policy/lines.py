@@ -13,10 +13,10 @@ LONGEST = 500
 
 
 def printable(text: object) -> str:
-    """Text in which whatever a terminal would obey is spelled out, as in \\x1b; lines and tabs stay."""
+    """Text as one line in which whatever a terminal would obey is spelled out, as in \\x1b; tabs stay."""
     return "".join(
         character
-        if character in "\n\t" or unicodedata.category(character) not in OBEYED
+        if character == "\t" or unicodedata.category(character) not in OBEYED
         else character.encode("unicode_escape").decode()
         for character in str(text)
     )

@@ -122,6 +122,8 @@ class Results:
     """Whether a seed repeats an episode of this environment; None where nobody knows."""
     wrappers: tuple[dict[str, Any], ...] = ()
     """Around the environment, the inner first."""
+    weights_sha256: str = ""
+    """Of the policy's weights, by which an evaluation knows its own results again."""
     capped_steps: int | None = None
     """Steps after which the toolkit ended the episodes, where the environment has no time limit."""
 

@@ -234,7 +234,7 @@ class _Course:
         """Put what the controller reads of one slot's observation into its arrays (slots, ...)."""
         for key in self._controller.observation_shapes:
             value = observation[key]
-            rows = self._latest.setdefault(key, np.zeros((self._slots, *value.shape), value.dtype))
+            rows = self._latest.setdefault(key, np.zeros((self._slots, *value.shape)))
             rows[slot] = value
 
     def _refuse(self, observations: Mapping[str, np.ndarray]) -> Fault | None:

@@ -18,6 +18,8 @@ import pytest
 import torch
 
 from diffusion_policy import report, video
+from diffusion_policy.checkpoint import find
+from diffusion_policy.checkpoint_files import describe
 from diffusion_policy.commands import afterwards, evaluate, pictures
 from diffusion_policy.commands.common import Failed, Interrupted
 from diffusion_policy.commands.episodes import observe
@@ -134,6 +136,38 @@ def test_a_page_that_no_disk_holds_leaves_the_results_and_is_written_by_the_same
     assert "was there already" in (command.output / "report.html").read_text()
     with pytest.raises(ValueError, match="already holds something"):
         command.run()
+
+
+def test_results_of_other_weights_at_the_same_place_are_not_taken_for_its_own(
+    command: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = command.run()
+    assert results["weights_sha256"] == describe(find(command.checkpoint) / "model.safetensors").sha256
+    (command.output / "report.html").unlink()
+    (command.output / "results.json").write_text(json.dumps(results | {"weights_sha256": "0" * 64}))
+    with pytest.raises(ValueError, match="holds the results of another evaluation: weights_sha256"):
+        command.run()
+
+
+def test_a_simulator_may_change_the_working_folder(
+    command: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    beside = Evaluate(command.checkpoint, Path("relative"), episodes=2, sampling=QUICK, workers=1, videos=0)
+    monkeypatch.setattr(evaluate, "run_episodes", moving(evaluate.run_episodes, tmp_path / "elsewhere"))
+    beside.run()
+    assert (tmp_path / "relative" / "report.html").exists()
+
+
+def moving(function: Callable[..., Any], folder: Path) -> Callable[..., Any]:
+    """The function, in another working folder from then on."""
+
+    def moved(*arguments: Any) -> Any:
+        folder.mkdir()
+        os.chdir(folder)
+        return function(*arguments)
+
+    return moved
 
 
 @pytest.mark.parametrize("stop_at", ["measure_latency", "print_scorecard"])

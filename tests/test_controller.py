@@ -187,3 +187,27 @@ def test_what_was_planned_is_told_for_those_who_planned() -> None:
     }  # fmt: skip
     act.act({"x": np.array([[1.0], [100.0], [201.0]])}, np.array([True, False, True]))
     assert act.planned == {}
+
+
+def test_actions_are_as_precise_as_they_were_planned_unless_told_otherwise() -> None:
+    policy = ScriptedPolicy(1, 4, 2)
+    policy.sample = lambda *_, **__: torch.full((1, 1, 4, 1), 5399999.35, dtype=torch.float64)  # type: ignore
+    assert controller(policy, plan_batch=1).act({"x": np.zeros((1, 1))})[0, 0] == 5399999.35
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, bool, np.float16, None])
+def test_actions_of_other_types_are_refused(dtype: Any) -> None:
+    with pytest.raises(ValueError, match="actions are of float32 or float64; got"):
+        Controller(ScriptedPolicy(1, 4, 2), 1, dtype=dtype)  # pyright: ignore[reportArgumentType]
+
+
+def test_environments_are_chosen_by_booleans_and_there_is_one_at_least() -> None:
+    act = controller(ScriptedPolicy(1, 4, 2), environments=2, plan_batch=2)
+    for wrong in (np.array([1, 0]), np.array([True]), [1]):
+        with pytest.raises(ValueError, match="environments are chosen by 2 booleans; got"):
+            act.reset(wrong, [planning_generator(0)])  # pyright: ignore[reportArgumentType]
+        with pytest.raises(ValueError, match="environments are chosen by 2 booleans; got"):
+            act.act({"x": np.zeros((2, 1))}, wrong)  # pyright: ignore[reportArgumentType]
+    for environments, plan_batch in ((0, 1), (1, 0), (1, -1)):
+        with pytest.raises(ValueError, match="must be at least 1; got"):
+            Controller(ScriptedPolicy(1, 4, 2), environments, plan_batch=plan_batch)  # pyright: ignore

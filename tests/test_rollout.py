@@ -10,10 +10,11 @@ import pytest
 from gymnasium.wrappers import FilterObservation
 
 from diffusion_policy import checkpoint
-from diffusion_policy.config import SampleConfig
+from diffusion_policy.config import PolicyConfig, SampleConfig
 from diffusion_policy.controller import Controller
 from diffusion_policy.envs.adapters import TaskError
 from diffusion_policy.metrics import Episode, Lost
+from diffusion_policy.policy import DiffusionPolicy, Shapes
 from diffusion_policy.rollout import ModeFailure, RolloutError, rollout
 
 SEEDS = range(100_000, 100_007)
@@ -288,3 +289,33 @@ def refuse_to_work(slots: int) -> Controller:
 def test_what_cannot_be_is_refused_before_any_work(make_env: partial, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rollout(**{"make_env": make_env, "make_controller": refuse_to_work, "seeds": [1], "mode_of": str, **arguments})
+
+
+class Widening(gymnasium.Env):
+    """Its first observation is of whole numbers, the others are not."""
+
+    observation_space = gymnasium.spaces.Dict({"x": gymnasium.spaces.Box(-9, 9, (1,), np.float64)})
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float64)
+
+    def reset(self, *, seed=None, options=None):
+        self.x = 0.0
+        return {"x": np.array([0])}, {}
+
+    def step(self, action):
+        self.x += 0.125
+        return {"x": np.array([self.x])}, 0.0, self.x > 1, False, {"is_success": True}
+
+
+def test_the_policy_sees_what_is_observed_whatever_type_came_first() -> None:
+    seen = []
+
+    class Looking(Controller):
+        def observe(self, observations, active):
+            seen.append(float(observations["x"][0, 0]))
+            super().observe(observations, active)
+
+    config = PolicyConfig(widths=(8, 8), prediction_horizon=4, action_horizon=2, level_dim=4, levels=4)
+    policy = DiffusionPolicy(config, Shapes({"x": (1,)}, (1,))).eval()
+    sampling = SampleConfig(sampling_steps=1)
+    rollout(Widening, partial(Looking, policy, sampling=sampling), [0], lambda _: None)
+    assert seen[:9] == [step * 0.125 for step in range(9)]

@@ -17,7 +17,7 @@ from diffusion_policy.cli import main, parse
 from diffusion_policy.commands import sweep
 from diffusion_policy.commands.common import Failed, Interrupted
 from diffusion_policy.commands.points import draw_points, read_grid
-from diffusion_policy.commands.sweep import Sweep, Trial
+from diffusion_policy.commands.sweep import Sweep, Trial, open_log
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig
 
@@ -361,3 +361,15 @@ def test_a_ray_cluster_gives_the_same_table(demonstrations: Path, tmp_path: Path
 def test_defaults_of_the_command_line_are_those_of_the_class() -> None:
     parsed = parse(["sweep", "--dataset", "d", "--output", "o", "--grid", "steps=1", "--resume"])
     assert parsed == Sweep("d", Path("o"), ("steps=1",), resume=True, policy=PolicyConfig(), training=TrainConfig())
+
+
+def test_the_log_of_a_trial_is_a_file_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_text("mine")
+    os.mkfifo(tmp_path / "pipe.log")
+    (tmp_path / "link.log").symlink_to("elsewhere")
+    for name in ("pipe.log", "link.log", "new.log"):
+        for _ in range(2):
+            with open_log(tmp_path / name) as log:
+                log.write("x")
+        assert (tmp_path / name).read_text() == "xx"
+    assert (tmp_path / "elsewhere").read_text() == "mine"

@@ -17,7 +17,7 @@ CLI = (sys.executable, "-W", "ignore", "-m", "diffusion_policy.cli")
 def test_nothing_that_a_terminal_obeys_is_printed() -> None:
     assert printable("\x1b]0;owned\x07\x1b[2J") == r"\x1b]0;owned\x07\x1b[2J"
     assert printable("a\u202eb\ud800\x9b1m\u2028") == r"a\u202eb\ud800\x9b1m\u2028"
-    assert printable("Größe 数据\N{NO-BREAK SPACE}µ ✓\tx\ny") == "Größe 数据\N{NO-BREAK SPACE}µ ✓\tx\ny"
+    assert printable("Größe 数据\N{NO-BREAK SPACE}µ ✓\tx\ny") == "Größe 数据\N{NO-BREAK SPACE}µ ✓\tx\\ny"
 
 
 def test_texts_and_tables_are_printed_as_they_are() -> None:
@@ -27,9 +27,13 @@ def test_texts_and_tables_are_printed_as_they_are() -> None:
     table.add_row("\x1b[31m[/x]")
     terminal.print("in work/22 [/final] :smile: \x1b[2J")
     terminal.print(table)
+    terminal.print("data/x\nerror: your disk is full")
+    terminal.print_lines("first\nsecond")
     assert r"in work/22 [/final] :smile: \x1b[2J" in written.getvalue()
     assert r"\x1b[31m[/x]" in written.getvalue()
     assert "\x1b" not in written.getvalue()
+    assert r"data/x\nerror: your disk is full" in written.getvalue().splitlines()
+    assert written.getvalue().splitlines()[-2:] == ["first", "second"]
 
 
 def test_a_terminal_that_cannot_be_written_falls_silent() -> None:

@@ -171,6 +171,14 @@ def describe_episodes(env: gymnasium.Env) -> dict[str, Any]:
     }
 
 
+def anchor(command: object) -> None:
+    """Make the paths of a command absolute: a simulator may change the working folder."""
+    for option in dataclasses.fields(command):  # pyright: ignore[reportArgumentType]
+        value = getattr(command, option.name)
+        if isinstance(value, Path):
+            object.__setattr__(command, option.name, value.absolute())
+
+
 def require_fresh(path: Path) -> None:
     """Raise ConfigError when an output exists and holds anything."""
     if path.is_file() or (path.is_dir() and any(path.iterdir())):

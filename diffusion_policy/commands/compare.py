@@ -54,7 +54,11 @@ class Compare:
         if self.output is not None:
             self.output.mkdir(parents=True, exist_ok=True)
             write_whole(self.output / "comparison.json", text)
-        out.print(text.rstrip() if self.json else f"A is {self.a}, B is {self.b}\n{comparison.sentence}")
+        if self.json:
+            out.print_lines(text.rstrip())
+        else:
+            out.print(f"A is {self.a}, B is {self.b}")
+            out.print(comparison.sentence)
         if self.output is not None:
             write_comparison(self.output / "comparison.html", first, second, result)
             console.print(f"page in {self.output}/comparison.html", soft_wrap=True)

@@ -51,7 +51,7 @@ class Inspect:
             if key not in store.left_out:  # those are said already
                 console.print(f"{self.store}: data/{key} is left out: it {why}")
         if self.json:
-            out.print(json.dumps(found, indent=2))
+            out.print_lines(json.dumps(found, indent=2))
             return found
         table = Table(box=box.SIMPLE_HEAD)
         for name in ("key", "step", "type", "lowest", "highest", "chunk", "MB", "packed"):
@@ -95,7 +95,7 @@ class Validate:
             findings = validate(self.store)
         rows = [finding._asdict() for finding in findings]
         if self.json:
-            out.print(json.dumps(rows, indent=2))
+            out.print_lines(json.dumps(rows, indent=2))
         else:
             for finding in findings:
                 out.print(f"{'problem' if finding.serious else 'note'}: {finding.path}: {finding.what}")

@@ -50,4 +50,5 @@ class Demo:
         ).run()
         console.rule("3 of 3: evaluation")
         Evaluate(policy, evaluation, episodes=EPISODES, seed=self.seed + FIRST_TEST_SEED).run()
-        console.print(f"\nOpen {(evaluation / 'report.html').resolve()} in a browser.", soft_wrap=True)
+        console.print()
+        console.print(f"Open {(evaluation / 'report.html').resolve()} in a browser.", soft_wrap=True)

@@ -118,7 +118,7 @@ class Doctor:
         finally:  # whatever ends it, the checks that were made are kept
             if self.output:
                 self._write(checks, store)
-        console.print(f"\n{draw_timeline(config)}\n", soft_wrap=True)
+        console.print_lines(f"\n{draw_timeline(config)}\n", soft_wrap=True)
         failed = [check.name for check in checks if check.status == "fail"]
         if failed:
             raise Failed(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")

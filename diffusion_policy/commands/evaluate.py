@@ -16,6 +16,7 @@ from diffusion_policy.commands.common import (
     Failed,
     Interrupted,
     Loaded,
+    anchor,
     load_with_environment,
 )
 from diffusion_policy.commands.episodes import (
@@ -96,6 +97,7 @@ class Evaluate:
     """auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps."""
 
     def __post_init__(self) -> None:
+        anchor(self)
         require_at_least(self, 1, ("episodes", "workers", "parallel", "repeats"))
         require_at_least(self, 0, ("videos",))
         if self.videos > MOST_VIDEOS:
@@ -141,6 +143,7 @@ class Evaluate:
             "signals": dataclasses.asdict(loaded.signals),
             "checkpoint": str(self.checkpoint),
             "training_steps": loaded.checkpoint.step,
+            "weights_sha256": loaded.checkpoint.weights_sha256,
             "repeats": self.repeats,
             "seeds": list(range(self.seed, self.seed + self.episodes)),
             "sampling": dataclasses.asdict(self.sampling)

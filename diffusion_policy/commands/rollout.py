@@ -15,6 +15,7 @@ from diffusion_policy.commands.afterwards import explain
 from diffusion_policy.commands.common import (
     Failed,
     Loaded,
+    anchor,
     describe_episodes,
     load_with_environment,
     progress_bar,
@@ -67,6 +68,7 @@ class Rollout:
     """auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps."""
 
     def __post_init__(self) -> None:
+        anchor(self)
         require_at_least(self, 1, ("episodes", "workers"))
         require_episodes(self.episodes)
         require_seed(self)

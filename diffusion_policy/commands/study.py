@@ -14,6 +14,7 @@ from diffusion_policy.commands.afterwards import Remarks
 from diffusion_policy.commands.common import (
     Interrupted,
     Loaded,
+    anchor,
     load_with_environment,
     print_by_steps,
     require_fresh,
@@ -74,6 +75,7 @@ class Study:
     """auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps."""
 
     def __post_init__(self) -> None:
+        anchor(self)
         require_at_least(self, 1, ("episodes", "workers"))
         require_seed(self)
         require_episodes(self.episodes)

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 from rich.table import Table
@@ -379,7 +379,7 @@ def incomparable(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def run_trial(trial: Trial) -> str | None:
     """Train and evaluate, in a process that does nothing else, what of it is missing; returns what went wrong, None for
     nothing. What is printed goes into a file beside the trial's folder."""
-    with trial.train.output.with_suffix(".log").open("a") as log:
+    with open_log(trial.train.output.with_suffix(".log")) as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
     try:
@@ -405,6 +405,13 @@ def run_trial(trial: Trial) -> str | None:
         expected = isinstance(error, ValueError | OSError | FloatingPointError | Failed | Interrupted)
         return " ".join(f"{'' if expected else f'{type(error).__name__}: '}{error}".split())
     return None
+
+
+def open_log(path: Path) -> IO[str]:
+    """A file to append to; what is no file there (a pipe would be waited for, a link leads elsewhere) is deleted."""
+    if path.is_symlink() or not path.is_file():
+        remove(path)
+    return path.open("a")
 
 
 def describe(trial: Trial, reason: str | None = "") -> dict[str, Any]:

@@ -16,8 +16,8 @@ from diffusion_policy.lines import printable
 
 
 class Terminal(Console):
-    """A console that prints texts as they are: no markup, and nothing that a terminal would obey. Where it cannot write
-    it falls silent."""
+    """A console that prints texts as they are, each on a line of its own: no markup, and nothing that a terminal would
+    obey, a line break in a stranger's name least of all. Where it cannot write it falls silent."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, markup=False, emoji=False, **options)
@@ -29,6 +29,11 @@ class Terminal(Console):
     def print(self, *objects: Any, **options: Any) -> None:
         """As rich's."""
         self._write(lambda: super(Terminal, self).print(*objects, **options))
+
+    def print_lines(self, text: str, **options: Any) -> None:
+        """Text of ours that has several lines."""
+        for line in text.split("\n"):
+            self.print(line, **options)
 
     def on_broken_pipe(self) -> None:
         """Who read has gone (`| head`)."""
