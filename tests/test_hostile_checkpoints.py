@@ -774,8 +774,8 @@ def replace_files(cases: Sequence[tuple[str, str, str]], handed: Handed, command
 
 def test_files_of_every_kind_in_every_place(handed: Handed, commander, tmp_path: Path) -> None:
     cases = list(itertools.product(handed.files, KINDS, handed.commands()))
-    outcomes = replace_files(random.Random(1).sample(cases, 20), handed, commander, tmp_path)
-    assert outcomes["refused"] > 5
+    outcomes = replace_files(random.Random(1).sample(cases, 10), handed, commander, tmp_path)
+    assert outcomes["refused"] > 2
 
 
 @pytest.mark.slow
@@ -829,8 +829,8 @@ def edit_json_and_run(count: int, handed: Handed, commander, tmp_path: Path, see
 
 
 def test_every_field_of_the_files_of_a_run_is_checked(handed: Handed, commander, tmp_path: Path) -> None:
-    outcomes = edit_json_and_run(20, handed, commander, tmp_path)
-    assert outcomes["refused"] > 5
+    outcomes = edit_json_and_run(10, handed, commander, tmp_path)
+    assert outcomes["refused"] > 2
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ dataset inspect a.zarr --json
 dataset validate a.zarr --json
 dataset plot a.zarr --output plots --plane actual_xy:0,1 --action action
 dataset replay a.zarr --episodes 1 --tolerance 1e-3 --env diffusion_policy/Avoid-v0 --env-kwargs '{{"rows":1}}' \
-    --success none --video replay.gif
+    --success none
 dataset replay car.zarr --episodes 1 --success none --fresh --mode-function \
     diffusion_policy.envs.examples:mountain_car_mode --mode-labels left right --env MountainCarContinuous-v0
 dataset split a.zarr --output b.zarr c.zarr --share 0.5 --seed 1
@@ -50,7 +50,7 @@ sweep --dataset a.zarr --output w --config r/best/config.json --grid seed=4 step
     success_rate --rollout-every 0 --observation desired_xy --action action --angles desired_xy:0 --device cpu \
     --workers 2 --sampler ddpm --sampling-steps 2 --spacing even --clip dynamic --guidance 0.5 --guidance-schedule \
     rising --mode left --corrector-steps 1 --corrector-size 0.02
-evaluate --checkpoint r --output ev --episodes 2 --seed 100500 --repeats 2 --delay-steps 1 0 --env \
+evaluate --checkpoint r --output ev --episodes 2 --seed 100500 --repeats 2 --delay-steps 1 --env \
     diffusion_policy/Avoid-v0 --env-kwargs '{{"rows":1}}' --success none --fresh --sampler dpm-solver-2m \
     --sampling-steps 3 --spacing even --clip dynamic --guidance 0.5 --guidance-schedule falling --mode left \
     --corrector-steps 1 --corrector-size 0.02 --parallel 2 --workers 1 --hang-after 30 --videos 1 --device cpu
@@ -79,6 +79,7 @@ doctor --dataset a.zarr --observation desired_xy --action action --angles desire
 LONG = f"""
 collect --output a.zarr --env-kwargs '{{{{"rows":1}}}}' --episodes 4 --engine ray
 train --dataset a.zarr --output r {SMALL} --compile
+dataset replay a.zarr --episodes 1 --video replay.gif
 evaluate --checkpoint r --output ev --episodes 2 --engine ray --sampling-steps 2
 evaluate --checkpoint r --output ew --episodes 2 --backend compile --sampling-steps 2
 sweep --dataset a.zarr --output w {SMALL} --random learning-rate=log:1e-4:1e-3 --runs 1 --episodes 0 --engine ray
