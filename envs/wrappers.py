@@ -8,16 +8,20 @@ kept is {"entry_point": None, "name": what it is}. A time limit directly around 
 Knows Gymnasium's wrappers. Whoever makes one has made sure that the user named its module: see `foreign`.
 """
 
+import inspect
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.registration import WrapperSpec
+from gymnasium.wrappers import AddRenderObservation, AddWhiteNoise, ObstructView
 
 from diffusion_policy import lines
-from diffusion_policy.envs.contract import name_of_env
+from diffusion_policy.envs.contract import Contract, name_of_env
 from diffusion_policy.envs.modules import load
 from diffusion_policy.envs.protocols import layers
 from diffusion_policy.envs.spaces import TaskError
@@ -30,14 +34,17 @@ KEPT = {
     *("FilterObservation", "FlattenObservation", "ReshapeObservation", "RescaleObservation", "DtypeObservation"),
     *("GrayscaleObservation", "ResizeObservation", "AddRenderObservation", "MaxAndSkipObservation"),
     *("DelayObservation", "TimeAwareObservation", "FrameStackObservation", "DiscretizeObservation"),
+    *("AddWhiteNoise", "ObstructView"),
 }
 """Gymnasium's wrappers whose arguments say all that they do. Only these are made from what a file says: RecordVideo,
 for one, writes into folders, and NormalizeObservation has seen what is in no argument."""
 UNSEEN = {
     *("OrderEnforcing", "PassiveEnvChecker", "RecordEpisodeStatistics", "RecordVideo", "HumanRendering"),
-    *("RenderCollection", "AddWhiteNoise", "ObstructView", "NormalizeReward", "TransformReward", "ClipReward"),
+    *("RenderCollection", "NormalizeReward", "TransformReward", "ClipReward"),
 }
 """Gymnasium's wrappers that change nothing of what is observed or done."""
+PICTURES = (AddWhiteNoise, ObstructView)
+"""Those that change pictures alone, which are observed under AddRenderObservation only."""
 OURS = {"Contract", "Fresh", "Recorder"}
 MOST = 4096
 """Largest whole number in the arguments of a wrapper, but a limit of steps: what is allocated grows with it."""
@@ -62,14 +69,11 @@ def describe(env: gymnasium.Env) -> dict[str, Any] | None:
         except ValueError:
             if not (registered and _same(registered.kwargs.get(name), value)):  # that one comes with the id
                 wrappers.append({"entry_point": None, "name": f"the argument {name} of {spec.id}"})
-    within = _wrappers_around(found)
-    limits = []
-    while within and _is(within[0], "TimeLimit"):
-        limits.append(within.pop(0)["kwargs"]["max_episode_steps"])
+    limits, within = _wrappers_around(found, registered.additional_wrappers if registered else ())
     limit = min(limits, default=None)
     if limit != (registered.max_episode_steps if registered else None):
         arguments["max_episode_steps"] = -1 if limit is None else limit
-    if not any(_is(one, "AddRenderObservation") for one in within):
+    if not any(isinstance(layer, AddRenderObservation) for layer in found):
         arguments.pop("render_mode", None)
     wrappers += within
     return {"id": spec.id, "arguments": arguments} | ({"wrappers": wrappers} if wrappers else {})
@@ -121,21 +125,61 @@ def is_written(value: object) -> bool:
     )
 
 
-def _wrappers_around(found: Sequence[gymnasium.Env]) -> list[dict[str, Any]]:
-    """What is written of the wrappers that were put around what `gymnasium.make` gave. What lies below the wrapper that
-    `make` itself puts on belongs to the environment's registration, and comes with its id; where there is no such
-    wrapper, nobody can tell the two apart."""
-    for name in ("OrderEnforcing", "PassiveEnvChecker"):
-        for i, layer in enumerate(found):
-            if type(layer) is getattr(gymnasium.wrappers, name):
-                return _wrappers(found[:i])
-    written = _wrappers(found[:-1])
-    return [one if _is(one, "TimeLimit") else {"entry_point": None, "name": _name(one)} for one in written]
+def _wrappers_around(
+    found: Sequence[gymnasium.Env], listed: Sequence[WrapperSpec]
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """The time limits directly around the environment, and what is written of the wrappers that were put around what
+    `gymnasium.make` gave. What lies below the wrapper that `make` itself puts on belongs to the environment's
+    registration, and so do those that the registration lists, which `make` puts around the time limit: they come with
+    the id. Where there is no wrapper of `make`'s, nobody can tell whose the others are."""
+    made = [
+        i
+        for name in ("OrderEnforcing", "PassiveEnvChecker")
+        for i, layer in enumerate(found)
+        if type(layer) is getattr(gymnasium.wrappers, name)
+    ]
+    around = [layer for layer in reversed(found[: made[0] if made else -1]) if not isinstance(layer, Contract)]
+    limited = len(list(takewhile(_is_limit, around)))
+    changed = []
+    if made and listed:
+        ends = [n for n in range(limited + 1) if _are_listed(around[n : n + len(listed)], listed)]
+        if ends:
+            limited = ends[-1]
+            around[limited : limited + len(listed)] = []
+        else:
+            changed = [f"a change to the registered {one.entry_point.rpartition(':')[2]}" for one in listed]
+    limits = [layer._saved_kwargs["max_episode_steps"] for layer in around[:limited]]  # pyright: ignore[reportAttributeAccessIssue]
+    written = _wrappers(around[limited:][::-1])
+    if not made:
+        written = [one if _is(one, "TimeLimit") else {"entry_point": None, "name": _name(one)} for one in written]
+    return limits, written + [{"entry_point": None, "name": name} for name in changed]
+
+
+def _is_limit(layer: gymnasium.Env) -> bool:
+    return type(layer) is gymnasium.wrappers.TimeLimit
+
+
+def _are_listed(layers: Sequence[gymnasium.Env], listed: Sequence[WrapperSpec]) -> bool:
+    """Whether these wrappers are those that a registration lists: of their kinds, with their arguments."""
+    if len(layers) < len(listed):
+        return False
+    for layer, spec in zip(layers, listed, strict=True):
+        parameters = inspect.signature(type(layer).__init__).parameters
+        wanted = {name: one.default for name, one in parameters.items()} | dict(spec.kwargs or {})
+        saved = vars(layer).get("_saved_kwargs", {})
+        alike = all(_same(wanted[name], value) for name, value in saved.items() if name in wanted)
+        if type(layer).__name__ != spec.entry_point.rpartition(":")[2] or not alike:
+            return False
+    return True
 
 
 def _wrappers(found: Sequence[gymnasium.Env]) -> list[dict[str, Any]]:
     """What is written of these wrappers, from the outermost in; the inner first."""
-    written = [_written(layer) for layer in found]
+    written, pictured = [], False
+    for layer in found:
+        if pictured or type(layer) not in PICTURES:
+            written.append(_written(layer))
+        pictured = pictured or isinstance(layer, AddRenderObservation)
     return [one for one in reversed(written) if one is not None]
 
 
@@ -157,14 +201,21 @@ def _written(layer: Any) -> dict[str, Any] | None:
             return {"entry_point": "gymnasium.wrappers.common:TimeLimit", "kwargs": dict(layer._saved_kwargs)}
         return None if plain else {"entry_point": None, "name": f"{kind.__name__} with functions"}
     importable = "<" not in kind.__qualname__ and kind.__module__ != "__main__"
-    known = isinstance(layer, gymnasium.utils.RecordConstructorArgs) and importable
-    if known and (not gymnasiums or kind.__name__ in KEPT):
+    saved = {name: value for name, value in vars(layer).get("_saved_kwargs", {}).items() if name != "env"}
+    if importable and (kind.__name__ in KEPT if gymnasiums else _says_all(kind, saved)):
         try:
-            kwargs = {name: _keep(value) for name, value in layer._saved_kwargs.items() if name != "env"}
+            kwargs = {name: _keep(value) for name, value in saved.items()}
             return {"entry_point": f"{kind.__module__}:{kind.__qualname__}", "kwargs": kwargs}
         except ValueError:
             pass
     return {"entry_point": None, "name": kind.__name__}
+
+
+def _says_all(kind: type, saved: Mapping[str, Any]) -> bool:
+    """Whether a wrapper of somebody's has saved all its arguments; those of a wrapper that it inherits from are others,
+    and with `**kwargs` nobody knows."""
+    names = set(inspect.signature(kind.__init__).parameters) - {"self", "env"}
+    return issubclass(kind, gymnasium.utils.RecordConstructorArgs) and names == set(saved)
 
 
 def _is(wrapped: Wrapped, name: str) -> bool:
@@ -230,4 +281,7 @@ def _check_sizes(name: str, value: Any) -> None:
 
 def _same(a: Any, b: Any) -> bool:
     """Whether an argument is the one that stands in the registry, which Gymnasium copies."""
-    return a is b or (isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and np.array_equal(a, b))
+    try:
+        return a is b or bool(np.array_equal(a, b))
+    except Exception:  # of things that cannot be compared
+        return False

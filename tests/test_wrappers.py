@@ -12,12 +12,16 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+from gymnasium.spaces import Box
 from gymnasium.wrappers import (
+    AddRenderObservation,
+    AddWhiteNoise,
     ClipAction,
     DelayObservation,
     FrameStackObservation,
     NormalizeObservation,
     NormalizeReward,
+    ObstructView,
     RecordEpisodeStatistics,
     RepeatAction,
     RescaleAction,
@@ -33,8 +37,9 @@ from diffusion_policy.config import ConfigError, Signals
 from diffusion_policy.datasets.recorder import Recorder
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs.adapters import Task
+from diffusion_policy.envs.protocols import layers
 from diffusion_policy.envs.spaces import TaskError
-from diffusion_policy.envs.wrappers import KEPT, UNSEEN, describe
+from diffusion_policy.envs.wrappers import KEPT, UNSEEN, describe, lost
 
 MINE = """
 import gymnasium
@@ -46,6 +51,26 @@ class Half(gymnasium.ActionWrapper, gymnasium.utils.RecordConstructorArgs):
         self.share = share
     def action(self, action):
         return action * self.share
+
+class Gain(gymnasium.wrappers.RescaleAction):
+    def __init__(self, env, min_action=-10.0, max_action=10.0, gain=1.0):
+        super().__init__(env, min_action, max_action)
+
+class Forgetful(gymnasium.ActionWrapper, gymnasium.utils.RecordConstructorArgs):
+    def __init__(self, env, gain=1.0):
+        gymnasium.utils.RecordConstructorArgs.__init__(self)
+        gymnasium.ActionWrapper.__init__(self, env)
+
+class Open(gymnasium.wrappers.RescaleAction):
+    def __init__(self, env, **kwargs):
+        super().__init__(env, -10.0, 10.0)
+
+class Silent(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
+    def __init__(self, env, gain=1.0):
+        gymnasium.Wrapper.__init__(self, env)
+
+class Same(gymnasium.wrappers.RescaleAction):
+    pass
 
 def Plain(env):
     raise RuntimeError("called")
@@ -222,6 +247,120 @@ def test_wrappers_that_come_with_an_id_are_not_put_on_twice(tmp_path: Path) -> N
         np.testing.assert_array_equal([row["observation"] for row in again[:-1]], episode.data["observation"])
     finally:
         gymnasium.registry.pop("Registered-v0")
+
+
+PENDULUM = "gymnasium.envs.classic_control.pendulum:PendulumEnv"
+LISTED = {
+    "repeated": (RepeatAction.wrapper_spec(num_repeats=2),),
+    "limited": (TimeLimit.wrapper_spec(max_episode_steps=3), FrameStackObservation.wrapper_spec(stack_size=2)),
+    "with a function": (TransformAction.wrapper_spec(func=np.negative, action_space=None),),
+    "unseen": (RecordEpisodeStatistics.wrapper_spec(), rescaled(pendulum()).spec.additional_wrappers[0]),  # pyright: ignore
+}
+
+
+@pytest.mark.parametrize("listed", LISTED.values(), ids=LISTED)
+@pytest.mark.parametrize("limit", [None, 4])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda env: env,
+        lambda env: ClipAction(FrameStackObservation(env, 2)),
+        lambda env: TimeLimit(env, 2),
+        lambda env: gymnasium.make(DelayObservation(env, 1).spec or ""),
+        lambda env: RepeatAction(env, 2),
+    ],
+)
+def test_wrappers_that_a_registration_lists_are_not_put_on_twice(
+    listed: Any, limit: int | None, wrap: Callable[[gymnasium.Env], gymnasium.Env]
+) -> None:
+    gymnasium.register("Listed-v0", PENDULUM, max_episode_steps=limit, additional_wrappers=listed)
+    try:
+        env = wrap(gymnasium.make("Listed-v0"))
+        task = choose(describe(env) or {})
+        again, count = task(), 6
+        assert names(again) == names(env)
+        observed, _ = env.reset(seed=3)
+        given, _ = again.reset(seed=3)
+        ended = False
+        while count and not ended:
+            np.testing.assert_array_equal(given["observation"], observed)
+            observed, _, *ends, _ = env.step(np.full(1, 0.5, np.float32))
+            given, _, *again_ends, _ = again.step(np.full(1, 0.5, np.float32))
+            assert again_ends == ends
+            count, ended = count - 1, any(ends)
+    finally:
+        gymnasium.registry.pop("Listed-v0")
+
+
+def names(env: gymnasium.Env) -> list[str]:
+    """The wrappers around an environment, without those that stand around every one."""
+    told = [type(layer).__name__ for layer in layers(env)]
+    return [name for name in told if name not in ("Adapter", "Capped", "Contract", "PassiveEnvChecker")]
+
+
+@pytest.mark.parametrize("listed", [(), (RepeatAction.wrapper_spec(num_repeats=3),)])
+def test_a_change_to_the_wrappers_that_a_registration_lists_is_named(listed: Any) -> None:
+    wrappers = (RepeatAction.wrapper_spec(num_repeats=2),)
+    gymnasium.register("Listed-v0", PENDULUM, max_episode_steps=4, additional_wrappers=wrappers)
+    try:
+        spec = replace(gymnasium.registry["Listed-v0"], additional_wrappers=listed)
+        environment = describe(gymnasium.make(spec)) or {}
+        assert environment["arguments"] == {}
+        assert lost(environment["wrappers"]) == ["a change to the registered RepeatAction"]
+    finally:
+        gymnasium.registry.pop("Listed-v0")
+
+
+@pytest.mark.filterwarnings("ignore:.*precision lowered")
+@pytest.mark.parametrize("kind", ["Gain", "Forgetful", "Open", "Silent"])
+def test_a_wrapper_that_has_not_saved_all_its_arguments_is_lost(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_gains.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("my_gains")
+    assert (describe(getattr(module, kind)(pendulum())) or {})["wrappers"] == [{"entry_point": None, "name": kind}]
+    (same,) = (describe(module.Same(pendulum(), -1.0, 1.0)) or {})["wrappers"]
+    assert same == {"entry_point": "my_gains:Same", "kwargs": {"min_action": -1.0, "max_action": 1.0}}
+
+
+class Grey(gymnasium.Env):
+    """Looks always the same."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+    observation_space, action_space = Box(-1, 1, (1,)), Box(-1, 1, (1,))
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode = render_mode
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        return np.zeros(1, np.float32), 0.0, False, False, {}
+
+    def render(self) -> Any:
+        return np.full((24, 24, 3), 200, np.uint8)
+
+
+@pytest.mark.parametrize("wrap", [lambda env: AddWhiteNoise(env, 0.5), lambda env: ObstructView(env, 0.5, 4)])
+def test_what_changes_pictures_is_kept_where_they_are_observed(
+    wrap: Callable[[gymnasium.Env], gymnasium.Env], tmp_path: Path
+) -> None:
+    gymnasium.register("Grey-v0", f"{__name__}:Grey", max_episode_steps=3)
+    try:
+        grey = gymnasium.make("Grey-v0", render_mode="rgb_array")
+        task = choose(record(AddRenderObservation(wrap(grey)), tmp_path / "a.zarr"))
+        (episode,) = EpisodeStore.open(tmp_path / "a.zarr").episodes()
+        again = [row["observation"] for row in play(task())]
+        np.testing.assert_array_equal(again[:-1], episode.data["observation"])
+        assert len(np.unique(again[0])) > 1  # there is something to see
+        assert describe(wrap(grey)) == {"id": "Grey-v0", "arguments": {}}
+        (kept,) = (describe(wrap(AddRenderObservation(grey))) or {})["wrappers"]
+        assert kept["entry_point"].endswith(":AddRenderObservation")
+    finally:
+        gymnasium.registry.pop("Grey-v0")
 
 
 def test_wrappers_of_which_nobody_knows_whether_they_come_with_the_id_are_named(tmp_path: Path) -> None:
