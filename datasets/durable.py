@@ -4,8 +4,12 @@ Knows files, and zarr's store of a folder. Knows no arrays and no episodes.
 """
 
 import asyncio
+import contextlib
+import hashlib
 import os
 import re
+import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +19,9 @@ from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 from diffusion_policy.files import remove, sync, sync_folder
+
+LONG = 7 * 24 * 3600
+"""Seconds after which nobody works any more at what has not changed."""
 
 
 class DurableFolder(LocalStore):
@@ -83,20 +90,40 @@ def make_parents(path: Path) -> None:
 
 
 def unfinished_path(path: Path) -> Path:
-    """Where a new folder or file is made that is renamed to `path` when it is whole: `.NAME.PROCESS` beside it. What
-    processes that are gone have left in such places is deleted."""
+    """Where a new folder or file is made that is renamed to `path` when it is whole: `.NAME.PLACE.PROCESS` beside it.
+    What processes that are gone have left in such places is deleted."""
     remove_leftovers(path)
-    return path.with_name(f".{path.name}.{os.getpid()}")
+    return path.with_name(f".{path.name}.{place_of_processes()}.{os.getpid()}")
 
 
 def remove_leftovers(path: Path) -> list[Path]:
-    """Delete what processes that are gone had begun to make in the place of a path; returns what was there."""
+    """Delete what processes that are gone had begun to make in the place of a path; returns what was there. What was
+    begun elsewhere (another host, container or start of the system) is gone when it has not changed for a week."""
     beside = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
-    places = ((left, re.fullmatch(re.escape(f".{path.name}.") + r"(\d+)", left.name)) for left in beside)
-    gone = [left for left, process in places if process and not _runs(int(process[1]))]
+    names = ((left, re.fullmatch(re.escape(f".{path.name}.") + r"([0-9a-f]{8})\.(\d+)", left.name)) for left in beside)
+    gone = [left for left, name in names if name and _is_gone(left, name[1], int(name[2]))]
     for left in gone:
         remove(left)
     return gone
+
+
+def place_of_processes() -> str:
+    """Where numbers of processes mean the same, in 8 digits: a host, since it was started, and a container."""
+    known = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # not Linux
+        known += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:8]
+
+
+def _is_gone(left: Path, place: str, process: int) -> bool:
+    """Whether nobody works any more at what was begun."""
+    if place == place_of_processes():
+        return not _runs(process)
+    try:
+        changed = max(file.lstat().st_mtime for file in (left, *left.rglob("*")))
+    except OSError:  # it changes now
+        return False
+    return time.time() - changed > LONG
 
 
 def _runs(process: int) -> bool:

@@ -4,6 +4,7 @@ Knows Gymnasium environments and stores. Knows no policy. What it records is wha
 shapes of `envs.spaces`.
 """
 
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from diffusion_policy.datasets.store import Demonstration, EpisodeStore
+from diffusion_policy.datasets.store import SEEDS, Demonstration, EpisodeStore, is_seed
 from diffusion_policy.envs.contract import control_rate, guard, name_of_env, to_truth
 from diffusion_policy.envs.protocols import as_multimodal, layers
 from diffusion_policy.envs.spaces import TaskError, action_box, action_row, observe, observed_parts
@@ -43,11 +44,16 @@ class Recorder(gymnasium.Wrapper):
         self._parts = observed_parts(env.observation_space, self._name)
         self._actions_box = action_box(env.action_space, self._name)
         self._task = as_multimodal(env)
+        try:
+            json.dumps(dict(attributes or {}), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"attributes must be JSON with finite numbers: {error}") from error
         attributes = {**self._describe(), **(attributes or {})}
         modes = () if self._task is None else tuple(self._task.modes)
         if isinstance(store, EpisodeStore):
             self._require_same(store, attributes, modes)
         else:
+            self._require_recorded(attributes)
             store = EpisodeStore.create(store, attributes, modes)
         self._warn(attributes, store)
         self.store = store
@@ -59,7 +65,10 @@ class Recorder(gymnasium.Wrapper):
         self._beyond = False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begin an episode; what was not saved of the last one is dropped."""
+        """Begin an episode; what was not saved of the last one is dropped. Raises ValueError for a seed that a store
+        cannot keep."""
+        if not is_seed(seed):
+            raise ValueError(f"a seed is {SEEDS}; got {seed!r:.100}")
         observation, info = self.env.reset(seed=seed, options=options)
         self._seed, self._info = seed, info
         self._observations, self._actions = [observe(self._parts, observation, self._name)], []
@@ -135,6 +144,17 @@ class Recorder(gymnasium.Wrapper):
         if environment is not None:
             attributes["environment"] = environment
         return attributes | ({"control_frequency": rate} if rate else {})
+
+    def _require_recorded(self, attributes: Mapping[str, Any]) -> None:
+        """Raise ValueError where attributes name keys that will not be in the store."""
+        recorded = [*sorted(self._parts), "action"]
+        observed = attributes["observation_keys"]
+        named = {"observation_keys": observed if isinstance(observed, list) else []}
+        named["action_key"] = [attributes["action_key"]]
+        for name, keys in named.items():
+            others = [key for key in keys if key not in recorded]
+            if others:
+                raise ValueError(f"{name} names {others[0]!r:.100}; {self._name} is recorded as {', '.join(recorded)}")
 
     def _require_same(self, store: EpisodeStore, attributes: Mapping[str, Any], modes: tuple[str, ...]) -> None:
         """Raise ValueError where episodes of this environment cannot be appended to a store that is there."""

@@ -23,7 +23,7 @@ from diffusion_policy.datasets.storage import (
     say,
     unfinished_files,
 )
-from diffusion_policy.datasets.store import EpisodeStore, StoreError
+from diffusion_policy.datasets.store import ENDS, EpisodeStore, StoreError, older
 from diffusion_policy.datasets.validate import Finding, validate
 
 
@@ -42,6 +42,7 @@ def repair(path: Path | str) -> Repaired:
     path = Path(path)
     if not path.is_dir():
         raise StoreError(f"{path} is no folder; a store elsewhere is mended in a copy: dataset convert {path} NEW.zarr")
+    lengthened = _lengthen(path)
     store = EpisodeStore.open(path)
     if store.is_ours and len(store.empty_episodes) == 0:
         with EpisodeStore.append_to(path) as ours:
@@ -58,8 +59,33 @@ def repair(path: Path | str) -> Repaired:
             raise StoreError(f"{path} cannot be mended: {say(error)}") from error
         finally:
             unlock()
-    mended += tuple(f"{left.name}: dropped what a killed process had begun" for left in remove_leftovers(path))
-    return Repaired(mended, tuple(finding for finding in validate(path) if finding.serious))
+    leftovers = (f"{left.name}: dropped what a killed process had begun" for left in remove_leftovers(path))
+    return Repaired((*lengthened, *mended, *leftovers), tuple(finding for finding in validate(path) if finding.serious))
+
+
+def _lengthen(path: Path) -> tuple[str, ...]:
+    """Give meta/episode_ends of a store of ours the length of what is stored there, where its metadata are older; says
+    what was done. Raises StoreError where the other arrays have not the rows that these episodes need."""
+    if not len(EpisodeStore(open_group(str(path), "r"), str(path)).ends_beyond()):
+        return ()
+    refuse_links(path)
+    unlock = lock(path)
+    try:
+        group = open_group(str(path), "r+")
+        store = EpisodeStore(group, str(path))
+        array = _array(group, ENDS)
+        beyond = store.ends_beyond()
+        ends = np.concatenate([np.asarray(array[:]), beyond])
+        needed = {"data": int(ends[-1]), "meta": len(ends)}
+        paths = (f"{folder}/{name}" for folder in needed for name in store.names(folder))
+        short = [each for each in paths if each != ENDS and (store.raw_array(each).shape or (0,))[0] < needed[each[:4]]]
+        if short or (np.diff(ends, prepend=0) <= 0).any():
+            why = f"{short[0]} has not their rows" if short else "the ends do not increase"
+            raise StoreError(f"{path}: {ENDS} {older(len(beyond))}, and {why}; put all newest files back")
+        array.resize((len(ends),))
+    finally:
+        unlock()
+    return (f"{ENDS}: gave it the length of what it holds, {len(beyond)} episodes more than its older metadata said",)
 
 
 def _mend(group: zarr.Group, path: Path) -> Iterator[str]:

@@ -30,7 +30,7 @@ from zarr.storage import FsspecStore, ZipStore
 
 from diffusion_policy.datasets.durable import DurableFolder
 from diffusion_policy.datasets.guard import collect_async
-from diffusion_policy.datasets.guarded_store import GuardedStore, Listing
+from diffusion_policy.datasets.guarded_store import GuardedStore, Listing, gather
 from diffusion_policy.files import open_regular
 from diffusion_policy.lines import one_line
 
@@ -50,6 +50,8 @@ CHUNK_ROWS = 16384
 """Most rows in a chunk: some hundred episodes, so that many small episodes do not become many small files."""
 KEY = re.compile(r"(?!zarr\.json$)[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 """Names that are written."""
+MOST_BEYOND = 2**24
+"""Rows beyond the length of an array that are looked at."""
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.partial$")
 """Files that zarr had not yet finished."""
 NAME = re.compile(r"[^./\\][^/\\]*")
@@ -103,7 +105,7 @@ def _find(location: str, mode: Literal["r", "r+"], sync: bool) -> tuple[Store, s
         return FsspecStore.from_url(location, read_only=True), ""
     if not Path(location).is_dir():
         raise FileNotFoundError(location)
-    return DurableFolder(location, read_only=mode == "r", sync=sync), ""
+    return DurableFolder(Path(location).absolute(), read_only=mode == "r", sync=sync), ""  # wherever one works later
 
 
 def _on_web(location: str) -> bool:
@@ -139,7 +141,7 @@ def _open_zip(location: str) -> tuple[Store, str]:
     with open_regular(location) as file:
         refuse_large_directory(file, location)
         with zipfile.ZipFile(file) as archive:
-            return ZipStore(location, mode="r"), _root(archive.namelist())
+            return ZipStore(Path(location).absolute(), mode="r"), _root(archive.namelist())
 
 
 def _fetch(url: str) -> BinaryIO:
@@ -224,6 +226,25 @@ def create_array(group: zarr.Group, path: str, like: np.ndarray, fill_value: flo
         chunk_key_encoding={"name": "default", "separator": "."},
         compressors=[BloscCodec(cname="zstd", clevel=3), Crc32cCodec()],
         fill_value=fill_value,
+    )
+
+
+def rows_beyond(array: zarr.Array) -> np.ndarray:
+    """Rows in the stored chunks of an array that is trusted that lie beyond the length that its metadata say; none
+    where the place cannot be listed."""
+    store, path = array.store_path.store, array.store_path.path
+    try:
+        stored = set(sync(collect_async(store.list_prefix(f"{path}/"))))
+    except (NotImplementedError, OSError):
+        stored = set()
+    length, rows = array.shape[0], (array.shards or array.chunks)[0]
+    chunk = first = length // rows
+    while f"{path}/{array.metadata.encode_chunk_key((chunk,))}" in stored and (chunk + 1 - first) * rows <= MOST_BEYOND:
+        chunk += 1
+    if chunk == first:
+        return np.empty(0, array.dtype)
+    return sync(
+        gather(zarr.AsyncArray(array.metadata.update_shape((chunk * rows,)), array.store_path), length, chunk * rows)
     )
 
 

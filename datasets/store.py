@@ -12,6 +12,7 @@ Knows arrays and files. Knows no environment and no policy.
 import contextlib
 import hashlib
 import math
+import os
 import shutil
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ from diffusion_policy.datasets.storage import (
     refuse_links,
     remove,
     row_bytes,
+    rows_beyond,
     say,
     say_names,
     settle,
@@ -51,10 +53,12 @@ from diffusion_policy.names import is_label
 FORMAT = "diffusion-policy episodes"
 FORMAT_VERSION = 2
 """2 has checksums of episodes; 1 is read, and goes on without."""
+ENDS = "meta/episode_ends"
 CHECKSUMS = "meta/episode_crc32c"
 """(episodes, arrays + 1) uint32: a column for each array of data/, sorted by name, and one for what is known of the
 episode."""
 NO_CHECKSUMS = "is missing, or of other arrays than those in data/: exchanged rows cannot be told"
+SEEDS = "None or a whole number from 0 to 2**63 - 1"
 BLOCK_BYTES = 2**23
 """About so much is read at a time where a whole array is walked through."""
 
@@ -89,7 +93,12 @@ class EpisodeStore:
         self._written: dict[str, zarr.Array] = {}
         self._expected: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
         self.location = location
-        """Path or URL."""
+        """Path or URL, as it was given."""
+        self._folder = Path(location)
+        """Where a store to append to lies, wherever the program or a simulator works later."""
+        self._opened: os.stat_result | None = None
+        """What a store to append to is known by, were it moved."""
+        self._interrupted = False
         self.dropped: dict[str, int] = {}
         """Rows of an interrupted append that `append_to` has dropped, by array."""
         self.mended: tuple[str, ...] = ()
@@ -115,6 +124,9 @@ class EpisodeStore:
             raise StoreError(f"{path} already exists; choose another output or delete it first")
         if path.suffix == ".zip":
             raise StoreError(f"{path} cannot be appended to; make a folder, and a zip of it with: dataset convert")
+        taken = [name for name in ("format", "format_version", "modes") if name in attributes]
+        if taken:
+            raise StoreError(f"{path}: the attribute {taken[0]} is the store's own; give it another name")
         header = {"format": FORMAT, "format_version": FORMAT_VERSION, "modes": list(modes), **attributes}
         check_attributes(header, str(path))
         make_parents(path)
@@ -144,9 +156,16 @@ class EpisodeStore:
         group = open_group(str(path), "r+", sync)
         refuse_links(path)
         store = cls(group, str(path), lock(path), sync)
+        store._folder, store._opened = path.absolute(), os.stat(path)
         if not store.is_ours:
             raise StoreError(f"{path} was not written by this toolkit; copy it with: dataset convert {path} NEW.zarr")
         store._check()
+        beyond = len(store.ends_beyond())
+        if beyond:
+            raise StoreError(
+                f"{path}: {ENDS} {older(beyond)}; nothing was changed; put the newest file back, or mend it with: "
+                f"dataset repair {path}"
+            )
         if len(store.empty_episodes):
             raise StoreError(f"{path}: {store.remarks()[-1]}; make a copy to append to with: dataset convert")
         if len(store.episode_ends):
@@ -434,13 +453,25 @@ class EpisodeStore:
                     beyond[f"{folder}/{name}"] = array.shape[0] - rows if array.ndim else 0
         return {path: count for path, count in beyond.items() if count > 0}
 
+    def ends_beyond(self) -> np.ndarray:
+        """Ends that a store of ours holds beyond the length that the metadata say, which only an older copy of the
+        metadata does: an append writes the length before the ends, and what drops some writes it after."""
+        array = self.raw_array(ENDS)
+        if not self.is_ours or array.fill_value != -1:
+            return np.empty(0, np.int64)
+        with self._foreign(ENDS, " is damaged:"):
+            beyond = rows_beyond(array)
+        beyond = beyond[max(0, self.raw_array(ENDS).shape[0] - array.shape[0]) :]  # someone may have appended meanwhile
+        return beyond[: np.max(np.flatnonzero(beyond != -1), initial=-1) + 1]
+
     # Writing
 
     def append(self, episodes: Sequence[Demonstration]) -> None:
         """Add episodes: their rows, then what is known of each, then the commit. Raises StoreError, before anything is
-        written, for episodes that do not fit the store."""
+        written, for episodes that do not fit the store, and where the store no longer lies where it was opened."""
         if not episodes:
             return
+        self._require_in_place()
         columns = [self._columns(episode) for episode in episodes]
         expected = self._expected or self._layout()
         expected = expected or {path: (rows.shape[1:], rows.dtype) for path, rows in columns[0].items()}
@@ -459,9 +490,13 @@ class EpisodeStore:
         if self.has_checksums:
             both = zip(columns, ends, strict=True)
             rows[CHECKSUMS] = np.array([_checksums(i, *one) for i, one in enumerate(both, count)], np.uint32)
+        if self._interrupted:
+            self._written.clear()
+            self._drop_uncommitted()
         self._checked.clear()
         self._readable.clear()
         self.__dict__.pop("left_out", None)
+        self._interrupted = True
         try:
             with ThreadPoolExecutor(len(rows)) as executor:  # a disk takes many files at once in about the time of one
                 begins = [start if path.startswith("data/") else count for path in rows]
@@ -474,12 +509,27 @@ class EpisodeStore:
             raise
         self._ends, self._expected = np.concatenate([self._ends, ends]), expected
         self._kept = np.ones(len(self._ends), bool)
+        self._interrupted = False
+
+    def _require_in_place(self) -> None:
+        """Raise StoreError unless the folder that was opened still lies there: another would be begun in its place."""
+        try:
+            there = self._opened is None or os.path.samestat(os.stat(self._folder), self._opened)
+        except OSError:
+            there = False
+        if not there:
+            raise StoreError(
+                f"{self._folder} is no longer the folder that was opened (moved, replaced or deleted), so nothing was "
+                "appended; put it back and append again, or open it where it now lies"
+            )
 
     def _columns(self, episode: Demonstration) -> dict[str, np.ndarray]:
         """What an episode adds to each array, (steps or 1, ...); raises StoreError for an episode that cannot be."""
         name = f"{self.location}: an episode of seed {episode.seed}"
         if episode.mode is not None and episode.mode not in self.modes:
             raise StoreError(f"{self.location} knows the modes {', '.join(self.modes)}; got {episode.mode}")
+        if not is_seed(episode.seed):
+            raise StoreError(f"{name}: a seed is {SEEDS}")
         columns = {f"data/{key}": np.asarray(rows) for key, rows in episode.data.items()}
         lengths = {rows.shape[:1] for rows in columns.values()}
         if len(lengths) != 1 or lengths & {(), (0,)}:
@@ -513,7 +563,7 @@ class EpisodeStore:
         """Make the store as if what was never committed had never been written."""
         self.dropped = self.uncommitted()
         if len(self._ends) == 0:  # the first append may have been killed before an array was one
-            for folder in [*Path(self.location).glob("data/*/"), *Path(self.location).glob("meta/*/")]:
+            for folder in [*self._folder.glob("data/*/"), *self._folder.glob("meta/*/")]:
                 if folder.is_dir() and folder.name != "episode_ends":
                     shutil.rmtree(folder)
         for path, beyond in self.uncommitted().items():
@@ -521,7 +571,7 @@ class EpisodeStore:
             committed, chunk = array.shape[0] - beyond, array.chunks[0]
             array[committed : math.ceil(committed / chunk) * chunk] = array.fill_value  # other rows of the last chunk
             array.resize((committed, *array.shape[1:]))
-        for file in unfinished_files(self.location):
+        for file in unfinished_files(str(self._folder)):
             file.unlink()
 
     # Zarr
@@ -638,7 +688,7 @@ class EpisodeStore:
     def _sync_folders(self, executor: Executor, paths: Iterable[str]) -> None:
         """Put on the disk which files there are in some folders of the store."""
         if self._sync:
-            list(executor.map(sync_folder, [Path(self.location) / path for path in paths]))
+            list(executor.map(sync_folder, [self._folder / path for path in paths]))
 
     def _writable_array(self, path: str) -> zarr.Array:
         """An array of which every chunk is written, also one that holds nothing but the fill value: so a chunk that is
@@ -657,6 +707,16 @@ def _checksums(episode: int, columns: Mapping[str, np.ndarray], end: int) -> lis
 def checksum_of_meta(episode: int, end: int, known: Mapping[str, np.ndarray]) -> int:
     """The checksum of what is known of an episode, by path of its array, and of where it ends."""
     return checksum("meta", episode, np.array(end, np.int64), *(known[path] for path in sorted(known)))
+
+
+def is_seed(seed: Any) -> bool:
+    """Whether a store can keep a seed."""
+    return seed is None or (isinstance(seed, int | np.integer) and bool(0 <= seed < 2**63))
+
+
+def older(beyond: int) -> str:
+    """What metadata of meta/episode_ends that are older than its episodes mean, in words."""
+    return f"has metadata older than its episodes (a file put back from a copy?): {beyond} more are stored than it says"
 
 
 def exchanged(episode: int) -> str:

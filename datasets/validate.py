@@ -17,12 +17,14 @@ from diffusion_policy.datasets.guard import codec_names, missing_chunks, read_ro
 from diffusion_policy.datasets.storage import list_names, open_group, say, unfinished_files
 from diffusion_policy.datasets.store import (
     CHECKSUMS,
+    ENDS,
     NO_CHECKSUMS,
     EpisodeStore,
     StoreError,
     checksum_of_meta,
     exchanged,
     nonfinite_rows,
+    older,
 )
 
 MOST_FINDINGS = 1000
@@ -53,10 +55,13 @@ def validate(location: Path | str) -> list[Finding]:
 
 def _findings(store: EpisodeStore) -> Iterator[Finding]:
     yield from _check_files(store)
-    ends = store.episode_ends
+    ends, beyond = store.episode_ends, len(store.ends_beyond())
+    uncommitted = {} if beyond else store.uncommitted()
+    if beyond:
+        yield Finding(True, ENDS, f"{older(beyond)}; put the newest file back, or mend it with: dataset repair")
     if len(ends) == 0:
         yield Finding(True, "meta/episode_ends", "holds no episodes")
-        for path, rows in store.uncommitted().items():
+        for path, rows in uncommitted.items():
             yield Finding(False, path, f"has {rows} rows that belong to no episode")
         return
     yield from _check_ends(store)
@@ -66,7 +71,7 @@ def _findings(store: EpisodeStore) -> Iterator[Finding]:
         if key not in keys and key not in store.left_out:
             role = "the actions" if key in store.parts(action) else "an observation"
             yield Finding(True, f"data/{key}", f"should hold {role}, but is not there; there are {', '.join(keys)}")
-    for path, rows in store.uncommitted().items():
+    for path, rows in uncommitted.items():
         yield Finding(False, path, f"has {rows} rows beyond the last complete episode; drop them with: dataset repair")
     for name in store.passed_over:
         yield Finding(False, name, "is an attribute of another meaning than ours, or no printable text; passed over")
@@ -133,7 +138,7 @@ def _check_array(store: EpisodeStore, key: str) -> Iterator[Finding]:
                 f"chunk {array.metadata.encode_chunk_key(chunk)} is missing (rows {first} to {first + chunk_rows - 1})"
             )
             yield Finding(True, path, what, *place(first))
-    written = store.checksums().get(key, np.empty(0)) if _increase(store.episode_ends) else ()
+    written = _written(store).get(key, np.empty(0)) if _increase(store.episode_ends) else ()
     check, whole, others = RowChecksums(key, ends), np.ones(len(ends), bool), []
     for first in range(0, rows, chunk_rows):
         stop = min(first + chunk_rows, rows)
@@ -155,6 +160,14 @@ def _check_array(store: EpisodeStore, key: str) -> Iterator[Finding]:
     if others:
         what = exchanged(others[0]) + (f"; so of {len(others)} episodes" if len(others) > 1 else "")
         yield Finding(True, path, what, others[0], int(ends[others[0] - 1]) if others[0] else 0)
+
+
+def _written(store: EpisodeStore) -> Mapping[str, np.ndarray]:
+    """The checksums of episodes, as far as they can be read; what is wrong with them is said with the rest of meta/."""
+    try:
+        return store.checksums()
+    except StoreError:
+        return {}
 
 
 def _check_meta(store: EpisodeStore) -> Iterator[Finding]:

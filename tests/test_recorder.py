@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import gymnasium
@@ -135,7 +136,7 @@ def test_an_observation_called_action_is_refused(tmp_path: Path) -> None:
         observation_space = gymnasium.spaces.Dict({"action": gymnasium.spaces.Box(-1, 1, (2,))})
         action_space = gymnasium.spaces.Box(-1, 1, (1,))
 
-    with pytest.raises(ValueError, match="under names that differ and are not `action`"):
+    with pytest.raises(ValueError, match="not under the name `action`"):
         Recorder(Confusing(), tmp_path / "mine.zarr")
     assert not (tmp_path / "mine.zarr").exists()
 
@@ -215,6 +216,54 @@ def test_a_store_of_others_is_refused_before_the_first_step(tmp_path: Path) -> N
     ):
         with EpisodeStore.append_to(tmp_path / store) as opened, pytest.raises(ValueError, match=said):
             Recorder(env, opened)
+
+
+@pytest.mark.parametrize("seed", [2**63, -1])
+def test_a_seed_that_cannot_be_kept_is_refused_before_the_episode(tmp_path: Path, seed: int) -> None:
+    with Recorder(Steps(), tmp_path / "mine.zarr") as env:
+        with pytest.raises(ValueError, match=rf"a seed is None or a whole number from 0 to 2\*\*63 - 1; got {seed}"):
+            env.reset(seed=seed)
+        env.reset(seed=2**63 - 1)
+        for _ in range(3):
+            env.step(np.zeros(1, np.float32))
+    assert EpisodeStore.open(tmp_path / "mine.zarr").seeds().tolist() == [2**63 - 1]
+
+
+@pytest.mark.parametrize(
+    "attributes, said",
+    [
+        ({"format": "x"}, "the attribute format is the store's own"),
+        ({"note": np.nan}, "attributes must be JSON with finite numbers"),
+        ({"note": {"deep": [np.inf]}}, "attributes must be JSON with finite numbers"),
+        ({"note": Path()}, "attributes must be JSON with finite numbers"),
+        ({"observation_keys": ["nope"]}, "observation_keys names 'nope'; Steps is recorded as observation, action"),
+        ({"observation_keys": 3}, "the attribute observation_keys must be a list of keys"),
+        ({"action_key": "nope"}, "action_key names 'nope'; Steps is recorded as observation, action"),
+    ],
+)
+def test_attributes_that_make_a_store_useless_are_refused_before_it_is_made(
+    tmp_path: Path, attributes: dict, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        Recorder(Steps(), tmp_path / "mine.zarr", attributes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_simulator_that_changes_the_working_folder_takes_no_episode_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wandering(Steps):
+        def reset(self, *, seed=None, options=None):
+            (tmp_path / "away").mkdir(exist_ok=True)
+            os.chdir(tmp_path / "away")
+            return super().reset()
+
+    monkeypatch.chdir(tmp_path)
+    with Recorder(Wandering(), "mine.zarr") as env:
+        walk(env)
+        walk(env)
+    assert EpisodeStore.open(tmp_path / "mine.zarr").episode_ends.tolist() == [3, 6]
+    assert list((tmp_path / "away").iterdir()) == []
 
 
 def test_environments_that_reset_themselves_are_refused(tmp_path: Path) -> None:

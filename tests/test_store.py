@@ -16,6 +16,7 @@ import zarr
 
 from diffusion_policy.datasets import durable
 from diffusion_policy.datasets.convert import convert
+from diffusion_policy.datasets.repair import repair
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore, StoreError
 from diffusion_policy.datasets.validate import validate
 
@@ -310,6 +311,9 @@ def test_a_store_that_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch:
         (Demonstration({**episode(4).data, "action": np.full((4, 2), np.nan)}, 9), "finite numbers; got NaN"),
         (Demonstration({**episode(4).data, "action": np.array([["a"]] * 4)}, 9), "finite numbers; got <U1"),
         (Demonstration({}, 9), "got no arrays"),
+        (episode(4, 0)._replace(seed=2**63), r"of seed 9223372036854775808: a seed is None or .* 0 to 2\*\*63 - 1"),
+        (episode(4, 0)._replace(seed=-1), "of seed -1: a seed is None or a whole number from 0"),
+        (episode(4, 0)._replace(seed=1.5), "of seed 1.5: a seed is None or a whole number from 0"),  # pyright: ignore[reportArgumentType]
         (Demonstration({**episode(4).data, "action": np.zeros((4, 0))}, 9), "finite numbers; got no numbers"),
     ],
 )
@@ -485,6 +489,9 @@ def test_links_that_lead_out_of_a_store_are_not_followed_in_writing(path: Path, 
         ("x.zarr", {"control_frequency": 0}, r"the attribute control_frequency must be a rate above 0 \[Hz\]; got 0"),
         ("x.zarr", {"angles": {"state": "4"}}, "the attribute angles must be lists of columns by key"),
         ("x.zarr", {"mine": np.float32(1)}, "attributes must be JSON"),
+        ("x.zarr", {"format": "x"}, "the attribute format is the store's own; give it another name"),
+        ("x.zarr", {"format_version": 7}, "the attribute format_version is the store's own"),
+        ("x.zarr", {"modes": ["a"]}, "the attribute modes is the store's own"),
     ],
 )
 def test_a_store_that_could_not_be_used_is_not_made(tmp_path: Path, name: str, attributes: dict, message: str) -> None:
@@ -746,14 +753,149 @@ def test_what_is_committed_is_on_the_disk_before_it_is_said(tmp_path: Path, monk
 
 
 def test_a_store_half_made_by_a_process_that_is_gone_is_cleared_away(tmp_path: Path) -> None:
-    (tmp_path / ".store.zarr.999999999").mkdir()
-    (tmp_path / ".store.zarr.999999999" / "zarr.json").write_text("{")
-    (tmp_path / f".store.zarr.{os.getppid()}").mkdir()  # of one that runs
-    (tmp_path / ".another.zarr.999999999").mkdir()
+    here = durable.place_of_processes()
+    running, another = f".store.zarr.{here}.{os.getppid()}", f".another.zarr.{here}.999999999"
+    for name in (f".store.zarr.{here}.999999999", running, another):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "zarr.json").write_text("{")
     EpisodeStore.create(tmp_path / "store.zarr", {}, []).close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [".another.zarr.999999999", f".store.zarr.{os.getppid()}", "store.zarr"]
-    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([another, running, "store.zarr"])
+
+
+def test_what_another_host_has_begun_is_left_alone_until_it_has_not_changed_for_long(tmp_path: Path) -> None:
+    begun = tmp_path / ".store.zarr.0123abcd.999999999"
+    (begun / "data").mkdir(parents=True)
+    os.utime(begun, (0, 0))
+    assert durable.remove_leftovers(tmp_path / "store.zarr") == []
+    os.utime(begun / "data", (0, 0))
+    assert durable.remove_leftovers(tmp_path / "store.zarr") == [begun]
+    assert list(tmp_path.iterdir()) == []
+    mine = tmp_path / ".store.zarr.20240101"
+    mine.mkdir()
+    assert durable.remove_leftovers(tmp_path / "store.zarr") == []
+    assert durable.unfinished_path(tmp_path / "store.zarr").name.split(".")[3] == durable.place_of_processes()
+
+
+# Where the store lies
+
+
+def test_a_program_that_changes_its_folder_goes_on_with_the_same_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    with EpisodeStore.create("store.zarr", {}, ["a"]) as store:
+        assert store.location == "store.zarr"
+        store.append([episode(5, 0)])
+        monkeypatch.chdir(elsewhere)
+        store.append([episode(7, 1)])
+    monkeypatch.chdir(tmp_path)
+    with EpisodeStore.append_to("store.zarr") as store:
+        reader = EpisodeStore.open("store.zarr")
+        monkeypatch.chdir(elsewhere)
+        store.append([episode(2, 2)])
+        assert reader.read("state").shape == (12, 3)
+    assert EpisodeStore.open(tmp_path / "store.zarr").episode_ends.tolist() == [5, 12, 14]
+    zip_of(tmp_path / "store.zarr", ".")
+    monkeypatch.chdir(tmp_path)
+    reader = EpisodeStore.open("store.zarr.zip")
+    monkeypatch.chdir(elsewhere)
+    assert reader.read("state").shape == (14, 3)
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", ["moved", "deleted", "replaced"])
+def test_a_store_that_no_longer_lies_where_it_was_opened_is_not_begun_anew(path: Path, change: str) -> None:
+    with EpisodeStore.append_to(path) as store:
+        if change == "deleted":
+            shutil.rmtree(path)
+        else:
+            path.rename(path.with_name("moved.zarr"))
+        if change == "replaced":
+            path.mkdir()
+        before = files_of(path.parent)
+        with pytest.raises(StoreError, match=r"is no longer the folder that was opened .*put it back and append again"):
+            store.append([episode(3, 9)])
+        assert files_of(path.parent) == before
+        if change == "moved":
+            path.with_name("moved.zarr").rename(path)
+            store.append([episode(3, 9)])
+            assert EpisodeStore.open(path).episode_ends.tolist() == [5, 6, 13, 16]
+
+
+# Metadata that are older than the episodes
+
+
+@pytest.fixture
+def copies(tmp_path: Path, path: Path) -> dict[str, bytes]:
+    """Files of a store of three episodes as they were before more were appended."""
+    before = files_of(path)
+    with EpisodeStore.append_to(path) as store:
+        store.append([episode(9, 3), episode(4, 4)])
+        store.append([episode(6, 5)])
+    return before
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_an_older_length_of_the_ends_drops_no_episodes(path: Path, copies: dict[str, bytes], early: bool) -> None:
+    whole = files_of(path)
+    older = copies["meta/episode_ends/zarr.json"]
+    older = older.replace(b"3\n  ]", b"0\n  ]", 1) if early else older
+    (path / "meta/episode_ends/zarr.json").write_bytes(older)
+    stale = files_of(path)
+    with pytest.raises(StoreError, match=r"metadata older than its episodes .*nothing was changed; .* dataset repair"):
+        EpisodeStore.append_to(path)
+    assert files_of(path) == stale
+    findings = [(finding.serious, finding.path) for finding in validate(path)]
+    assert findings[0] == (True, "meta/episode_ends")
+    assert not any("uncommitted" in finding.what or "beyond" in finding.what for finding in validate(path))
+    repaired = repair(path)
+    assert f"{6 if early else 3} episodes more than its older metadata said" in repaired.mended[0]
+    assert repaired.left == ()
+    assert files_of(path) == whole
+
+
+def test_an_older_length_of_the_ends_is_not_mended_where_rows_are_missing(path: Path, copies: dict[str, bytes]) -> None:
+    for name in ("meta/episode_ends/zarr.json", "data/state/zarr.json"):
+        (path / name).write_bytes(copies[name])
+    stale = files_of(path)
+    with pytest.raises(StoreError, match=r"older than its episodes .*data/state has not their rows; put all newest"):
+        repair(path)
+    assert files_of(path) == stale
+
+
+@pytest.mark.parametrize("array", ["data/state", "meta/episode_seed", "meta/episode_crc32c"])
+def test_an_older_length_of_another_array_is_refused_and_drops_nothing(
+    path: Path, copies: dict[str, bytes], array: str
+) -> None:
+    (path / array / "zarr.json").write_bytes(copies[f"{array}/zarr.json"])
+    stale = files_of(path)
+    with pytest.raises(StoreError, match=rf"{array} has \d+ rows; meta/episode_ends needs"):
+        EpisodeStore.append_to(path)
+    assert files_of(path) == stale
+    assert array in {finding.path for finding in validate(path) if finding.serious}
+
+
+def test_after_an_append_that_was_interrupted_at_its_end_a_shorter_one_leaves_nothing_behind(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = EpisodeStore._write
+
+    def write(store: EpisodeStore, name: str, *rest) -> None:
+        real(store, name, *rest)
+        if name == "meta/episode_ends":
+            raise KeyboardInterrupt
+
+    with EpisodeStore.append_to(path) as store:
+        monkeypatch.setattr(EpisodeStore, "_write", write)
+        with pytest.raises(KeyboardInterrupt):
+            store.append([episode(9, 3), episode(4, 4)])
+        monkeypatch.setattr(EpisodeStore, "_write", real)
+        store.append([episode(6, 5)])
+    with EpisodeStore.append_to(path) as store:
+        assert store.episode_ends.tolist() == [5, 6, 13, 19]
+    assert [finding for finding in validate(path) if finding.serious] == []
 
 
 def test_a_conversion_is_on_the_disk_too(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
