@@ -48,11 +48,17 @@ class Part(NamedTuple):
 def observed_parts(space: gymnasium.Space, who: str) -> dict[str, Part]:
     """The parts of an observation by name; raises TaskError, which says that of `who`, for what cannot be observed."""
     found = [(join_names(path) or "observation", path, leaf) for path, leaf in _leaves(space)]
-    parts = {name: Part(path, leaf, _box(leaf, name, who)) for name, path, leaf in found}
-    if not parts or len(parts) < len(found) or "action" in parts:
+    parts: dict[str, Part] = {}
+    for name, path, leaf in found:
+        if name in parts:
+            one, other = (one_line("/".join(map(str, keys)), 50) for keys in (parts[name].path, path))
+            raise TaskError(
+                f"{who} observes {one!r} and {other!r}, which would both be called {name[:50]!r}; rename one"
+            )
+        parts[name] = Part(path, leaf, _box(leaf, name, who))
+    if not parts or "action" in parts:
         raise TaskError(
-            f"{who} must observe something, under names that differ and are not `action`, where the actions are; "
-            f"got {_say(space)}"
+            f"{who} must observe something, and not under the name `action`, where the actions are; got {_say(space)}"
         )
     for name in parts:
         if len(name) > MOST_CHARACTERS or not re.match(r"\w", name) or name == "zarr.json":
@@ -70,7 +76,8 @@ def observed_space(space: gymnasium.Space, who: str = "the environment") -> gymn
 
 def observe(parts: Mapping[str, Part], observation: Any, who: str) -> Observation:
     """An observation by the names of its parts, copied, as some environments change theirs in place. Raises TaskError
-    where it is none of its space's: a part is missing, or has another shape or type. Its bounds are not looked at."""
+    where it is none of its space's: a part is missing, has another shape or type, or holds numbers that its type cannot
+    hold. Its bounds are not looked at."""
     return {name: _take(name, part, observation, who) for name, part in parts.items()}
 
 
@@ -136,9 +143,9 @@ def _take(name: str, part: Part, observation: Any, who: str) -> np.ndarray:
     try:
         value = reduce(getitem, part.path, observation)
         if not isinstance(part.space, Box):
-            value = gymnasium.spaces.flatten(part.space, value)
+            value = _flatten(part.space, value)
         array = np.array(value)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise TaskError(
             f"{who} gives no {name} as its observation space has it, {_say(part.space)}: {describe(error)}"
         ) from error
@@ -147,4 +154,21 @@ def _take(name: str, part: Part, observation: Any, who: str) -> np.ndarray:
         raise TaskError(
             f"{who} gives {name} as {array.dtype} of shape {array.shape}; its observation space says {_say(part.space)}"
         )
-    return array.astype(box.dtype, copy=False).reshape(box.shape)
+    if array.dtype == box.dtype:
+        return array.reshape(box.shape)
+    with np.errstate(over="ignore"):
+        kept = array.astype(box.dtype)
+    changed = kept != array if box.dtype.kind in "iu" else np.isfinite(kept) != np.isfinite(array)
+    if changed.any():
+        raise TaskError(f"{who} gives {name} as {array[changed][0]}, which {box.dtype} of its space cannot hold")
+    return kept.reshape(box.shape)
+
+
+def _flatten(space: gymnasium.Space, value: Any) -> np.ndarray:
+    """A choice as 0 and 1; raises ValueError for one that is not offered, of which Gymnasium makes another."""
+    given = np.asarray(value).reshape(space.shape)
+    with np.errstate(invalid="ignore"):
+        chosen = given.astype(space.dtype)
+    if not np.array_equal(chosen, given) or not space.contains(chosen):
+        raise ValueError(f"got {one_line(str(value), 50)}")
+    return np.asarray(gymnasium.spaces.flatten(space, chosen))

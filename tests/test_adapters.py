@@ -195,10 +195,8 @@ def test_observations_without_numbers_or_names_are_refused() -> None:
     with pytest.raises(TaskError, match=r"Fake observes task\.name: Text.*; allowed are Box, Discrete"):
         Adapter(Fake(Dict({"task": Dict({"name": Text(5)})})))
     part = Box(-1, 1, (2,))
-    for space in (Dict({}), Dict({"action": part}), Dict({"a.b": part, "a": Dict({"b": part})})):
-        with pytest.raises(
-            TaskError, match="Fake must observe something, under names that differ and are not `action`"
-        ):
+    for space in (Dict({}), Dict({"action": part})):
+        with pytest.raises(TaskError, match="Fake must observe something, and not under the name `action`"):
             Adapter(Fake(space))
 
 

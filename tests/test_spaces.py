@@ -137,3 +137,54 @@ def test_observations_that_are_not_of_their_space_are_told_in_one_line() -> None
     observed = observe(parts, {"a": np.zeros((2, 3), np.float64), "n": 1}, "Mine")
     assert observed["a"].dtype == np.float32
     assert observed["n"].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "space, wrong, said",
+    [
+        (Box(0, 255, (2,), np.uint8), [300, 5], "300, which uint8"),
+        (Box(0, 255, (2,), np.uint8), np.array([5, -5]), "-5, which uint8"),
+        (Box(0, 1, (1,), np.uint64), [-1], "-1, which uint64"),
+        (Box(-1, 1, (1,), np.int64), np.array([2**64 - 1], np.uint64), "18446744073709551615, which int64"),
+        (Box(-1, 1, (2,)), [0.0, 1e300], r"1e\+300, which float32"),
+        (Discrete(4), -1, "ValueError: got -1"),
+        (Discrete(4), np.nan, "ValueError: got nan"),
+        (Discrete(4), 2**70, "OverflowError"),
+        (Discrete(4, start=2), 1, "ValueError: got 1"),
+        (MultiDiscrete([2, 3]), [2, 0], r"ValueError: got \[2, 0\]"),
+        (MultiBinary(2), [256, 1], r"ValueError: got \[256, 1\]"),
+    ],
+    ids=str,
+)
+def test_numbers_that_a_space_cannot_hold_are_told_and_not_changed(space: Any, wrong: Any, said: str) -> None:
+    with pytest.raises(TaskError, match=f"^Mine gives .*{said}") as error:
+        observe(observed_parts(space, "Mine"), wrong, "Mine")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "space, given, kept",
+    [
+        (Box(0, 255, (2,), np.uint8), [255, 0], [255, 0]),
+        (Box(-1, 1, (2,)), np.array([np.inf, 1e-300]), [np.inf, 0.0]),
+        (Box(0, 1, (1,), np.uint8), np.array([True]), [1]),
+        (Discrete(3), np.array([2]), [0, 0, 1]),
+        (MultiBinary(2), np.array([True, False]), [1, 0]),
+    ],
+    ids=str,
+)
+def test_numbers_of_another_type_that_fit_are_taken(space: Any, given: Any, kept: list) -> None:
+    np.testing.assert_array_equal(observe(observed_parts(space, "Mine"), given, "Mine")["observation"], kept)
+
+
+@pytest.mark.parametrize(
+    "space, said",
+    [
+        (Dict({"日本": ROW, "世界": ROW}), "'世界' and '日本', which would both be called '__'; rename one"),
+        (Dict({"a": Dict({"b": ROW}), "a.b": ROW}), "'a/b' and 'a.b', which would both be called 'a.b'; rename one"),
+    ],
+    ids=["letters", "path"],
+)
+def test_two_names_that_would_be_one_are_both_said(space: Any, said: str) -> None:
+    with pytest.raises(TaskError, match=f"^Mine observes {said}$"):
+        observed_parts(space, "Mine")
