@@ -35,7 +35,7 @@ import numpy as np
 
 from diffusion_policy.datasets.hdf5 import File, Survey, created, numbered, opened
 from diffusion_policy.datasets.source import Contents, Source, foreign, from_header, header, library
-from diffusion_policy.datasets.store import Demonstration, StoreError
+from diffusion_policy.datasets.store import Demonstration, StoreError, is_seed
 from diffusion_policy.files import parse_json, read_bytes
 from diffusion_policy.names import join_names
 
@@ -281,7 +281,7 @@ def _episodes(
                 final = {key: row for key, row in final.items() if key in with_final}
             yield Demonstration(
                 data,
-                seed=int(seeds[i]) if seeds is not None else None,
+                seed=int(seeds[i]) if seeds is not None and is_seed(int(seeds[i])) else None,
                 mode=str(mode) if head and mode is not None else None,
                 success=bool(success) if head and success is not None else None,
                 final=final or None,

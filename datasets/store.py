@@ -124,10 +124,11 @@ class EpisodeStore:
             raise StoreError(f"{path} already exists; choose another output or delete it first")
         if path.suffix == ".zip":
             raise StoreError(f"{path} cannot be appended to; make a folder, and a zip of it with: dataset convert")
-        taken = [name for name in ("format", "format_version", "modes") if name in attributes]
+        own = {"format": FORMAT, "format_version": FORMAT_VERSION, "modes": list(modes)}
+        taken = [name for name, value in own.items() if attributes.get(name, value) != value]
         if taken:
             raise StoreError(f"{path}: the attribute {taken[0]} is the store's own; give it another name")
-        header = {"format": FORMAT, "format_version": FORMAT_VERSION, "modes": list(modes), **attributes}
+        header = {**own, **attributes}
         check_attributes(header, str(path))
         make_parents(path)
         unfinished = unfinished_path(path)

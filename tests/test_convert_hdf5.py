@@ -16,6 +16,7 @@ import pytest
 
 from diffusion_policy.datasets import convert as conversion
 from diffusion_policy.datasets.convert import convert, detect, read, write
+from diffusion_policy.datasets.durable import place_of_processes
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore, StoreError
 
 h5py = pytest.importorskip("h5py")
@@ -364,12 +365,13 @@ def test_what_a_killed_conversion_left_is_gone_after_the_next(tmp_path: Path) ->
     ended = subprocess.run(["true"], check=False)
     assert ended.returncode == 0
     gone = next(number for number in range(2**22 - 1, 1, -1) if not Path(f"/proc/{number}").exists())
+    here = place_of_processes()
     for number in (gone, os.getppid()):
-        (tmp_path / f".x.npz.{number}").mkdir()
-        (tmp_path / f".x.npz.{number}" / "x.npz").write_text("half")
+        (tmp_path / f".x.npz.{here}.{number}").mkdir()
+        (tmp_path / f".x.npz.{here}.{number}" / "x.npz").write_text("half")
     (tmp_path / ".x.npz.mine").write_text("of the user")
     convert(make_d4rl(tmp_path / "in.hdf5"), tmp_path / "x.npz")
-    left = {f".x.npz.{os.getppid()}", ".x.npz.mine", "in.hdf5", "x.npz"}
+    left = {f".x.npz.{here}.{os.getppid()}", ".x.npz.mine", "in.hdf5", "x.npz"}
     assert {file.name for file in tmp_path.iterdir()} == left
 
 
