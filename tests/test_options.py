@@ -46,10 +46,6 @@ train --dataset a.zarr --output r {SMALL} --observation desired_xy actual_xy --a
     --rollout-episodes 2 --precision bf16 --accumulation 2 --seed 3
 train --resume r
 train --config r/best/config.json --dataset a.zarr --output s --steps 2 --rollout-every 0 --device cpu
-sweep --dataset a.zarr --output w --config r/best/config.json --grid seed=4 steps=2 --episodes 1 --metric \
-    success_rate --rollout-every 0 --observation desired_xy --action action --angles desired_xy:0 --device cpu \
-    --workers 2 --sampler ddpm --sampling-steps 2 --spacing even --clip dynamic --guidance 0.5 --guidance-schedule \
-    rising --mode left --corrector-steps 1 --corrector-size 0.02
 evaluate --checkpoint r --output ev --episodes 2 --seed 100500 --repeats 2 --delay-steps 1 --env \
     diffusion_policy/Avoid-v0 --env-kwargs '{{"rows":1}}' --success none --fresh --sampler dpm-solver-2m \
     --sampling-steps 3 --spacing even --clip dynamic --guidance 0.5 --guidance-schedule falling --mode left \
@@ -78,6 +74,11 @@ doctor --dataset a.zarr --observation desired_xy --action action --angles desire
 
 LONG = f"""
 collect --output a.zarr --env-kwargs '{{{{"rows":1}}}}' --episodes 4 --engine ray
+train --dataset a.zarr --output t {SMALL} --condition-on-mode --condition-dropout 0.2
+sweep --dataset a.zarr --output v --config t/step-000004/config.json --grid seed=4 steps=2 --episodes 1 --metric \
+    success_rate --rollout-every 0 --observation desired_xy --action action --angles desired_xy:0 --device cpu \
+    --workers 2 --sampler ddpm --sampling-steps 2 --spacing even --clip dynamic --guidance 0.5 --guidance-schedule \
+    rising --mode left --corrector-steps 1 --corrector-size 0.02
 train --dataset a.zarr --output r {SMALL} --compile
 dataset replay a.zarr --episodes 1 --video replay.gif
 evaluate --checkpoint r --output ev --episodes 2 --engine ray --sampling-steps 2

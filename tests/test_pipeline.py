@@ -11,7 +11,7 @@ import pytest
 from diffusion_policy import checkpoint
 from diffusion_policy.datasets.store import EpisodeStore
 
-SMALL = ["--widths", "32", "64", "--level-dim", "64", "--batch-size", "128", "--learning-rate", "1e-3"]
+SMALL = ["--widths", "32", "64", "--level-dim", "64", "--batch-size", "64", "--learning-rate", "1e-3"]
 TEN = ["--episodes", "10", "--videos", "1"]
 
 
@@ -82,7 +82,18 @@ def test_the_same_commands_with_the_same_seeds_give_the_same(folder: Path, tmp_p
     weights = [(checkpoint.find(path / "policy") / "model.safetensors").read_bytes() for path in (folder, tmp_path)]
     assert weights[0] == weights[1]
     evaluation = tmp_path / "evaluation"
-    command = ("evaluate", "--checkpoint", folder / "policy", "--output", evaluation, *TEN[:2], "--videos", 0, "--workers", 1)
+    command = (
+        "evaluate",
+        "--checkpoint",
+        folder / "policy",
+        "--output",
+        evaluation,
+        *TEN[:2],
+        "--videos",
+        0,
+        "--workers",
+        1,
+    )
     diffusion_policy(*command)
     results = [json.loads((path / "evaluation" / "results.json").read_text()) for path in (folder, tmp_path)]
     for result in results:
