@@ -383,7 +383,9 @@ def test_a_killed_collection_leaves_a_store_that_opens_and_no_workers(tmp_path: 
 
 
 def test_evaluating_with_other_rows_still_has_a_page(run: Path, tmp_path: Path) -> None:
-    results = Evaluate(run, tmp_path / "e", episodes=2, env_kwargs='{"rows": 2}', workers=1, device="cpu").run()
+    results = Evaluate(
+        run, tmp_path / "e", episodes=2, env_kwargs='{"rows": 2}', workers=1, videos=0, device="cpu"
+    ).run()
     assert len(results["modes"]) - ("none" in results["modes"]) == 6
     assert (tmp_path / "e" / "report.html").exists()
 
@@ -396,5 +398,5 @@ def test_an_output_that_cannot_be_written_is_found_at_once(run: Path, tmp_path: 
 
 
 def test_evaluate_from_python_returns_what_it_writes(run: Path, tmp_path: Path) -> None:
-    results = Evaluate(run, tmp_path / "evaluation", episodes=2, workers=1, device="cpu").run()
+    results = Evaluate(run, tmp_path / "evaluation", episodes=2, workers=1, videos=0, device="cpu").run()
     assert json.loads((tmp_path / "evaluation" / "results.json").read_text()) == json.loads(json.dumps(results))

@@ -12,6 +12,7 @@ from diffusion_policy import checkpoint
 from diffusion_policy.datasets.store import EpisodeStore
 
 SMALL = ["--widths", "32", "64", "--level-dim", "64", "--batch-size", "64", "--learning-rate", "1e-3"]
+SHORT = ["--env-kwargs", '{"rows": 1, "max_episode_steps": 40}']
 TEN = ["--episodes", "10", "--videos", "1"]
 
 
@@ -67,7 +68,7 @@ def test_metrics_are_json_lines(folder: Path) -> None:
 
 def test_rollout_films_and_prints(folder: Path, tmp_path: Path) -> None:
     video = tmp_path / "rollout.mp4"
-    printed = diffusion_policy("rollout", "--checkpoint", folder / "policy", "--episodes", 3, "--video", video)
+    printed = diffusion_policy("rollout", "--checkpoint", folder / "policy", "--episodes", 3, "--video", video, *SHORT)
     assert printed.count("seed ") == 3
     with imageio.get_reader(video) as reader:
         assert reader.get_data(0).shape == (768, 960, 3)  # two columns, two rows

@@ -83,6 +83,7 @@ def test_too_little_noise_loses_the_weights_of_the_mixture() -> None:
     assert not toy.measure_weights(toy.fit(toy.PROBLEMS["mixture"], training_steps=600))["collapsed"]
 
 
+@pytest.mark.slow
 def test_guidance_brings_samples_into_the_asked_class(two_class: toy.Fitted) -> None:
     shares = list(toy.measure_guidance(two_class)["share_in_asked_class"].values())
     assert 0.75 <= shares[0] <= 0.90
