@@ -171,7 +171,7 @@ def test_panda_gym_is_collected_trained_and_evaluated(tmp_path: Path, capsys: py
     run("collect", *env, *expert, "--episodes", 40, "--output", store, "--workers", 1)
     horizons = ("--observation-horizon", 1, "--prediction-horizon", 8, "--action-horizon", 4)
     run("train", "--dataset", store, "--output", policy, "--steps", 250, *horizons, *SMALL)
-    evaluate = ("evaluate", "--checkpoint", policy, "--episodes", 8, "--workers", 1)
+    evaluate = ("evaluate", "--checkpoint", policy, "--episodes", 8, "--workers", 1, "--videos", 1)
     assert "the module panda_gym, which would be imported" in fails(capsys, *evaluate, "--output", tmp_path / "no")
     run(*evaluate, "--output", tmp_path / "evaluation", *env)
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
