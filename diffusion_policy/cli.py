@@ -28,11 +28,16 @@ from diffusion_policy.commands.terminal import console, open_standard_streams, o
 from diffusion_policy.commands.toy import Toy
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import ConfigError
+from diffusion_policy.lines import one_line
 
 DESCRIPTION = """Learn multimodal robot behaviour from demonstrations, and measure success per mode.
 
 Start with `diffusion-policy demo`. Each command explains itself: `diffusion-policy train --help`.
 A mistake is answered with one line and exit status 2; --debug, anywhere, shows where it came from."""
+
+
+LONGEST = 2000
+"""Characters of an error: a stranger's names may be of any length."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         if debug:
             traceback.print_exc()
-        _say(f"error: {' '.join(str(error).split())}")
+        _say(f"error: {one_line(str(error), LONGEST)}")
         return 2
     except Failed as finding:
         _say(finding)
