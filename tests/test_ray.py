@@ -134,6 +134,7 @@ def report(item: str) -> str | None:
     return f"{item} {os.getpid()}"
 
 
+@pytest.mark.slow
 def test_each_runs_alone_and_a_crash_is_told() -> None:
     told = dict(each_alone(report, ["a", "dies", "b"], 2, "ray"))
     assert told.pop("dies") == "its worker process died"  # each time it was begun again

@@ -121,7 +121,9 @@ def test_the_same_seed_gives_the_same_network() -> None:
     assert torch.equal(toy.sample(a, "ddpm", 10, 50), toy.sample(b, "ddpm", 10, 50))
 
 
-@pytest.mark.parametrize("problem", ["ring", "two-class", "mixture", "moons"])
+@pytest.mark.parametrize(
+    "problem", ["moons", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ring", "two-class", "mixture"))]
+)
 def test_the_command_writes_numbers_and_a_picture(problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short = replace(toy.PROBLEMS[problem], training_steps=30, schedule=toy.linear(20))
     monkeypatch.setitem(toy.PROBLEMS, problem, short)
