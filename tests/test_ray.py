@@ -173,6 +173,7 @@ def step(pool: EnvironmentPool, slots: list[int]) -> dict[int, int | tuple[str, 
     }
 
 
+@pytest.mark.slow
 def test_errors_crashes_and_hangs_are_faults_of_the_slot_at_work() -> None:
     with EnvironmentPool(Counter, 1, hang_after=1, engine="ray") as pool:
         first = pool.reset({0: 12, 1: 30, 2: 64})
@@ -284,6 +285,7 @@ def holds_episodes(path: Path) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_finished_episodes_of_a_cluster_begun_for_them(tmp_path: Path) -> None:
     path = tmp_path / "store.zarr"
     command = ["collect", "--output", str(path), "--episodes", "5000", "--workers", "1", "--engine", "ray"]
