@@ -12,6 +12,8 @@ from diffusion_policy.commands.terminal import console
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, require_seed
 
+STEPS = 5000
+"""Of the training."""
 EPISODES = 100
 """Of the evaluation."""
 
@@ -46,7 +48,7 @@ class Demo:
             str(demonstrations),
             policy,
             policy=PolicyConfig(widths=(32, 64, 128)),
-            training=TrainConfig(steps=5000, learning_rate=1e-3, seed=self.seed),
+            training=TrainConfig(steps=STEPS, learning_rate=1e-3, seed=self.seed),
         ).run()
         console.rule("3 of 3: evaluation")
         Evaluate(policy, evaluation, episodes=EPISODES, seed=self.seed + FIRST_TEST_SEED).run()
