@@ -165,6 +165,7 @@ def test_a_collection_goes_on_with_what_was_said_once_unless_it_would_import_a_s
 
 
 @pytest.mark.skipif(find_spec("panda_gym") is None, reason="panda-gym is not installed")
+@pytest.mark.slow
 def test_panda_gym_is_collected_trained_and_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     env, store, policy = ("--env", "panda_gym:PandaReach-v3"), tmp_path / "reach.zarr", tmp_path / "policy"
     expert = ("--expert", f"{EXAMPLES}:PandaReachExpert")

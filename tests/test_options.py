@@ -73,7 +73,7 @@ doctor --dataset a.zarr --observation desired_xy --action action --angles desire
 """What a user types, a line a command."""
 
 LONG = f"""
-collect --output a.zarr --env-kwargs '{{{{"rows":1}}}}' --episodes 4 --engine ray
+collect --output a.zarr --env-kwargs '{{"rows":1}}' --episodes 4 --engine ray
 train --dataset a.zarr --output t {SMALL} --condition-on-mode --condition-dropout 0.2
 sweep --dataset a.zarr --output v --config t/step-000004/config.json --grid seed=4 steps=2 --episodes 1 --metric \
     success_rate --rollout-every 0 --observation desired_xy --action action --angles desired_xy:0 --device cpu \
@@ -124,6 +124,7 @@ def lines(session: str = SESSION) -> list[list[str]]:
     return [shlex.split(line) for line in session.strip().splitlines()]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inside torch.compile
 @pytest.mark.parametrize("session", [SESSION, pytest.param(LONG, marks=pytest.mark.slow)], ids=["short", "long"])
 def test_every_command_of_a_session_finds_what_the_one_before_has_left(
     session: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

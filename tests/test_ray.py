@@ -214,6 +214,7 @@ class Fragile(gymnasium.Wrapper):
         return self.env.step(action)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_changes_no_episode(make_env: partial, run: Path, tmp_path: Path) -> None:
     from diffusion_policy import checkpoint  # workers import this module too, and need no torch
     from diffusion_policy.controller import Controller

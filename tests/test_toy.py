@@ -69,6 +69,7 @@ def test_one_network_draws_the_ring_under_every_sampler(name: str, ring: toy.Fit
     assert toy.energy_distance(toy.sample(ring, name, 1, 1000), data) > 0.2  # one step gives the mean
 
 
+@pytest.mark.slow
 def test_both_weights_of_the_mixture_are_recovered(mixture: toy.Fitted) -> None:
     found = toy.measure_weights(mixture)
     assert found["weights"] == pytest.approx(toy.SHARES, abs=0.05)
@@ -91,6 +92,7 @@ def test_guidance_brings_samples_into_the_asked_class(two_class: toy.Fitted) -> 
     assert shares[2] >= 0.99
 
 
+@pytest.mark.slow
 def test_the_bound_lies_above_the_entropy_of_the_mixture(mixture: toy.Fitted) -> None:
     points = toy.draw_mixture(1000, generator())
     bound = toy.measure_bound(mixture, points)
