@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
 from diffusion_policy.drawing import (
     FEW_COLORS,
@@ -47,10 +47,12 @@ def draw_study(results: Mapping[str, Any]) -> Figure:
     titles = ("success over steps", "mode entropy over steps", "success over time of a plan [ms]")
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, loc="left", color=INK, fontsize=11)
-        axis.set(xscale="log")
+        axis.set(xscale="log", ylim=(-0.03, 1.03))
         clean(axis)
     for axis in axes[:2]:
         show_steps(axis, steps)
+    axes[2].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[2].xaxis.set_minor_locator(NullLocator())
     axes[2].xaxis.set_major_formatter("{x:g}")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
