@@ -181,6 +181,10 @@ def draw_noised(sequence: np.ndarray, noised: Sequence[tuple[int, np.ndarray]]) 
     return figure
 
 
+COMPARABLE = 5
+"""Two columns whose ranges differ by more are of different kinds, such as position and velocity."""
+
+
 def draw_trajectories(paths: Sequence[PlanePath], scene: Scene | None, labels: tuple[str, str]) -> Figure:
     """Episodes from above, coloured by mode where there are modes; `labels`: of the two axes."""
     modes = sorted({path.mode for path in paths if path.mode is not None})
@@ -190,12 +194,14 @@ def draw_trajectories(paths: Sequence[PlanePath], scene: Scene | None, labels: t
     title = f"{len(paths)} episodes"
     if scene is None:
         axis.set_title(title, color=INK, fontsize=12)
-        axis.set_aspect("equal", adjustable="datalim")
         clean(axis)
     else:
         draw_scene(axis, scene, title)
     axis.set(xlabel=labels[0], ylabel=labels[1])
     draw_mode_paths(axis, paths, colors)
+    wide, high = axis.dataLim.width, axis.dataLim.height
+    if scene is None and max(wide, high) <= COMPARABLE * min(wide, high):
+        axis.set_aspect("equal", adjustable="datalim")
     label_modes(figure, colors, columns=3)
     return figure
 
