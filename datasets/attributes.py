@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from diffusion_policy.basics.names import MOST_CHARACTERS, is_label
 from diffusion_policy.datasets.storage import StoreError
-from diffusion_policy.names import MOST_CHARACTERS, is_label
 
 
 def _are_names(value: Any) -> bool:

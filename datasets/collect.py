@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from diffusion_policy.bounds import MOST_SEED, MOST_STEPS
+from diffusion_policy.basics.bounds import MOST_SEED, MOST_STEPS
+from diffusion_policy.basics.lines import describe_with_place, message_of
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore
-from diffusion_policy.lines import describe_with_place, message_of
 
 
 class DemonstratorError(ValueError):

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffusion_policy.basics.streams import derive_rng
 from diffusion_policy.datasets.convert import read, refuse_existing, write
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore, StoreError
-from diffusion_policy.streams import derive_rng
 
 
 class Merged(NamedTuple):

@@ -10,8 +10,8 @@ import zarr
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
+from diffusion_policy.basics.files import parse_json
 from diffusion_policy.datasets.storage import can_be_listed, list_names
-from diffusion_policy.files import parse_json
 
 COMPARED = ("node_type", "shape", "data_type", "dtype", "chunk_grid", "chunks", "attributes")
 """What a copy must say as the file does. What else there is, versions of zarr write differently."""

@@ -16,13 +16,13 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusion_policy.datasets import aloha, d4rl, hdf5, lerobot, maniskill, minari, npz, robomimic
+from diffusion_policy.basics.files import FileError, refuse_irregular, sync_folder
 from diffusion_policy.datasets.choice import choose, with_angles_of
 from diffusion_policy.datasets.durable import make_parents, sync_tree, unfinished_path
+from diffusion_policy.datasets.formats import aloha, d4rl, hdf5, lerobot, maniskill, minari, npz, robomimic
 from diffusion_policy.datasets.source import Contents, Source, Unusable, file_errors, store_errors
 from diffusion_policy.datasets.storage import StoreError
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore
-from diffusion_policy.files import FileError, refuse_irregular, sync_folder
 
 APPEND_BYTES = 2**26
 """About so many bytes of episodes are held before they are appended to a store."""

@@ -18,7 +18,7 @@ from uuid import uuid4
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-from diffusion_policy.files import remove, sync, sync_folder
+from diffusion_policy.basics.files import remove, sync, sync_folder
 
 LONG = 7 * 24 * 3600
 """Seconds after which nobody works any more at what has not changed."""

@@ -19,8 +19,8 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Sto
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import FsspecStore, LocalStore, WrapperStore, ZipStore
 
+from diffusion_policy.basics.files import MAX_JSON_BYTES, FileError, open_regular, parse_json
 from diffusion_policy.datasets.packing import CHECKSUM, ENTRY, Packing, chunks_of_shard, refuse_bomb
-from diffusion_policy.files import MAX_JSON_BYTES, FileError, open_regular, parse_json
 
 METADATA = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
 ALL_METADATA_BYTES = 4 * MAX_JSON_BYTES

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffusion_policy.basics.files import FileError
 from diffusion_policy.datasets.storage import StoreError
 from diffusion_policy.datasets.store import Demonstration
-from diffusion_policy.files import FileError
 
 EPISODE_BYTES = 2**28
 """An episode may always have so many bytes when it is unpacked ..."""

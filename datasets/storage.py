@@ -28,11 +28,11 @@ from zarr.core.sync import sync
 from zarr.errors import ContainsArrayError, GroupNotFoundError
 from zarr.storage import FsspecStore, ZipStore
 
+from diffusion_policy.basics.files import open_regular
+from diffusion_policy.basics.lines import one_line
 from diffusion_policy.datasets.durable import DurableFolder
 from diffusion_policy.datasets.guard import collect_async
 from diffusion_policy.datasets.guarded_store import GuardedStore, Listing, gather
-from diffusion_policy.files import open_regular
-from diffusion_policy.lines import one_line
 
 try:
     import fcntl

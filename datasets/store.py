@@ -24,6 +24,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import zarr
 
+from diffusion_policy.basics.files import sync_folder
+from diffusion_policy.basics.lines import one_line
+from diffusion_policy.basics.names import is_label
 from diffusion_policy.datasets.attributes import check_attributes, fits
 from diffusion_policy.datasets.checksums import RowChecksums, checksum
 from diffusion_policy.datasets.durable import DurableFolder, make_parents, sync_tree, unfinished_path
@@ -46,9 +49,6 @@ from diffusion_policy.datasets.storage import (
     settle,
     unfinished_files,
 )
-from diffusion_policy.files import sync_folder
-from diffusion_policy.lines import one_line
-from diffusion_policy.names import is_label
 
 FORMAT = "diffusion-policy episodes"
 FORMAT_VERSION = 2

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from diffusion_policy import __version__
+from diffusion_policy.basics.lines import one_line
 from diffusion_policy.commands.collect import Collect
 from diffusion_policy.commands.common import Failed, Interrupted
 from diffusion_policy.commands.compare import Compare
@@ -28,7 +29,6 @@ from diffusion_policy.commands.terminal import console, open_standard_streams, o
 from diffusion_policy.commands.toy import Toy
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import ConfigError
-from diffusion_policy.lines import one_line
 
 DESCRIPTION = """Learn multimodal robot behaviour from demonstrations, and measure success per mode.
 

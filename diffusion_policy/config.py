@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from diffusion_policy.bounds import MOST_CHARACTERS, MOST_SEED
+from diffusion_policy.basics.bounds import MOST_CHARACTERS, MOST_SEED
 
 # Names of what the registries of the diffusion core hold; written here since those need torch.
 ScheduleName = Literal["cosine", "linear", "sigmoid", "constant", "flow"]

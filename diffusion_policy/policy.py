@@ -21,17 +21,17 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from diffusion_policy.basics.streams import derive_entropy
 from diffusion_policy.config import PolicyConfig, SampleConfig
 from diffusion_policy.datasets.statistics import Statistics, measure
-from diffusion_policy.diffusion import Diffusion, Part, count_draws
-from diffusion_policy.guidance import CLIPS, GUIDANCE_SCHEDULES, classifier_free
+from diffusion_policy.diffusion.guidance import CLIPS, GUIDANCE_SCHEDULES, classifier_free
+from diffusion_policy.diffusion.prediction import PREDICTIONS
+from diffusion_policy.diffusion.process import Diffusion, Part, count_draws
+from diffusion_policy.diffusion.samplers import SAMPLERS, Denoise, Levels, Sampler, ddim
+from diffusion_policy.diffusion.schedules import make_schedule
 from diffusion_policy.networks.encoders import StateEncoder
-from diffusion_policy.networks.temporal_unet import TemporalUnet
+from diffusion_policy.networks.unet import TemporalUnet
 from diffusion_policy.normalizer import NORMALIZATIONS, Normalizer
-from diffusion_policy.prediction import PREDICTIONS
-from diffusion_policy.samplers import SAMPLERS, Denoise, Levels, Sampler, ddim
-from diffusion_policy.schedules import make_schedule
-from diffusion_policy.streams import derive_entropy
 
 MOST_DRAWN = 2**28
 """Numbers of noise for one batch of plans: 1 GB."""

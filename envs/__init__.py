@@ -10,7 +10,7 @@ from typing import Any
 
 import gymnasium
 
-from diffusion_policy import lines
+from diffusion_policy.basics import lines
 
 _TASKS = {  # entry point, control steps after which Gymnasium's time limit ends an episode
     "diffusion_policy/Avoid-v0": ("diffusion_policy.envs.avoid:AvoidEnv", 250),

@@ -11,9 +11,9 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from diffusion_policy.basics.lines import one_line
 from diffusion_policy.envs.protocols import TaskEnv
 from diffusion_policy.envs.spaces import TaskError
-from diffusion_policy.lines import one_line
 
 
 class Contract(gymnasium.Wrapper):

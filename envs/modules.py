@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from diffusion_policy import lines
+from diffusion_policy.basics import lines
 from diffusion_policy.envs.spaces import TaskError
 
 

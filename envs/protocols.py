@@ -15,10 +15,10 @@ from typing import Any, Protocol, cast
 import gymnasium
 import numpy as np
 
-from diffusion_policy.bounds import MOST_CHARACTERS
+from diffusion_policy.basics.bounds import MOST_CHARACTERS
+from diffusion_policy.basics.names import is_label
 from diffusion_policy.envs.scene import Scene
 from diffusion_policy.envs.spaces import TaskError, observed_space
-from diffusion_policy.names import is_label
 
 Observations = Mapping[str, np.ndarray]
 """{key: (...)} of one step, or {key: (steps, ...)} of several."""

@@ -18,9 +18,9 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 
-from diffusion_policy.bounds import MOST_CHARACTERS
-from diffusion_policy.lines import describe, one_line
-from diffusion_policy.names import join_names
+from diffusion_policy.basics.bounds import MOST_CHARACTERS
+from diffusion_policy.basics.lines import describe, one_line
+from diffusion_policy.basics.names import join_names
 
 Observation = dict[str, np.ndarray]
 KEPT = (np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64, np.float32, np.float64)

@@ -20,7 +20,7 @@ import numpy as np
 from gymnasium.envs.registration import WrapperSpec
 from gymnasium.wrappers import AddRenderObservation, AddWhiteNoise, ObstructView
 
-from diffusion_policy import lines
+from diffusion_policy.basics import lines
 from diffusion_policy.envs.contract import Contract, name_of_env
 from diffusion_policy.envs.modules import load
 from diffusion_policy.envs.protocols import layers

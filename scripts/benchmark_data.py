@@ -27,12 +27,12 @@ import zarr
 from diffusion_policy import envs
 from diffusion_policy.config import PolicyConfig, TrainConfig
 from diffusion_policy.datasets.collect import Demonstrator, collect
-from diffusion_policy.datasets.statistics import summarize
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore
+from diffusion_policy.datasets.summary import summarize
 from diffusion_policy.datasets.windows import Windows, hold_windows, load_windows
 from diffusion_policy.envs.experts import EXPERTS
 from diffusion_policy.policy import DiffusionPolicy
-from diffusion_policy.trainer import Trainer
+from diffusion_policy.training.trainer import Trainer
 
 HORIZONS = 2, 16
 BATCH = 256

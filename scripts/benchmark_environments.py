@@ -11,8 +11,8 @@ import tyro
 
 from diffusion_policy import envs
 from diffusion_policy.envs.experts import EXPERTS
-from diffusion_policy.host import Stretch
-from diffusion_policy.pool import EnvironmentPool
+from diffusion_policy.evaluation.host import Stretch
+from diffusion_policy.evaluation.pool import EnvironmentPool
 
 CASES = (
     ("diffusion_policy/Avoid-v0", {"rows": 1}),

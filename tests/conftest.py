@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from diffusion_policy import envs
-from diffusion_policy.checkpoint_files import describe
+from diffusion_policy.checkpoints.safe_files import describe
 from diffusion_policy.commands.collect import Collect
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import PolicyConfig, TrainConfig

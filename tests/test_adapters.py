@@ -27,7 +27,7 @@ from diffusion_policy.envs.examples import (
     mountain_car_mode,
 )
 from diffusion_policy.envs.modules import load
-from diffusion_policy.pool import EnvironmentPool
+from diffusion_policy.evaluation.pool import EnvironmentPool
 
 AVOID = "diffusion_policy/Avoid-v0"
 EXAMPLES = "diffusion_policy.envs.examples"

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_policy import report, video
-from diffusion_policy.checkpoint import find
-from diffusion_policy.checkpoint_files import describe
+from diffusion_policy.basics.files import WRITING, FileError
+from diffusion_policy.checkpoints.checkpoint import find
+from diffusion_policy.checkpoints.safe_files import describe
 from diffusion_policy.commands import afterwards, evaluate, pictures
 from diffusion_policy.commands.common import Failed, Interrupted
 from diffusion_policy.commands.episodes import observe
@@ -28,8 +28,9 @@ from diffusion_policy.config import SampleConfig, Signals
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs import protocols
 from diffusion_policy.envs.avoid import AvoidEnv
-from diffusion_policy.files import WRITING, FileError
-from diffusion_policy.metrics import Episode
+from diffusion_policy.evaluation.metrics import Episode
+from diffusion_policy.report import page as report
+from diffusion_policy.report import video
 
 NO_OPTIONS: Any = ()
 """Of what `rolled_out` puts in the place of functions."""

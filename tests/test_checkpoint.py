@@ -17,11 +17,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from diffusion_policy import checkpoint, checkpoint_contents
-from diffusion_policy.checkpoint import Checkpoint, CheckpointError, Dataset, Environment
-from diffusion_policy.checkpoint_files import describe
+from diffusion_policy.checkpoints import checkpoint
+from diffusion_policy.checkpoints import schema as checkpoint_contents
+from diffusion_policy.checkpoints.checkpoint import Checkpoint, CheckpointError, Dataset, Environment
+from diffusion_policy.checkpoints.safe_files import describe
 from diffusion_policy.config import PolicyConfig, TrainConfig
-from diffusion_policy.controller import planning_generator
+from diffusion_policy.control.controller import planning_generator
 from diffusion_policy.policy import DiffusionPolicy
 
 STATE = {"a.exp_avg": torch.arange(6.0).reshape(2, 3), "scaler.steps": torch.tensor(7), "none": torch.empty(0)}
@@ -401,7 +402,10 @@ def test_what_a_killed_run_left_is_removed(point: Checkpoint, tmp_path: Path) ->
     "where, error",
     [
         ("os.fsync", OSError(errno.ENOSPC, "No space left on device")),
-        ("diffusion_policy.checkpoint.save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
+        (
+            "diffusion_policy.checkpoints.checkpoint.save_file",
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+        ),
         ("pathlib.Path.write_text", OSError(errno.EDQUOT, "No space left on device for you")),
         ("pathlib.Path.rename", OSError(errno.EIO, "No space left on device, somehow")),
     ],

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import zarr
 
-from diffusion_policy import checkpoint
+from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.cli import main, parse
 from diffusion_policy.commands.common import load_with_environment
 from diffusion_policy.commands.episodes import FIRST_ROLLOUT_SEED, FIRST_TEST_SEED, refuse_seen_seeds

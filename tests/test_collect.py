@@ -15,12 +15,12 @@ import pytest
 from gymnasium.spaces import Box, Dict
 from gymnasium.wrappers import TimeLimit
 
-from diffusion_policy.bounds import MOST_STEPS
+from diffusion_policy.basics.bounds import MOST_STEPS
 from diffusion_policy.cli import main
 from diffusion_policy.datasets.collect import Demonstrator, DemonstratorError, collect
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore
-from diffusion_policy.engines import ordered_map
 from diffusion_policy.envs.experts import AvoidExpert
+from diffusion_policy.evaluation.engines import ordered_map
 
 
 def files_of(store: Path) -> dict[str, bytes]:
@@ -407,7 +407,7 @@ def test_the_episodes_before_a_crash_are_told_and_can_be_gone_on_with(
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("diffusion_policy.engines.RETRIES", 1)
+    monkeypatch.setattr("diffusion_policy.evaluation.engines.RETRIES", 1)
     command = ["collect", "--env", "crashing:crashing/Hanging-v0", "--expert", "crashing:Expert", "--episodes", "4"]
     assert main([*command, "--workers", "2", "--output", "store.zarr"]) == 2
     said = " ".join(capsys.readouterr().err.split())

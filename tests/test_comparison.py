@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from diffusion_policy.comparison import Outcomes, compare, paired_interval, sign_flip_test
+from diffusion_policy.evaluation.comparison import Outcomes, compare, paired_interval, sign_flip_test
 
 
 def outcomes(successes, first: int = 0, scores=None) -> Outcomes:

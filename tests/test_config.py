@@ -25,10 +25,10 @@ from diffusion_policy.config import (
     decode,
     from_dict,
 )
-from diffusion_policy.guidance import CLIPS, GUIDANCE_SCHEDULES
-from diffusion_policy.prediction import PREDICTIONS
-from diffusion_policy.samplers import SAMPLERS
-from diffusion_policy.schedules import SCHEDULES, SPACINGS
+from diffusion_policy.diffusion.guidance import CLIPS, GUIDANCE_SCHEDULES
+from diffusion_policy.diffusion.prediction import PREDICTIONS
+from diffusion_policy.diffusion.samplers import SAMPLERS
+from diffusion_policy.diffusion.schedules import SCHEDULES, SPACINGS
 
 
 @pytest.mark.parametrize(

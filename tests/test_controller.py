@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusion_policy.config import ConfigError
-from diffusion_policy.controller import Controller, planning_generator
+from diffusion_policy.control.controller import Controller, planning_generator
 from diffusion_policy.policy import Shapes
 
 

@@ -377,7 +377,7 @@ def test_lerobot_data_goes_on_in_a_new_file_when_one_is_full(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("pyarrow")
-    from diffusion_policy.datasets import lerobot
+    from diffusion_policy.datasets.formats import lerobot
 
     monkeypatch.setattr(lerobot, "FILE_MB", 1e-3)
     monkeypatch.setattr(lerobot, "FILES_PER_CHUNK", 2)
@@ -1013,7 +1013,7 @@ def test_an_interrupted_conversion_leaves_nothing(
 
 
 def test_a_disk_that_is_full_leaves_nothing(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffusion_policy.datasets import npz
+    from diffusion_policy.datasets.formats import npz
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -67,7 +67,7 @@ def test_groups_within_a_demo_are_joined_by_dots_and_other_lengths_are_left_out(
 
 
 def test_what_is_named_is_all_that_is_read_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffusion_policy.datasets import hdf5
+    from diffusion_policy.datasets.formats import hdf5
 
     touched: list[str] = []
     real = hdf5.File.rows
@@ -285,7 +285,7 @@ def make_d4rl(path: Path, **more: Any) -> Path:
 
 
 def test_a_flat_file_is_cut_at_terminals_and_timeouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffusion_policy.datasets import d4rl
+    from diffusion_policy.datasets.formats import d4rl
 
     path = make_d4rl(tmp_path / "x.hdf5", wrong=np.zeros(7))
     monkeypatch.setattr(d4rl, "BLOCK_BYTES", 6 * 8)  # a row or so at a time

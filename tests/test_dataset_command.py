@@ -10,7 +10,7 @@ import pytest
 import torch
 import zarr
 
-from diffusion_policy import checkpoint
+from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.cli import main
 from diffusion_policy.commands.collect import Collect
 from diffusion_policy.commands.common import parse_angles

@@ -12,14 +12,14 @@ import torch
 import zarr
 from torch import Tensor
 
-from diffusion_policy import doctor
 from diffusion_policy.cli import main
 from diffusion_policy.config import PolicyConfig, SampleConfig
 from diffusion_policy.datasets.statistics import measure
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore
 from diffusion_policy.datasets.windows import Batch, Windows
+from diffusion_policy.diffusion.schedules import SCHEDULES, constant, linear, make_schedule
 from diffusion_policy.policy import DiffusionPolicy
-from diffusion_policy.schedules import SCHEDULES, constant, linear, make_schedule
+from diffusion_policy.training import doctor
 
 CONFIG = PolicyConfig(widths=(16, 32), level_dim=32, levels=20)
 ENDS = np.array([60, 130, 200])

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from diffusion_policy.engines import GivenUp, each_alone, ordered_map, require_engine
-from diffusion_policy.spawned import no_interrupts
+from diffusion_policy.evaluation.engines import GivenUp, each_alone, ordered_map, require_engine
+from diffusion_policy.evaluation.spawned import no_interrupts
 
 
 def square(x: int) -> int:
@@ -118,7 +118,7 @@ def test_an_item_whose_worker_died_is_begun_again(tmp_path: Path) -> None:
 def test_an_item_that_kills_every_worker_is_given_up_after_the_items_before_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("diffusion_policy.engines.RETRIES", 1)
+    monkeypatch.setattr("diffusion_policy.evaluation.engines.RETRIES", 1)
     results = ordered_map(make_unlucky, [1, 2, 4, 5], 2)
     assert [next(results), next(results)] == [1, 2]
     with pytest.raises(GivenUp, match=r"^worker processes died 2 times at item 4 \(exit status 9\)$") as caught:

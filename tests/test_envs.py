@@ -14,7 +14,7 @@ from gymnasium.utils.env_checker import check_env
 
 from diffusion_policy import envs
 from diffusion_policy.envs.avoid import FINISH_Y, MAX_ACTION, ROWS, START_RANGE, START_XY
-from diffusion_policy.pool import EnvironmentPool
+from diffusion_policy.evaluation.pool import EnvironmentPool
 
 AVOID = "diffusion_policy/Avoid-v0"
 MISSING = pytest.mark.skipif(find_spec("gym_pusht") is None, reason="gym-pusht is not installed")

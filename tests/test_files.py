@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffusion_policy.files import (
+from diffusion_policy.basics.files import (
     MAX_BRACKETS,
     FileError,
     format_json,

@@ -2,14 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion_policy.guidance import (
-    CLIPS,
-    GUIDANCE_SCHEDULES,
-    classifier_free,
-    dynamic_clip,
-    static_clip,
-)
-from diffusion_policy.schedules import cosine
+from diffusion_policy.diffusion.guidance import CLIPS, GUIDANCE_SCHEDULES, classifier_free, dynamic_clip, static_clip
+from diffusion_policy.diffusion.schedules import cosine
 
 K = 10
 X0_COND, X0_UNCOND = torch.randn(2, 3, 8, 2, dtype=torch.float64)

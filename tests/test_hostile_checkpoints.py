@@ -25,13 +25,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffusion_policy import checkpoint
-from diffusion_policy.checkpoint import Checkpoint, CheckpointError, Dataset, Environment
-from diffusion_policy.checkpoint_files import MAX_HEADER_BYTES, describe
+from diffusion_policy.basics.files import MAX_JSON_BYTES
+from diffusion_policy.checkpoints import checkpoint
+from diffusion_policy.checkpoints.checkpoint import Checkpoint, CheckpointError, Dataset, Environment
+from diffusion_policy.checkpoints.safe_files import MAX_HEADER_BYTES, describe
 from diffusion_policy.commands.sweep import Sweep
 from diffusion_policy.commands.sweep import describe as describe_trial
 from diffusion_policy.config import PolicyConfig, TrainConfig
-from diffusion_policy.files import MAX_JSON_BYTES
 from diffusion_policy.policy import DiffusionPolicy
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest
 
-from diffusion_policy.intervals import (
+from diffusion_policy.evaluation.intervals import (
     Measure,
     Metric,
     by_cluster,

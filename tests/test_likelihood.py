@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion_policy.likelihood import score, variational_bound
-from diffusion_policy.samplers import Denoise
-from diffusion_policy.schedules import SCHEDULES, Schedule, choose_levels, cosine
+from diffusion_policy.diffusion.likelihood import score, variational_bound
+from diffusion_policy.diffusion.samplers import Denoise
+from diffusion_policy.diffusion.schedules import SCHEDULES, Schedule, choose_levels, cosine
 
 MEAN, DEVIATION = 0.7, 0.3
 CENTERS = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion_policy.metrics import (
+from diffusion_policy.evaluation.metrics import (
     Episode,
     Metric,
     Plan,

@@ -3,7 +3,7 @@ import torch
 
 from diffusion_policy.networks.blocks import LevelEmbedding
 from diffusion_policy.networks.encoders import StateEncoder
-from diffusion_policy.networks.temporal_unet import TemporalUnet
+from diffusion_policy.networks.unet import TemporalUnet
 
 
 @pytest.mark.parametrize("widths, horizon", [((8,), 1), ((8,), 5), ((8, 16), 6), ((8, 16, 32), 4), ((8, 8, 8, 8), 16)])

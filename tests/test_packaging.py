@@ -25,14 +25,14 @@ def test_the_wheel_holds_everything_and_leaves_other_packages_alone(tmp_path: Pa
     modules = [
         ".".join(("diffusion_policy", *path.relative_to(folder).with_suffix("").parts)).replace(".__init__", "")
         if folder.name == "diffusion_policy"
-        else f"diffusion_policy.{folder.name}.{path.stem}"
+        else ".".join(("diffusion_policy", folder.name, *path.relative_to(folder).with_suffix("").parts))
         for folder in (ROOT / "diffusion_policy", ROOT / "envs", ROOT / "datasets")
         for path in folder.rglob("*.py")
-        if path.parent.name not in ("envs", "datasets") or path.parent == folder
+        if folder.name != "diffusion_policy" or path.relative_to(folder).parts[0] not in ("envs", "datasets")
     ]
     modules = [module.removesuffix(".__init__") for module in modules]
     assert len(modules) > 30
-    templates = {path.name for path in (ROOT / "diffusion_policy").glob("*.jinja")}
+    templates = {path.name for path in (ROOT / "diffusion_policy" / "report" / "templates").glob("*.jinja")}
     code = f"""
 import importlib, importlib.resources, pathlib
 for module in {modules!r}:
@@ -40,7 +40,7 @@ for module in {modules!r}:
     assert found.__file__ is None or pathlib.Path(found.__file__).is_relative_to({str(site)!r}), found.__file__
 import datasets
 assert datasets.owner == 'Hugging Face'
-installed = {{path.name for path in importlib.resources.files('diffusion_policy').iterdir()}}
+installed = {{path.name for path in (importlib.resources.files('diffusion_policy.report') / 'templates').iterdir()}}
 assert {templates!r} <= installed
 """
     environment = {**os.environ, "PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}

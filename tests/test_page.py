@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from diffusion_policy.envs.scene import Scene
-from diffusion_policy.report import Fan, Moment, Pictures, PlanePath, Video, write_report
+from diffusion_policy.report.page import Fan, Moment, Pictures, PlanePath, Video, write_report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")

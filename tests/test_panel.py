@@ -12,7 +12,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from diffusion_policy.commands.panel import WIDEST, Pace, Panel, Sparkline, resident_memory
-from diffusion_policy.trainer import Progress
+from diffusion_policy.training.trainer import Progress
 
 
 class Terminal(io.StringIO):

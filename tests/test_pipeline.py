@@ -8,7 +8,7 @@ from pathlib import Path
 import imageio.v2 as imageio
 import pytest
 
-from diffusion_policy import checkpoint
+from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.datasets.store import EpisodeStore
 
 SMALL = ["--widths", "32", "64", "--level-dim", "64", "--batch-size", "64", "--learning-rate", "1e-3"]

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from diffusion_policy.config import PolicyConfig, SampleConfig
-from diffusion_policy.controller import planning_generator
-from diffusion_policy.diffusion import count_draws
+from diffusion_policy.control.controller import planning_generator
+from diffusion_policy.diffusion.prediction import PREDICTIONS
+from diffusion_policy.diffusion.process import count_draws
+from diffusion_policy.diffusion.samplers import SAMPLERS
+from diffusion_policy.diffusion.schedules import SCHEDULES
 from diffusion_policy.policy import DiffusionPolicy, Shapes, choose_device
-from diffusion_policy.prediction import PREDICTIONS
-from diffusion_policy.samplers import SAMPLERS
-from diffusion_policy.schedules import SCHEDULES
 
 CONFIG = PolicyConfig(widths=(16, 32), level_dim=32, levels=20)
 RNG = np.random.default_rng(0)

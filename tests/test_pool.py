@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from gymnasium.wrappers import TimeLimit
 
-from diffusion_policy.bounds import MOST_STEPS
-from diffusion_policy.host import Fault, Stretch
-from diffusion_policy.pool import EnvironmentPool
+from diffusion_policy.basics.bounds import MOST_STEPS
+from diffusion_policy.evaluation.host import Fault, Stretch
+from diffusion_policy.evaluation.pool import EnvironmentPool
 
 NOTHING = np.zeros((1, 1), np.float32)
 """One action."""

@@ -2,8 +2,8 @@ import pytest
 import torch
 from diffusers.training_utils import compute_snr
 
-from diffusion_policy.prediction import PREDICTIONS, loss_weight
-from diffusion_policy.schedules import SCHEDULES, constant, cosine
+from diffusion_policy.diffusion.prediction import PREDICTIONS, loss_weight
+from diffusion_policy.diffusion.schedules import SCHEDULES, constant, cosine
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

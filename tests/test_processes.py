@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion_policy import checkpoint
+from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import PolicyConfig, TrainConfig
-from diffusion_policy.processes import Processes, join_processes
+from diffusion_policy.training.distributed import Processes, join_processes
 
 TINY = PolicyConfig(widths=(16, 32), level_dim=32, levels=20)
 TRAINING = TrainConfig(

@@ -17,16 +17,16 @@ import gymnasium
 import numpy as np
 import pytest
 
-from diffusion_policy import engines
 from diffusion_policy.cli import main
 from diffusion_policy.commands.collect import Collect
 from diffusion_policy.commands.evaluate import Evaluate
 from diffusion_policy.config import SampleConfig
 from diffusion_policy.datasets.store import EpisodeStore
-from diffusion_policy.engines import each_alone, ordered_map
-from diffusion_policy.host import Fault
-from diffusion_policy.metrics import Episode
-from diffusion_policy.pool import EnvironmentPool
+from diffusion_policy.evaluation import engines
+from diffusion_policy.evaluation.engines import each_alone, ordered_map
+from diffusion_policy.evaluation.host import Fault
+from diffusion_policy.evaluation.metrics import Episode
+from diffusion_policy.evaluation.pool import EnvironmentPool
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
 
@@ -123,7 +123,7 @@ def test_an_item_whose_worker_died_is_begun_again(tmp_path: Path) -> None:
 
 
 def test_an_item_that_kills_every_worker_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffusion_policy.ray_cluster.RETRIES", 1)
+    monkeypatch.setattr("diffusion_policy.evaluation.ray_engine.RETRIES", 1)
     with pytest.raises(OSError, match="a worker of the Ray cluster died 2 times at one piece of work"):
         list(ordered_map(partial(call, always_dies), [1], 1, "ray"))
 
@@ -216,9 +216,9 @@ class Fragile(gymnasium.Wrapper):
 
 @pytest.mark.slow
 def test_a_killed_worker_changes_no_episode(make_env: partial, run: Path, tmp_path: Path) -> None:
-    from diffusion_policy import checkpoint  # workers import this module too, and need no torch
-    from diffusion_policy.controller import Controller
-    from diffusion_policy.rollout import rollout
+    from diffusion_policy.checkpoints import checkpoint  # workers import this module too, and need no torch
+    from diffusion_policy.control.controller import Controller
+    from diffusion_policy.evaluation.rollout import rollout
 
     make_controller = partial(Controller, checkpoint.load(run).policy, sampling=SampleConfig("ddim", 2), plan_batch=3)
     roll_out = partial(rollout, make_controller=make_controller, seeds=SEEDS, mode_of=make_env().unwrapped.mode)

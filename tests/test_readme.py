@@ -12,7 +12,7 @@ import pytest
 
 from diffusion_policy.cli import main, parse
 from diffusion_policy.commands import demo
-from diffusion_policy.samplers import SAMPLERS
+from diffusion_policy.diffusion.samplers import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

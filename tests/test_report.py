@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffusion_policy.comparison import compare
-from diffusion_policy.drawing import draw_delay, mode_colors
 from diffusion_policy.envs.scene import Scene
-from diffusion_policy.gallery import LEAF_HEIGHT, MOST_POINTS, Plane, Tree, mode_tree
-from diffusion_policy.report import Fan, Moment, Pictures, PlanePath, Video, write_comparison, write_report
-from diffusion_policy.wording import Line, number, number_interval, scorecard_lines, share, share_interval, tiles
+from diffusion_policy.evaluation.comparison import compare
+from diffusion_policy.report.evaluation_figures import draw_delay, mode_colors
+from diffusion_policy.report.page import Fan, Moment, Pictures, PlanePath, Video, write_comparison, write_report
+from diffusion_policy.report.svg import LEAF_HEIGHT, MOST_POINTS, Plane, Tree, mode_tree
+from diffusion_policy.report.text import Line, number, number_interval, scorecard_lines, share, share_interval, tiles
 
 NOTHING = Pictures(None, [], [], [], [], [])
 UNDEFINED = {"value": None, "low": None, "high": None}

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from diffusion_policy.basics.files import format_json
 from diffusion_policy.cli import main
 from diffusion_policy.commands.compare import Compare
-from diffusion_policy.files import format_json
-from diffusion_policy.results import read_results
+from diffusion_policy.evaluation.results import read_results
 
 MISSING = object()
 METRIC = {"value": 0.5, "low": 0.4, "high": None}

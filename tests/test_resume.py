@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_policy import checkpoint
+from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.cli import main
 from diffusion_policy.commands import runs
 from diffusion_policy.commands.collect import Collect
@@ -23,7 +23,7 @@ from diffusion_policy.commands.common import Interrupted
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig
 from diffusion_policy.datasets.store import EpisodeStore
-from diffusion_policy.trainer import Trainer
+from diffusion_policy.training.trainer import Trainer
 
 TINY = PolicyConfig(widths=(16, 32), level_dim=32, levels=20)
 TRAINING = TrainConfig(
@@ -150,7 +150,7 @@ from pathlib import Path
 from diffusion_policy import checkpoint
 from diffusion_policy.commands import panel
 from diffusion_policy.commands.train import Train
-import diffusion_policy.trainer, diffusion_policy.datasets.statistics, diffusion_policy.trackers
+import diffusion_policy.training.trainer, diffusion_policy.datasets.statistics, diffusion_policy.training.trackers
 for line in sys.stdin:  # one attempt a line, each in a fork, since imports take longest
     child = os.fork()
     if child == 0:

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from gymnasium.wrappers import FilterObservation
 
-from diffusion_policy import checkpoint
+from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.config import PolicyConfig, SampleConfig
-from diffusion_policy.controller import Controller
+from diffusion_policy.control.controller import Controller
 from diffusion_policy.envs.adapters import TaskError
-from diffusion_policy.metrics import Episode, Lost
+from diffusion_policy.evaluation.metrics import Episode, Lost
+from diffusion_policy.evaluation.rollout import ModeFailure, RolloutError, rollout
 from diffusion_policy.policy import DiffusionPolicy, Shapes
-from diffusion_policy.rollout import ModeFailure, RolloutError, rollout
 
 SEEDS = range(100_000, 100_007)
 

@@ -24,8 +24,8 @@ from diffusers.schedulers import scheduling_flow_match_euler_discrete as flow_eu
 from diffusers.schedulers import scheduling_flow_match_heun_discrete as flow_heun
 from torch import Tensor
 
-from diffusion_policy.prediction import PREDICTIONS
-from diffusion_policy.samplers import (
+from diffusion_policy.diffusion.prediction import PREDICTIONS
+from diffusion_policy.diffusion.samplers import (
     SAMPLERS,
     ddim,
     ddpm,
@@ -37,8 +37,8 @@ from diffusion_policy.samplers import (
     langevin,
     unipc,
 )
-from diffusion_policy.schedules import SCHEDULES as SCHEDULE_FUNCTIONS
-from diffusion_policy.schedules import Schedule, choose_levels, constant, cosine, flow, linear, sigmoid
+from diffusion_policy.diffusion.schedules import SCHEDULES as SCHEDULE_FUNCTIONS
+from diffusion_policy.diffusion.schedules import Schedule, choose_levels, constant, cosine, flow, linear, sigmoid
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with numpy 2
 

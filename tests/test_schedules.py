@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion_policy.schedules import (
+from diffusion_policy.diffusion.schedules import (
     SCHEDULES,
     SPACINGS,
     Schedule,

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from diffusion_policy.datasets.statistics import Measuring, measure, summarize
+from diffusion_policy.datasets.statistics import Measuring, measure
 from diffusion_policy.datasets.store import EpisodeStore
+from diffusion_policy.datasets.summary import summarize
 
 
 @given(

@@ -11,9 +11,9 @@ from diffusion_policy.commands import study as study_module
 from diffusion_policy.commands.common import Interrupted
 from diffusion_policy.commands.episodes import RolledOut
 from diffusion_policy.commands.study import Study
-from diffusion_policy.figures import draw_study
-from diffusion_policy.metrics import Lost
-from diffusion_policy.rollout import RolloutError
+from diffusion_policy.evaluation.metrics import Lost
+from diffusion_policy.evaluation.rollout import RolloutError
+from diffusion_policy.report.figures import draw_study
 
 
 def test_the_study_measures_each_sampler_at_each_number_of_steps(run: Path, tmp_path: Path, capsys) -> None:
@@ -98,7 +98,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_results(
     def fail(_: Any) -> None:
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr("diffusion_policy.figures.draw_study", fail)
+    monkeypatch.setattr("diffusion_policy.report.figures.draw_study", fail)
     Study("samplers", run, tmp_path / "s", samplers=("ddim",), steps=(1,), episodes=1, workers=1).run()
     assert "no picture: RuntimeError: no fonts" in capsys.readouterr().err
     assert [each.name for each in (tmp_path / "s").iterdir()] == ["results.json"]

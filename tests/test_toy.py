@@ -8,10 +8,10 @@ import pytest
 import scipy.stats
 import torch
 
-from diffusion_policy import toy
 from diffusion_policy.commands.toy import Toy
-from diffusion_policy.likelihood import variational_bound
-from diffusion_policy.samplers import SAMPLERS
+from diffusion_policy.diffusion.likelihood import variational_bound
+from diffusion_policy.diffusion.samplers import SAMPLERS
+from diffusion_policy.training import toy
 
 
 def generator() -> torch.Generator:

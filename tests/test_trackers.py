@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from diffusion_policy.config import ConfigError
-from diffusion_policy.trackers import GROUPED, JsonLines, TensorBoard, Trackers, make_trackers
-from diffusion_policy.trainer import Progress
+from diffusion_policy.training.trackers import GROUPED, JsonLines, TensorBoard, Trackers, make_trackers
+from diffusion_policy.training.trainer import Progress
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -202,7 +202,7 @@ def test_without_a_key_wandb_is_explained_in_one_line_and_asks_nothing_on_the_te
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     code = (
-        "from pathlib import Path; from diffusion_policy.trackers import make_trackers\n"
+        "from pathlib import Path; from diffusion_policy.training.trackers import make_trackers\n"
         "try: make_trackers(['wandb'], Path('run'), {}, 0)\n"
         "except ValueError as error: print(error)"
     )

@@ -8,7 +8,7 @@ import torch
 from diffusion_policy.config import PolicyConfig, TrainConfig
 from diffusion_policy.datasets.windows import Windows
 from diffusion_policy.policy import DiffusionPolicy
-from diffusion_policy.trainer import Diverged, Progress, Trainer, learning_rate_factor, least_memory
+from diffusion_policy.training.trainer import Diverged, Progress, Trainer, learning_rate_factor, least_memory
 
 CONFIG = PolicyConfig(prediction_horizon=8, action_horizon=4, widths=(16, 32), level_dim=32, levels=20)
 RNG = np.random.default_rng(0)

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from diffusion_policy.diffusion import Diffusion
-from diffusion_policy.prediction import PREDICTIONS
-from diffusion_policy.samplers import ddpm
-from diffusion_policy.schedules import Schedule, choose_levels, cosine, flow, linear
-from diffusion_policy.variance import BOUND_WEIGHT, LearnedVariance
+from diffusion_policy.diffusion.prediction import PREDICTIONS
+from diffusion_policy.diffusion.process import Diffusion
+from diffusion_policy.diffusion.samplers import ddpm
+from diffusion_policy.diffusion.schedules import Schedule, choose_levels, cosine, flow, linear
+from diffusion_policy.diffusion.variance import BOUND_WEIGHT, LearnedVariance
 
 K = 20
 

@@ -6,10 +6,10 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 
-from diffusion_policy import video
+from diffusion_policy.basics.files import WRITING
 from diffusion_policy.envs.avoid import AvoidEnv
-from diffusion_policy.files import WRITING
-from diffusion_policy.video import Camera, Filmer, Script, VideoError, tile, write_video
+from diffusion_policy.report import video
+from diffusion_policy.report.video import Camera, Filmer, Script, VideoError, tile, write_video
 
 
 def film(length: int, shade: int) -> np.ndarray:

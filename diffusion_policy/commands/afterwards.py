@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from diffusion_policy.basics.files import WRITING, plain
+from diffusion_policy.basics.lines import describe, one_line
 from diffusion_policy.commands.common import Failed, holding, require_fresh
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError
-from diffusion_policy.files import WRITING, plain
-from diffusion_policy.lines import describe, one_line
 
 T = TypeVar("T")
 

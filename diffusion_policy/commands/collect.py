@@ -31,7 +31,7 @@ from diffusion_policy.commands.common import (
 )
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError, Signals, from_dict, require_at_least, require_numbers, require_seed
-from diffusion_policy.engines import Engine, GivenUp, available_cores, ordered_map, require_engine
+from diffusion_policy.evaluation.engines import Engine, GivenUp, available_cores, ordered_map, require_engine
 
 if TYPE_CHECKING:
     import gymnasium

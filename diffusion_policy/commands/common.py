@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from diffusion_policy.basics.files import once_each, parse_json
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError, SampleConfig, Signals, from_dict
-from diffusion_policy.files import once_each, parse_json
 
 if TYPE_CHECKING:
     import gymnasium
 
-    from diffusion_policy.checkpoint import Checkpoint
+    from diffusion_policy.checkpoints.checkpoint import Checkpoint
     from diffusion_policy.datasets.store import EpisodeStore
     from diffusion_policy.envs.adapters import Task
 
@@ -409,7 +409,7 @@ def load_with_environment(
     Raises ValueError when there is no environment, when its spaces do not fit the policy, or when the policy cannot
     sample as `sampling` says.
     """
-    from diffusion_policy import checkpoint
+    from diffusion_policy.checkpoints import checkpoint
     from diffusion_policy.policy import choose_device
 
     return join_environment(path, checkpoint.load(path, choose_device(device)), env, env_kwargs, sampling, signals)

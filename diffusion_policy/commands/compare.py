@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from diffusion_policy.basics.files import format_json, write_whole
 from diffusion_policy.commands.common import require_fresh
 from diffusion_policy.commands.terminal import console, out
 from diffusion_policy.config import ConfigError
-from diffusion_policy.files import format_json, write_whole
 
 if TYPE_CHECKING:
-    from diffusion_policy.comparison import Comparison
+    from diffusion_policy.evaluation.comparison import Comparison
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Compare:
     def run(self) -> Comparison:
         """Compare; raises ConfigError for evaluations of different tasks or without a common seed, and where seeds do
         not repeat episodes."""
-        from diffusion_policy.comparison import compare
-        from diffusion_policy.report import write_comparison
-        from diffusion_policy.results import read_results
+        from diffusion_policy.evaluation.comparison import compare
+        from diffusion_policy.evaluation.results import read_results
+        from diffusion_policy.report.page import write_comparison
 
         if self.output is not None:
             require_fresh(self.output)
@@ -76,7 +76,7 @@ def tell_task(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def require_pairs(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
     """Raise ConfigError where the episodes of one seed are not the same in two evaluations."""
-    from diffusion_policy.wording import share, share_interval
+    from diffusion_policy.report.text import share, share_interval
 
     if a.get("seeds_repeat") is not False and b.get("seeds_repeat") is not False:
         return

@@ -22,9 +22,9 @@ from diffusion_policy.config import ConfigError, require_seed
 if TYPE_CHECKING:
     from diffusion_policy.datasets.repair import Repaired
     from diffusion_policy.datasets.store import Demonstration, EpisodeStore
-    from diffusion_policy.drawing import PlanePath
     from diffusion_policy.envs.protocols import Drawable
     from diffusion_policy.envs.scene import Scene
+    from diffusion_policy.report.evaluation_figures import PlanePath
 
 ROLES = ("observation", "action", "other")
 FormatName = Literal["zarr", "robomimic", "lerobot", "minari", "npz", "aloha", "maniskill", "d4rl"]
@@ -255,7 +255,7 @@ class Plot:
     def run(self) -> None:
         """Draw; raises ConfigError for columns that are not there and a folder that holds something."""
         from diffusion_policy.datasets.statistics import Measuring
-        from diffusion_policy.figures import draw_columns, draw_lengths, draw_trajectories
+        from diffusion_policy.report.figures import draw_columns, draw_lengths, draw_trajectories
 
         require_fresh(self.output)
         store = open_store(self.store)
@@ -278,7 +278,7 @@ class Plot:
     def _plane(self, store: EpisodeStore) -> tuple[list[PlanePath], Scene | None, tuple[str, str]] | None:
         """Episodes as paths in a plane, what stands in it, and what its axes are; None without two columns."""
         from diffusion_policy.datasets.store import StoreError
-        from diffusion_policy.drawing import PlanePath, choose_drawn
+        from diffusion_policy.report.evaluation_figures import PlanePath, choose_drawn
 
         drawn = choose_drawn(len(store.episode_ends))
         task = self._task(store)
@@ -331,7 +331,7 @@ def inspect(store: EpisodeStore) -> dict[str, Any]:
 
     from diffusion_policy.datasets.guard import codec_names
     from diffusion_policy.datasets.store import StoreError
-    from diffusion_policy.metrics import NONE
+    from diffusion_policy.evaluation.metrics import NONE
 
     lengths = np.diff(store.episode_ends, prepend=0)
     keys: dict[str, Any] = {}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusion_policy.bounds import MOST_SEED
+from diffusion_policy.basics.bounds import MOST_SEED
 from diffusion_policy.commands.collect import Collect
 from diffusion_policy.commands.common import require_fresh
 from diffusion_policy.commands.episodes import FIRST_TEST_SEED

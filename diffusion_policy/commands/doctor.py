@@ -15,6 +15,7 @@ import tyro
 from rich.text import Text
 
 from diffusion_policy import __version__
+from diffusion_policy.basics.lines import printable
 from diffusion_policy.commands.common import (
     Failed,
     Keys,
@@ -27,17 +28,16 @@ from diffusion_policy.commands.common import (
 )
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError, PolicyConfig, SampleConfig, require_at_least, require_seed
-from diffusion_policy.lines import printable
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from diffusion_policy.checkpoint import Checkpoint
+    from diffusion_policy.checkpoints.checkpoint import Checkpoint
     from diffusion_policy.datasets.store import EpisodeStore
     from diffusion_policy.datasets.windows import Windows
-    from diffusion_policy.doctor import Check
     from diffusion_policy.policy import DiffusionPolicy
+    from diffusion_policy.training.doctor import Check
 
 PROBED = 512
 """Windows that a trained policy is looked at with."""
@@ -93,9 +93,9 @@ class Doctor:
     def run(self) -> list[Check]:
         """Check; returns all checks. Raises ValueError for a data set or checkpoint that cannot be opened, and Failed
         when a check fails."""
-        from diffusion_policy import checkpoint
-        from diffusion_policy.doctor import draw_timeline
+        from diffusion_policy.checkpoints import checkpoint
         from diffusion_policy.policy import choose_device
+        from diffusion_policy.training.doctor import draw_timeline
 
         if self.output:
             require_fresh(self.output)
@@ -147,12 +147,12 @@ class Doctor:
         import numpy as np
         import torch
 
-        from diffusion_policy import doctor
-        from diffusion_policy.checkpoint import count_weights, without_memory
+        from diffusion_policy.checkpoints.checkpoint import count_weights, without_memory
         from diffusion_policy.datasets.statistics import measure
-        from diffusion_policy.figures import draw_noised
+        from diffusion_policy.diffusion.schedules import make_schedule
         from diffusion_policy.policy import DiffusionPolicy
-        from diffusion_policy.schedules import make_schedule
+        from diffusion_policy.report.figures import draw_noised
+        from diffusion_policy.training import doctor
 
         check, schedule = doctor.check_decreasing(
             lambda: make_schedule(config.schedule, config.levels, config.schedule_options)
@@ -214,7 +214,7 @@ class Doctor:
         import numpy as np
         import torch
 
-        from diffusion_policy import doctor
+        from diffusion_policy.training import doctor
 
         normalized = policy.normalizer.normalize("action", torch.from_numpy(data["action"]))
         lengths = np.diff(episode_ends, prepend=0)
@@ -226,7 +226,7 @@ class Doctor:
     def _find_data(self, loaded: Checkpoint | None) -> tuple[EpisodeStore | None, Keys, list[Check]]:
         """The data set to look at and the keys to observe; a warning where a checkpoint's own has gone or changed."""
         from diffusion_policy.datasets.store import StoreError
-        from diffusion_policy.doctor import Check
+        from diffusion_policy.training.doctor import Check
 
         if self.dataset is not None:
             store = open_store(self.dataset)
@@ -254,8 +254,8 @@ class Doctor:
         """What needs a trained policy."""
         import torch
 
-        from diffusion_policy import doctor
         from diffusion_policy.policy import derive_generator
+        from diffusion_policy.training import doctor
 
         order = torch.randperm(len(windows), generator=derive_generator("doctor windows", self.seed))
         probed = min(PROBED, max(2, PROBED_NUMBERS // _numbers_held(policy)))
@@ -301,7 +301,7 @@ def _read(store: EpisodeStore, keys: Keys) -> tuple[dict[str, np.ndarray], np.nd
 
     from diffusion_policy.datasets.store import StoreError
     from diffusion_policy.datasets.windows import episodes_within, read_episodes
-    from diffusion_policy.doctor import Check
+    from diffusion_policy.training.doctor import Check
 
     data, ends, problems = {}, np.empty(0), []
     try:

@@ -11,19 +11,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffusion_policy import __version__
-from diffusion_policy.bounds import MOST_SEED
+from diffusion_policy.basics.bounds import MOST_SEED
 from diffusion_policy.commands.common import Interrupted, Loaded, is_same_id, progress_bar
 from diffusion_policy.config import MAX_EPISODES, ConfigError, SampleConfig
-from diffusion_policy.engines import HANG_AFTER, Engine
+from diffusion_policy.evaluation.engines import HANG_AFTER, Engine
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     from diffusion_policy.commands.afterwards import Remarks
-    from diffusion_policy.metrics import Episode, Lost, Scorecard
+    from diffusion_policy.evaluation.metrics import Episode, Lost, Scorecard
+    from diffusion_policy.evaluation.rollout import ModeFailure
     from diffusion_policy.policy import DiffusionPolicy
-    from diffusion_policy.rollout import ModeFailure
 
 FIRST_TEST_SEED, FIRST_ROLLOUT_SEED = 100_000, 200_000
 """Seeds of evaluations and those of rollouts in training begin here; those of demonstrations begin at 0."""
@@ -50,7 +50,7 @@ def choose_modes(loaded: Loaded) -> tuple[tuple[str, ...], str | None]:
     """The modes that entropy and coverage are measured against, and whose list it is: the environment's, or where that
     knows none, those among the demonstrations."""
     from diffusion_policy.envs.protocols import as_multimodal
-    from diffusion_policy.metrics import NONE
+    from diffusion_policy.evaluation.metrics import NONE
 
     task = as_multimodal(loaded.env)
     if task is not None and task.modes:
@@ -116,7 +116,7 @@ def require_episodes(episodes: int, parallel: int = 1) -> None:
 
 def draw_bytes(policy: DiffusionPolicy, sampling: SampleConfig) -> int:
     """Of the noise that one sequence is sampled from."""
-    from diffusion_policy.diffusion import count_draws
+    from diffusion_policy.diffusion.process import count_draws
 
     sampler, levels = policy.require(sampling)
     numbers = policy.config.prediction_horizon * math.prod(policy.shapes.action)
@@ -156,8 +156,8 @@ def run_episodes(
     task = as_multimodal(loaded.env)
     mode_of = task.mode if task else lambda _: None
     try:
-        from diffusion_policy.controller import Controller
-        from diffusion_policy.rollout import rollout
+        from diffusion_policy.control.controller import Controller
+        from diffusion_policy.evaluation.rollout import rollout
 
         with progress_bar("episodes") as bar:
             shown = bar.add_task("rolling out", total=len(seeds) * repeats, note="")
@@ -194,8 +194,8 @@ def measure_episodes(
 ) -> Scorecard:
     """The scorecard of episodes; jerk and commitment, for which the environment's own functions are asked, are
     undefined where those fail."""
-    from diffusion_policy import metrics
     from diffusion_policy.envs.protocols import as_choosing, as_drawable
+    from diffusion_policy.evaluation import metrics
 
     drawable, choosing = as_drawable(loaded.env), as_choosing(loaded.env)
     path, choice = drawable and drawable.path, choosing and choosing.choice

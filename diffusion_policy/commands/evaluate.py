@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.table import Table
 
+from diffusion_policy.basics.files import format_json, plain, write_whole
 from diffusion_policy.commands.afterwards import PAGE, RESULTS, Remarks, hold_output, require_same, waits_for_page
 from diffusion_policy.commands.common import (
     Failed,
@@ -35,12 +36,11 @@ from diffusion_policy.commands.episodes import (
 )
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError, SampleConfig, Signals, require_at_least, require_seed
-from diffusion_policy.engines import HANG_AFTER, Engine, available_cores, require_engine
-from diffusion_policy.files import format_json, plain, write_whole
+from diffusion_policy.evaluation.engines import HANG_AFTER, Engine, available_cores, require_engine
 
 if TYPE_CHECKING:
-    from diffusion_policy.metrics import Episode
-    from diffusion_policy.report import Pictures
+    from diffusion_policy.evaluation.metrics import Episode
+    from diffusion_policy.report.page import Pictures
 
 LATENCY_PLANS = 100
 """Planning calls, for one environment each, that the latency is taken from."""
@@ -114,7 +114,7 @@ class Evaluate:
         """Evaluate; returns what results.json holds. Raises ValueError for a checkpoint that does not fit the
         environment, seeds of the demonstrations, too many sampling steps, a delay that the plans cannot bridge, an
         environment that cannot be run, or an output folder that holds something."""
-        from diffusion_policy.controller import require_delay
+        from diffusion_policy.control.controller import require_delay
 
         waits_for_page(self.output)
         loaded = load_with_environment(
@@ -187,7 +187,7 @@ class Evaluate:
     def _go_on(self, loaded: Loaded, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Write the page of an evaluation that was stopped after its results were kept."""
         from diffusion_policy.commands.pictures import without_episodes
-        from diffusion_policy.results import read_results
+        from diffusion_policy.evaluation.results import read_results
 
         results = read_results(self.output)
         require_same(self.output, results, asked)
@@ -208,7 +208,7 @@ class Evaluate:
 
     def _write_page(self, results: Mapping[str, Any], pictures: Pictures, remarks: Remarks) -> None:
         """The page; without pictures where it cannot be made with them."""
-        from diffusion_policy.report import NO_PICTURES, write_report
+        from diffusion_policy.report.page import NO_PICTURES, write_report
 
         def write(pictures: Pictures) -> bool:
             write_report(self.output / PAGE, results, pictures._replace(remarks=tuple(remarks.sentences)))
@@ -232,8 +232,8 @@ class Evaluate:
 
     def _results(self, loaded: Loaded, rolled_out: Mapping[int, RolledOut], remarks: Remarks) -> dict[str, Any]:
         """Everything that the report shows as a number, but for what is measured of plans."""
-        from diffusion_policy import metrics
         from diffusion_policy.envs.adapters import capped_steps
+        from diffusion_policy.evaluation import metrics
 
         policy, demonstrated = loaded.checkpoint.policy, loaded.checkpoint.dataset.modes
         episodes, lost, mode_failures = rolled_out[self.delay_steps[0]]
@@ -272,7 +272,7 @@ class Evaluate:
 
     def _measures_of_plans(self, loaded: Loaded, episodes: Sequence[Episode], remarks: Remarks) -> dict[str, Any]:
         """Diversity and latency; where one cannot be measured it stays as it was."""
-        from diffusion_policy import metrics
+        from diffusion_policy.evaluation import metrics
 
         policy = loaded.checkpoint.policy
 
@@ -313,7 +313,7 @@ class Evaluate:
 
 def under_delay(delay: int, episodes: Sequence[Episode], modes: Sequence[str]) -> dict[str, Any]:
     """One point of the curves against delay; `delay` in control steps."""
-    from diffusion_policy import metrics
+    from diffusion_policy.evaluation import metrics
 
     solved = metrics.effective_successes(episodes)
     return {
@@ -326,7 +326,7 @@ def under_delay(delay: int, episodes: Sequence[Episode], modes: Sequence[str]) -
 
 def print_scorecard(results: Mapping[str, Any]) -> None:
     """The figures of results.json with their intervals, a line each."""
-    from diffusion_policy.wording import caveats, scorecard_lines
+    from diffusion_policy.report.text import caveats, scorecard_lines
 
     table = Table("", "", "95 % interval", box=None)
     for line in scorecard_lines(results):

@@ -25,12 +25,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from diffusion_policy.basics.digits import three_digits
+from diffusion_policy.basics.lines import printable
 from diffusion_policy.commands.terminal import console as shared_console
-from diffusion_policy.digits import three_digits
-from diffusion_policy.lines import printable
 
 if TYPE_CHECKING:
-    from diffusion_policy.trainer import Progress
+    from diffusion_policy.training.trainer import Progress
 
 TREND = 60
 """So many of the last reports are drawn as the trend of the loss."""

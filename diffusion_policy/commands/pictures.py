@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from diffusion_policy import checkpoint
+from diffusion_policy.basics.files import parse_json, read_bytes
+from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.commands.common import is_same_id, open_recorded
 from diffusion_policy.commands.episodes import choose_modes, draw_bytes, observe
 from diffusion_policy.config import SampleConfig
-from diffusion_policy.drawing import choose_drawn
-from diffusion_policy.engines import ordered_map
 from diffusion_policy.envs.protocols import Drawable, as_drawable, as_pictured
-from diffusion_policy.files import parse_json, read_bytes
-from diffusion_policy.metrics import Episode
+from diffusion_policy.evaluation.engines import ordered_map
+from diffusion_policy.evaluation.metrics import Episode
 from diffusion_policy.policy import derive_generator
-from diffusion_policy.report import NO_PICTURES, Fan, Moment, Pictures, PlanePath, Video
-from diffusion_policy.video import Filmer, Pixels, Script
+from diffusion_policy.report.evaluation_figures import choose_drawn
+from diffusion_policy.report.page import NO_PICTURES, Fan, Moment, Pictures, PlanePath, Video
+from diffusion_policy.report.video import Filmer, Pixels, Script
 
 if TYPE_CHECKING:
     import gymnasium

@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterable
 from typing import Any, get_args, get_origin, get_type_hints
 
+from diffusion_policy.basics.files import parse_json
 from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, did_you_mean
-from diffusion_policy.files import parse_json
 
 HINTS = {kind: get_type_hints(kind) for kind in (PolicyConfig, TrainConfig)}
 """The options that can be varied, and what they are."""
@@ -29,7 +29,7 @@ def read_grid(texts: Iterable[str]) -> list[dict[str, Any]]:
 
 def draw_points(texts: Iterable[str], count: int, seed: int) -> list[dict[str, Any]]:
     """So many random points of options such as learning-rate=log:1e-5:1e-3, {field: value as JSON}."""
-    from diffusion_policy.streams import derive_rng
+    from diffusion_policy.basics.streams import derive_rng
 
     asked = split(texts, "random")
     generators = [derive_rng("sweep point", seed, i) for i in range(count)]

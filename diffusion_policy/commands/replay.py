@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
-from diffusion_policy import lines
+from diffusion_policy.basics import lines
 from diffusion_policy.commands.common import Failed, choose_task, open_store, require_video
 from diffusion_policy.commands.terminal import console, out
 from diffusion_policy.config import ConfigError, Signals, require_at_least
@@ -130,7 +130,7 @@ class Replay:
     def _film(self, path: Path, task: Task, scripts: Sequence[tuple[int | None, np.ndarray]], rate: float) -> None:
         """Film the episodes again, at so many frames a second; raises Failed where the environment gives no
         pictures."""
-        from diffusion_policy.video import Camera, Script, tile, write_video
+        from diffusion_policy.report.video import Camera, Script, tile, write_video
 
         try:
             camera = Camera(task)

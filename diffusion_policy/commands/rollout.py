@@ -30,10 +30,10 @@ from diffusion_policy.commands.episodes import (
 )
 from diffusion_policy.commands.terminal import console, out
 from diffusion_policy.config import ConfigError, SampleConfig, Signals, require_at_least, require_seed
-from diffusion_policy.engines import available_cores, ordered_map
+from diffusion_policy.evaluation.engines import available_cores, ordered_map
 
 if TYPE_CHECKING:
-    from diffusion_policy.metrics import Episode
+    from diffusion_policy.evaluation.metrics import Episode
 
 DRAWN_PLANS = 12
 """Sequences drawn into a video at each re-planning."""
@@ -128,7 +128,7 @@ class Rollout:
         """Write the video."""
         from diffusion_policy.commands.pictures import draw_plans, pixels_of
         from diffusion_policy.envs.protocols import as_pictured, repeats_by_seed
-        from diffusion_policy.video import Camera, Script, tile, write_video
+        from diffusion_policy.report.video import Camera, Script, tile, write_video
 
         if not repeats_by_seed(loaded.make_env, self.seed):
             raise Failed("a film replays episodes from their seeds, which do not repeat them here")

@@ -14,16 +14,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusion_policy.basics.files import MAX_JSON_BYTES, FileError, once_each, read_bytes, read_json, write_whole
 from diffusion_policy.commands.common import holding, join_actions, require_fresh
 from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, decode, did_you_mean
-from diffusion_policy.files import MAX_JSON_BYTES, FileError, once_each, read_bytes, read_json, write_whole
-from diffusion_policy.trackers import TrackerName
+from diffusion_policy.training.trackers import TrackerName
 
 if TYPE_CHECKING:
     import numpy as np
 
     from diffusion_policy.commands.train import Train
-    from diffusion_policy.trainer import Diverged
+    from diffusion_policy.training.trainer import Diverged
 
 OPTIONS = "run.json"
 FREE = {"keep", "checkpoint_every", "rollout_every", "rollout_episodes"}
@@ -158,7 +158,7 @@ def hold(run: Path, options: Mapping[str, Any], begun: bool) -> Iterator[None]:
 
 def left(run: Path) -> str:
     """Which checkpoint there is, in words."""
-    from diffusion_policy import checkpoint
+    from diffusion_policy.checkpoints import checkpoint
 
     saved = checkpoint.steps_of(run)
     return f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"

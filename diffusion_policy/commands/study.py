@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
+from diffusion_policy.basics.files import format_json, write_whole
+from diffusion_policy.basics.lines import one_line
 from diffusion_policy.commands.afterwards import Remarks
 from diffusion_policy.commands.common import (
     Interrupted,
@@ -32,9 +34,7 @@ from diffusion_policy.commands.episodes import (
 )
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError, SampleConfig, SamplerName, Signals, require_at_least, require_seed
-from diffusion_policy.engines import available_cores
-from diffusion_policy.files import format_json, write_whole
-from diffusion_policy.lines import one_line
+from diffusion_policy.evaluation.engines import available_cores
 
 STEPS = (1, 2, 4, 8, 16, 32)
 LATENCY_PLANS = 30
@@ -87,8 +87,8 @@ class Study:
 
     def run(self) -> dict[str, Any]:
         """Study; returns what results.json holds. Raises ValueError where `evaluate` does."""
-        from diffusion_policy.drawing import to_png
-        from diffusion_policy.figures import draw_study
+        from diffusion_policy.report.evaluation_figures import to_png
+        from diffusion_policy.report.figures import draw_study
 
         require_fresh(self.output)
         loaded = load_with_environment(self.checkpoint, self.env, self.env_kwargs, None, self.device, self.signals)
@@ -137,7 +137,7 @@ class Study:
         return SampleConfig(name, steps, mode=self.mode, guidance=self.guidance)
 
     def _steps(self, loaded: Loaded, name: SamplerName) -> Sequence[int]:
-        from diffusion_policy.samplers import SAMPLERS
+        from diffusion_policy.diffusion.samplers import SAMPLERS
 
         most = loaded.checkpoint.policy.diffusion.most_steps(SAMPLERS[name])
         return self.steps or (*(n for n in STEPS if n < most), most)
@@ -147,7 +147,7 @@ class Study:
 
     def _cell(self, loaded: Loaded, sampling: SampleConfig) -> dict[str, Any]:
         """What one sampler does at one number of steps; why not, where it cannot."""
-        from diffusion_policy import metrics
+        from diffusion_policy.evaluation import metrics
 
         policy = loaded.checkpoint.policy
         seeds = range(self.seed, self.seed + self.episodes)

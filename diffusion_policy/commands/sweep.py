@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import tyro
 from rich.table import Table
 
+from diffusion_policy.basics.files import FileError, format_json, read_json, remove, write_whole
 from diffusion_policy.commands.common import (
     Failed,
     Interrupted,
@@ -50,9 +51,8 @@ from diffusion_policy.config import (
     require_at_least,
     require_at_most,
 )
-from diffusion_policy.engines import Engine, each_alone, require_engine
-from diffusion_policy.files import FileError, format_json, read_json, remove, write_whole
-from diffusion_policy.trackers import read_lines
+from diffusion_policy.evaluation.engines import Engine, each_alone, require_engine
+from diffusion_policy.training.trackers import read_lines
 
 if TYPE_CHECKING:
     from diffusion_policy.datasets.store import EpisodeStore
@@ -133,7 +133,7 @@ class Earlier:
 
 def read_rows(path: Path) -> list[Earlier]:
     """The trials of a sweep.json; raises ValueError."""
-    from diffusion_policy.results import MAX_BRACKETS, MAX_BYTES
+    from diffusion_policy.evaluation.results import MAX_BRACKETS, MAX_BYTES
 
     results = read_json(path, MAX_BYTES, MAX_BRACKETS)
     if not isinstance(results, dict):
@@ -433,7 +433,7 @@ def describe(trial: Trial, reason: str | None = "") -> dict[str, Any]:
     }
     if reason == "":
         return row
-    from diffusion_policy.results import read_results
+    from diffusion_policy.evaluation.results import read_results
 
     losses: list[tuple[int, float]] = []
     with contextlib.suppress(FileError):
@@ -484,7 +484,7 @@ def say_options(options: Mapping[str, Any]) -> str:
 
 
 def say_numbers(row: Mapping[str, Any]) -> str:
-    from diffusion_policy import wording
+    from diffusion_policy.report import text as wording
 
     success = row["success_rate"]
     loss = f"validation loss {wording.number(row['validation_loss'])}"
@@ -493,7 +493,7 @@ def say_numbers(row: Mapping[str, Any]) -> str:
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """A row a trial."""
-    from diffusion_policy import wording
+    from diffusion_policy.report import text as wording
 
     names = list(rows[0]["options"])
     table = Table("trial", *(name.replace("_", "-") for name in names), "validation loss", "success", "", box=None)
@@ -511,8 +511,8 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def write_page(path: Path, results: Mapping[str, Any]) -> None:
     """The sweep as one page that works offline; `results` is what sweep.json holds."""
-    from diffusion_policy import report
-    from diffusion_policy.drawing import draw_curves
+    from diffusion_policy.report import page as report
+    from diffusion_policy.report.evaluation_figures import draw_curves
 
     rows = results["trials"]
     pages = {row["name"]: f"{row['name']}/evaluation/report.html" for row in rows}

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from diffusion_policy.lines import printable
+from diffusion_policy.basics.lines import printable
 
 
 class Terminal(Console):

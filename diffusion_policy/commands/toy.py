@@ -11,10 +11,10 @@ from typing import Any, Literal
 import tyro
 
 from diffusion_policy import __version__
+from diffusion_policy.basics.files import format_json, write_whole
 from diffusion_policy.commands.common import print_by_steps, progress_bar, require_fresh
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import PredictionName, require_seed
-from diffusion_policy.files import format_json, write_whole
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Toy:
         """Train and measure; returns what results.json holds. Raises ConfigError when the output holds something."""
         import torch
 
-        from diffusion_policy import toy
-        from diffusion_policy.doctor import check_last_level
-        from diffusion_policy.drawing import to_png
-        from diffusion_policy.figures import draw_toy
+        from diffusion_policy.report.evaluation_figures import to_png
+        from diffusion_policy.report.figures import draw_toy
+        from diffusion_policy.training import toy
+        from diffusion_policy.training.doctor import check_last_level
 
         require_fresh(self.output)
         self.output.mkdir(parents=True, exist_ok=True)

@@ -30,18 +30,18 @@ from diffusion_policy.commands.common import (
 from diffusion_policy.commands.episodes import FIRST_ROLLOUT_SEED
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError, PolicyConfig, Signals, TrainConfig, decode
-from diffusion_policy.trackers import TrackerName
+from diffusion_policy.training.trackers import TrackerName
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from diffusion_policy.checkpoint import Checkpoint, Dataset, Environment
+    from diffusion_policy.checkpoints.checkpoint import Checkpoint, Dataset, Environment
     from diffusion_policy.datasets.store import EpisodeStore
     from diffusion_policy.datasets.windows import StreamedWindows, Windows
     from diffusion_policy.policy import DiffusionPolicy
-    from diffusion_policy.processes import Processes
-    from diffusion_policy.trainer import Progress, Trainer
+    from diffusion_policy.training.distributed import Processes
+    from diffusion_policy.training.trainer import Progress, Trainer
 
 
 VALIDATION_BYTES = 2**24
@@ -111,7 +111,7 @@ class Train:
     def run(self) -> None:
         """Train; raises ValueError for bad data, a bad device, an output folder that holds something or is in use, and
         when another training would be resumed; FloatingPointError when the loss is no longer finite."""
-        from diffusion_policy.processes import join_processes
+        from diffusion_policy.training.distributed import join_processes
 
         if self.resume and os.path.realpath(self.resume) != os.path.realpath(self.output):
             raise ConfigError(f"--resume {self.resume} goes on in its own folder; got --output {self.output}")
@@ -126,12 +126,12 @@ class Train:
         import numpy as np
         import torch
 
-        from diffusion_policy import checkpoint
-        from diffusion_policy.datasets.statistics import summarize
+        from diffusion_policy.checkpoints import checkpoint
+        from diffusion_policy.datasets.summary import summarize
         from diffusion_policy.datasets.windows import Windows
         from diffusion_policy.normalizer import NORMALIZATIONS, describe_columns
         from diffusion_policy.policy import DiffusionPolicy, choose_device
-        from diffusion_policy.trainer import Trainer
+        from diffusion_policy.training.trainer import Trainer
 
         if not self.resume and processes.is_main:
             require_fresh(self.output)
@@ -187,7 +187,7 @@ class Train:
     def sketch(self, store: EpisodeStore, plan: Plan) -> Checkpoint:
         """The checkpoint that this training ends with, but for what the data say: weights, which take no memory here,
         normalizer and fingerprint. Raises ValueError where it could not be trained or saved."""
-        from diffusion_policy import checkpoint
+        from diffusion_policy.checkpoints import checkpoint
         from diffusion_policy.policy import DiffusionPolicy, Shapes, choose_device
 
         choose_device(self.device)
@@ -214,7 +214,7 @@ class Train:
     def _restore(self, trainer: Trainer) -> None:
         """Take up the newest checkpoint of the run that is whole, if it goes on and has one; raises CheckpointError
         where all are damaged."""
-        from diffusion_policy import checkpoint
+        from diffusion_policy.checkpoints import checkpoint
 
         folders = checkpoint.steps_of(self.resume) if self.resume else []
         for folder in reversed(folders):
@@ -237,9 +237,9 @@ class Train:
         policy that cannot act without being told a mode."""
         import numpy as np
 
-        from diffusion_policy.controller import Controller
-        from diffusion_policy.rollout import RolloutError, rollout
-        from diffusion_policy.trainer import quick_sampling
+        from diffusion_policy.control.controller import Controller
+        from diffusion_policy.evaluation.rollout import RolloutError, rollout
+        from diffusion_policy.training.trainer import quick_sampling
 
         sampling = quick_sampling(point.policy)
         joined = join_environment(self.dataset, point, self.env, self.env_kwargs, sampling, Signals())
@@ -282,7 +282,7 @@ class Train:
         word."""
         import torch
 
-        from diffusion_policy.trainer import least_memory
+        from diffusion_policy.training.trainer import least_memory
 
         if device.type == "cuda":
             there = torch.cuda.get_device_properties(device).total_memory
@@ -314,10 +314,10 @@ class Train:
 
     def _train(self, trainer: Trainer, environment: Environment, dataset: Dataset, episode_ends: np.ndarray) -> None:
         """Train with a panel, trackers, and a checkpoint from time to time."""
-        from diffusion_policy import checkpoint
+        from diffusion_policy.checkpoints import checkpoint
         from diffusion_policy.commands.panel import Panel
-        from diffusion_policy.trackers import make_trackers
-        from diffusion_policy.trainer import Diverged
+        from diffusion_policy.training.trackers import make_trackers
+        from diffusion_policy.training.trainer import Diverged
 
         settings, first_step = self.training, trainer.step
         if first_step >= settings.steps:
@@ -376,8 +376,8 @@ class Train:
 
 def describe(store: EpisodeStore, keys: Keys, fingerprint: str) -> tuple[Environment, Dataset]:
     """What a checkpoint says of its data set."""
-    from diffusion_policy.checkpoint import Dataset, Environment
-    from diffusion_policy.metrics import NONE
+    from diffusion_policy.checkpoints.checkpoint import Dataset, Environment
+    from diffusion_policy.evaluation.metrics import NONE
 
     recorded = store.attributes.get("environment", {})
     modes = [mode or NONE for mode in store.episode_modes()]

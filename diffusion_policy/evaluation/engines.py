@@ -1,0 +1,216 @@
+"""Where independent work runs: in this process (one worker), in local worker processes, or on a Ray cluster.
+
+What runs in local worker processes must be picklable.
+"""
+
+import contextlib
+import importlib.util
+import os
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from numbers import Integral
+from typing import Any, Literal, TypeVar
+
+from diffusion_policy.basics.lines import describe
+from diffusion_policy.evaluation.spawned import Spawned, WorkerDied, end_all, reply, require_picklable, sendable
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+Engine = Literal["local", "ray"]
+"""Workers of this machine, or of a Ray cluster: that of the environment variable RAY_ADDRESS, else one started here."""
+HANG_AFTER = 60.0
+"""A worker that does not finish one reset or step of an environment within this time hangs [s]."""
+ENDS_WITHIN = 10.0
+"""A process of `each_alone` that is told to stop is killed after this time [s]."""
+RETRIES = 3
+"""How often an item of `ordered_map` is begun again, in a fresh worker, after its worker died."""
+_END = object()
+
+
+class GivenUp(OSError):
+    """Every worker has died at an item."""
+
+    def __init__(self, item: object, status: int | None) -> None:
+        """`status`: exit status of the last one."""
+        self.item, self.times = item, RETRIES + 1
+        super().__init__(f"worker processes died {self.times} times at item {item!r:.100} (exit status {status})")
+
+
+def require_engine(engine: Engine) -> None:
+    """Raise ValueError for an engine that there is not, or that is not installed."""
+    if engine not in ("local", "ray"):
+        raise ValueError(f"unknown engine {engine!r}; choose from local, ray")
+    if engine == "ray" and importlib.util.find_spec("ray") is None:
+        raise ValueError("the engine ray is not installed: pip install 'diffusion-policy-toolkit[ray]'")
+
+
+def cluster(engine: Engine, workers: int) -> contextlib.AbstractContextManager[None]:
+    """What an engine needs for as long as it is used: a connection to a Ray cluster, or nothing."""
+    require_engine(engine)
+    if engine == "local":
+        return contextlib.nullcontext()
+    from diffusion_policy.evaluation.ray_engine import connect
+
+    return connect(workers)
+
+
+def require_workers(workers: int) -> None:
+    """Raise ValueError for a number of workers that cannot be."""
+    if not isinstance(workers, Integral) or int(workers) < 1:
+        raise ValueError(f"workers must be a whole number of at least 1; got {workers!r}")
+
+
+def ordered_map(
+    make_function: Callable[[], Callable[[T], R]], items: Iterable[T], workers: int = 1, engine: Engine = "local"
+) -> Generator[R]:
+    """Yield `function(item)` in the order of the (possibly endless) items; each process makes its own function.
+
+    An item whose worker died is begun again. What a function raises, and OSError for an item at which every worker
+    died, is raised after the results of the items before it. Close the generator to stop early: what runs is ended.
+    Raises ValueError for what cannot run in worker processes.
+    """
+    require_engine(engine)
+    require_workers(workers)
+    if engine == "ray":
+        from diffusion_policy.evaluation import ray_engine
+
+        return ray_engine.ordered_map(make_function, items, workers)
+    if workers == 1:
+        return _in_this_process(make_function, items)
+    require_picklable("make_function", make_function)
+    return _in_workers(make_function, items, workers)
+
+
+def _in_this_process(make_function: Callable[[], Callable[[T], R]], items: Iterable[T]) -> Generator[R]:
+    function = make_function()
+    for item in items:
+        yield function(item)
+
+
+def _in_workers(make_function: Callable[[], Callable[[T], R]], items: Iterable[T], workers: int) -> Generator[R]:
+    source = enumerate(items)
+    again: list[tuple[int, T]] = []
+    free: list[Spawned] = []
+    busy: dict[Connection, tuple[Spawned, int, T]] = {}
+    answers: dict[int, tuple[bool, Any]] = {}  # by the item's number: whether it has a result; that, or the error
+    deaths: Counter[int] = Counter()
+    first = 0  # number of the item whose result is due
+    try:
+        while True:
+            while len(busy) < workers and len(busy) + len(answers) < 4 * workers:
+                number, item = again.pop() if again else next(source, (-1, _END))
+                if item is _END:
+                    break
+                worker = free.pop() if free else Spawned(_serve, (make_function,))
+                busy[worker.connection] = worker, number, item  # pyright: ignore[reportArgumentType]
+                worker.send(item)
+            if first in answers:
+                has_result, answer = answers.pop(first)
+                if not has_result:
+                    raise answer
+                yield answer
+                first += 1
+                continue
+            if not busy:
+                return
+            for ready in connection.wait(list(busy)):
+                worker, number, item = busy[ready]  # pyright: ignore[reportArgumentType]
+                try:
+                    answers[number] = worker.receive()
+                    free.append(worker)
+                except WorkerDied as death:
+                    end_all([worker], patience=0)
+                    deaths[number] += 1
+                    if deaths[number] <= RETRIES:
+                        again.append((number, item))
+                    else:
+                        answers[number] = False, GivenUp(item, death.status)
+                del busy[ready]  # pyright: ignore[reportArgumentType]
+    finally:
+        end_all([*free, *(worker for worker, *_ in busy.values())], patience=1)
+
+
+def each_alone(
+    function: Callable[[T], str | None],
+    items: Iterable[T],
+    workers: int = 1,
+    engine: Engine = "local",
+    gpus: float = 0.0,
+) -> Generator[tuple[T, str | None]]:
+    """Call the function once for each item, in a process of its own, so many at a time, which share the cores: yields
+    items as they end, with what the function returned (None, or what went wrong) or how its process died.
+
+    `gpus`: how many each takes of a Ray cluster. Close the generator to stop early: processes that run are ended.
+    Raises ValueError for what cannot run in worker processes.
+    """
+    require_engine(engine)
+    require_workers(workers)
+    if engine == "ray":
+        from diffusion_policy.evaluation import ray_engine
+
+        return ray_engine.each_alone(function, items, workers, gpus)
+    require_picklable("function", function)
+    return _each_alone(function, items, workers)
+
+
+def available_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _each_alone(
+    function: Callable[[T], str | None], items: Iterable[T], workers: int
+) -> Generator[tuple[T, str | None]]:
+    threads = max(1, available_cores() // workers)
+    running: dict[Connection, tuple[Spawned, T]] = {}
+    source = iter(items)
+    try:
+        while True:
+            while len(running) < workers and (item := next(source, _END)) is not _END:
+                require_picklable("each item", item)
+                worker = Spawned(_run_alone, (function, item, threads))
+                running[worker.connection] = worker, item  # pyright: ignore[reportArgumentType]
+            if not running:
+                return
+            for ready in connection.wait(list(running)):
+                worker, item = running[ready]  # pyright: ignore[reportArgumentType]
+                try:
+                    has_result, said = worker.receive()
+                    said = said if has_result else describe(said)
+                    worker.process.join()
+                except WorkerDied as death:
+                    said = f"its process died (exit status {death.status})"
+                end_all([worker], patience=0)
+                del running[ready]  # pyright: ignore[reportArgumentType]
+                yield item, said
+    finally:
+        end_all([worker for worker, _ in running.values()], patience=0, grace=ENDS_WITHIN)
+
+
+# In the worker
+
+
+def _serve(pipe: Connection, make_function: Callable[[], Callable[[Any], Any]]) -> None:
+    """Items in, (True, result) or (False, error) out."""
+    function = None
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            item = pipe.recv()
+            try:
+                function = function or make_function()
+                answer = True, function(item)
+            except BaseException as error:  # a simulator may also call sys.exit
+                answer = False, sendable(error)
+            reply(pipe, answer)
+
+
+def _run_alone(pipe: Connection, function: Callable[[Any], str | None], item: Any, threads: int) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before anything imports torch
+    try:
+        answer = True, function(item)
+    except BaseException as error:
+        answer = False, sendable(error)
+    reply(pipe, answer)

@@ -1,0 +1,170 @@
+"""Several environments in one process: what they do or give is answered in numbers, or with the `Fault` of one slot.
+
+Knows Gymnasium's contract and how it is broken. Knows neither processes nor policies.
+"""
+
+import contextlib
+import math
+import multiprocessing
+from collections.abc import Callable, Mapping, MutableSequence
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+
+from diffusion_policy.basics.bounds import MOST_STEPS
+from diffusion_policy.basics.lines import describe_with_place, message_of
+
+
+class UnfitError(ValueError):
+    """An environment that is none of our kind."""
+
+    hopeless = True
+    """Trying again does not help."""
+
+
+class Stretch(NamedTuple):
+    """What one environment answered to the n actions of a sequence that were taken before its episode ended."""
+
+    observations: dict[str, np.ndarray]
+    """After each action, (n, ...)."""
+    rewards: list[float]
+    ended: bool
+    info: dict[str, Any]
+    """`is_success` and `measures` of the last step."""
+
+
+class Fault(NamedTuple):
+    """Why a slot's episode cannot go on."""
+
+    reason: str
+    blamed: bool
+    """Whether this slot's own environment failed, not only its worker while another slot's was at work."""
+    hopeless: bool = False
+    """Whether the environment says that trying again does not help (the error's attribute `hopeless`)."""
+
+
+class EnvironmentHost:
+    """Several environments in one process, each made when it is first reset. Nothing that they do or give gets further
+    than a `Fault` of the slot."""
+
+    def __init__(self, make_env: Callable[[], gymnasium.Env], at_work: MutableSequence[int] | None = None) -> None:
+        """`at_work`: two numbers, kept up to date: the slot that is at work, and a count of its signs of life."""
+        self._make_env = make_env
+        self._at_work: MutableSequence[int] = [0, 0] if at_work is None else at_work
+        self._envs: dict[int, gymnasium.Env] = {}
+        self._shapes: dict[int, dict[str, tuple[int, ...]]] = {}
+        self._endless: dict[int, bool] = {}
+        self._steps_left: dict[int, float] = {}
+
+    def reset(self, seeds: Mapping[int, int]) -> dict[int, dict[str, np.ndarray] | Fault]:
+        """Begin an episode in each slot named, with its seed; returns the first observations."""
+        return {slot: self._take(slot, self._reset, seed) for slot, seed in seeds.items()}
+
+    def step(self, actions: Mapping[int, np.ndarray]) -> dict[int, Stretch | Fault]:
+        """Take a sequence of actions (steps, A) in each slot named, until its episode ends."""
+        return {slot: self._take(slot, self._step, sequence) for slot, sequence in actions.items()}
+
+    def close(self) -> None:
+        """Close every environment; one that fails at that has done its work."""
+        for slot in list(self._envs):
+            self._close(slot)
+
+    def _take(self, slot: int, turn: Callable[[int, Any], Any], argument: Any) -> Any:
+        """What a slot's turn gives, or its fault."""
+        self._at_work[0] = slot
+        self._at_work[1] += 1
+        try:
+            return turn(slot, argument)
+        except BaseException as error:  # a simulator may also call sys.exit
+            if isinstance(error, KeyboardInterrupt) and multiprocessing.parent_process() is None:
+                raise  # the user's: workers do not hear Ctrl-C
+            self._close(slot)
+            if getattr(error, "hopeless", False):
+                return Fault(message_of(error), blamed=True, hopeless=True)
+            return Fault(describe_with_place(error), blamed=True)
+
+    def _close(self, slot: int) -> None:
+        env = self._envs.pop(slot, None)
+        with contextlib.suppress(Exception, SystemExit):
+            if env is not None:
+                env.close()
+
+    def _reset(self, slot: int, seed: int) -> dict[str, np.ndarray]:
+        if slot not in self._envs:
+            self._envs[slot] = self._make_env()
+            self._endless[slot] = _is_endless(self._envs[slot])
+        observation, _ = self._envs[slot].reset(seed=seed)
+        first = _to_arrays(observation)
+        self._shapes[slot] = {key: value.shape for key, value in first.items()}
+        self._steps_left[slot] = MOST_STEPS if self._endless[slot] else math.inf
+        return first
+
+    def _step(self, slot: int, sequence: np.ndarray) -> Stretch:
+        observations, rewards, ended, info = [], [], False, {}
+        for action in np.array(sequence):  # a copy: what another process sent may be read-only
+            self._at_work[1] += 1
+            observation, reward, terminated, truncated, info = self._envs[slot].step(action)
+            observations.append(self._to_row(slot, observation))
+            rewards.append(_to_number(reward, "the reward"))
+            self._steps_left[slot] -= 1
+            if ended := bool(terminated or truncated or self._steps_left[slot] <= 0):
+                break
+        stacked = {key: np.stack([one[key] for one in observations]) for key in observations[0]}
+        return Stretch(stacked, rewards, ended, _choose_info(info))
+
+    def _to_row(self, slot: int, observation: Any) -> dict[str, np.ndarray]:
+        """An observation of the same keys and shapes as the episode's first."""
+        row = _to_arrays(observation)
+        shapes, before = {key: value.shape for key, value in row.items()}, self._shapes[slot]
+        for key in sorted(shapes.keys() | before.keys()):
+            if shapes.get(key) != before.get(key):
+                was, now = (of.get(key, "nothing") for of in (before, shapes))
+                raise ValueError(f"the observation {key!r} was {was} at the first step; now it is {now}")
+        return row
+
+
+def _is_endless(env: gymnasium.Env) -> bool:
+    """Whether no time limit is put around an environment."""
+    while isinstance(env, gymnasium.Wrapper):
+        if isinstance(env, gymnasium.wrappers.TimeLimit):
+            return False
+        env = env.env
+    return True
+
+
+def _to_arrays(observation: Any) -> dict[str, np.ndarray]:
+    """A copy of an observation: some environments change theirs in place."""
+    if not isinstance(observation, Mapping):
+        raise UnfitError(
+            f"an observation must be a dict of arrays; got {type(observation).__name__}; make the environment with "
+            "diffusion_policy.envs.adapters.Task, which makes one of it"
+        )
+    arrays = {key: np.array(value, ndmin=1) for key, value in observation.items()}  # a single number is a row (1,)
+    for key, value in arrays.items():
+        if not isinstance(key, str) or value.dtype.kind not in "biuf":
+            raise UnfitError(f"an observation must be a dict of arrays of numbers by name; {key!r} is {value.dtype}")
+    return arrays
+
+
+def _choose_info(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What is sent on: the rest may be large, or nothing that can be sent."""
+    if "is_success" not in info:
+        raise UnfitError("the environment must give info['is_success'] at every step; its info has no such key")
+    success = _to_number(info["is_success"], "info['is_success']")
+    measures = info.get("measures")
+    if measures is None:
+        return {"is_success": bool(success)}
+    numbers = {str(name): _to_number(value, f"the measure {name!r}") for name, value in dict(measures).items()}
+    return {"is_success": bool(success), "measures": numbers}
+
+
+def _to_number(value: Any, what: str) -> float:
+    """A finite number, also out of an array of one."""
+    try:
+        number = float(np.asarray(value).item())
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{what} must be a finite number; got {value!r:.60}")
+    return number

@@ -1,0 +1,165 @@
+"""What the results.json of an evaluation holds, and how one is read that anybody may have made.
+
+Knows its fields and their types. Knows no page and no policy.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from diffusion_policy.basics.files import plain, read_json
+from diffusion_policy.config import ConfigError, decode
+from diffusion_policy.evaluation.intervals import Metric
+
+MAX_BYTES, MAX_BRACKETS = 2**25, 2**18
+"""Of a results.json: some 100,000 episodes."""
+
+
+@dataclass(frozen=True)
+class ModeResult:
+    """What was seen of one mode."""
+
+    episodes: int
+    successes: int
+    success_rate: Metric
+
+
+@dataclass(frozen=True)
+class Demonstrated:
+    """What the policy was trained on."""
+
+    episodes: int
+    modes: dict[str, int]
+    mode_entropy: float | None
+
+
+@dataclass(frozen=True)
+class LostEpisode:
+    """An episode that could not be run."""
+
+    seed: int
+    repeat: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class DelayRow:
+    """The figures under one delay [control steps]."""
+
+    steps: int
+    success_rate: Metric
+    mode_entropy: Metric
+    measures: dict[str, Metric]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What planned."""
+
+    mode: str
+    device: str
+    threads: int
+    machine: str
+
+
+@dataclass(frozen=True)
+class Versions:
+    """Of the software."""
+
+    package: str
+    torch: str
+    python: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one episode ended."""
+
+    seed: int
+    repeat: int
+    success: bool
+    mode: str | None
+    steps: int
+    measures: dict[str, float | None]
+
+
+Setting = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """results.json, field for field but for its LISTS; those with a default are younger than the first evaluations."""
+
+    environment: str
+    env_kwargs: dict[str, Any]
+    signals: dict[str, Any]
+    checkpoint: str
+    training_steps: int
+    episodes: int
+    repeats: int
+    success_rate: Metric
+    measures: dict[str, Metric]
+    modes: dict[str, ModeResult]
+    mode_coverage: Metric
+    mode_entropy: Metric
+    mode_entropy_corrected: Metric
+    mode_divergence: Metric
+    conditional_entropy: Metric
+    commitment: Metric
+    jerk: Metric
+    time_to_success: Metric
+    diversity: Metric
+    planning_latency_ms: dict[str, Metric]
+    mode_base: str | None
+    demonstrations: Demonstrated
+    delay: tuple[DelayRow, ...]
+    control_period: float | None
+    sampling: dict[str, Setting]
+    planning_batch: int
+    backend: Backend
+    versions: Versions
+    seeds_repeat: bool | None = None
+    """Whether a seed repeats an episode of this environment; None where nobody knows."""
+    wrappers: tuple[dict[str, Any], ...] = ()
+    """Around the environment, the inner first."""
+    weights_sha256: str = ""
+    """Of the policy's weights, by which an evaluation knows its own results again."""
+    capped_steps: int | None = None
+    """Steps after which the toolkit ended the episodes, where the environment has no time limit."""
+
+
+LISTS = {"seeds": int, "errors": LostEpisode, "outcomes": Outcome, "mode_failures": LostEpisode}
+"""What else it holds, as many as there are episodes."""
+YOUNGER = {"mode_failures"}
+"""Not in the first evaluations."""
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What an evaluation's folder, or its results.json, holds, as plain JSON; raises ValueError for anything else.
+    Fields of a younger version are left as they are."""
+    file = path / "results.json" if path.is_dir() else path
+    if not file.exists():
+        raise ConfigError(f"there is no results.json of an evaluation at {path}")
+    tree = plain(read_json(file, MAX_BYTES, MAX_BRACKETS))
+    try:
+        _check(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{file} holds no outcomes and numbers as evaluate writes them: {error}") from error
+    return tree
+
+
+def _check(tree: Any) -> None:
+    """Raise ConfigError for what is no results.json."""
+    if not isinstance(tree, dict):
+        raise ConfigError("it is no JSON object")
+    for name, kind in LISTS.items():
+        if name in YOUNGER and name not in tree:
+            continue
+        if not isinstance(tree.get(name), list):
+            raise ConfigError(f"{name} must be a list; got {tree.get(name)!r:.100}")
+        for i, item in enumerate(tree[name]):
+            decode(item, kind, f"{name}[{i}]")
+    known = {field.name for field in fields(Results)}
+    decode({name: value for name, value in tree.items() if name in known}, Results, "")
+    if not {"sampler", "sampling_steps"} <= tree["sampling"].keys():
+        raise ConfigError("sampling must have sampler and sampling_steps")

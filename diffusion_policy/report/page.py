@@ -1,0 +1,281 @@
+"""Figures and pages of evaluations: one HTML file each that works offline.
+
+Knows results and pictures as plain data. Knows no simulator, no policy and no data set.
+"""
+
+import base64
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import matplotlib.colors
+import numpy as np
+from matplotlib.figure import Figure
+
+from diffusion_policy.basics.files import write_whole
+from diffusion_policy.evaluation.metrics import NONE
+from diffusion_policy.report import text as wording
+from diffusion_policy.report.evaluation_figures import (
+    FEW_COLORS,
+    PlanePath,
+    draw_delay,
+    draw_modes,
+    draw_paths,
+    draw_training,
+    mode_colors,
+    to_png,
+)
+from diffusion_policy.report.svg import WIDTH, Plane, Scene, Tree, mode_tree
+
+
+class Moment(NamedTuple):
+    """One time at which an episode was planned again."""
+
+    step: int
+    """Steps done before."""
+    plans: np.ndarray
+    """Paths of the sampled sequences, (N, H + 1, 2), in the scene's unit; each begins where the episode stands."""
+
+
+class Fan(NamedTuple):
+    """One episode with the sequences that the policy could have taken on its way."""
+
+    seed: int
+    repeat: int
+    mode: str | None
+    success: bool
+    xy: np.ndarray
+    """(steps + 1, 2), in the scene's unit."""
+    moments: Sequence[Moment]
+
+
+class Video(NamedTuple):
+    """One filmed episode."""
+
+    mode: str | None
+    success: bool
+    seed: int
+    mp4: bytes
+
+
+class Pictures(NamedTuple):
+    """What the page shows beside numbers; a part that is empty or None is left out."""
+
+    scene: Scene | None
+    demonstrated: Sequence[PlanePath]
+    rolled_out: Sequence[PlanePath]
+    """With seed and repeat."""
+    fans: Sequence[Fan]
+    videos: Sequence[Video]
+    training: Sequence[Mapping[str, Any]]
+    """Lines of metrics.jsonl."""
+    remarks: Sequence[str] = ()
+    """What could not be shown, and why, a sentence each."""
+
+
+NO_PICTURES = Pictures(None, (), (), (), (), ())
+
+
+def write_report(path: Path, results: Mapping[str, Any], pictures: Pictures) -> None:
+    """Write the page of one evaluation, whole or not at all; `results` is what results.json holds."""
+    colors = _colors(results)
+    lines = wording.scorecard_lines(results)
+    tree = _tree(results)
+    figures = {
+        "paths": _draw_paths(pictures, pictures.scene, colors) if pictures.scene else None,
+        "modes": draw_modes(results, colors) if wording.known_modes(results) and not tree else None,
+        "training": draw_training(pictures.training) if pictures.training else None,
+        "delay": draw_delay(results["delay"], results["control_period"]) if len(results["delay"]) > 1 else None,
+    }
+    videos = [
+        {
+            "mode": video.mode or NONE,
+            "outcome": _outcome(video.success),
+            "seed": video.seed,
+            "data": base64.b64encode(video.mp4).decode(),
+        }
+        for video in pictures.videos
+    ]
+    page = templates().get_template("report.html.jinja")
+    text = page.render(
+        results=results,
+        lines=lines,
+        tiles=wording.tiles(lines, results["measures"]),
+        figures={name: embed(figure) for name, figure in figures.items() if figure},
+        tree=tree,
+        colors=colors,
+        episodes_of=_episodes_of(results),
+        plane=_plane(pictures.scene) if pictures.scene else None,
+        videos=videos,
+        data=_page_data(results, pictures, colors),
+        remarks=(*wording.caveats(results), *pictures.remarks),
+    )
+    write_whole(path, text)
+
+
+def write_comparison(path: Path, a: Mapping[str, Any], b: Mapping[str, Any], comparison: Mapping[str, Any]) -> None:
+    """Write the page of two evaluations side by side: `a` and `b` are what their results.json hold, `comparison` is a
+    `comparison.Comparison` as a dictionary."""
+    colors = _colors({"modes": {**a["modes"], **b["modes"]}})
+    of_a, of_b = ({(one["seed"], one["repeat"]): one for one in results["outcomes"]} for results in (a, b))
+    discordant = sorted(map(tuple, (*comparison["only_a_seeds"], *comparison["only_b_seeds"])))
+    by_name = {line.name: line for line in wording.scorecard_lines(b)}
+    page = templates().get_template("report_compare.html.jinja")
+    text = page.render(
+        a=_side(a, colors),
+        b=_side(b, colors),
+        comparison=comparison,
+        discordant=[(of_a[name], of_b[name]) for name in discordant],
+        differences=_differences(a, b),
+        lines=[(line, by_name[line.name]) for line in wording.scorecard_lines(a) if line.name in by_name],
+        colors=colors,
+    )
+    write_whole(path, text)
+
+
+def _side(results: Mapping[str, Any], colors: Mapping[str, str]) -> dict[str, Any]:
+    """One of two evaluations."""
+    tree = _tree(results)
+    bars = embed(draw_modes(results, colors)) if wording.known_modes(results) and not tree else None
+    tiles = wording.tiles(wording.scorecard_lines(results), results["measures"])
+    return {"results": results, "tiles": tiles, "tree": tree, "modes": bars}
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Settings in which two evaluations differ: name, that of A, that of B."""
+    settings_a, settings_b = (
+        {name: results[name] for name in ("checkpoint", "training_steps", "repeats", "planning_batch")}
+        | results["sampling"]
+        | results["backend"]
+        for results in (a, b)
+    )
+    names = dict.fromkeys((*settings_a, *settings_b))
+    both = [(name, settings_a.get(name), settings_b.get(name)) for name in names]
+    return [(name, one, other) for name, one, other in both if one != other]
+
+
+def templates() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("diffusion_policy.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    environment.globals |= {
+        "share": wording.share,
+        "share_interval": wording.share_interval,
+        "number": wording.number,
+        "number_interval": wording.number_interval,
+        "NONE": NONE,
+        "NOTHING": wording.NOTHING,
+        "SPACE": wording.SPACE,
+    }
+    return environment
+
+
+def _colors(results: Mapping[str, Any]) -> dict[str, str]:
+    """A colour for every mode; paths of an environment without modes are not grey."""
+    return mode_colors(wording.known_modes(results)) if wording.known_modes(results) else {NONE: FEW_COLORS[0]}
+
+
+def _tree(results: Mapping[str, Any]) -> Tree | None:
+    succeeded = {label: count["successes"] for label, count in results["modes"].items()}
+    return mode_tree(wording.known_modes(results), succeeded, results["demonstrations"]["modes"])
+
+
+def _draw_paths(pictures: Pictures, scene: Scene, colors: Mapping[str, str]) -> Figure:
+    """All paths, and the first fan at its first moment."""
+    first = next((fan.moments[0].plans for fan in pictures.fans if fan.moments), None)
+    return draw_paths(scene, pictures.demonstrated, pictures.rolled_out, first, colors)
+
+
+def _outcome(success: bool) -> str:
+    return "success" if success else "failure"
+
+
+def _episodes_of(results: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """What the gallery is filtered by, {"mode": {label: episodes}, "outcome": ...}; modes only where there are any."""
+    outcomes = Counter(_outcome(outcome["success"]) for outcome in results["outcomes"])
+    modes = Counter(outcome["mode"] or NONE for outcome in results["outcomes"])
+    order = dict.fromkeys((*wording.known_modes(results), *modes))
+    return {
+        "mode": {label: modes[label] for label in order} if set(order) - {NONE} else {},
+        "outcome": {label: outcomes[label] for label in ("success", "failure")},
+    }
+
+
+def _plane(scene: Scene) -> dict[str, Any]:
+    """The scene in SVG units."""
+    plane = Plane(scene)
+
+    def place(x: float, y: float) -> dict[str, Any]:
+        column, row = plane.pixels(np.array([x, y])).tolist()
+        return {"x": column, "y": row}
+
+    return {
+        "width": WIDTH,
+        "height": plane.height,
+        "finish_y": None if scene.finish_y is None else place(0, scene.finish_y)["y"],
+        "circles": [{**place(x, y), "radius": round(radius * plane.scale)} for x, y, radius in scene.circles],
+        "places": [
+            {"points": plane.points(np.array(corners)), "color": matplotlib.colors.to_hex(color)}
+            for corners, color in scene.places
+        ],
+    }
+
+
+def _page_data(results: Mapping[str, Any], pictures: Pictures, colors: Mapping[str, str]) -> dict[str, Any]:
+    """What the page's script reads."""
+    plane = Plane(pictures.scene) if pictures.scene else None
+    outlines = {(path.seed, path.repeat): plane.outline(path.xy) for path in pictures.rolled_out} if plane else {}
+    return {
+        "colors": colors,
+        "noMode": NONE,
+        "controlPeriod": results["control_period"],
+        "episodes": [
+            {
+                "seed": outcome["seed"],
+                "repeat": outcome["repeat"],
+                "mode": outcome["mode"] or NONE,
+                "outcome": _outcome(outcome["success"]),
+                "steps": outcome["steps"],
+                "measures": {name: _short(value) for name, value in outcome["measures"].items()},
+                "path": outlines.get((outcome["seed"], outcome["repeat"])),
+            }
+            for outcome in results["outcomes"]
+        ],
+        "fans": [
+            {
+                "seed": fan.seed,
+                "repeat": fan.repeat,
+                "mode": fan.mode or NONE,
+                "outcome": _outcome(fan.success),
+                "path": plane.points(fan.xy),
+                "moments": [
+                    {"step": moment.step, "plans": [plane.points(plan) for plan in moment.plans]}
+                    for moment in fan.moments
+                ],
+            }
+            for fan in pictures.fans
+            if fan.moments
+        ]
+        if plane
+        else [],
+    }
+
+
+def _short(value: float | None) -> float | None:
+    """Four digits, more only before the point; None for what JSON has no number for."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(round(value)) if abs(value) >= 1000 else float(f"{value:.4g}")
+
+
+def embed(figure: Figure) -> str:
+    """A figure as the base64 of its PNG."""
+    return base64.b64encode(to_png(figure)).decode()
