@@ -1,4 +1,4 @@
-"""What is chosen of a data set, and what is checked of its episodes, once for all formats.
+"""What is chosen of a dataset, and what is checked of its episodes, once for all formats.
 
 What cannot be used is left out and named, and so is what holds NaN or infinity, unless it was asked for. In the copy an
 array has the name that `join_names` gives it, and one number a step is a row (1,).
@@ -42,7 +42,7 @@ def choose(
     location: str | Path,
     description: str,
 ) -> Source:
-    """What is taken of a data set; `left_out` gets what is not, and may name arrays that have been found useless."""
+    """What is taken of a dataset; `left_out` gets what is not, and may name arrays that have been found useless."""
     useless = {name: why for name, why in contents.arrays.items() if why is not None} | left_out
     names = _allowed_names(contents.arrays, useless)
     left_out |= {**contents.left_out, **useless}

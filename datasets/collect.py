@@ -173,7 +173,7 @@ def collect(
     make_demonstrator: Callable[[], Callable[[int], Demonstration]],
     episodes: int,
     first_seed: int,
-    ordered_map: OrderedMap = in_this_process,
+    imap: OrderedMap = in_this_process,
     on_episode: Callable[[Demonstration], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
     writing_share: float = 0.03,
@@ -199,7 +199,7 @@ def collect(
     folder, seeds = Path.cwd(), itertools.count(first_seed)
     with (
         contextlib.chdir(folder),  # an environment may change it
-        contextlib.closing(ordered_map(make_demonstrator, seeds)) as demonstrations,
+        contextlib.closing(imap(make_demonstrator, seeds)) as demonstrations,
     ):
         try:
             for attempts, demonstration in enumerate(demonstrations, start=1):

@@ -98,7 +98,7 @@ def split(location: Path | str, targets: tuple[Path, Path], share: float, seed: 
         raise StoreError(f"the two parts need two outputs; got {targets[0]} twice")
     for target in targets:
         refuse_existing(target)
-    order = derive_rng("parts of a data set", seed).permutation(count)
+    order = derive_rng("parts of a dataset", seed).permutation(count)
     for target, chosen in zip(targets, (order[:first], order[first:]), strict=True):
         source = read(location)
         episodes = store.episodes(np.sort(chosen))

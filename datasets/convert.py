@@ -1,4 +1,4 @@
-"""Other tools' data sets ↔ the store: what a format is, which formats there are, and `convert`.
+"""Other tools' datasets ↔ the store: what a format is, which formats there are, and `convert`.
 
 Every format is read as the same thing, `Contents`; of them is chosen, once for all, what a copy takes, a `Source`. A
 format that can be written has a function that writes a `Source`. Reader and writer are in a module of the format's own.
@@ -52,7 +52,7 @@ def convert(
     observation: Sequence[str] = (),
     action: Sequence[str] = (),
 ) -> int:
-    """Copy a data set into another format; returns the number of episodes. Raises StoreError when the source cannot be
+    """Copy a dataset into another format; returns the number of episodes. Raises StoreError when the source cannot be
     read, or something lies at the target.
 
     Formats are told from the source's content and the target's suffix, unless they are named. `observation` and
@@ -64,7 +64,7 @@ def convert(
 def read(
     location: str | Path, name: str | None = None, observation: Sequence[str] = (), action: Sequence[str] = ()
 ) -> Source:
-    """Open a data set of any format, its episodes checked as they are read; raises StoreError.
+    """Open a dataset of any format, its episodes checked as they are read; raises StoreError.
 
     `observation` names the arrays that are observed; then no others are read but the action. `action` names the array
     of actions, or several, whose columns are joined into one. What is named must be usable.
@@ -129,7 +129,7 @@ def detect(location: str | Path) -> str:
         return "zarr"
     path = Path(location)
     if not path.exists():
-        raise StoreError(f"no data set at {location}: there is no such file or folder")
+        raise StoreError(f"no dataset at {location}: there is no such file or folder")
     if not path.is_dir():
         with file_errors():
             refuse_irregular(path)
@@ -268,7 +268,7 @@ FORMATS: dict[str, Format] = {
     "zarr": Format("zarr store", (".zarr", ".zarr.zip"), _is_zarr, _read_store, _write_store),
     "robomimic": Format("robomimic HDF5", (".hdf5", ".h5"), _is_hdf5("robomimic"), robomimic.read, robomimic.write),
     "lerobot": Format("LeRobotDataset v3", (".lerobot",), _is_lerobot, lerobot.read, lerobot.write),
-    "minari": Format("Minari data set", (".minari",), _is_minari, minari.read, minari.write),
+    "minari": Format("Minari dataset", (".minari",), _is_minari, minari.read, minari.write),
     "npz": Format("npz archive", (".npz",), _is_npz, npz.read, npz.write),
     "aloha": Format("ALOHA or ACT HDF5, a folder of episodes", (), _is_aloha, aloha.read, None),
     "maniskill": Format("ManiSkill HDF5", (), _is_hdf5("maniskill"), maniskill.read, None),

@@ -16,7 +16,7 @@ import numpy as np
 from diffusion_policy.datasets.store import SEEDS, Demonstration, EpisodeStore, is_seed
 from diffusion_policy.envs.contract import control_rate, guard, name_of_env, to_truth
 from diffusion_policy.envs.protocols import as_multimodal, layers
-from diffusion_policy.envs.spaces import TaskError, action_box, action_row, observe, observed_parts
+from diffusion_policy.envs.spaces import EnvSpecError, action_box, action_row, observe, observed_parts
 from diffusion_policy.envs.wrappers import describe, lost
 
 
@@ -134,7 +134,7 @@ class Recorder(gymnasium.Wrapper):
         said = self._info.get("is_success", self._info.get("success"))
         try:
             return None if said is None else to_truth(said, "")
-        except TaskError:
+        except EnvSpecError:
             return None
 
     def _describe(self) -> dict[str, Any]:

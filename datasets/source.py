@@ -1,4 +1,4 @@
-"""What a data set of any format is while it is copied: what a reader finds in it, and what a writer is given of that.
+"""What a dataset of any format is while it is copied: what a reader finds in it, and what a writer is given of that.
 
 Also what all readers of strangers' files need: libraries that may be absent, sizes that are sane, errors of one line.
 Knows arrays and files. Knows no format.
@@ -23,7 +23,7 @@ MOST_COMPRESSED = 1100
 
 
 class Contents(NamedTuple):
-    """What a reader finds in a data set, before anything is chosen of it. Names are those of the file; those of nested
+    """What a reader finds in a dataset, before anything is chosen of it. Names are those of the file; those of nested
     groups are joined by a dot."""
 
     attributes: dict[str, Any]
@@ -43,7 +43,7 @@ class Contents(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What is copied of a data set of any format."""
+    """What is copied of a dataset of any format."""
 
     attributes: dict[str, Any]
     """Attributes of the store that it is or becomes: JSON."""

@@ -63,7 +63,7 @@ NAMES_SAID = 20
 
 
 class StoreError(ValueError):
-    """A data set cannot be read or written; the message says what is wrong and where, in one printable line whatever
+    """A dataset cannot be read or written; the message says what is wrong and where, in one printable line whatever
     names and texts a file holds."""
 
     def __init__(self, message: object) -> None:
@@ -85,7 +85,7 @@ def open_group(location: str, mode: Literal["r", "r+"], sync: bool = True) -> za
         raise StoreError(f"cannot open {location}: {error}") from error
     except (FileNotFoundError, GroupNotFoundError, ContainsArrayError, NotADirectoryError) as error:
         hint = "; other formats come in with: dataset convert" if Path(location).exists() else ""
-        raise StoreError(f"no data set at {location}: there is no zarr group{hint}") from error
+        raise StoreError(f"no dataset at {location}: there is no zarr group{hint}") from error
     except StoreError:
         raise
     except Exception as error:

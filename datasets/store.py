@@ -1,6 +1,6 @@
 """Episodes in a zarr group: flat arrays of one row a step, and `meta/episode_ends` that cuts them into episodes.
 
-The layout is that of the published Push-T data set, which opens as it is: zarr v2 or v3, a folder, a `.zip`, or any
+The layout is that of the published Push-T dataset, which opens as it is: zarr v2 or v3, a folder, a `.zip`, or any
 fsspec URL. Writing `meta/episode_ends` last is the commit: rows beyond it belong to no episode and are never read.
 Every file is replaced whole, and is on the disk before the commit, so a writer killed at any moment, or without power,
 loses only what it had not committed. `meta/episode_crc32c` holds a checksum of each episode's rows in each array, which
@@ -608,7 +608,7 @@ class EpisodeStore:
             found = say_names(self.names(""))
         if not there:
             raise StoreError(
-                f"{self.location} is no data set of episodes: it needs data/ and meta/episode_ends; has {found}"
+                f"{self.location} is no dataset of episodes: it needs data/ and meta/episode_ends; has {found}"
             )
         array = self.raw_array("meta/episode_ends")
         with self._foreign("meta/episode_ends"):

@@ -104,7 +104,7 @@ class PolicyConfig:
     """Size of the noise level's embedding; even."""
     schedule: ScheduleName = "cosine"
     """Noise schedule."""
-    levels: int = 100
+    noise_levels: int = 100
     """Noise levels of the schedule (K)."""
     schedule_options: tuple[float, ...] = ()
     """Numbers of the schedule instead of its own: first and last beta (linear, sigmoid), beta (constant), offset s
@@ -127,9 +127,9 @@ class PolicyConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, ("observation_horizon", "prediction_horizon", "action_horizon", "groups"))
-        require_at_least(self, 2, ("levels",))
+        require_at_least(self, 2, ("noise_levels",))
         require_at_most(self, MAX_HORIZON, ("prediction_horizon",))
-        require_at_most(self, MAX_LEVELS, ("levels",))
+        require_at_most(self, MAX_LEVELS, ("noise_levels",))
         require_at_most(self, MAX_KERNEL_SIZE, ("kernel_size",))
         require_at_most(self, MAX_WIDTH, ("level_dim",))
         _require(len(self.widths) >= 1 and min(self.widths) >= 1, "widths", "positive numbers", self.widths)
@@ -181,9 +181,9 @@ class TrainConfig:
     """Steps over which the learning rate rises; at most a tenth of all."""
     gradient_clip: float = 1.0
     """Largest norm of the gradient."""
-    average_power: float = 0.75
-    """The averaged weights keep 1 - (1 + step)^-power of themselves at each step, ..."""
-    average_limit: float = 0.999
+    ema_power: float = 0.75
+    """The EMA weights keep 1 - (1 + step)^-power of themselves at each step, ..."""
+    ema_max_decay: float = 0.999
     """... but never more than this share."""
     validation_share: float = 0.05
     """Share of the episodes held out; 0 trains on all."""
@@ -195,12 +195,12 @@ class TrainConfig:
     """Steps between two validations."""
     checkpoint_every: int = 1000
     """Steps between two checkpoints."""
-    keep: int = 1
+    keep_checkpoints: int = 1
     """Checkpoints that stay: the newest so many, ..."""
     keep_best: MetricName | None = None
     """... and the best by this metric; a link `best` in the run's folder leads to it."""
     rollout_every: int = 0
-    """Steps between two rollouts of the averaged weights in the environment; 0 for none."""
+    """Steps between two rollouts of the EMA weights in the environment; 0 for none."""
     rollout_episodes: int = 20
     """Episodes of each, always the same seeds, apart from those of demonstrations and evaluations."""
     precision: PrecisionName = "fp32"
@@ -214,7 +214,9 @@ class TrainConfig:
     """Seed of the weights, the split, the order and the noise."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, ("steps", "batch_size", "validate_every", "checkpoint_every", "keep", "accumulation"))
+        require_at_least(
+            self, 1, ("steps", "batch_size", "validate_every", "checkpoint_every", "keep_checkpoints", "accumulation")
+        )
         require_at_least(self, 1, ("rollout_episodes",))
         require_at_least(self, 0, ("weight_decay", "warmup_steps", "rollout_every", "memory_gb"))
         require_at_most(self, MAX_STEP, ("steps",))
@@ -234,9 +236,9 @@ class TrainConfig:
             if self.keep_best != "success_rate" and self.validation_share == 0:
                 raise ConfigError(f"keep-best {self.keep_best} needs held-out episodes; got validation-share 0")
         require_seed(self)
-        for name in ("learning_rate", "gradient_clip", "average_power"):
+        for name in ("learning_rate", "gradient_clip", "ema_power"):
             _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
-        _require(0 <= self.average_limit < 1, "average_limit", "from 0 to below 1", self.average_limit)
+        _require(0 <= self.ema_max_decay < 1, "ema_max_decay", "from 0 to below 1", self.ema_max_decay)
         _require(self.max_episodes is None or self.max_episodes >= 1, "max_episodes", "at least 1", self.max_episodes)
         require_at_most(self, 1e6, ("memory_gb",))
         _require(0 <= self.validation_share < 1, "validation_share", "from 0 to below 1", self.validation_share)
@@ -297,8 +299,8 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
-class Signals:
-    """How success and modes are read of an environment that does not say them itself. Data sets and checkpoints keep
+class SuccessAndModes:
+    """How success and modes are read of an environment that does not say them itself. Datasets and checkpoints keep
     it, so that it is said once."""
 
     success: str | None = None

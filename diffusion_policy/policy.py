@@ -83,7 +83,7 @@ class DiffusionPolicy(nn.Module):
             config.level_dim,
             outputs=(2 if config.learn_variance else 1) * action_dim,
         )
-        schedule = make_schedule(config.schedule, config.levels, config.schedule_options)
+        schedule = make_schedule(config.schedule, config.noise_levels, config.schedule_options)
         self.diffusion = Diffusion(schedule, PREDICTIONS[config.prediction], config.snr_gamma, config.learn_variance)
 
     @classmethod
@@ -173,10 +173,10 @@ class DiffusionPolicy(nn.Module):
         (float32 on MPS).
 
         One CPU generator a row draws that row's noise: a row's result does not depend on its neighbours. Raises
-        ValueError where `require` does.
+        ValueError where `resolve_sampling` does.
         """
         config = config or SampleConfig()
-        sampler, levels = self.require(config)
+        sampler, levels = self.resolve_sampling(config)
         for key, rows in observations.items():
             if not torch.isfinite(rows).all():
                 raise ValueError(f"the observation {key} holds NaN or infinity")
@@ -200,7 +200,7 @@ class DiffusionPolicy(nn.Module):
         change the last digits of a sequence. (The whole loop is one graph too, but takes minutes for 16 steps.)"""
         self.network.compile(fullgraph=True)
 
-    def require(self, config: SampleConfig) -> tuple[Sampler, list[int]]:
+    def resolve_sampling(self, config: SampleConfig) -> tuple[Sampler, list[int]]:
         """The sampler and the levels that these options mean. Raises ValueError for more steps than noise levels, for
         guidance without condition dropout in training or without a mode to guide to, and for a mode that the policy was
         not trained on."""
@@ -228,7 +228,7 @@ class DiffusionPolicy(nn.Module):
         clip = CLIPS[self.choose_clip(config)]
         if config.guidance:
             both = self.diffusion.denoiser(self.network, torch.cat([cond, self.unconditional(cond)]))
-            weights = config.guidance * GUIDANCE_SCHEDULES[config.guidance_schedule](self.config.levels)
+            weights = config.guidance * GUIDANCE_SCHEDULES[config.guidance_schedule](self.config.noise_levels)
             return clip(classifier_free(both, weights))
         return clip(self.diffusion.denoiser(self.network, cond))
 

@@ -1,7 +1,7 @@
 """Any other Gymnasium environment made a task of ours: flat observations, rows of actions, success, modes, an end.
 
-    task = Task("panda_gym:PandaReach-v3")                                      # it says info["is_success"] itself
-    task = Task("MountainCarContinuous-v0", success="return>=90",
+    task = EnvSpec("panda_gym:PandaReach-v3")                                      # it says info["is_success"] itself
+    task = EnvSpec("MountainCarContinuous-v0", success="return>=90",
                 mode="diffusion_policy.envs.examples:mountain_car_mode", modes=("left", "right"))
     env = task()
 
@@ -25,7 +25,7 @@ from diffusion_policy.envs.contract import guard, name_of_env, takes, to_number,
 from diffusion_policy.envs.modules import call, import_module, load, name_of
 from diffusion_policy.envs.protocols import TaskEnv, as_multimodal, check_label, layers
 from diffusion_policy.envs.quiet import silence
-from diffusion_policy.envs.spaces import Observation, TaskError, action_box, action_row, observe, observed_parts
+from diffusion_policy.envs.spaces import EnvSpecError, Observation, action_box, action_row, observe, observed_parts
 from diffusion_policy.envs.wrappers import Wrapped, wrap
 
 SuccessOf = Callable[[Observation, dict[str, Any]], bool]
@@ -35,7 +35,7 @@ ModeOf = Callable[[Mapping[str, np.ndarray]], str | None]
 
 
 @dataclass(frozen=True)
-class Task:
+class EnvSpec:
     """What environment is made, and how its success and its mode are read: a picklable factory, also for processes that
     are spawned."""
 
@@ -59,9 +59,9 @@ class Task:
 
     def __post_init__(self) -> None:
         if self.modes and self.mode is None:
-            raise TaskError(f"the modes {', '.join(self.modes)} need a mode function that tells them apart")
+            raise EnvSpecError(f"the modes {', '.join(self.modes)} need a mode function that tells them apart")
         if len(set(self.modes)) < len(self.modes):
-            raise TaskError(f"each mode must be named once; got {', '.join(self.modes)}")
+            raise EnvSpecError(f"each mode must be named once; got {', '.join(self.modes)}")
         for label in self.modes:
             check_label(label, self.env)
 
@@ -110,7 +110,7 @@ class Capped(gymnasium.wrappers.TimeLimit):
 
 
 def capped_steps(env: gymnasium.Env) -> int | None:
-    """Steps after which a Task ends the episodes of an environment that has no time limit; None where it has one."""
+    """Steps after which a EnvSpec ends the episodes of an environment that has no time limit; None where it has one."""
     return MOST_STEPS if any(isinstance(layer, Capped) for layer in layers(env)) else None
 
 
@@ -130,12 +130,12 @@ class Adapter(gymnasium.Wrapper):
         modes: Sequence[str] = (),
     ) -> None:
         """`success`: as the environment says, when the return of an episode reaches a number, or a function's answer;
-        `mode` and `modes`: None and () leave the environment's own. Raises TaskError for spaces that do not fit."""
+        `mode` and `modes`: None and () leave the environment's own. Raises EnvSpecError for spaces that do not fit."""
         env = guard(env)
         super().__init__(env)
         self._name = name_of_env(env)
         if not takes(env, "seed"):
-            raise TaskError(f"{self._name} takes no seed: its reset must be reset(*, seed=None, options=None)")
+            raise EnvSpecError(f"{self._name} takes no seed: its reset must be reset(*, seed=None, options=None)")
         self._parts = observed_parts(env.observation_space, self._name)
         self.observation_space = gymnasium.spaces.Dict({name: part.box for name, part in self._parts.items()})
         self.action_space = action_box(env.action_space, self._name)
@@ -160,7 +160,7 @@ class Adapter(gymnasium.Wrapper):
         return observe(self._parts, observation, self._name), info
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Take a step. Raises TaskError for an action that is not (A,) finite numbers, for what is observed and does
+        """Take a step. Raises EnvSpecError for an action that is not (A,) finite numbers, for what is observed and does
         not fit its space, when an episode ends and nothing has said whether it is a success, and for a success function
         that fails."""
         inner = self._inner_action
@@ -175,15 +175,15 @@ class Adapter(gymnasium.Wrapper):
         return flat, reward, bool(terminated), bool(truncated), info
 
     def mode(self, observations: Mapping[str, np.ndarray]) -> str | None:
-        """The label of an episode, {key: (steps + 1, ...)}; raises TaskError for a function that fails or gives what is
-        no label."""
+        """The label of an episode, {key: (steps + 1, ...)}; raises EnvSpecError for a function that fails or gives
+        what is no label."""
         if self._mode is None:
             return None
         label = call(self._mode, observations)
         if label is None or (label in self.modes if self.modes else is_label(label)):
             return label
         allowed = f"one of {', '.join(self.modes)}" if self.modes else "a text"
-        raise TaskError(f"{name_of(self._mode)} must give {allowed}, or None; got {label!r:.100}")
+        raise EnvSpecError(f"{name_of(self._mode)} must give {allowed}, or None; got {label!r:.100}")
 
     def close(self) -> None:
         """Close the environment; some fail, as when a physics server that they share is gone, and nobody is harmed."""
@@ -210,13 +210,13 @@ class Adapter(gymnasium.Wrapper):
         if callable(self._success):
             answer = call(self._success, observation, info)
             if not isinstance(answer, bool | np.bool_):
-                raise TaskError(f"{name_of(self._success)} must give True or False; got {answer!r}")
+                raise EnvSpecError(f"{name_of(self._success)} must give True or False; got {answer!r}")
             return bool(answer)
         if self._success is not None:
             return ended and self._return >= self._success < math.inf  # of `none`, nothing is a success
         said = self._says(info)
         if said is None and ended:
-            raise TaskError(
+            raise EnvSpecError(
                 f"{self._name} gives no info['is_success'] or info['success']; say what success is with "
                 "--success 'return>=NUMBER' or --success module:function (or 'none', to measure the return alone)"
             )
@@ -249,7 +249,7 @@ def _is_ours(env: gymnasium.Env) -> bool:
 
 
 def parse_success(text: str | None) -> SuccessOf | float | None:
-    """What Task.success means; raises TaskError."""
+    """What EnvSpec.success means; raises EnvSpecError."""
     if text is None:
         return None
     if text == "none":
@@ -262,7 +262,7 @@ def parse_success(text: str | None) -> SuccessOf | float | None:
     except ValueError:
         threshold = math.nan
     if measure.strip() != "return" or not math.isfinite(threshold):
-        raise TaskError(
+        raise EnvSpecError(
             f"success must be 'return>=NUMBER', such as 'return>=90', module:function, or 'none'; got {text!r}"
         )
     return threshold

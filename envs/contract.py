@@ -13,7 +13,7 @@ import numpy as np
 
 from diffusion_policy.basics.lines import one_line
 from diffusion_policy.envs.protocols import TaskEnv
-from diffusion_policy.envs.spaces import TaskError
+from diffusion_policy.envs.spaces import EnvSpecError
 
 
 class Contract(gymnasium.Wrapper):
@@ -52,7 +52,7 @@ class Contract(gymnasium.Wrapper):
         given = {name: value for name, value in wanted.items() if name in self._takes or value is not None}
         result: Any = self.env.reset(**given)
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping | None)):
-            raise TaskError(
+            raise EnvSpecError(
                 f"reset of {self._name} gives {_count(result)}, as in old versions of gym; it must return "
                 "(observation, info): change it, or adapt it with shimmy's GymV21CompatibilityV0"
             )
@@ -62,7 +62,7 @@ class Contract(gymnasium.Wrapper):
         """Take a step."""
         result: Any = self.env.step(action)
         if not (isinstance(result, tuple) and len(result) == 5 and isinstance(result[4], Mapping | None)):
-            raise TaskError(
+            raise EnvSpecError(
                 f"step of {self._name} gives {_count(result)}, as in old versions of gym; it must return "
                 "(observation, reward, terminated, truncated, info): change it, or adapt it with shimmy's "
                 "GymV21CompatibilityV0"
@@ -74,17 +74,17 @@ class Contract(gymnasium.Wrapper):
 
 
 def guard(env: gymnasium.Env) -> gymnasium.Env:
-    """The environment with a Contract below all its wrappers, unless it is a task of ours or has one. Raises TaskError
-    for what is not one environment of Gymnasium's."""
+    """The environment with a Contract below all its wrappers, unless it is a task of ours or has one. Raises
+    EnvSpecError for what is not one environment of Gymnasium's."""
     if isinstance(env, gymnasium.vector.VectorEnv):
-        raise TaskError(
+        raise EnvSpecError(
             f"{type(env).__name__} is several environments; give a single one: gymnasium.make, not make_vec"
         )
     if not isinstance(env, gymnasium.Env):
-        raise TaskError(f"an environment is a gymnasium.Env; got {type(env).__module__}.{type(env).__name__}")
+        raise EnvSpecError(f"an environment is a gymnasium.Env; got {type(env).__module__}.{type(env).__name__}")
     for name in ("observation_space", "action_space"):
         if not isinstance(getattr(env.unwrapped, name, None), gymnasium.Space):
-            raise TaskError(f"{name_of_env(env)} must have an {name}, a space of Gymnasium's")
+            raise EnvSpecError(f"{name_of_env(env)} must have an {name}, a space of Gymnasium's")
     if isinstance(env.unwrapped, TaskEnv):
         return env
     if not isinstance(env, gymnasium.Wrapper):
@@ -110,18 +110,18 @@ def takes(env: gymnasium.Env, name: str) -> bool:
 
 
 def to_number(value: Any, what: str) -> float:
-    """A number that may come as an array of one; raises TaskError, which says `what` it is, for others."""
+    """A number that may come as an array of one; raises EnvSpecError, which says `what` it is, for others."""
     array = np.asarray(value)
     if array.size != 1 or array.dtype.kind not in "biuf":
-        raise TaskError(f"{what} {one_line(repr(value), 100)}; it must be one number")
+        raise EnvSpecError(f"{what} {one_line(repr(value), 100)}; it must be one number")
     return float(array.reshape(-1)[0])
 
 
 def to_truth(value: Any, what: str) -> bool:
-    """Yes or no, which may come as an array or as 0.0 and 1.0; raises TaskError for others, such as a share."""
+    """Yes or no, which may come as an array or as 0.0 and 1.0; raises EnvSpecError for others, such as a share."""
     number = to_number(value, what)
     if number not in (0, 1):
-        raise TaskError(
+        raise EnvSpecError(
             f"{what} {number:g}, which is neither true nor false; say what success is with --success module:function"
         )
     return bool(number)
@@ -139,7 +139,7 @@ def _flag(value: Any, what: str) -> bool:
     try:
         return bool(value)
     except ValueError:
-        raise TaskError(f"{what} the end of the episode as {value!r}; it must be True or False") from None
+        raise EnvSpecError(f"{what} the end of the episode as {value!r}; it must be True or False") from None
 
 
 def _count(result: Any) -> str:

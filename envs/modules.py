@@ -13,20 +13,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffusion_policy.basics import lines
-from diffusion_policy.envs.spaces import TaskError
+from diffusion_policy.envs.spaces import EnvSpecError
 
 
 def load(name: str) -> Callable[..., Any]:
     """The function or class that `module:function` names, also from a file in the working directory; raises
-    TaskError."""
+    EnvSpecError."""
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
-        raise TaskError(f"a function is named module:function, such as my_task:mode; got {name!r}")
+        raise EnvSpecError(f"a function is named module:function, such as my_task:mode; got {name!r}")
     module = import_module(module_name)
     function = getattr(module, attribute, None)
     if not callable(function):
         offered = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise TaskError(f"{module_name} has no function {attribute!r}{nearest(attribute, offered)}")
+        raise EnvSpecError(f"{module_name} has no function {attribute!r}{nearest(attribute, offered)}")
     return function
 
 
@@ -40,10 +40,10 @@ def import_module(name: str) -> Any:
     except (Exception, SystemExit) as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is None or not f"{name}.".startswith(f"{missing}."):
-            raise TaskError(f"importing {name} failed: {lines.describe(error)}") from error
+            raise EnvSpecError(f"importing {name} failed: {lines.describe(error)}") from error
         parent, _, last = missing.rpartition(".")
         beside = pkgutil.iter_modules(getattr(sys.modules.get(parent), "__path__", []) if parent else None)
-        raise TaskError(f"there is no module {missing!r}{nearest(last, [each.name for each in beside])}") from error
+        raise EnvSpecError(f"there is no module {missing!r}{nearest(last, [each.name for each in beside])}") from error
 
 
 def nearest(name: str, offered: Sequence[str]) -> str:
@@ -57,7 +57,7 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except Exception as error:
-        raise TaskError(f"{name_of(function)} failed: {lines.describe(error)}") from error
+        raise EnvSpecError(f"{name_of(function)} failed: {lines.describe(error)}") from error
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from diffusion_policy.basics.bounds import MOST_CHARACTERS
 from diffusion_policy.basics.names import is_label
 from diffusion_policy.envs.scene import Scene
-from diffusion_policy.envs.spaces import TaskError, observed_space
+from diffusion_policy.envs.spaces import EnvSpecError, observed_space
 
 Observations = Mapping[str, np.ndarray]
 """{key: (...)} of one step, or {key: (steps, ...)} of several."""
@@ -75,7 +75,7 @@ class TaskEnv(gymnasium.Env):
 
 
 def as_multimodal(env: gymnasium.Env) -> Multimodal | None:
-    """The environment, or the wrapper around it, that knows the modes of what `env` observes. Raises TaskError for
+    """The environment, or the wrapper around it, that knows the modes of what `env` observes. Raises EnvSpecError for
     labels that cannot be printed."""
     for layer in layers(env):
         modes = _get(layer, "modes")
@@ -116,9 +116,9 @@ def layers(env: gymnasium.Env) -> list[gymnasium.Env]:
 
 
 def check_label(label: object, who: str) -> None:
-    """Raise TaskError for what cannot be the label of a mode."""
+    """Raise EnvSpecError for what cannot be the label of a mode."""
     if not is_label(label):
-        raise TaskError(
+        raise EnvSpecError(
             f"{who} has the mode {label!r:.60}; a label is printable text of one line with at most "
             f"{MOST_CHARACTERS} characters"
         )
@@ -166,7 +166,7 @@ def _observes_alike(env: gymnasium.Env, layer: gymnasium.Env) -> bool:
         return True
     try:
         return observed_space(env.observation_space) == observed_space(layer.observation_space)
-    except TaskError:
+    except EnvSpecError:
         return False
 
 

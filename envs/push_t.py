@@ -109,7 +109,7 @@ class SavedState(NamedTuple):
 
 class PushTEnv(TaskEnv):
     """Observation: `state` (5,), as the module says, the angle in [0, 2 pi), and `keypoint` (9, 2) [px], both as in the
-    published data set. Action: where the agent shall go, (2,) [px], absolute. Reward: clip(coverage / 0.95, 0, 1).
+    published dataset. Action: where the agent shall go, (2,) [px], absolute. Reward: clip(coverage / 0.95, 0, 1).
     The episode ends at success, more than 95 % of the outline covered.
 
     `info["measures"]`: `score`, the highest reward of the episode so far, and `final_coverage`, the present coverage.

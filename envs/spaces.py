@@ -27,7 +27,7 @@ KEPT = (np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, 
 """Types of numbers that an observation keeps; others become float32, longer ones float64."""
 
 
-class TaskError(ValueError):
+class EnvSpecError(ValueError):
     """A task that is described wrongly or breaks the contract of Gymnasium, or a user's function that fails."""
 
     hopeless = True
@@ -46,23 +46,24 @@ class Part(NamedTuple):
 
 
 def observed_parts(space: gymnasium.Space, who: str) -> dict[str, Part]:
-    """The parts of an observation by name; raises TaskError, which says that of `who`, for what cannot be observed."""
+    """The parts of an observation by name; raises EnvSpecError, which says that of `who`, for what cannot be
+    observed."""
     found = [(join_names(path) or "observation", path, leaf) for path, leaf in _leaves(space)]
     parts: dict[str, Part] = {}
     for name, path, leaf in found:
         if name in parts:
             one, other = (one_line("/".join(map(str, keys)), 50) for keys in (parts[name].path, path))
-            raise TaskError(
+            raise EnvSpecError(
                 f"{who} observes {one!r} and {other!r}, which would both be called {name[:50]!r}; rename one"
             )
         parts[name] = Part(path, leaf, _box(leaf, name, who))
     if not parts or "action" in parts:
-        raise TaskError(
+        raise EnvSpecError(
             f"{who} must observe something, and not under the name `action`, where the actions are; got {_say(space)}"
         )
     for name in parts:
         if len(name) > MOST_CHARACTERS or not re.match(r"\w", name) or name == "zarr.json":
-            raise TaskError(
+            raise EnvSpecError(
                 f"{who} observes {name[:50]!r}; a name begins with a letter, digit or '_' and has at most "
                 f"{MOST_CHARACTERS} characters; rename it"
             )
@@ -75,16 +76,16 @@ def observed_space(space: gymnasium.Space, who: str = "the environment") -> gymn
 
 
 def observe(parts: Mapping[str, Part], observation: Any, who: str) -> Observation:
-    """An observation by the names of its parts, copied, as some environments change theirs in place. Raises TaskError
-    where it is none of its space's: a part is missing, has another shape or type, or holds numbers that its type cannot
-    hold. Its bounds are not looked at."""
+    """An observation by the names of its parts, copied, as some environments change theirs in place. Raises
+    EnvSpecError where it is none of its space's: a part is missing, has another shape or type, or holds numbers that
+    its type cannot hold. Its bounds are not looked at."""
     return {name: _take(name, part, observation, who) for name, part in parts.items()}
 
 
 def action_box(space: gymnasium.Space, who: str) -> Box:
-    """Actions as rows (A,) of float32 or float64, from a Box of floats of any shape; raises TaskError for others."""
+    """Actions as rows (A,) of float32 or float64, from a Box of floats of any shape; raises EnvSpecError for others."""
     if not isinstance(space, Box) or not np.issubdtype(space.dtype, np.floating):
-        raise TaskError(
+        raise EnvSpecError(
             f"{who} takes actions of {_say(space)}; a policy can only give those of a Box of floats: wrap it in an "
             "ActionWrapper that takes such and makes of them what it needs"
         )
@@ -93,13 +94,13 @@ def action_box(space: gymnasium.Space, who: str) -> Box:
 
 
 def action_row(box: Box, action: Any, who: str) -> np.ndarray:
-    """An action of any shape as a row of `action_box`, copied; raises TaskError unless it is A finite numbers."""
+    """An action of any shape as a row of `action_box`, copied; raises EnvSpecError unless it is A finite numbers."""
     try:
         row = np.array(action, box.dtype).reshape(-1)
     except (TypeError, ValueError):
         row = np.empty(0)
     if row.shape != box.shape or not np.isfinite(row).all():
-        raise TaskError(f"an action of {who} is {box.shape[0]} finite numbers; got {_say(action)}")
+        raise EnvSpecError(f"an action of {who} is {box.shape[0]} finite numbers; got {_say(action)}")
     return row
 
 
@@ -124,12 +125,12 @@ def _box(space: gymnasium.Space, name: str, who: str) -> Box:
     if isinstance(space, Discrete | MultiDiscrete | MultiBinary):
         return Box(0, 1, (gymnasium.spaces.flatdim(space),), np.float32)
     if not isinstance(space, Box):
-        raise TaskError(
+        raise EnvSpecError(
             f"{who} observes {name}: {_say(space)}; allowed are Box, Discrete, MultiDiscrete and MultiBinary, and Dict "
             "and Tuple of them"
         )
     if 0 in space.shape:
-        raise TaskError(
+        raise EnvSpecError(
             f"{who} observes {name}: {_say(space)}, which holds no numbers; leave it out with FilterObservation"
         )
     longer = np.float64 if space.dtype.kind == "f" and space.dtype.itemsize > 8 else np.float32
@@ -146,12 +147,12 @@ def _take(name: str, part: Part, observation: Any, who: str) -> np.ndarray:
             value = _flatten(part.space, value)
         array = np.array(value)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise TaskError(
+        raise EnvSpecError(
             f"{who} gives no {name} as its observation space has it, {_say(part.space)}: {describe(error)}"
         ) from error
     fits = array.shape in (part.space.shape, box.shape) or array.size == math.prod(box.shape) == 1
     if array.dtype.kind not in "biuf" or not fits or (array.dtype.kind == "f" and box.dtype.kind in "iu"):
-        raise TaskError(
+        raise EnvSpecError(
             f"{who} gives {name} as {array.dtype} of shape {array.shape}; its observation space says {_say(part.space)}"
         )
     if array.dtype == box.dtype:
@@ -160,7 +161,7 @@ def _take(name: str, part: Part, observation: Any, who: str) -> np.ndarray:
         kept = array.astype(box.dtype)
     changed = kept != array if box.dtype.kind in "iu" else np.isfinite(kept) != np.isfinite(array)
     if changed.any():
-        raise TaskError(f"{who} gives {name} as {array[changed][0]}, which {box.dtype} of its space cannot hold")
+        raise EnvSpecError(f"{who} gives {name} as {array[changed][0]}, which {box.dtype} of its space cannot hold")
     return kept.reshape(box.shape)
 
 

@@ -24,7 +24,7 @@ from diffusion_policy.basics import lines
 from diffusion_policy.envs.contract import Contract, name_of_env
 from diffusion_policy.envs.modules import load
 from diffusion_policy.envs.protocols import layers
-from diffusion_policy.envs.spaces import TaskError
+from diffusion_policy.envs.spaces import EnvSpecError
 
 Wrapped = Mapping[str, Any]
 """One wrapper, as it is written."""
@@ -56,7 +56,7 @@ def describe(env: gymnasium.Env) -> dict[str, Any] | None:
     found = layers(env)
     for i, layer in enumerate(found):
         described = getattr(layer, "described", None)
-        if isinstance(layer, gymnasium.Wrapper) and described is not None:  # a Task has made it
+        if isinstance(layer, gymnasium.Wrapper) and described is not None:  # a EnvSpec has made it
             wrappers = [*described.get("wrappers", ()), *(_outside(one) for one in _wrappers(found[:i]))]
             return {**described, "wrappers": wrappers} if wrappers else dict(described)
     if spec is None:
@@ -90,26 +90,27 @@ def foreign(wrappers: Sequence[Wrapped]) -> list[str]:
 
 
 def wrap(env: gymnasium.Env, wrapped: Wrapped) -> gymnasium.Env:
-    """Put a wrapper on again; raises TaskError where it cannot be. A module that its entry point names is imported."""
+    """Put a wrapper on again; raises EnvSpecError where it cannot be. A module that its entry point names is
+    imported."""
     point, name, kwargs = wrapped.get("entry_point"), _gymnasiums(wrapped), wrapped.get("kwargs", {})
     if _is_lost(wrapped):
-        raise TaskError(f"{name_of_env(env)} was wrapped in {_name(wrapped)}, which cannot be made again")
+        raise EnvSpecError(f"{name_of_env(env)} was wrapped in {_name(wrapped)}, which cannot be made again")
     if name in UNSEEN:
         return env
     try:
         if name is None:
             kind = load(str(point))
             if not (isinstance(kind, type) and issubclass(kind, gymnasium.Wrapper)):
-                raise TaskError(f"{point} is no wrapper of environments, as {name_of_env(env)} was recorded under")
+                raise EnvSpecError(f"{point} is no wrapper of environments, as {name_of_env(env)} was recorded under")
             return kind(env, **_revive(kwargs))
         _check_sizes(name, kwargs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of precision, which was said when the user put it on
             return getattr(gymnasium.wrappers, name)(env, **_revive(kwargs))
-    except TaskError:
+    except EnvSpecError:
         raise
     except Exception as error:
-        raise TaskError(
+        raise EnvSpecError(
             f"the wrapper {point} cannot be put around {name_of_env(env)}: {lines.describe(error)}"
         ) from error
 
@@ -184,7 +185,7 @@ def _wrappers(found: Sequence[gymnasium.Env]) -> list[dict[str, Any]]:
 
 
 def _outside(wrapped: dict[str, Any]) -> dict[str, Any]:
-    """A wrapper around an Adapter, which a Task would put within it: there observations have other names."""
+    """A wrapper around an Adapter, which a EnvSpec would put within it: there observations have other names."""
     _, _, name = str(wrapped["entry_point"]).partition(":")
     return {"entry_point": None, "name": name} if "Observation" in name else wrapped
 
@@ -271,12 +272,12 @@ def _revive(value: Any) -> Any:
 
 
 def _check_sizes(name: str, value: Any) -> None:
-    """Raise TaskError for numbers with which a wrapper would fill the memory."""
+    """Raise EnvSpecError for numbers with which a wrapper would fill the memory."""
     if isinstance(value, Mapping | list | tuple):
         for one in value.values() if isinstance(value, Mapping) else value:
             _check_sizes(name, one)
     elif isinstance(value, int) and value > MOST and name != "TimeLimit":
-        raise TaskError(f"the numbers in the arguments of {name} must be at most {MOST}; got {value}")
+        raise EnvSpecError(f"the numbers in the arguments of {name} must be at most {MOST}; got {value}")
 
 
 def _same(a: Any, b: Any) -> bool:

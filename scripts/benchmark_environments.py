@@ -11,7 +11,7 @@ import tyro
 
 from diffusion_policy import envs
 from diffusion_policy.envs.experts import EXPERTS
-from diffusion_policy.evaluation.host import Stretch
+from diffusion_policy.evaluation.host import StepsResult
 from diffusion_policy.evaluation.pool import EnvironmentPool
 
 CASES = (
@@ -73,7 +73,7 @@ def measure_pool(workers: int, slots: int, rounds: int, action_horizon: int) -> 
         started = time.perf_counter()
         for sequences in actions:
             answers = pool.step(dict(enumerate(sequences)))
-            assert all(isinstance(answer, Stretch) for answer in answers.values()), answers
+            assert all(isinstance(answer, StepsResult) for answer in answers.values()), answers
         spent = time.perf_counter() - started
         asked, worked = pool.seconds_asked - asked, pool.seconds_worked - worked
     return slots * rounds * action_horizon / spent, (asked - worked) / spent

@@ -27,7 +27,7 @@ hypothesis.settings.register_profile("ours", deadline=None)  # a first call may 
 hypothesis.settings.load_profile("ours")
 
 AVOID = "diffusion_policy/Avoid-v0"
-TINY = PolicyConfig(widths=(16, 32), level_dim=32, levels=20)
+TINY = PolicyConfig(widths=(16, 32), level_dim=32, noise_levels=20)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Te
 from gymnasium.utils.env_checker import check_env
 
 from diffusion_policy.datasets.collect import disturb, disturbance_generator
-from diffusion_policy.envs.adapters import Adapter, Task, TaskError, capped_steps
+from diffusion_policy.envs.adapters import Adapter, EnvSpec, EnvSpecError, capped_steps
 from diffusion_policy.envs.avoid import AvoidEnv
 from diffusion_policy.envs.examples import (
     MOUNTAIN_CAR_MODES,
@@ -31,8 +31,10 @@ from diffusion_policy.evaluation.pool import EnvironmentPool
 
 AVOID = "diffusion_policy/Avoid-v0"
 EXAMPLES = "diffusion_policy.envs.examples"
-MOUNTAIN_CAR = Task("MountainCarContinuous-v0", {}, "return>=90", f"{EXAMPLES}:mountain_car_mode", MOUNTAIN_CAR_MODES)
-REACH, PUSH = Task("panda_gym:PandaReach-v3"), Task("panda_gym:PandaPush-v3", fresh=True)
+MOUNTAIN_CAR = EnvSpec(
+    "MountainCarContinuous-v0", {}, "return>=90", f"{EXAMPLES}:mountain_car_mode", MOUNTAIN_CAR_MODES
+)
+REACH, PUSH = EnvSpec("panda_gym:PandaReach-v3"), EnvSpec("panda_gym:PandaPush-v3", fresh=True)
 needs_panda = pytest.mark.skipif(importlib.util.find_spec("panda_gym") is None, reason="panda-gym is not installed")
 
 MY_TASK = """
@@ -181,22 +183,22 @@ def test_actions_are_clipped_and_get_their_type_and_shape_back() -> None:
     assert fake.actions[0] in fake.action_space
     np.testing.assert_allclose(fake.actions[0], [[-0.1, 0], [0.05, 0.1]])
     for action in ([0.0, 0.0], [0.0, 0.0, 0.0, np.nan]):
-        with pytest.raises(TaskError, match="an action of Fake is 4 finite numbers; got"):
+        with pytest.raises(EnvSpecError, match="an action of Fake is 4 finite numbers; got"):
             env.step(np.array(action))
 
 
 @pytest.mark.parametrize("space", [Discrete(3), Dict({"arm": Box(-1, 1, (2,))}), Box(0, 9, (2,), np.int64)])
 def test_other_actions_are_refused(space: gymnasium.Space) -> None:
-    with pytest.raises(TaskError, match=r"Fake takes actions of .*; a policy can only give those of a Box of floats"):
+    with pytest.raises(EnvSpecError, match=r"Fake takes actions of .*; a policy can only give those of a Box of"):
         Adapter(Fake(action_space=space))
 
 
 def test_observations_without_numbers_or_names_are_refused() -> None:
-    with pytest.raises(TaskError, match=r"Fake observes task\.name: Text.*; allowed are Box, Discrete"):
+    with pytest.raises(EnvSpecError, match=r"Fake observes task\.name: Text.*; allowed are Box, Discrete"):
         Adapter(Fake(Dict({"task": Dict({"name": Text(5)})})))
     part = Box(-1, 1, (2,))
     for space in (Dict({}), Dict({"action": part})):
-        with pytest.raises(TaskError, match="Fake must observe something, and not under the name `action`"):
+        with pytest.raises(EnvSpecError, match="Fake must observe something, and not under the name `action`"):
             Adapter(Fake(space))
 
 
@@ -205,7 +207,7 @@ def test_an_environment_without_seeds_is_refused() -> None:
         def reset(self) -> tuple[Any, dict]:  # pyright: ignore[reportIncompatibleMethodOverride]
             return np.zeros(2), {}
 
-    with pytest.raises(TaskError, match="Old takes no seed"):
+    with pytest.raises(EnvSpecError, match="Old takes no seed"):
         Adapter(Old())
 
 
@@ -255,7 +257,7 @@ def test_answers_of_another_form_are_told_in_one_line_under_wrappers_too(reset: 
             return step
 
     for env in (Old(), gymnasium.wrappers.TimeLimit(Old(), 5)):
-        with pytest.raises(TaskError, match=said) as error:
+        with pytest.raises(EnvSpecError, match=said) as error:
             finish(Adapter(env))
         assert "\n" not in str(error.value)
         assert error.value.hopeless
@@ -280,7 +282,7 @@ def test_numbers_come_as_arrays_and_infos_as_nothing() -> None:
 
 @pytest.mark.parametrize("share", [0.3, np.array([0.5]), np.nan])
 def test_a_share_is_neither_success_nor_failure(share: Any) -> None:
-    with pytest.raises(TaskError, match=r"info\['success'\] = .*, which is neither true nor false"):
+    with pytest.raises(EnvSpecError, match=r"info\['success'\] = .*, which is neither true nor false"):
         finish(Adapter(Fake(infos=({}, {"success": share}))))
 
 
@@ -298,15 +300,15 @@ def test_close_may_fail() -> None:
 
 
 def test_several_environments_are_not_one() -> None:
-    with pytest.raises(TaskError, match=r"SyncVectorEnv is several environments; give a single one: gymnasium.make"):
+    with pytest.raises(EnvSpecError, match=r"SyncVectorEnv is several environments; give a single one: gymnasium.make"):
         Adapter(gymnasium.make_vec("Pendulum-v1", 2))  # pyright: ignore[reportArgumentType]
 
     class Bare(gymnasium.Env):
         observation_space = Box(-1, 1, (1,))
 
-    with pytest.raises(TaskError, match="Bare must have an action_space, a space of Gymnasium's"):
+    with pytest.raises(EnvSpecError, match="Bare must have an action_space, a space of Gymnasium's"):
         Adapter(Bare())
-    with pytest.raises(TaskError, match=r"an environment is a gymnasium.Env; got builtins.int"):
+    with pytest.raises(EnvSpecError, match=r"an environment is a gymnasium.Env; got builtins.int"):
         Adapter(3)  # pyright: ignore[reportArgumentType]
 
 
@@ -328,7 +330,7 @@ def register() -> Iterator[Callable[..., str]]:
 def test_an_episode_without_an_end_ends(register: Callable[..., str]) -> None:
     endless = register(lambda: Fake(infos=({},) * 3000))
     for arguments, cap in (({}, 1000), ({"max_episode_steps": -1}, 1000), ({"max_episode_steps": 1500}, None)):
-        env = Task(endless, arguments, success="none")()
+        env = EnvSpec(endless, arguments, success="none")()
         assert capped_steps(env) == cap
         env.reset(seed=0)
         steps = 1
@@ -339,7 +341,7 @@ def test_an_episode_without_an_end_ends(register: Callable[..., str]) -> None:
 
 
 def test_a_picture_is_made_as_is_asked_whatever_stands_among_the_arguments() -> None:
-    task = Task("Pendulum-v1", {"render_mode": "rgb_array_list"}, "none")
+    task = EnvSpec("Pendulum-v1", {"render_mode": "rgb_array_list"}, "none")
     assert task().render_mode == "rgb_array_list"
     assert task(render_mode="rgb_array").render_mode == "rgb_array"
 
@@ -361,7 +363,7 @@ def test_constructors_that_print_and_fail_are_told_in_one_line(
         raise fails
 
     with pytest.raises(ValueError, match=said) as error:
-        Task(register(make))()
+        EnvSpec(register(make))()
     assert "\n" not in str(error.value)
     assert capfd.readouterr().out == ""
 
@@ -371,7 +373,7 @@ def test_a_checker_that_asserts_is_left_out(register: Callable[..., str]) -> Non
         def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
             return super().reset(seed=seed)[0].astype(np.float64), {}
 
-    env = Task(register(Odd, max_episode_steps=5), success="none")()
+    env = EnvSpec(register(Odd, max_episode_steps=5), success="none")()
     assert env.reset(seed=0)[0]["observation"].dtype == np.float32
 
 
@@ -385,7 +387,7 @@ def test_success_is_what_the_environment_says(key: str) -> None:
 
 
 def test_an_environment_that_says_nothing_of_success_is_told_how_to() -> None:
-    with pytest.raises(TaskError, match=r"Fake gives no info\['is_success'\].*--success 'return>=NUMBER' or"):
+    with pytest.raises(EnvSpecError, match=r"Fake gives no info\['is_success'\].*--success 'return>=NUMBER' or"):
         finish(Adapter(Fake()))
 
 
@@ -400,7 +402,9 @@ def test_the_return_is_a_measure_unless_the_environment_measures_itself() -> Non
 
 
 def test_a_users_functions_say_success_and_mode(my_task: str) -> None:
-    task = Task(f"{my_task}:Walk-v0", {"max_episode_steps": 2}, f"{my_task}:far", f"{my_task}:side", ("left", "right"))
+    task = EnvSpec(
+        f"{my_task}:Walk-v0", {"max_episode_steps": 2}, f"{my_task}:far", f"{my_task}:side", ("left", "right")
+    )
     env = task()
     env.reset(seed=0)
     answers = [env.step(np.ones(1))[-1]["is_success"] for _ in range(2)]
@@ -411,8 +415,8 @@ def test_a_users_functions_say_success_and_mode(my_task: str) -> None:
 
 def test_success_that_means_nothing_is_refused() -> None:
     for text in ("return>=much", "return>=nan", "score>=1"):
-        with pytest.raises(TaskError, match=r"success must be 'return>=NUMBER'.*got '(return|score)>="):
-            Task("Pendulum-v1", success=text)()
+        with pytest.raises(EnvSpecError, match=r"success must be 'return>=NUMBER'.*got '(return|score)>="):
+            EnvSpec("Pendulum-v1", success=text)()
 
 
 # The user's modules
@@ -422,51 +426,51 @@ def test_functions_that_fail_are_named(my_task: str) -> None:
     env = Adapter(Fake(), load(f"{my_task}:broken"), load(f"{my_task}:broken"))
     env.reset(seed=0)
     for call in (lambda: env.step(np.zeros(2)), lambda: env.mode({})):
-        with pytest.raises(TaskError, match=rf"{my_task}:broken failed: KeyError: 'here'"):
+        with pytest.raises(EnvSpecError, match=rf"{my_task}:broken failed: KeyError: 'here'"):
             call()
 
 
 def test_answers_that_are_no_answers_are_refused(my_task: str) -> None:
     env = Adapter(Fake(), load(f"{my_task}:silent"), load(f"{my_task}:silent"))
     env.reset(seed=0)
-    with pytest.raises(TaskError, match=f"{my_task}:silent must give True or False; got 3"):
+    with pytest.raises(EnvSpecError, match=f"{my_task}:silent must give True or False; got 3"):
         env.step(np.zeros(2))
-    with pytest.raises(TaskError, match=f"{my_task}:silent must give a text, or None; got 3"):
+    with pytest.raises(EnvSpecError, match=f"{my_task}:silent must give a text, or None; got 3"):
         env.mode({})
     env = Adapter(Fake(), mode=load(f"{my_task}:side"), modes=("up", "down"))
-    with pytest.raises(TaskError, match=f"{my_task}:side must give one of up, down, or None; got 'right'"):
+    with pytest.raises(EnvSpecError, match=f"{my_task}:side must give one of up, down, or None; got 'right'"):
         env.mode({"observation": np.ones((2, 1))})
 
 
 def test_modules_and_functions_that_do_not_exist_are_named_with_the_nearest(my_task: str, tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match=f"there is no module '{my_task}s'; did you mean '{my_task}'?"):
+    with pytest.raises(EnvSpecError, match=f"there is no module '{my_task}s'; did you mean '{my_task}'?"):
         load(f"{my_task}s:far")
-    with pytest.raises(TaskError, match=r"there is no module 'gymnasium\.space'; did you mean 'spaces'?"):
+    with pytest.raises(EnvSpecError, match=r"there is no module 'gymnasium\.space'; did you mean 'spaces'?"):
         load("gymnasium.space:Box")
-    with pytest.raises(TaskError, match=f"{my_task} has no function 'farr'; did you mean 'far'?"):
+    with pytest.raises(EnvSpecError, match=f"{my_task} has no function 'farr'; did you mean 'far'?"):
         load(f"{my_task}:farr")
-    with pytest.raises(TaskError, match=f"there is no module '{my_task}s'"):
-        Task(f"{my_task}s:Walk-v0")()
+    with pytest.raises(EnvSpecError, match=f"there is no module '{my_task}s'"):
+        EnvSpec(f"{my_task}s:Walk-v0")()
     for name in ("far", ":far", f"{my_task}:"):
-        with pytest.raises(TaskError, match="a function is named module:function, such as my_task:mode; got"):
+        with pytest.raises(EnvSpecError, match="a function is named module:function, such as my_task:mode; got"):
             load(name)
     (tmp_path / f"{my_task}_wrong.py").write_text("import nothing_such")
     importlib.invalidate_caches()
     with pytest.raises(
-        TaskError, match=f"importing {my_task}_wrong failed: ModuleNotFoundError: No module named 'noth"
+        EnvSpecError, match=f"importing {my_task}_wrong failed: ModuleNotFoundError: No module named 'noth"
     ):
         load(f"{my_task}_wrong:far")
 
 
 def test_modes_need_a_function_and_differ() -> None:
-    with pytest.raises(TaskError, match="the modes left, right need a mode function"):
-        Task("Pendulum-v1", modes=("left", "right"))
-    with pytest.raises(TaskError, match="each mode must be named once; got left, left"):
-        Task("Pendulum-v1", mode="my_task:side", modes=("left", "left"))
+    with pytest.raises(EnvSpecError, match="the modes left, right need a mode function"):
+        EnvSpec("Pendulum-v1", modes=("left", "right"))
+    with pytest.raises(EnvSpecError, match="each mode must be named once; got left, left"):
+        EnvSpec("Pendulum-v1", mode="my_task:side", modes=("left", "left"))
 
 
 def test_it_runs_in_spawned_processes(my_task: str) -> None:
-    task = Task(f"{my_task}:Walk-v0", success=f"{my_task}:far")
+    task = EnvSpec(f"{my_task}:Walk-v0", success=f"{my_task}:far")
     traces = []
     for workers in (1, 2):
         with EnvironmentPool(task, workers) as pool:
@@ -482,13 +486,13 @@ def test_it_runs_in_spawned_processes(my_task: str) -> None:
 
 
 def test_a_task_of_ours_stays_as_it_is_unless_more_is_asked() -> None:
-    env = Task(AVOID, {"rows": 1})()
+    env = EnvSpec(AVOID, {"rows": 1})()
     assert not isinstance(env, Adapter)
-    env = Task(AVOID, {"rows": 1}, success="return>=1")()
+    env = EnvSpec(AVOID, {"rows": 1}, success="return>=1")()
     assert isinstance(env, Adapter)
     assert env.modes == ("left", "right")
     assert env.get_wrapper_attr("scene") == env.unwrapped.scene  # pyright: ignore[reportAttributeAccessIssue]
-    env = Task(AVOID, mode=f"{EXAMPLES}:mountain_car_mode", modes=("left", "right"))()
+    env = EnvSpec(AVOID, mode=f"{EXAMPLES}:mountain_car_mode", modes=("left", "right"))()
     assert isinstance(env.unwrapped, AvoidEnv)
     assert env.get_wrapper_attr("mode")({"observation": np.array([[0.0, 0], [-0.1, 0]])}) == "left"
 
@@ -506,13 +510,13 @@ def test_gymnasium_checks_an_adapted_environment() -> None:
     "task",
     [
         MOUNTAIN_CAR,
-        Task("Pendulum-v1", {"g": 9.0}, "return>=-300"),
+        EnvSpec("Pendulum-v1", {"g": 9.0}, "return>=-300"),
         pytest.param(REACH, marks=needs_panda),
         pytest.param(PUSH, marks=needs_panda),
     ],
     ids=lambda task: task.env,
 )
-def test_the_same_seed_gives_the_same_episode_whatever_came_before(task: Task) -> None:
+def test_the_same_seed_gives_the_same_episode_whatever_came_before(task: EnvSpec) -> None:
     env = task()
     traces = []
     for seed in (3, 4, 3):
@@ -537,7 +541,7 @@ def test_it_is_quiet_while_an_environment_is_made(capfd: pytest.CaptureFixture[s
 @needs_panda
 @pytest.mark.parametrize("noise", [0.0, 0.4])
 @pytest.mark.parametrize("task, expert", [(REACH, PandaReachExpert), (PUSH, PandaPushExpert)], ids=["reach", "push"])
-def test_the_panda_reaches_and_pushes(task: Task, expert: type, noise: float) -> None:
+def test_the_panda_reaches_and_pushes(task: EnvSpec, expert: type, noise: float) -> None:
     env = task()
     shown = [show(env, expert(None), seed, noise) for seed in range(4)]
     assert all(success and mode is None and steps < 50 for success, mode, steps in shown)
@@ -554,7 +558,7 @@ def test_the_car_swings_up_to_either_side_first(noise: float) -> None:
 
 
 def test_the_flag_is_a_success_of_its_own() -> None:
-    env = Task("MountainCarContinuous-v0", success=f"{EXAMPLES}:mountain_car_success")()
+    env = EnvSpec("MountainCarContinuous-v0", success=f"{EXAMPLES}:mountain_car_success")()
     success, _, steps = show(env, MountainCarExpert("left"), 0, 0.0)
     assert success
     assert steps < 200

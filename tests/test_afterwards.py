@@ -24,7 +24,7 @@ from diffusion_policy.commands import afterwards, evaluate, pictures
 from diffusion_policy.commands.common import Failed, Interrupted
 from diffusion_policy.commands.episodes import observe
 from diffusion_policy.commands.evaluate import Evaluate
-from diffusion_policy.config import SampleConfig, Signals
+from diffusion_policy.config import SampleConfig, SuccessAndModes
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs import protocols
 from diffusion_policy.envs.avoid import AvoidEnv
@@ -40,7 +40,7 @@ QUICK = SampleConfig(sampling_steps=1)
 @pytest.fixture(scope="module")
 def rolled_out(run: Path) -> Iterator[None]:
     """Every evaluation here finds the same checkpoint and the same two episodes, run once."""
-    loaded = evaluate.load_with_environment(run, None, None, QUICK, "cpu", Signals())
+    loaded = evaluate.load_with_environment(run, None, None, QUICK, "cpu", SuccessAndModes())
     episodes = evaluate.run_episodes(loaded, range(100_000, 100_002), QUICK, 2, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "load_with_environment", lambda *_: loaded)

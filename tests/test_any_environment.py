@@ -17,7 +17,7 @@ from gymnasium.wrappers import RescaleAction, TimeLimit
 from diffusion_policy.cli import main, parse
 from diffusion_policy.commands.common import signal_flags
 from diffusion_policy.commands.evaluate import Evaluate
-from diffusion_policy.config import SampleConfig, Signals
+from diffusion_policy.config import SampleConfig, SuccessAndModes
 from diffusion_policy.datasets.recorder import Recorder
 from diffusion_policy.datasets.store import EpisodeStore
 
@@ -146,7 +146,7 @@ def test_modules_that_only_a_file_names_are_not_imported(
 
 
 def test_flags_that_an_error_tells_can_be_given_as_they_are() -> None:
-    signals = Signals("return>=90", "my_task:mode", ("left", "it's right"), fresh=True)
+    signals = SuccessAndModes("return>=90", "my_task:mode", ("left", "it's right"), fresh=True)
     told = shlex.split(" ".join(signal_flags(signals)))
     assert parse(["collect", "--output", "s.zarr", *told]).signals == signals  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -56,7 +56,7 @@ def point() -> Checkpoint:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     data = {"action": rng.normal(size=(30, 2)), "pose": rng.normal(size=(30, 3))}
-    config = PolicyConfig(widths=(16, 32), level_dim=32, levels=20)
+    config = PolicyConfig(widths=(16, 32), level_dim=32, noise_levels=20)
     policy = DiffusionPolicy.for_data(config, data, angles={"pose": (2,)})
     environment = Environment("a/B-v0", {"rows": 1}, ("left", "right"))
     dataset = Dataset("/data", "abc", 2, 30, {"left": 2}, (0, 1))
@@ -493,7 +493,9 @@ def test_a_policy_that_is_too_large_is_found_without_its_memory(point: Checkpoin
 def test_data_of_many_numbers_a_step_are_trained_on_and_kept(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     data = {"action": rng.normal(size=(30, 2)), "wide": rng.normal(size=(30, 30_000))}
-    policy = DiffusionPolicy.for_data(PolicyConfig(widths=(8,), level_dim=8, levels=20, observation_horizon=1), data)
+    policy = DiffusionPolicy.for_data(
+        PolicyConfig(widths=(8,), level_dim=8, noise_levels=20, observation_horizon=1), data
+    )
     dataset = Dataset("/data", "abc", 2, 30, {"left": 2}, (0, 1))
     point = Checkpoint(policy, TrainConfig(steps=30), Environment(None, {}, ()), dataset, 30)
     checkpoint.require_savable(point)

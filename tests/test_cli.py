@@ -20,11 +20,11 @@ from diffusion_policy.commands.common import load_with_environment
 from diffusion_policy.commands.episodes import FIRST_ROLLOUT_SEED, FIRST_TEST_SEED, refuse_seen_seeds
 from diffusion_policy.commands.evaluate import Evaluate
 from diffusion_policy.commands.train import Train
-from diffusion_policy.config import Signals
+from diffusion_policy.config import SuccessAndModes
 from diffusion_policy.datasets.store import EpisodeStore
 
 CLI = [sys.executable, "-m", "diffusion_policy.cli"]
-SMALL = ["--widths", "16", "32", "--level-dim", "32", "--levels", "20", "--batch-size", "32", "--device", "cpu"]
+SMALL = ["--widths", "16", "32", "--level-dim", "32", "--noise-levels", "20", "--batch-size", "32", "--device", "cpu"]
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -102,10 +102,10 @@ def test_collect_refuses(tmp_path: Path, capsys, arguments: list[str], message: 
         (["--config", "/nowhere.json"], "/nowhere.json is missing"),
         (["--config", "/dev/zero"], "/dev/zero is no regular file"),
         (["--config", "/tmp"], "/tmp is no regular file"),
-        (["--levels", "100001"], "levels must be at most 100000; got 100001"),
+        (["--noise-levels", "100001"], "noise-levels must be at most 100000; got 100001"),
         (["--learning-rate", "1e400"], "learning-rate must be finite"),
         (["--steps", str(2**63)], "steps must be at most 1000000000000"),
-        (["--keep", str(2**63)], "keep must be finite, and whole numbers below 2^63"),
+        (["--keep-checkpoints", str(2**63)], "keep-checkpoints must be finite, and whole numbers below 2^63"),
         (["--accumulation", "300"], "accumulation must be at most the batch-size; got 300"),
         (["--widths", "8192", "8192", "--prediction-horizon", "16"], "a policy has at most 268435456 weights"),
     ],
@@ -118,7 +118,7 @@ def test_train_refuses(demonstrations: Path, tmp_path: Path, capsys, arguments: 
 
 def test_train_refuses_bad_data(demonstrations: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "run"
-    assert "no data set at" in fails(capsys, "train", "--dataset", tmp_path / "no.zarr", "--output", out)
+    assert "no dataset at" in fails(capsys, "train", "--dataset", tmp_path / "no.zarr", "--output", out)
     EpisodeStore.create(tmp_path / "empty.zarr", {}, [])
     empty = fails(capsys, "train", "--dataset", tmp_path / "empty.zarr", "--output", out)
     assert "holds no episodes" in empty
@@ -172,7 +172,7 @@ def test_evaluate_refuses(run: Path, tmp_path: Path, capsys, arguments: list[str
 
 @pytest.mark.parametrize("seed, free", [(200_000, 200_021), (199_950, 200_021), (200_020, 200_021)])
 def test_seeds_of_rollouts_in_training_are_no_test(run: Path, seed: int, free: int) -> None:
-    loaded = load_with_environment(run, None, None, None, "cpu", Signals())
+    loaded = load_with_environment(run, None, None, None, "cpu", SuccessAndModes())
     refuse_seen_seeds(loaded, range(200_000, 200_100))  # this one was trained without rollouts
     training = dataclasses.replace(loaded.checkpoint.training, rollout_every=10, rollout_episodes=21)
     seen = loaded._replace(checkpoint=dataclasses.replace(loaded.checkpoint, training=training))
@@ -244,7 +244,7 @@ def test_options_of_a_checkpoint_are_taken_and_flags_override_them(run: Path) ->
     assert command.training.steps == 30
     assert command.training.batch_size == 7
     assert set(command.observation) == {"actual_xy", "desired_xy"}
-    assert parse(["train", "--dataset", "d", "--output", "o", f"--config={config}"]).policy.levels == 20  # pyright: ignore
+    assert parse(["train", "--dataset", "d", "--output", "o", f"--config={config}"]).policy.noise_levels == 20  # pyright: ignore
 
 
 def test_an_option_file_with_an_unknown_key_names_the_nearest(tmp_path: Path, capsys) -> None:

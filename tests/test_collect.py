@@ -20,7 +20,7 @@ from diffusion_policy.cli import main
 from diffusion_policy.datasets.collect import Demonstrator, DemonstratorError, collect
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore
 from diffusion_policy.envs.experts import AvoidExpert
-from diffusion_policy.evaluation.engines import ordered_map
+from diffusion_policy.evaluation.engines import imap
 
 
 def files_of(store: Path) -> dict[str, bytes]:
@@ -54,7 +54,7 @@ def interrupted_at_seven(seed: int) -> Demonstration:
 def test_any_number_of_processes_gives_the_same_bytes(tmp_path: Path, make_env: partial) -> None:
     make_demonstrator = partial(Demonstrator, make_env, AvoidExpert, 0.4)
     for workers in (1, 2):
-        spread = partial(ordered_map, workers=workers)
+        spread = partial(imap, workers=workers)
         collect(new_store(tmp_path / f"{workers}.zarr"), make_demonstrator, 8, 3, spread)
     assert files_of(tmp_path / "1.zarr") == files_of(tmp_path / "2.zarr")
 
@@ -298,9 +298,9 @@ def test_an_episode_that_fails_is_told_in_a_line_and_those_before_are_kept(
 def test_several_workers_keep_and_tell_the_same_of_a_failure(tmp_path: Path) -> None:
     told = []
     for workers in (1, 2):
-        spread = partial(ordered_map, workers=workers)
+        spread = partial(imap, workers=workers)
         with pytest.raises(DemonstratorError) as caught:
-            collect_points(tmp_path / f"{workers}.zarr", partial(Point, "raises"), ordered_map=spread)
+            collect_points(tmp_path / f"{workers}.zarr", partial(Point, "raises"), imap=spread)
         told.append(str(caught.value))
     assert told[0] == told[1]
     assert files_of(tmp_path / "1.zarr") == files_of(tmp_path / "2.zarr")
@@ -309,7 +309,7 @@ def test_several_workers_keep_and_tell_the_same_of_a_failure(tmp_path: Path) -> 
 def test_a_worker_that_dies_changes_no_byte(tmp_path: Path) -> None:
     collect_points(tmp_path / "whole.zarr", Point)
     dying = partial(Point, "dies", tmp_path / "died")
-    collect_points(tmp_path / "died.zarr", dying, ordered_map=partial(ordered_map, workers=2))
+    collect_points(tmp_path / "died.zarr", dying, imap=partial(imap, workers=2))
     assert (tmp_path / "died").exists()
     assert files_of(tmp_path / "whole.zarr") == files_of(tmp_path / "died.zarr")
 

@@ -19,8 +19,8 @@ from diffusion_policy.config import (
     SampleConfig,
     SamplerName,
     ScheduleName,
-    Signals,
     SpacingName,
+    SuccessAndModes,
     TrainConfig,
     decode,
     from_dict,
@@ -77,22 +77,24 @@ def test_only_the_real_down_samplings_bind_the_horizon(widths, horizon) -> None:
 OTHERS: dict[type, dict[str, Any]] = {
     PolicyConfig: {
         "observation_horizon": 3, "prediction_horizon": 32, "action_horizon": 4, "widths": (16, 32), "kernel_size": 3,
-        "groups": 4, "level_dim": 16, "schedule": "linear", "levels": 20, "schedule_options": (0.001, 0.3),
+        "groups": 4, "level_dim": 16, "schedule": "linear", "noise_levels": 20, "schedule_options": (0.001, 0.3),
         "prediction": "velocity", "snr_gamma": 5.0, "learn_variance": True, "condition_dropout": 0.2,
         "normalization": "quantiles", "condition_on_mode": True,
     },
     TrainConfig: {
         "steps": 4, "batch_size": 8, "learning_rate": 1e-05, "weight_decay": 0.0, "warmup_steps": 1,
-        "gradient_clip": 0.5, "average_power": 0.6, "average_limit": 0.0, "validation_share": 0.25, "max_episodes": 3,
-        "memory_gb": 0.5, "validate_every": 500, "checkpoint_every": 2000, "keep": 2, "keep_best": "action_error_best",
-        "rollout_every": 500, "rollout_episodes": 2, "precision": "bf16", "accumulation": 2, "compile": True,
-        "seed": 2**32 - 1,
+        "gradient_clip": 0.5, "ema_power": 0.6, "ema_max_decay": 0.0, "validation_share": 0.25, "max_episodes": 3,
+        "memory_gb": 0.5, "validate_every": 500, "checkpoint_every": 2000, "keep_checkpoints": 2, "keep_best":
+        "action_error_best", "rollout_every": 500, "rollout_episodes": 2, "precision": "bf16", "accumulation": 2,
+        "compile": True, "seed": 2**32 - 1,
     },
     SampleConfig: {
         "sampler": "ddpm", "sampling_steps": 3, "spacing": "even", "eta": 1.0, "clip": "dynamic", "guidance": -1.0,
         "guidance_schedule": "rising", "mode": "links, \u00fcber", "corrector_steps": 1, "corrector_size": 0.02,
     },
-    Signals: {"success": "return>=90", "mode_function": "a.b:c", "mode_labels": ("left", "right"), "fresh": True},
+    SuccessAndModes: {
+        "success": "return>=90", "mode_function": "a.b:c", "mode_labels": ("left", "right"), "fresh": True,
+    },
 }  # fmt: skip
 """Of each option a value other than its default."""
 FIELDS = [(kind, name) for kind, values in OTHERS.items() for name in values]
@@ -200,7 +202,7 @@ def test_options_may_be_nested() -> None:
 ODD_NUMBERS = [float("nan"), float("inf"), -float("inf"), 2**63, -(2**63) - 1, 10**400, 1e400]
 
 
-@pytest.mark.parametrize("kind, name", [(kind, name) for kind, name in FIELDS if kind is not Signals])
+@pytest.mark.parametrize("kind, name", [(kind, name) for kind, name in FIELDS if kind is not SuccessAndModes])
 def test_numbers_that_are_none_are_refused_in_one_line(kind: type, name: str) -> None:
     value = OTHERS[kind][name]
     for odd in ODD_NUMBERS:

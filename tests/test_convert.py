@@ -1035,7 +1035,7 @@ def test_formats_are_told_from_content_and_suffix(store: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("missing.zarr", "x.npz"), "no data set at .*missing.zarr: there is no such file or folder"),
+        (("missing.zarr", "x.npz"), "no dataset at .*missing.zarr: there is no such file or folder"),
         (("notes.txt", "x.npz"), r"notes.txt is of no known format; known are zarr \(zarr store\), robomimic"),
         (
             ("store.zarr", "x"),

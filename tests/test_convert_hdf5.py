@@ -441,7 +441,7 @@ def large_members(path: Path) -> Path:
 
 
 def large_rows(path: Path) -> Path:
-    """A LeRobot data set whose one row has a list of 35 million numbers, in a file of some kB."""
+    """A LeRobot dataset whose one row has a list of 35 million numbers, in a file of some kB."""
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     for folder in ("data/chunk-000", "meta/episodes/chunk-000"):
         (path / folder).mkdir(parents=True)
@@ -458,7 +458,7 @@ def large_rows(path: Path) -> Path:
 
 
 def absurd_spaces(path: Path) -> Path:
-    """A Minari data set whose spaces are of 10^12 numbers."""
+    """A Minari dataset whose spaces are of 10^12 numbers."""
     (path / "data").mkdir(parents=True)
     with h5py.File(path / "data/main_data.hdf5", "w") as file:
         group = file.create_group("episode_0")

@@ -1,4 +1,4 @@
-"""`diffusion-policy dataset`, and what collect, train and rollout do with data sets, as a user meets them."""
+"""`diffusion-policy dataset`, and what collect, train and rollout do with datasets, as a user meets them."""
 
 import json
 from pathlib import Path
@@ -23,9 +23,9 @@ from diffusion_policy.datasets import durable, windows
 from diffusion_policy.datasets.recorder import Recorder
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore
 from diffusion_policy.envs import experts
-from diffusion_policy.envs.adapters import Task
+from diffusion_policy.envs.adapters import EnvSpec
 
-TINY = PolicyConfig(widths=(16, 32), level_dim=16, levels=10)
+TINY = PolicyConfig(widths=(16, 32), level_dim=16, noise_levels=10)
 SHORT = TrainConfig(steps=4, batch_size=16, validate_every=2)
 
 
@@ -42,7 +42,7 @@ def files_of(store: Path) -> dict[str, bytes]:
 
 
 def push_t_like(path: Path, key: str = "action") -> Path:
-    """Zarr v2 as the published Push-T data set: agent and block [px], the block's angle [rad]; absolute actions."""
+    """Zarr v2 as the published Push-T dataset: agent and block [px], the block's angle [rad]; absolute actions."""
     rng = np.random.default_rng(0)
     state = np.cumsum(rng.normal(size=(400, 5)), axis=0).astype(np.float32)
     state[:, 4] %= 2 * np.pi
@@ -139,9 +139,9 @@ def test_replay_repeats_every_step_and_notices_when_it_does_not(
 ) -> None:
     assert Replay(str(demonstrations), episodes=4).run() == {"actual_xy": 0.0, "desired_xy": 0.0}
     video = tmp_path / "replay.mp4"
-    made, make = [], Task.__call__
+    made, make = [], EnvSpec.__call__
     with monkeypatch.context() as patch:
-        patch.setattr(Task, "__call__", lambda task, **given: made.append(given) or make(task, **given))
+        patch.setattr(EnvSpec, "__call__", lambda task, **given: made.append(given) or make(task, **given))
         assert run(capsys, "dataset", "replay", demonstrations, "--episodes", 1, "--video", video)[0] == 0
     assert made == [{}, {"render_mode": "rgb_array"}]  # none but to compare in and to film
     assert len(imageio.mimread(video, memtest=False)) > 50
@@ -351,7 +351,21 @@ def test_what_nobody_needs_and_nobody_can_read_is_left_out_and_said(tmp_path: Pa
 def test_actions_of_several_arrays_are_learned_side_by_side(tmp_path: Path, capsys) -> None:
     path = in_parts(tmp_path / "p.zarr")
     chosen = ("--dataset", path, "--observation", "state", "--action", "pos", "yaw")
-    tiny = ("--widths", 16, 32, "--level-dim", 16, "--levels", 10, "--steps", 2, "--batch-size", 16, "--device", "cpu")
+    tiny = (
+        "--widths",
+        16,
+        32,
+        "--level-dim",
+        16,
+        "--noise-levels",
+        10,
+        "--steps",
+        2,
+        "--batch-size",
+        16,
+        "--device",
+        "cpu",
+    )
     status, _, err = run(capsys, "train", *chosen, *tiny, "--output", tmp_path / "a", "--angles", "yaw:0", "state:4")
     assert status == 0, err
     loaded = checkpoint.load(tmp_path / "a")

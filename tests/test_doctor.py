@@ -21,7 +21,7 @@ from diffusion_policy.diffusion.schedules import SCHEDULES, constant, linear, ma
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.training import doctor
 
-CONFIG = PolicyConfig(widths=(16, 32), level_dim=32, levels=20)
+CONFIG = PolicyConfig(widths=(16, 32), level_dim=32, noise_levels=20)
 ENDS = np.array([60, 130, 200])
 
 
@@ -228,7 +228,7 @@ def test_the_bound_of_very_many_levels_is_taken_over_some_of_them(batch: Batch, 
 
 
 def test_no_more_than_two_hundred_levels_are_looked_at(batch: Batch) -> None:
-    policy = policy_that_says(oracle(batch), replace(CONFIG, levels=100_000))
+    policy = policy_that_says(oracle(batch), replace(CONFIG, noise_levels=100_000))
     few = Batch({key: rows[:2] for key, rows in batch.observations.items()}, batch.actions[:2])
     assert "over 200 of 100000 levels" in doctor.check_bound(policy, few, 0).figure
 
@@ -269,7 +269,7 @@ def test_the_command_looks_at_data_alone(demonstrations: Path, capsys) -> None:
     text = " ".join(capsys.readouterr().err.split())
     assert "pass last level is standard normal" in text
     assert "observed x x" in text
-    too_clean = ["--schedule", "linear", "--levels", "40", "--schedule-options", "1e-4", "0.02"]
+    too_clean = ["--schedule", "linear", "--noise-levels", "40", "--schedule-options", "1e-4", "0.02"]
     assert main(["doctor", "--dataset", str(demonstrations), *options, *too_clean]) == 1
     assert "checks failed: last level is standard normal" in " ".join(capsys.readouterr().err.split())
 
@@ -306,7 +306,7 @@ def test_a_url_that_only_the_checkpoint_names_is_not_opened(run: Path, tmp_path:
     path.write_text(json.dumps(config))
     assert main(["doctor", "--checkpoint", str(tmp_path / "run"), "--sampling-steps", "4"]) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "warn data set is there: the checkpoint names its data set by the URL" in said
+    assert "warn dataset is there: the checkpoint names its dataset by the URL" in said
     assert "refused" not in said
 
 

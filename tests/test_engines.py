@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion_policy.evaluation.engines import GivenUp, each_alone, ordered_map, require_engine
+from diffusion_policy.evaluation.engines import GivenUp, imap, require_engine, run_isolated
 from diffusion_policy.evaluation.spawned import no_interrupts
 
 
@@ -29,19 +29,19 @@ def make_pid():
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_results_come_in_the_order_of_the_items(workers: int) -> None:
-    assert list(ordered_map(make_square, range(40), workers)) == [x * x for x in range(40)]
+    assert list(imap(make_square, range(40), workers)) == [x * x for x in range(40)]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_endless_items_can_be_stopped(workers: int) -> None:
-    results = ordered_map(make_square, itertools.count(), workers)
+    results = imap(make_square, itertools.count(), workers)
     assert [next(results) for _ in range(3)] == [0, 1, 4]
     results.close()
 
 
 def test_one_worker_is_this_process_and_several_are_not() -> None:
-    assert set(ordered_map(make_pid, range(3), 1)) == {os.getpid()}
-    assert os.getpid() not in set(ordered_map(make_pid, range(8), 2))
+    assert set(imap(make_pid, range(3), 1)) == {os.getpid()}
+    assert os.getpid() not in set(imap(make_pid, range(8), 2))
 
 
 def report(item: str) -> str | None:
@@ -53,13 +53,13 @@ def report(item: str) -> str | None:
 
 
 def test_each_runs_alone_and_a_crash_is_told() -> None:
-    told = dict(each_alone(report, ["works", "dies", "fails"], 2))
+    told = dict(run_isolated(report, ["works", "dies", "fails"], 2))
     assert told == {"works": None, "dies": "its process died (exit status 3)", "fails": "fails"}
 
 
 def test_stopping_early_ends_what_runs() -> None:
     started = time.monotonic()
-    told = each_alone(report, ["waits", "works"], 2)
+    told = run_isolated(report, ["waits", "works"], 2)
     assert next(told) == ("works", None)
     told.close()
     assert time.monotonic() - started < 30
@@ -111,7 +111,7 @@ def unlucky(folder: Path | None, x: int) -> int:
 
 
 def test_an_item_whose_worker_died_is_begun_again(tmp_path: Path) -> None:
-    assert list(ordered_map(partial(make_unlucky, tmp_path), [0, 1, 2, 4, 5], 2)) == [0, 1, 2, 4, 5]
+    assert list(imap(partial(make_unlucky, tmp_path), [0, 1, 2, 4, 5], 2)) == [0, 1, 2, 4, 5]
     assert (tmp_path / "died").exists()
 
 
@@ -119,7 +119,7 @@ def test_an_item_that_kills_every_worker_is_given_up_after_the_items_before_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("diffusion_policy.evaluation.engines.RETRIES", 1)
-    results = ordered_map(make_unlucky, [1, 2, 4, 5], 2)
+    results = imap(make_unlucky, [1, 2, 4, 5], 2)
     assert [next(results), next(results)] == [1, 2]
     with pytest.raises(GivenUp, match=r"^worker processes died 2 times at item 4 \(exit status 9\)$") as caught:
         next(results)
@@ -128,7 +128,7 @@ def test_an_item_that_kills_every_worker_is_given_up_after_the_items_before_it(
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_is_raised_as_it_was_after_the_items_before_it(workers: int) -> None:
-    results = ordered_map(make_unlucky, [1, 3, 2], workers)
+    results = imap(make_unlucky, [1, 3, 2], workers)
     assert next(results) == 1
     with pytest.raises(LookupError, match="not lucky"):
         next(results)
@@ -156,11 +156,11 @@ def make_local_error():
 )
 def test_what_a_worker_cannot_send_is_told(item: str, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
-        list(ordered_map(make_local_error, [item], 2))
+        list(imap(make_local_error, [item], 2))
 
 
 def test_an_error_of_one_that_runs_alone_is_told() -> None:
-    assert list(each_alone(unlucky_alone, [0])) == [(0, "ZeroDivisionError: division by zero")]
+    assert list(run_isolated(unlucky_alone, [0])) == [(0, "ZeroDivisionError: division by zero")]
 
 
 def unlucky_alone(item: int) -> str | None:
@@ -169,7 +169,7 @@ def unlucky_alone(item: int) -> str | None:
 
 def test_closing_ends_what_runs() -> None:
     started = time.monotonic()
-    results = ordered_map(make_report, ["works", "waits", "works"], 2)
+    results = imap(make_report, ["works", "waits", "works"], 2)
     assert next(results) is None
     results.close()
     assert time.monotonic() - started < 30
@@ -182,31 +182,31 @@ def make_report():
 
 @pytest.mark.parametrize("workers", [0, -1, 1.5])
 def test_a_number_of_workers_that_cannot_be_is_refused_at_once(workers: int) -> None:
-    for start in (lambda: ordered_map(make_square, [1], workers), lambda: each_alone(report, ["works"], workers)):
+    for start in (lambda: imap(make_square, [1], workers), lambda: run_isolated(report, ["works"], workers)):
         with pytest.raises(ValueError, match="workers must be a whole number of at least 1; got"):
             start()
 
 
 def test_lambdas_are_refused_at_once_where_they_would_have_to_be_sent() -> None:
     with pytest.raises(ValueError, match=r"make_function must be picklable .*: use functools.partial or a function of"):
-        ordered_map(lambda: square, [1], 2)
+        imap(lambda: square, [1], 2)
     with pytest.raises(ValueError, match="function must be picklable"):
-        each_alone(lambda _: None, [1])
+        run_isolated(lambda _: None, [1])
     with pytest.raises(ValueError, match="each item must be picklable"):
-        next(each_alone(report, [lambda: 0]))  # pyright: ignore[reportArgumentType]
-    assert list(ordered_map(lambda: square, [3], 1)) == [9]
+        next(run_isolated(report, [lambda: 0]))  # pyright: ignore[reportArgumentType]
+    assert list(imap(lambda: square, [3], 1)) == [9]
 
 
 SCRIPT = """
 import time
-from diffusion_policy.engines import each_alone, ordered_map
+from diffusion_policy.engines import run_isolated, imap
 from diffusion_policy.pool import EnvironmentPool
 
 def make():
     return abs
 
 def start():
-    for run in (lambda: list(ordered_map(make, [-1, -2], 2)), lambda: list(each_alone(abs, [-3], 2)),
+    for run in (lambda: list(imap(make, [-1, -2], 2)), lambda: list(run_isolated(abs, [-3], 2)),
                 lambda: EnvironmentPool(make, 2).reset({0: 0})):
         try:
             print("result", run())

@@ -86,7 +86,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     data = {"action": rng.normal(size=(30, 2)), "pose": rng.normal(size=(30, 3))}
-    config = PolicyConfig(widths=(16, 32), level_dim=16, levels=20, kernel_size=3)
+    config = PolicyConfig(widths=(16, 32), level_dim=16, noise_levels=20, kernel_size=3)
     policy = DiffusionPolicy.for_data(config, data, angles={"pose": (2,)})
     environment = Environment(
         "a/B-v0", {"rows": 1}, ("left", "right"), wrappers=({"entry_point": "a:B", "kwargs": {}},)
@@ -269,10 +269,10 @@ def test_what_is_no_json_object_in_utf_8_is_refused(copy: Path, content: bytes) 
         ("policy.prediction_horizon", 2**40, "prediction-horizon must be at most 1024"),
         ("policy.kernel_size", 10**9 + 1, "kernel-size must be at most 255"),
         ("policy.level_dim", 10**12, "level-dim must be at most 8192"),
-        ("policy.levels", 10**12, "levels must be at most 100000"),
-        ("policy.levels", 10**400, "levels must be a whole number"),
-        ("policy.levels", 20.0, "levels must be a whole number; got 20.0"),
-        ("policy.levels", True, "levels must be a whole number; got True"),
+        ("policy.noise_levels", 10**12, "noise-levels must be at most 100000"),
+        ("policy.noise_levels", 10**400, "noise-levels must be a whole number"),
+        ("policy.noise_levels", 20.0, "noise-levels must be a whole number; got 20.0"),
+        ("policy.noise_levels", True, "noise-levels must be a whole number; got True"),
         ("policy.snr_gamma", float("nan"), "snr_gamma must be a finite number; got nan"),
         ("policy.condition_dropout", float("nan"), "condition_dropout must be a finite number"),
         ("policy.schedule_options", [float("inf")], r"schedule_options\[0\] must be a finite number; got inf"),

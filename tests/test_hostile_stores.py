@@ -96,7 +96,7 @@ def write_ours(path: Path) -> None:
 
 
 def write_published(path: Path) -> None:
-    """As the Push-T data set: zarr v2, no checksums, several chunks."""
+    """As the Push-T dataset: zarr v2, no checksums, several chunks."""
     group = zarr.create_group(path, zarr_format=2)
     for key in ("state", "action", "contacts"):
         rows = np.concatenate([episode.data[key] for episode in demonstrations()])

@@ -14,9 +14,9 @@ import tyro
 from diffusion_policy import cli
 from diffusion_policy.cli import main
 from diffusion_policy.commands.dataset import Convert, Dataset, Inspect, Merge, Plot, Repair, Replay, Split, Validate
-from diffusion_policy.config import PolicyConfig, SampleConfig, Signals, TrainConfig
+from diffusion_policy.config import PolicyConfig, SampleConfig, SuccessAndModes, TrainConfig
 
-SMALL = "--widths 16 32 --groups 4 --level-dim 16 --levels 20 --steps 4 --batch-size 32 --device cpu"
+SMALL = "--widths 16 32 --groups 4 --level-dim 16 --noise-levels 20 --steps 4 --batch-size 32 --device cpu"
 SESSION = f"""
 collect --output a.zarr --env diffusion_policy/Avoid-v0 --env-kwargs '{{"rows":1}}' --episodes 6 --seed 50 --noise \
     0.2 --workers 1 --no-sync
@@ -41,9 +41,9 @@ train --dataset a.zarr --output r {SMALL} --observation desired_xy actual_xy --a
     --observation-horizon 3 --prediction-horizon 8 --action-horizon 4 --kernel-size 3 --schedule linear \
     --schedule-options 0.001 0.3 --prediction velocity --snr-gamma 5 --learn-variance --condition-dropout 0.2 \
     --normalization moments --condition-on-mode --learning-rate 1e-3 --weight-decay 1e-4 --warmup-steps 1 \
-    --gradient-clip 0.5 --average-power 0.6 --average-limit 0.9 --validation-share 0.2 --max-episodes 3 \
-    --memory-gb 0 --validate-every 2 --checkpoint-every 2 --keep 2 --keep-best validation_loss --rollout-every 4 \
-    --rollout-episodes 2 --precision bf16 --accumulation 2 --seed 3
+    --gradient-clip 0.5 --ema-power 0.6 --ema-max-decay 0.9 --validation-share 0.2 --max-episodes 3 \
+    --memory-gb 0 --validate-every 2 --checkpoint-every 2 --keep-checkpoints 2 --keep-best validation_loss \
+    --rollout-every 4 --rollout-episodes 2 --precision bf16 --accumulation 2 --seed 3
 train --resume r
 train --config r/best/config.json --dataset a.zarr --output s --steps 2 --rollout-every 0 --device cpu
 evaluate --checkpoint r --output ev --episodes 2 --seed 100500 --repeats 2 --delay-steps 1 --env \
@@ -67,8 +67,8 @@ doctor --dataset a.zarr --checkpoint r --output doc --overfit-steps 3 --seed 1 -
     --corrector-steps 1 --corrector-size 0.1
 doctor --dataset a.zarr --observation desired_xy --action action --angles desired_xy:0 --overfit-steps 0 --eta 0.5 \
     --observation-horizon 3 --prediction-horizon 8 --action-horizon 4 --widths 16 32 --kernel-size 3 --groups 4 \
-    --level-dim 16 --schedule linear --levels 20 --schedule-options 0.001 0.3 --prediction velocity --snr-gamma 5 \
-    --learn-variance --condition-dropout 0.2 --normalization moments --condition-on-mode
+    --level-dim 16 --schedule linear --noise-levels 20 --schedule-options 0.001 0.3 --prediction velocity \
+    --snr-gamma 5 --learn-variance --condition-dropout 0.2 --normalization moments --condition-on-mode
 """
 """What a user types, a line a command."""
 
@@ -149,7 +149,7 @@ def test_the_session_gives_every_option_a_value_other_than_its_default() -> None
             name = leaf.__name__.lower()
             if name not in UNTRIED:
                 require_all(leaf, given_to(name), name)
-    for config in (PolicyConfig, TrainConfig, SampleConfig, Signals):  # which several commands take alike
+    for config in (PolicyConfig, TrainConfig, SampleConfig, SuccessAndModes):  # which several commands take alike
         require_all(config, given_to(), config.__name__)
 
 

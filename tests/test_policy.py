@@ -13,7 +13,7 @@ from diffusion_policy.diffusion.samplers import SAMPLERS
 from diffusion_policy.diffusion.schedules import SCHEDULES
 from diffusion_policy.policy import DiffusionPolicy, Shapes, choose_device
 
-CONFIG = PolicyConfig(widths=(16, 32), level_dim=32, levels=20)
+CONFIG = PolicyConfig(widths=(16, 32), level_dim=32, noise_levels=20)
 RNG = np.random.default_rng(0)
 DATA = {
     "state": RNG.normal(2, 3, (100, 4)).astype(np.float32),
@@ -40,7 +40,7 @@ def observe(batch: int, horizon: int = 2) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("sampler, steps", [("ddim", 4), ("ddim", 20), ("ddpm", 1), ("ddpm", 7), ("unipc", 5)])
 @pytest.mark.parametrize("horizons", [(2, 16, 8), (1, 2, 1), (3, 4, 2)])
 def test_samples_are_raw_actions_within_the_demonstrated_range(sampler: str, steps: int, horizons) -> None:
-    policy = new_policy(PolicyConfig(*horizons, widths=(16, 32), level_dim=32, levels=20))
+    policy = new_policy(PolicyConfig(*horizons, widths=(16, 32), level_dim=32, noise_levels=20))
     generators = [planning_generator(seed) for seed in range(3)]
     actions = policy.sample(observe(3, horizons[0]), generators, 5, SampleConfig(sampler, steps))
     assert actions.shape == (3, 5, horizons[1], 2)
@@ -205,7 +205,7 @@ def test_nothing_that_was_demonstrated_is_cut_off_by_default(normalization: str,
 
 
 def test_sampling_that_would_fill_the_memory_is_refused_at_once() -> None:
-    policy = new_policy(replace(CONFIG, levels=100_000))
+    policy = new_policy(replace(CONFIG, noise_levels=100_000))
     with pytest.raises(ValueError, match=r"needs 1 x 100000001 draws of noise of 32 numbers, at most 268435456"):
         policy.sample(
             observe(1), [planning_generator(0)], config=SampleConfig(sampling_steps=100_000, corrector_steps=1000)
@@ -292,7 +292,7 @@ def test_the_sampling_loop_compiles_as_one_graph_and_gives_the_same(config: Samp
     levels = [19, 10, 3]
     torch.compiler.reset()
     compiled = torch.compile(policy.denoise_from, fullgraph=True, backend="eager")
-    noise = noise[: count_draws(policy.require(config)[0], levels, config.corrector_steps)]
+    noise = noise[: count_draws(policy.resolve_sampling(config)[0], levels, config.corrector_steps)]
     with torch.no_grad():
         eager = policy.denoise_from(noise, cond, levels, config)
         torch.testing.assert_close(compiled(noise, cond, levels, config), eager, rtol=1e-4, atol=1e-5)
@@ -321,7 +321,9 @@ def test_an_absent_device_is_refused() -> None:
 def test_the_sampling_loop_never_waits_for_the_gpu(config: SampleConfig) -> None:
     policy = new_policy(GUIDABLE).cuda().eval()
     levels = [19, 10, 3]
-    noise = torch.randn(count_draws(policy.require(config)[0], levels, config.corrector_steps), 2, 16, 2, device="cuda")
+    noise = torch.randn(
+        count_draws(policy.resolve_sampling(config)[0], levels, config.corrector_steps), 2, 16, 2, device="cuda"
+    )
     cond = policy.encode({key: value.cuda() for key, value in observe(2).items()})
     policy.denoise_from(noise, cond, levels, config)  # warm up
     torch.cuda.set_sync_debug_mode("error")

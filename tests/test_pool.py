@@ -14,7 +14,7 @@ import pytest
 from gymnasium.wrappers import TimeLimit
 
 from diffusion_policy.basics.bounds import MOST_STEPS
-from diffusion_policy.evaluation.host import Fault, Stretch
+from diffusion_policy.evaluation.host import EnvFailure, StepsResult
 from diffusion_policy.evaluation.pool import EnvironmentPool
 
 NOTHING = np.zeros((1, 1), np.float32)
@@ -52,7 +52,7 @@ def counts(pool: EnvironmentPool, slots: list[int]) -> dict[int, int | str]:
     """One step of some slots: what each counts, or why it cannot."""
     answers = pool.step(dict.fromkeys(slots, NOTHING))
     return {
-        slot: answer.reason if isinstance(answer, Fault) else int(answer.observations["count"][-1, 0])
+        slot: answer.reason if isinstance(answer, EnvFailure) else int(answer.observations["count"][-1, 0])
         for slot, answer in sorted(answers.items())
     }
 
@@ -71,8 +71,8 @@ def test_a_sequence_of_actions_is_taken_until_the_episode_ends(workers: int) -> 
     with EnvironmentPool(Counter, workers) as pool:
         pool.reset({0: 20, 1: 47})
         goes_on, ends = (answer for _, answer in sorted(pool.step(dict.fromkeys([0, 1], np.zeros((5, 1)))).items()))
-        assert isinstance(goes_on, Stretch)
-        assert isinstance(ends, Stretch)
+        assert isinstance(goes_on, StepsResult)
+        assert isinstance(ends, StepsResult)
         assert goes_on.observations["count"].tolist() == [[21], [22], [23], [24], [25]]
         assert ends.observations["count"].tolist() == [[48], [49], [50]]
         assert (goes_on.ended, ends.ended) == (False, True)
@@ -97,7 +97,7 @@ def test_a_crash_takes_its_worker_along_and_is_blamed_on_the_slot_at_work() -> N
         pool.reset({0: 20, 1: 30, 2: 65, 4: 40})
         answers = pool.step(dict.fromkeys([0, 1, 2, 4], NOTHING))
         assert isinstance(answers.pop(1), tuple)
-        assert {slot: answer.blamed for slot, answer in answers.items() if isinstance(answer, Fault)} == {
+        assert {slot: answer.blamed for slot, answer in answers.items() if isinstance(answer, EnvFailure)} == {
             0: False, 2: True, 4: False,
         }  # fmt: skip
         assert "its worker process died (exit status 3)" in counts_reason(answers[2])
@@ -133,7 +133,7 @@ def test_the_time_that_traffic_takes_is_known() -> None:
 
 
 def counts_reason(answer: object) -> str:
-    assert isinstance(answer, Fault)
+    assert isinstance(answer, EnvFailure)
     return answer.reason
 
 
@@ -216,7 +216,7 @@ class Ill(gymnasium.Env):
         ("changes shape", r"the observation 'x' was \(2,\) at the first step; now it is \(3,\)"),
         ("changes keys", "the observation 'x' was .* now it is nothing"),
         ("observes texts", "must be a dict of arrays of numbers"),
-        ("observes no dict", "must be a dict of arrays; got ndarray; make the environment with .*Task"),
+        ("observes no dict", "must be a dict of arrays; got ndarray; make the environment with .*EnvSpec"),
     ],
 )
 def test_what_an_environment_does_costs_its_own_episode_alone_and_is_told_in_a_line(kind: str, reason: str) -> None:
@@ -226,14 +226,14 @@ def test_what_an_environment_does_costs_its_own_episode_alone_and_is_told_in_a_l
         assert re.search(reason, counts_reason(answers[0]))
         assert counts_reason(answers[0]).isprintable()
         assert len(counts_reason(answers[0])) < 1100
-        assert isinstance(answers[1], Stretch)
+        assert isinstance(answers[1], StepsResult)
 
 
 def test_numbers_come_as_numbers_whatever_they_were_in() -> None:
     with EnvironmentPool(partial(Ill, "gives an array as success")) as pool:
         pool.reset({0: 7})
         answer = pool.step({0: np.zeros((3, 1))})[0]
-        assert isinstance(answer, Stretch)
+        assert isinstance(answer, StepsResult)
         assert answer.info == {"is_success": True, "measures": {"score": 0.5}}
 
 
@@ -241,8 +241,8 @@ def test_an_interrupt_that_a_simulator_raises_does_not_end_its_worker() -> None:
     with EnvironmentPool(partial(Ill, "interrupts"), 2) as pool:
         pool.reset({0: 7, 2: 8})
         answers = pool.step(dict.fromkeys([0, 2], np.zeros((5, 1))))
-        assert isinstance(answers[0], Fault)
-        assert isinstance(answers[2], Stretch)
+        assert isinstance(answers[0], EnvFailure)
+        assert isinstance(answers[2], StepsResult)
 
 
 def test_ctrl_c_in_a_simulator_of_this_process_is_the_users() -> None:
@@ -257,7 +257,7 @@ def test_observations_keep_their_precision_and_are_copied() -> None:
         first = pool.reset({0: 1})[0]
         answer = pool.step({0: np.zeros((3, 1))})[0]
         assert isinstance(first, dict)
-        assert isinstance(answer, Stretch)
+        assert isinstance(answer, StepsResult)
         rows = np.concatenate([first["x"][None], answer.observations["x"]])
         assert rows[0, 0] == 1 / 3
         np.testing.assert_allclose(rows[:, 0], 1 / 3 + np.arange(4), rtol=1e-15)
@@ -271,7 +271,7 @@ def test_an_environment_that_cannot_be_closed_takes_nothing_along(
 ) -> None:
     with EnvironmentPool(partial(Ill, kind), workers) as pool:
         pool.reset({0: 1, 1: 2})
-        assert isinstance(pool.step({0: NOTHING, 1: NOTHING})[1], Stretch)
+        assert isinstance(pool.step({0: NOTHING, 1: NOTHING})[1], StepsResult)
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -280,7 +280,7 @@ def test_an_episode_without_an_end_ends() -> None:
         with EnvironmentPool(make_env) as pool:
             pool.reset({0: 1})
             answer = pool.step({0: np.zeros((2 * MOST_STEPS, 1))})[0]
-            assert isinstance(answer, Stretch)
+            assert isinstance(answer, StepsResult)
             assert answer.ended
             assert len(answer.rewards) == steps
 

@@ -14,14 +14,14 @@ import torch
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import PolicyConfig, TrainConfig
-from diffusion_policy.training.distributed import Processes, join_processes
+from diffusion_policy.training.distributed import Distributed, join_processes
 
-TINY = PolicyConfig(widths=(16, 32), level_dim=32, levels=20)
+TINY = PolicyConfig(widths=(16, 32), level_dim=32, noise_levels=20)
 TRAINING = TrainConfig(
     steps=50, batch_size=64, learning_rate=1e-3, warmup_steps=5, validate_every=25, checkpoint_every=20
 )
 FLAGS = [
-    *["--widths", "16", "32", "--level-dim", "32", "--levels", "20", "--steps", "50", "--batch-size", "64"],
+    *["--widths", "16", "32", "--level-dim", "32", "--noise-levels", "20", "--steps", "50", "--batch-size", "64"],
     *["--learning-rate", "1e-3", "--warmup-steps", "5", "--validate-every", "25", "--checkpoint-every", "20"],
     *["--device", "cpu"],
 ]
@@ -99,10 +99,10 @@ def test_a_signal_stops_all_and_another_number_of_processes_goes_on(
 
 def test_alone_a_sum_is_what_it_is() -> None:
     numbers = [torch.ones(2), torch.tensor(3.0)]
-    Processes().add_up(numbers)
+    Distributed().all_reduce_sum(numbers)
     assert [number.tolist() for number in numbers] == [[1, 1], 3]
-    assert Processes().is_main
-    assert not Processes(1, 2).is_main
+    assert Distributed().is_main
+    assert not Distributed(1, 2).is_main
 
 
 def test_several_processes_take_only_devices_that_each_can_have(monkeypatch: pytest.MonkeyPatch) -> None:

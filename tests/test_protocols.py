@@ -18,7 +18,7 @@ from diffusion_policy.envs.protocols import (
     as_pictured,
     repeats_by_seed,
 )
-from diffusion_policy.envs.spaces import TaskError
+from diffusion_policy.envs.spaces import EnvSpecError
 
 AVOID = "diffusion_policy/Avoid-v0"
 
@@ -118,7 +118,7 @@ def test_properties_that_raise_are_none() -> None:
 def test_labels_that_cannot_be_printed_are_refused(label: str) -> None:
     env: Any = Point()
     env.modes, env.mode = [label], lambda observations: label
-    with pytest.raises(TaskError, match="a label is printable text of one line") as error:
+    with pytest.raises(EnvSpecError, match="a label is printable text of one line") as error:
         Adapter(env)
     assert str(error.value).isprintable()
 

@@ -23,8 +23,8 @@ from diffusion_policy.commands.evaluate import Evaluate
 from diffusion_policy.config import SampleConfig
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.evaluation import engines
-from diffusion_policy.evaluation.engines import each_alone, ordered_map
-from diffusion_policy.evaluation.host import Fault
+from diffusion_policy.evaluation.engines import imap, run_isolated
+from diffusion_policy.evaluation.host import EnvFailure
 from diffusion_policy.evaluation.metrics import Episode
 from diffusion_policy.evaluation.pool import EnvironmentPool
 
@@ -60,7 +60,7 @@ def listening() -> set[str]:
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="what listens cannot be read here")
 def test_a_cluster_that_is_started_here_listens_on_this_machine_alone() -> None:
-    assert list(ordered_map(make_square, range(3), 2, "ray")) == [0, 1, 4]  # its workers listen, too
+    assert list(imap(make_square, range(3), 2, "ray")) == [0, 1, 4]  # its workers listen, too
     loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
     assert listening()
     assert listening() <= loopback
@@ -100,17 +100,17 @@ def call(function):
 
 
 def test_results_come_in_the_order_of_the_items() -> None:
-    assert list(ordered_map(make_square, range(40), 2, "ray")) == [x * x for x in range(40)]
+    assert list(imap(make_square, range(40), 2, "ray")) == [x * x for x in range(40)]
 
 
 def test_endless_items_can_be_stopped() -> None:
-    results = ordered_map(make_square, itertools.count(), 2, "ray")
+    results = imap(make_square, itertools.count(), 2, "ray")
     assert [next(results) for _ in range(3)] == [0, 1, 4]
     results.close()
 
 
 def test_what_a_function_raises_is_raised_here() -> None:
-    results = ordered_map(make_unlucky, range(9), 2, "ray")
+    results = imap(make_unlucky, range(9), 2, "ray")
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match=r"^3 is not lucky$"):
         next(results)
@@ -118,14 +118,14 @@ def test_what_a_function_raises_is_raised_here() -> None:
 
 def test_an_item_whose_worker_died_is_begun_again(tmp_path: Path) -> None:
     function = partial(call, partial(dies_once, tmp_path))
-    assert list(ordered_map(function, range(5), 2, "ray")) == [0, 1, 2, 3, 4]
+    assert list(imap(function, range(5), 2, "ray")) == [0, 1, 2, 3, 4]
     assert (tmp_path / "died").exists()
 
 
 def test_an_item_that_kills_every_worker_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffusion_policy.evaluation.ray_engine.RETRIES", 1)
     with pytest.raises(OSError, match="a worker of the Ray cluster died 2 times at one piece of work"):
-        list(ordered_map(partial(call, always_dies), [1], 1, "ray"))
+        list(imap(partial(call, always_dies), [1], 1, "ray"))
 
 
 def report(item: str) -> str | None:
@@ -136,7 +136,7 @@ def report(item: str) -> str | None:
 
 @pytest.mark.slow
 def test_each_runs_alone_and_a_crash_is_told() -> None:
-    told = dict(each_alone(report, ["a", "dies", "b"], 2, "ray"))
+    told = dict(run_isolated(report, ["a", "dies", "b"], 2, "ray"))
     assert told.pop("dies") == "its worker process died"  # each time it was begun again
     assert told.keys() == {"a", "b"}
     assert len({str(said).split()[1] for said in told.values()}) == 2  # processes
@@ -168,7 +168,9 @@ def step(pool: EnvironmentPool, slots: list[int]) -> dict[int, int | tuple[str, 
     """One step of some slots: what each counts, or why it cannot and whether it is blamed."""
     answers = sorted(pool.step(dict.fromkeys(slots, NOTHING)).items())
     return {
-        slot: (answer.reason, answer.blamed) if isinstance(answer, Fault) else int(answer.observations["count"][-1, 0])
+        slot: (answer.reason, answer.blamed)
+        if isinstance(answer, EnvFailure)
+        else int(answer.observations["count"][-1, 0])
         for slot, answer in answers
     }
 

@@ -36,7 +36,7 @@ def python_blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-SMALL = "--widths 16 32 --groups 4 --level-dim 16 --levels 20 --steps 2 --batch-size 16 --device cpu"
+SMALL = "--widths 16 32 --groups 4 --level-dim 16 --noise-levels 20 --steps 2 --batch-size 16 --device cpu"
 MINIATURE = {
     "collect": "--episodes 4 --workers 1",
     "train": SMALL,

@@ -39,7 +39,7 @@ def test_what_a_loop_does_is_recorded_and_can_be_trained_on(tmp_path: Path) -> N
         np.testing.assert_array_equal(episode.final["observation"], observations[-1])
         assert episode.data["action"].shape == (200, 1)
     training = TrainConfig(steps=3, batch_size=16)
-    policy = PolicyConfig(widths=(16, 32), level_dim=16, levels=10)
+    policy = PolicyConfig(widths=(16, 32), level_dim=16, noise_levels=10)
     Train(str(tmp_path / "mine.zarr"), tmp_path / "run", policy=policy, training=training, device="cpu").run()
     assert (tmp_path / "run" / "step-000003" / "config.json").exists()
 

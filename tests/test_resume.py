@@ -25,9 +25,15 @@ from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.training.trainer import Trainer
 
-TINY = PolicyConfig(widths=(16, 32), level_dim=32, levels=20)
+TINY = PolicyConfig(widths=(16, 32), level_dim=32, noise_levels=20)
 TRAINING = TrainConfig(
-    steps=60, batch_size=32, learning_rate=1e-3, warmup_steps=5, validate_every=15, checkpoint_every=10, keep=2
+    steps=60,
+    batch_size=32,
+    learning_rate=1e-3,
+    warmup_steps=5,
+    validate_every=15,
+    checkpoint_every=10,
+    keep_checkpoints=2,
 )
 
 
@@ -56,7 +62,7 @@ def left_by(run: Path) -> tuple[bytes, bytes, list[dict]]:
 def press(monkeypatch: pytest.MonkeyPatch):
     """Sends this process a signal in chosen steps."""
 
-    def at(chosen: dict[int, signal.Signals]) -> None:
+    def at(chosen: dict[int, signal.SuccessAndModes]) -> None:
         original = Trainer._train_step
 
         def train_step(self, stop):
@@ -71,7 +77,7 @@ def press(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_says_how_to_go_on_and_becomes_the_same(
-    demonstrations: Path, whole: Path, tmp_path: Path, press, number: signal.Signals
+    demonstrations: Path, whole: Path, tmp_path: Path, press, number: signal.SuccessAndModes
 ) -> None:
     run = tmp_path / "run"
     press({17: number, 44: number})
@@ -239,13 +245,13 @@ def test_another_training_is_refused_with_all_differences(whole: Path, demonstra
     other = replace(
         asked,
         observation=("actual_xy",),
-        policy=replace(TINY, widths=(16, 64), levels=25),
-        training=replace(asked.training, batch_size=16, keep=3),
+        policy=replace(TINY, widths=(16, 64), noise_levels=25),
+        training=replace(asked.training, batch_size=16, keep_checkpoints=3),
     )
     with pytest.raises(ConfigError) as caught:
         other.run()
     said = str(caught.value)
-    for difference in ("widths 16 32, now 16 64", "levels 20, now 25", "batch-size 32, now 16", "now actual_xy"):
+    for difference in ("widths 16 32, now 16 64", "noise-levels 20, now 25", "batch-size 32, now 16", "now actual_xy"):
         assert difference in said
     assert "keep" not in said
 
@@ -279,7 +285,7 @@ def test_there_must_be_a_run(tmp_path: Path, capsys) -> None:
     assert "holds no training to go on with: it has no run.json" in capsys.readouterr().err
     (tmp_path / "run.json").write_text('{"training": {}, "dataset": "x"}')
     assert main(["train", "--resume", str(tmp_path)]) == 2
-    assert "run.json does not say which data set it was" in capsys.readouterr().err
+    assert "run.json does not say which dataset it was" in capsys.readouterr().err
     (tmp_path / "run.json").write_text("{")
     assert main(["train", "--resume", str(tmp_path)]) == 2
     assert "is not JSON" in capsys.readouterr().err
@@ -359,7 +365,7 @@ def test_what_may_change_is_remembered(demonstrations: Path, tmp_path: Path, pre
         replace(train(demonstrations, run), tracker=("tensorboard",)).run()
     assert Train.to_resume(run).tracker == ("tensorboard",)
     assert Train.to_resume(run).device == "cpu"
-    assert main(["train", "--resume", str(run), "--keep", "9"]) == 130
+    assert main(["train", "--resume", str(run), "--keep-checkpoints", "9"]) == 130
     Train.to_resume(run).run()
     assert [int(folder.name[5:]) for folder in checkpoint.steps_of(run)] == [10, 20, 30, 40, 50, 60]
 
@@ -434,13 +440,15 @@ def test_policies_of_few_levels_are_measured_with_as_many_steps(
     demonstrations: Path, tmp_path: Path, schedule, levels: int
 ) -> None:
     start = train(demonstrations, tmp_path / "run", steps=4, rollout_every=4, rollout_episodes=1)
-    replace(start, policy=replace(TINY, schedule=schedule, levels=levels)).run()
+    replace(start, policy=replace(TINY, schedule=schedule, noise_levels=levels)).run()
     assert checkpoint.load(tmp_path / "run").metrics.keys() >= {"action_error", "success_rate"}
 
 
 def test_the_best_checkpoint_by_a_metric_stays(demonstrations: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train(demonstrations, run, keep=1, keep_best="validation_loss", validate_every=5, learning_rate=1e-2).run()
+    train(
+        demonstrations, run, keep_checkpoints=1, keep_best="validation_loss", validate_every=5, learning_rate=1e-2
+    ).run()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["validation_loss"] for line in lines if line["step"] % 10 == 0}
     best = min(losses, key=losses.__getitem__)
@@ -486,14 +494,14 @@ def test_a_url_that_only_the_run_names_is_not_opened(demonstrations: Path, tmp_p
         capsys.readouterr()
         assert main(["train", "--resume", str(run)]) == 2
         said = capsys.readouterr().err
-        assert f"names its data set by the URL '{url}', which would be opened" in said
+        assert f"names its dataset by the URL '{url}', which would be opened" in said
         assert "give it yourself with --dataset" in said
         assert said.count("\n") == 1
         assert Train.to_resume(run, dataset=str(demonstrations)).dataset == str(demonstrations)
         assert Train.to_resume(run, dataset=url).dataset == url
     (run / "run.json").write_text(json.dumps(options))
     assert Train.to_resume(run).dataset == str(demonstrations)
-    assert f"the data set is {demonstrations}, as {run} says" in capsys.readouterr().err
+    assert f"the dataset is {demonstrations}, as {run} says" in capsys.readouterr().err
 
 
 def test_a_pipe_that_a_run_names_as_its_data_is_not_waited_for(demonstrations: Path, tmp_path: Path, capsys) -> None:
@@ -507,14 +515,14 @@ def test_a_pipe_that_a_run_names_as_its_data_is_not_waited_for(demonstrations: P
         capsys.readouterr()
         assert main(["train", "--resume", str(run)]) == 2
         said = " ".join(capsys.readouterr().err.split())
-        assert "is no regular file" in said or "no data set at" in said
+        assert "is no regular file" in said or "no dataset at" in said
 
 
 def test_files_of_a_run_that_are_no_files_are_refused_and_never_written_to(
     demonstrations: Path, tmp_path: Path, capsys
 ) -> None:
     run = tmp_path / "run"
-    begin_only(train(demonstrations, run, steps=2, checkpoint_every=1, keep=1, validate_every=1))
+    begin_only(train(demonstrations, run, steps=2, checkpoint_every=1, keep_checkpoints=1, validate_every=1))
     (run / "metrics.jsonl").unlink()
     (run / "metrics.jsonl").symlink_to("outside")  # a log that is begun anew
     Train.to_resume(run).run()

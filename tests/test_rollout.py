@@ -12,8 +12,8 @@ from gymnasium.wrappers import FilterObservation
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.config import PolicyConfig, SampleConfig
 from diffusion_policy.control.controller import Controller
-from diffusion_policy.envs.adapters import TaskError
-from diffusion_policy.evaluation.metrics import Episode, Lost
+from diffusion_policy.envs.adapters import EnvSpecError
+from diffusion_policy.evaluation.metrics import Episode, FailedEpisode
 from diffusion_policy.evaluation.rollout import ModeFailure, RolloutError, rollout
 from diffusion_policy.policy import DiffusionPolicy, Shapes
 
@@ -102,7 +102,7 @@ def test_crashes_and_hangs_cost_a_retry_and_change_nothing(
 ) -> None:
     failures = {SEEDS[1]: ("dies", 1), SEEDS[3]: ("hangs", 1), SEEDS[4]: ("raises", 1), SEEDS[5]: ("raises", 2)}
     fragile = partial(Fragile, make_env, tmp_path, failures)
-    lost: list[Lost] = []
+    lost: list[FailedEpisode] = []
     episodes = roll_out(fragile, make_controller, workers=2, on_lost=lost.append, hang_after=3)
     assert [(one.seed, one.repeat) for one in lost] == [(SEEDS[5], 0)]
     assert "lost its balance" in lost[0].reason
@@ -122,7 +122,7 @@ def test_an_environment_that_never_runs_is_given_up(
     make_env: partial, make_controller: partial, tmp_path: Path
 ) -> None:
     fragile = partial(Fragile, make_env, tmp_path, dict.fromkeys(SEEDS, ("raises", 9)))
-    lost: list[Lost] = []
+    lost: list[FailedEpisode] = []
     with pytest.raises(RolloutError, match=r"the first 3 episodes failed 2 times each: RuntimeError: the simulator"):
         roll_out(fragile, make_controller, on_lost=lost.append)
     assert len(lost) == 3
@@ -180,7 +180,7 @@ class Blind(gymnasium.Wrapper):
 
 
 def test_what_the_policy_sees_must_be_finite_and_the_rest_need_not(make_env: partial, make_controller: partial) -> None:
-    lost: list[Lost] = []
+    lost: list[FailedEpisode] = []
     episodes = roll_out(partial(Blind, make_env, SEEDS[1]), make_controller, seeds=SEEDS[:3], on_lost=lost.append)
     assert [one.seed for one in lost] == [SEEDS[1]]
     assert lost[0].reason == "the environment observes NaN or infinity in actual_xy"
@@ -219,7 +219,7 @@ class Forgetful(gymnasium.Wrapper):
 def test_what_is_hopeless_ends_a_rollout_only_before_anything_has_finished(
     make_env: partial, make_controller: partial
 ) -> None:
-    lost: list[Lost] = []
+    lost: list[FailedEpisode] = []
     forgetful = partial(Forgetful, make_env, SEEDS[2])
     mode_of = make_env().unwrapped.mode
     episodes = rollout(forgetful, make_controller, SEEDS[:3], mode_of, parallel=1, on_lost=lost.append)
@@ -245,7 +245,7 @@ NO_LABEL = "ValueError: a mode is printable text on one line, or None"
     ("mode", "reason"),
     [
         (OSError("x\x1b[2J"), r"the mode function failed: OSError: x\x1b[2J"),
-        (TaskError("mine:mode must give one of a, b"), "mine:mode must give one of a, b"),
+        (EnvSpecError("mine:mode must give one of a, b"), "mine:mode must give one of a, b"),
         (3, f"the mode function failed: {NO_LABEL}; got 3"),
         ("left\nright", rf"the mode function failed: {NO_LABEL}; got 'left\nright'"),
     ],
@@ -314,7 +314,7 @@ def test_the_policy_sees_what_is_observed_whatever_type_came_first() -> None:
             seen.append(float(observations["x"][0, 0]))
             super().observe(observations, active)
 
-    config = PolicyConfig(widths=(8, 8), prediction_horizon=4, action_horizon=2, level_dim=4, levels=4)
+    config = PolicyConfig(widths=(8, 8), prediction_horizon=4, action_horizon=2, level_dim=4, noise_levels=4)
     policy = DiffusionPolicy(config, Shapes({"x": (1,)}, (1,))).eval()
     sampling = SampleConfig(sampling_steps=1)
     rollout(Widening, partial(Looking, policy, sampling=sampling), [0], lambda _: None)

@@ -11,7 +11,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Se
 from diffusion_policy.datasets.recorder import Recorder
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs.adapters import Adapter
-from diffusion_policy.envs.spaces import TaskError, observe, observed_parts
+from diffusion_policy.envs.spaces import EnvSpecError, observe, observed_parts
 
 ROW, ACTION = Box(-1, 1, (1,)), Box(-1, 1, (2,))
 
@@ -114,7 +114,7 @@ def test_what_cannot_be_is_refused_alike_before_anything_is_begun(
 ) -> None:
     said = []
     for take in (Adapter, lambda env: Recorder(env, tmp_path / "s.zarr")):
-        with pytest.raises(TaskError) as error:
+        with pytest.raises(EnvSpecError) as error:
             take(Fake(observation, action))
         said.append(str(error.value))
     assert said[0] == said[1]
@@ -131,7 +131,7 @@ def test_observations_that_are_not_of_their_space_are_told_in_one_line() -> None
         None,
         {"a": "text", "n": [1]},
     ):
-        with pytest.raises(TaskError, match=r"^Mine gives .*observation space") as error:
+        with pytest.raises(EnvSpecError, match=r"^Mine gives .*observation space") as error:
             observe(parts, wrong, "Mine")
         assert "\n" not in str(error.value)
     observed = observe(parts, {"a": np.zeros((2, 3), np.float64), "n": 1}, "Mine")
@@ -157,7 +157,7 @@ def test_observations_that_are_not_of_their_space_are_told_in_one_line() -> None
     ids=str,
 )
 def test_numbers_that_a_space_cannot_hold_are_told_and_not_changed(space: Any, wrong: Any, said: str) -> None:
-    with pytest.raises(TaskError, match=f"^Mine gives .*{said}") as error:
+    with pytest.raises(EnvSpecError, match=f"^Mine gives .*{said}") as error:
         observe(observed_parts(space, "Mine"), wrong, "Mine")
     assert "\n" not in str(error.value)
 
@@ -186,5 +186,5 @@ def test_numbers_of_another_type_that_fit_are_taken(space: Any, given: Any, kept
     ids=["letters", "path"],
 )
 def test_two_names_that_would_be_one_are_both_said(space: Any, said: str) -> None:
-    with pytest.raises(TaskError, match=f"^Mine observes {said}$"):
+    with pytest.raises(EnvSpecError, match=f"^Mine observes {said}$"):
         observed_parts(space, "Mine")

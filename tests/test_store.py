@@ -114,10 +114,10 @@ def test_nothing_is_overwritten(path: Path) -> None:
 
 
 def test_missing_and_foreign_stores_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"no data set at .*: there is no zarr group"):
+    with pytest.raises(StoreError, match=r"no dataset at .*: there is no zarr group"):
         EpisodeStore.open(tmp_path / "nothing.zarr")
     zarr.create_group(tmp_path / "other.zarr").create_array("numbers", shape=(3,), dtype="f4")
-    with pytest.raises(StoreError, match=r"is no data set of episodes.*has numbers"):
+    with pytest.raises(StoreError, match=r"is no dataset of episodes.*has numbers"):
         EpisodeStore.open(tmp_path / "other.zarr")
 
 
@@ -381,7 +381,7 @@ def zip_of(store: Path, folder: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("folder", [".", "data set/store.zarr"])
+@pytest.mark.parametrize("folder", [".", "dataset/store.zarr"])
 def test_a_zip_opens_wherever_the_store_lies_in_it(path: Path, folder: str) -> None:
     store = EpisodeStore.open(zip_of(path, folder))
     assert store.fingerprint(["state"]) == EpisodeStore.open(path).fingerprint(["state"])
@@ -432,7 +432,7 @@ def test_a_web_server_is_read_whether_it_lists_folders_or_not(
 
 def test_a_place_that_cannot_be_reached_is_one_sentence(server: str) -> None:
     pytest.importorskip("aiohttp")
-    with pytest.raises(StoreError, match=r"no data set at .*: there is no zarr group"):
+    with pytest.raises(StoreError, match=r"no dataset at .*: there is no zarr group"):
         EpisodeStore.open(f"{server}/nothing.zarr")
     with pytest.raises(StoreError, match=r"http://127\.0\.0\.1:1/x\.zarr.*Cannot connect to host"):
         EpisodeStore.open("http://127.0.0.1:1/x.zarr")

@@ -11,7 +11,7 @@ from diffusion_policy.commands import study as study_module
 from diffusion_policy.commands.common import Interrupted
 from diffusion_policy.commands.episodes import RolledOut
 from diffusion_policy.commands.study import Study
-from diffusion_policy.evaluation.metrics import Lost
+from diffusion_policy.evaluation.metrics import FailedEpisode
 from diffusion_policy.evaluation.rollout import RolloutError
 from diffusion_policy.report.figures import draw_study
 
@@ -67,7 +67,7 @@ def test_lost_episodes_are_counted_and_the_study_goes_on_where_all_are_lost(
     roll_out = study_module.run_episodes
 
     def lose(loaded: Any, seeds: range, sampling: Any, *options: Any) -> RolledOut:
-        lost = [Lost(seed, 0, "RuntimeError: it fell [over]") for seed in seeds]
+        lost = [FailedEpisode(seed, 0, "RuntimeError: it fell [over]") for seed in seeds]
         if sampling.sampling_steps == 1:
             return RolledOut([], lost, [])
         if sampling.sampling_steps == 2:

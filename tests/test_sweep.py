@@ -21,7 +21,7 @@ from diffusion_policy.commands.sweep import Sweep, Trial, open_log
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig
 
-TINY = PolicyConfig(widths=(16, 32), level_dim=32, levels=20)
+TINY = PolicyConfig(widths=(16, 32), level_dim=32, noise_levels=20)
 TRAINING = TrainConfig(steps=4, batch_size=16, validate_every=2, validation_share=0.2)
 GRID = ("learning-rate=1e-3,1e30", "widths=16:32,32:32")
 """The second learning rate ends in numbers that are not finite."""
@@ -110,7 +110,7 @@ def spy(asked: Sweep, run: Callable[[Trial], object]) -> dict[str, Any]:
             yield trial, "not run"
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "each_alone", alone)
+        patch.setattr(sweep, "run_isolated", alone)
         return asked.run()
 
 
@@ -129,7 +129,9 @@ def test_ctrl_c_keeps_what_has_finished(demonstrations: Path, tmp_path: Path) ->
 
 
 def test_each_policy_is_evaluated_on_unseen_seeds(demonstrations: Path, tmp_path: Path, capsys) -> None:
-    (tmp_path / "base.json").write_text(json.dumps({"policy": {"widths": [16, 32], "level_dim": 32, "levels": 20}}))
+    (tmp_path / "base.json").write_text(
+        json.dumps({"policy": {"widths": [16, 32], "level_dim": 32, "noise_levels": 20}})
+    )
     command = ["sweep", "--dataset", str(demonstrations), "--output", str(tmp_path / "sweep"), "--steps", "4"]
     command += ["--config", str(tmp_path / "base.json"), "--random", "learning-rate=log:1e-4:1e-3", "--runs", "1"]
     command += [
@@ -146,7 +148,7 @@ def test_each_policy_is_evaluated_on_unseen_seeds(demonstrations: Path, tmp_path
     ]
     assert main(command) == 0
     (row,) = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["trials"]
-    assert (row["policy"]["widths"], row["policy"]["levels"]) == ([16, 32], 20)
+    assert (row["policy"]["widths"], row["policy"]["noise_levels"]) == ([16, 32], 20)
     assert 1e-4 <= row["options"]["learning_rate"] == row["training"]["learning_rate"] <= 1e-3
     assert 0 <= row["success_rate"]["low"] <= row["success_rate"]["value"] <= row["success_rate"]["high"] <= 1
     assert 'href="trial-000/evaluation/report.html"' in (tmp_path / "sweep" / "sweep.html").read_text()
@@ -216,7 +218,7 @@ def test_mistakes_are_told_before_anything_is_trained(options: tuple, said: str,
 @pytest.mark.parametrize(
     "options, said",
     [
-        (("--grid", "levels=20,10"), "trial-001 (levels 10): sampling steps must be from 1 to the 10 noise"),
+        (("--grid", "noise-levels=20,10"), "trial-001 (noise-levels 10): sampling steps must be from 1 to the 10"),
         (("--grid", "steps=1", "--guidance", "2"), "guidance 2.0 needs a policy trained with --condition-dropout"),
         (("--grid", "steps=1", "--mode", "left"), "cannot be steered to mode 'left'; it was trained without"),
         (("--grid", "condition-on-mode=true"), "this policy must be told a mode, one of left, right"),
@@ -240,7 +242,7 @@ def test_mistakes_are_told_before_anything_is_trained(options: tuple, said: str,
 def test_what_no_trial_could_do_is_found_before_the_first_one_begins(
     options: tuple, said: str, demonstrations: Path, tmp_path: Path, capsys
 ) -> None:
-    command = ["--levels", "20", "--widths", "16", "32", "--batch-size", "16"]
+    command = ["--noise-levels", "20", "--widths", "16", "32", "--batch-size", "16"]
     named = {option.split("=")[0] for option in options}
     command = ["--widths", "16", "32"] if "levels" in named else command[:2] if "widths" in named else command
     assert main(["sweep", "--dataset", str(demonstrations), "--output", str(tmp_path / "s"), *command, *options]) == 2
@@ -264,11 +266,11 @@ def test_trials_without_an_environment_are_neither_rolled_out_nor_evaluated(tmp_
 
 SAME_LOSS = {
     "action_horizon", "widths", "kernel_size", "groups", "level_dim", "condition_dropout", "steps", "batch_size",
-    "learning_rate", "weight_decay", "warmup_steps", "gradient_clip", "average_power", "average_limit",
-    "validate_every", "checkpoint_every", "keep", "keep_best", "rollout_every", "rollout_episodes", "precision",
-    "accumulation", "compile",
+    "learning_rate", "weight_decay", "warmup_steps", "gradient_clip", "ema_power", "ema_max_decay",
+    "validate_every", "checkpoint_every", "keep_checkpoints", "keep_best", "rollout_every", "rollout_episodes",
+    "precision", "accumulation", "compile",
 }  # fmt: skip
-"""Options under which the validation loss stays what it is: the mean over the same windows, of the averaged weights, in
+"""Options under which the validation loss stays what it is: the mean over the same windows, of the EMA weights, in
 single precision and with the condition."""
 
 
@@ -292,12 +294,12 @@ def judged(asked: Sweep) -> str | None:
 def test_no_trial_is_the_best_where_losses_do_not_compare(tmp_path: Path, capsys) -> None:
     of_rates = Sweep("none.zarr", tmp_path / "a", ("learning-rate=1e-3,1e-4", "prediction=noise"))
     assert judged(of_rates) == "trial-001"
-    of_levels = replace(of_rates, output=tmp_path / "b", grid=("learning-rate=1e-3,1e-4", "levels=50,100"))
+    of_levels = replace(of_rates, output=tmp_path / "b", grid=("learning-rate=1e-3,1e-4", "noise-levels=50,100"))
     assert judged(of_levels) is None
     assert judged(replace(of_levels, output=tmp_path / "c", metric="success_rate")) == "trial-003"
     of_levels._conclude(json.loads((tmp_path / "b" / "sweep.json").read_text()))
     said = capsys.readouterr().err
-    assert "validation losses cannot be compared where levels differs: other noise is taken away" in said
+    assert "validation losses cannot be compared where noise-levels differs: other noise is taken away" in said
     assert "best:" not in said
 
 

@@ -10,7 +10,7 @@ from diffusion_policy.datasets.windows import Windows
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.training.trainer import Diverged, Progress, Trainer, learning_rate_factor, least_memory
 
-CONFIG = PolicyConfig(prediction_horizon=8, action_horizon=4, widths=(16, 32), level_dim=32, levels=20)
+CONFIG = PolicyConfig(prediction_horizon=8, action_horizon=4, widths=(16, 32), level_dim=32, noise_levels=20)
 RNG = np.random.default_rng(0)
 DATA = {"state": RNG.normal(size=(60, 2)).astype(np.float32), "action": RNG.normal(size=(60, 2)).astype(np.float32)}
 ENDS = np.array([20, 40, 60])
@@ -37,7 +37,7 @@ def test_the_same_seed_gives_the_same_weights() -> None:
     trainers = [new_trainer(seed=3), new_trainer(seed=3), new_trainer(seed=4)]
     for trainer in trainers:
         trainer.run()
-    a, b, c = (trainer.averaged.state_dict() for trainer in trainers)
+    a, b, c = (trainer.ema.state_dict() for trainer in trainers)
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not all(torch.equal(a[name], c[name]) for name in a)
 
@@ -56,7 +56,7 @@ def test_what_is_validated_loses_no_condition() -> None:
     windows = Windows(DATA, ENDS, [2], CONFIG.observation_horizon, CONFIG.prediction_horizon)
     trainer = Trainer(DiffusionPolicy.for_data(config, DATA), windows, windows, TrainConfig(steps=1, batch_size=20))
     marks = []
-    trainer.averaged.network.register_forward_pre_hook(lambda _, inputs: marks.append(inputs[2][:, -1]))
+    trainer.ema.network.register_forward_pre_hook(lambda _, inputs: marks.append(inputs[2][:, -1]))
     trainer.validate()
     assert (torch.cat(marks) == 1).all()  # the mark of a condition that is there
 
@@ -69,9 +69,9 @@ def test_the_averaged_policy_never_drops_out() -> None:
     trainer._roll_out = lambda policy: float(policy.training)
     trainer.run()
     assert trainer._policy.training
-    assert not any(module.training for module in trainer.averaged.modules())
+    assert not any(module.training for module in trainer.ema.modules())
     assert trainer.validate() == trainer.validate()
-    mean = trainer.averaged.state_dict()["network.out.3.running_mean"]
+    mean = trainer.ema.state_dict()["network.out.3.running_mean"]
     assert torch.equal(mean, trainer.state()["weights.network.out.3.running_mean"])
     assert (mean != 0).any()  # in validation it is used, not learned
 
@@ -109,19 +109,19 @@ def test_the_error_of_an_action_is_its_distance_in_raw_units_over_the_executed_s
     off = torch.zeros(5, 4, 8, 2)
     off[:, 0, 1:5] = torch.tensor([3.0, 4.0])  # the steps that are executed: To - 1 to To - 1 + Ta
     off[:, 1, [0, 5, 6, 7]] = 100.0  # the others
-    monkeypatch.setattr(trainer.averaged, "sample", lambda *_: batch.actions[:, None] + off)
+    monkeypatch.setattr(trainer.ema, "sample", lambda *_: batch.actions[:, None] + off)
     errors = trainer._action_errors(batch)
     torch.testing.assert_close(errors, torch.tensor([[5.0, 0, 0, 0]] * 5))
 
 
 def test_the_error_of_an_angle_goes_round_the_circle(monkeypatch) -> None:
-    config = replace(CONFIG, levels=4)
+    config = replace(CONFIG, noise_levels=4)
     policy = DiffusionPolicy.for_data(config, DATA, angles={"action": (1,)})
     windows = Windows(DATA, ENDS, [0, 1], config.observation_horizon, config.prediction_horizon)
     trainer = Trainer(policy, windows, None, TrainConfig(steps=1))
     batch = windows.gather(np.arange(3))
     turned = batch.actions[:, None] + torch.tensor([0.0, 2 * np.pi - 0.1])
-    monkeypatch.setattr(trainer.averaged, "sample", lambda *_: turned)
+    monkeypatch.setattr(trainer.ema, "sample", lambda *_: turned)
     torch.testing.assert_close(trainer._action_errors(batch), torch.full((3, 1), 0.1), atol=1e-4, rtol=0)
 
 
@@ -129,7 +129,7 @@ def test_rollouts_come_at_their_steps_and_change_nothing() -> None:
     plain = new_trainer()
     plain.run()
     trainer = new_trainer(rollout_every=7)
-    trainer._roll_out = lambda policy: float(policy is trainer.averaged)
+    trainer._roll_out = lambda policy: float(policy is trainer.ema)
     reports: list[Progress] = []
     trainer.run(reports.append)
     assert [report.step for report in reports if report.success_rate == 1.0] == [7, 14, 20]
@@ -140,8 +140,8 @@ def test_rollouts_come_at_their_steps_and_change_nothing() -> None:
 
 
 def same_weights(a: Trainer, b: Trainer) -> bool:
-    """Bit by bit: averaged weights and all else that training holds."""
-    states = [{**trainer.state(), **trainer.averaged.state_dict()} for trainer in (a, b)]
+    """Bit by bit: EMA weights and all else that training holds."""
+    states = [{**trainer.state(), **trainer.ema.state_dict()} for trainer in (a, b)]
     return states[0].keys() == states[1].keys() and all(
         torch.equal(states[0][key], states[1][key]) for key in states[0]
     )
@@ -155,7 +155,7 @@ def test_what_goes_on_from_a_state_is_the_same_training_bit_by_bit(steps: list[i
     trainer, pieces = new_trainer(precision=precision), []
     for stop in steps:
         trainer.run(pieces.append, should_stop=lambda stop=stop: trainer.step == stop)  # noqa: B023
-        step, averaged, state = trainer.step, trainer.averaged.state_dict(), trainer.state()
+        step, averaged, state = trainer.step, trainer.ema.state_dict(), trainer.state()
         trainer = new_trainer(precision=precision)
         trainer.restore(step, averaged, state)
     trainer.run(pieces.append)
@@ -166,7 +166,7 @@ def test_what_goes_on_from_a_state_is_the_same_training_bit_by_bit(steps: list[i
 def test_a_state_of_another_policy_or_precision_is_refused() -> None:
     trainer = new_trainer(steps=2)
     trainer.run()
-    averaged, state = trainer.averaged.state_dict(), trainer.state()
+    averaged, state = trainer.ema.state_dict(), trainer.state()
     with pytest.raises(ValueError, match="is not that of the precision fp16"):
         new_trainer(precision="fp16").restore(2, averaged, state)
     with pytest.raises(ValueError, match="is not that of this policy"):
@@ -180,7 +180,7 @@ def test_parts_of_a_batch_add_up_to_it() -> None:
     whole, parts = new_trainer(), new_trainer(accumulation=3)
     for trainer in (whole, parts):
         trainer.run()
-    for a, b in zip(whole.averaged.parameters(), parts.averaged.parameters(), strict=True):
+    for a, b in zip(whole.ema.parameters(), parts.ema.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     assert not same_weights(whole, parts)  # they differ in rounding: it was divided
 
@@ -197,7 +197,7 @@ def test_half_precision_learns_the_same_within_its_rounding(precision: str, allo
         trainer, reports = new_trainer(steps=60, precision=name), []
         trainer.run(reports.append)
         losses.append(reports[-1].validation_loss)
-        assert {weight.dtype for weight in trainer.averaged.parameters()} == {torch.float32}
+        assert {weight.dtype for weight in trainer.ema.parameters()} == {torch.float32}
     assert losses[1] != losses[0]
     assert losses[1] == pytest.approx(losses[0], rel=allowed)
 
@@ -234,9 +234,9 @@ def test_averaged_weights_follow_the_recurrence() -> None:
         trainer.config = TrainConfig(steps=step)
         trainer.run()
         current = trainer.state()[f"weights.{name}"].clone()
-        keep = min(trainer.config.average_limit, 1 - (1 + step - 1) ** -trainer.config.average_power)
+        keep = min(trainer.config.ema_max_decay, 1 - (1 + step - 1) ** -trainer.config.ema_power)
         expected = current if expected is None else keep * expected + (1 - keep) * current
-    torch.testing.assert_close(trainer.averaged.state_dict()[name], expected)
+    torch.testing.assert_close(trainer.ema.state_dict()[name], expected)
 
 
 def test_the_learning_rate_rises_then_falls_to_zero() -> None:
@@ -296,6 +296,6 @@ def test_the_modes_of_the_windows_reach_the_network() -> None:
     trainer.run()
     assert seen[0].sum(dim=0).tolist() == [20, 20]
     seen.clear()
-    trainer.averaged.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2][:, -2:]))
+    trainer.ema.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2][:, -2:]))
     trainer.validate()
     assert torch.cat(seen).unique(dim=0).tolist() == [[0.0, 1.0]]

@@ -120,7 +120,7 @@ def test_arrays_of_objects_or_strangers_codecs_are_problems(tmp_path: Path) -> N
 
 
 def test_a_store_that_cannot_be_opened_is_one_error(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="no data set at"):
+    with pytest.raises(StoreError, match="no dataset at"):
         validate(tmp_path / "nothing.zarr")
 
 

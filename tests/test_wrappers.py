@@ -32,13 +32,13 @@ from gymnasium.wrappers import (
     TransformObservation,
 )
 
-from diffusion_policy.commands.common import choose_task
-from diffusion_policy.config import ConfigError, Signals
+from diffusion_policy.commands.common import choose_env_spec
+from diffusion_policy.config import ConfigError, SuccessAndModes
 from diffusion_policy.datasets.recorder import Recorder
 from diffusion_policy.datasets.store import EpisodeStore
-from diffusion_policy.envs.adapters import Task
+from diffusion_policy.envs.adapters import EnvSpec
 from diffusion_policy.envs.protocols import layers
-from diffusion_policy.envs.spaces import TaskError
+from diffusion_policy.envs.spaces import EnvSpecError
 from diffusion_policy.envs.wrappers import KEPT, UNSEEN, describe, lost
 
 MINE = """
@@ -103,9 +103,9 @@ def record(env: gymnasium.Env, path: Path) -> dict[str, Any]:
     return EpisodeStore.open(path).attributes["environment"]
 
 
-def choose(environment: dict[str, Any], env: str | None = None, env_kwargs: str | None = None) -> Task:
+def choose(environment: dict[str, Any], env: str | None = None, env_kwargs: str | None = None) -> EnvSpec:
     environment = json.loads(json.dumps(environment))  # as a file gives it
-    return replace(choose_task("a.zarr", environment, env, env_kwargs, Signals())[0], success="none")
+    return replace(choose_env_spec("a.zarr", environment, env, env_kwargs, SuccessAndModes())[0], success="none")
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_wrapper_of_somebodys_module_is_imported_only_where_the_user_names_it(
     assert "made as it is registered, without what" in " ".join(capsys.readouterr().err.split())
     assert "my_half" not in sys.modules
     forged = {**environment, "wrappers": [{"entry_point": "my_half:Plain", "kwargs": {}}]}
-    with pytest.raises(TaskError, match="my_half:Plain is no wrapper of environments"):
+    with pytest.raises(EnvSpecError, match="my_half:Plain is no wrapper of environments"):
         choose(forged, env="my_half:Pendulum-v1")()
     (episode,) = EpisodeStore.open(tmp_path / "a.zarr").episodes()
     again = play(choose(environment, env="my_half:Pendulum-v1")())
@@ -232,7 +232,7 @@ def test_wrappers_that_cannot_be_put_on_are_told_in_one_line(name: str, kwargs: 
             "wrappers": [{"entry_point": f"gymnasium.wrappers.{name}", "kwargs": kwargs}],
         }
     )
-    with pytest.raises(TaskError) as error:
+    with pytest.raises(EnvSpecError) as error:
         task()
     assert "\n" not in str(error.value)
 
@@ -383,10 +383,10 @@ def test_only_wrappers_within_the_recorder_count(tmp_path: Path) -> None:
 
 def test_an_environment_that_a_task_made_is_recorded_as_that_task(tmp_path: Path) -> None:
     wrappers = ({"entry_point": "gymnasium.wrappers.transform_action:ClipAction", "kwargs": {}},)
-    task = Task("Pendulum-v1", {"max_episode_steps": 4}, "return>=-300", fresh=True, wrappers=wrappers)
+    task = EnvSpec("Pendulum-v1", {"max_episode_steps": 4}, "return>=-300", fresh=True, wrappers=wrappers)
     environment = record(task(), tmp_path / "a.zarr")
     assert environment == task.described
-    assert choose_task("a.zarr", environment, None, None, Signals())[0] == task
+    assert choose_env_spec("a.zarr", environment, None, None, SuccessAndModes())[0] == task
     with pytest.warns(UserWarning, match="cannot keep FrameStackObservation"):
         Recorder(FrameStackObservation(task(), 2), tmp_path / "b.zarr").close()
 
@@ -410,7 +410,7 @@ def test_attributes_of_the_users_go_before_what_was_found(tmp_path: Path) -> Non
 
 def test_an_id_is_the_same_with_the_module_that_registers_it() -> None:
     environment = {"id": "PandaReach-v3", "arguments": {"max_episode_steps": 7}}
-    assert choose_task("a.zarr", environment, "panda_gym:PandaReach-v3", None, Signals())[0].arguments == {
+    assert choose_env_spec("a.zarr", environment, "panda_gym:PandaReach-v3", None, SuccessAndModes())[0].arguments == {
         "max_episode_steps": 7
     }
 

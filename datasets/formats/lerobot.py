@@ -1,6 +1,6 @@
 """LeRobotDataset v3 ↔ source: a folder of parquet files, each feature a column, all episodes one after the other.
 
-| in the data set                       | in the store                                                        |
+| in the dataset                       | in the store                                                        |
 |---------------------------------------|---------------------------------------------------------------------|
 | feature `observation.<key>`           | observation key `<key>`                                             |
 | feature `action`                      | the action                                                          |
@@ -46,7 +46,7 @@ VERSION = "v3.0"
 DEFAULTS = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64", "index": "int64"} | {
     "task_index": "int64"
 }
-"""Columns that every data set has."""
+"""Columns that every dataset has."""
 NO_NUMBERS = {"image", "video", "string", "language"}
 PREFIX = "observation."
 HEADER = Path("meta/diffusion_policy.json")
@@ -64,7 +64,7 @@ DEFAULT_FPS = 10
 
 
 def _parquet() -> tuple[Any, Any]:
-    return library("pyarrow", "LeRobot data sets"), library("pyarrow.parquet", "LeRobot data sets")
+    return library("pyarrow", "LeRobot datasets"), library("pyarrow.parquet", "LeRobot datasets")
 
 
 # Reading
@@ -231,7 +231,7 @@ def _lengths(path: Path) -> list[int]:
 
 
 def _read_known(path: Path, lengths: list[int], columns: dict[str, _Column]) -> dict[str, Any]:
-    """What is known of each episode, by name, in data sets of ours."""
+    """What is known of each episode, by name, in datasets of ours."""
     if not (path / KNOWN).exists():
         return {}
     of_key = {column.key: column for column in columns.values()}
@@ -241,7 +241,7 @@ def _read_known(path: Path, lengths: list[int], columns: dict[str, _Column]) -> 
     with _opened(path / KNOWN, wanted) as file:
         table = file.read(columns=wanted)
     if table["length"].to_pylist() != lengths:
-        raise StoreError(f"{KNOWN} is of other episodes; delete it and {HEADER.name} to read the data set without")
+        raise StoreError(f"{KNOWN} is of other episodes; delete it and {HEADER.name} to read the dataset without")
     known: dict[str, Any] = {}
     for name in wanted:
         column = finals.get(name)

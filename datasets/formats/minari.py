@@ -1,6 +1,6 @@
-"""Minari data sets ↔ source: the folder that holds `data/metadata.json`, as Minari keeps it under its root.
+"""Minari datasets ↔ source: the folder that holds `data/metadata.json`, as Minari keeps it under its root.
 
-| in the data set                         | in the store                                                   |
+| in the dataset                         | in the store                                                   |
 |-----------------------------------------|----------------------------------------------------------------|
 | observations, a Box                     | the observation key `observation`                              |
 | observations, a Dict or Tuple           | its keys and numbers, joined by dots: `outer.inner`, `joints.0` |
@@ -9,16 +9,16 @@
 | actions, a Box; a Dict or Tuple of them | the action; `action.<key>`, to be joined with --action         |
 | rewards, terminations, truncations      | further keys of these names                                    |
 | seed of an episode                      | seed, where every episode has one                              |
-| spaces, author, description, ...        | `minari`, and `environment` where the data set describes one   |
+| spaces, author, description, ...        | `minari`, and `environment` where the dataset describes one   |
 
 Written back, the last observation stands once more for a final one that is unknown; rewards (1 at the end of a
 success), terminations and truncations are made up where there are none; both are not read back. Further keys of other
 names become `infos`, with the last row twice, since Minari has one more info than actions. Spaces are those that the
-data set had; else a Box without bounds for each key. What only a store knows lies in the metadata, under
+dataset had; else a Box without bounds for each key. What only a store knows lies in the metadata, under
 `diffusion_policy`. Images are written as they are, not as JPEG.
 
 Not carried: infos, reset options and other metadata of episodes that another tool wrote; observations of text or of
-graphs; bounds of wide Boxes that are not all the same. Data sets that Minari keeps as arrow are refused.
+graphs; bounds of wide Boxes that are not all the same. Datasets that Minari keeps as arrow are refused.
 
 Reads and writes Minari's HDF5 itself, within bounds, and makes no environment; Minari's library is there to write.
 """
@@ -50,7 +50,7 @@ CARRIED = (
 METADATA_BYTES = 2**26
 """Bounds of pictures are written out, number by number."""
 LONG_LIST = re.compile(rb"\[[-+\d.,\s\[\]eEInfityNa]{1000,}\]")
-WHAT = "Minari data sets"
+WHAT = "Minari datasets"
 
 
 # Spaces, as Minari writes them
@@ -197,7 +197,7 @@ def _space_of(metadata: Any, name: str) -> Any:
 
 
 def _environment(own: Mapping[str, Any]) -> dict[str, Any]:
-    """The attribute `environment` that a data set describes."""
+    """The attribute `environment` that a dataset describes."""
     described = parse_json(own["env_spec"]) if isinstance(own.get("env_spec"), str) else None
     if not isinstance(described, dict) or not isinstance(described.get("id"), str):
         return {}
@@ -290,7 +290,7 @@ def _episodes(
 
 def _unpack(file: File, node: Any, shape: tuple[int, ...]) -> np.ndarray:
     """Pictures out of JPEG; raises StoreError for those of another size."""
-    image = library("PIL.Image", "pictures of Minari data sets")
+    image = library("PIL.Image", "pictures of Minari datasets")
     pictures = np.empty((len(node), *shape), np.uint8)
     whole = file.rows(node) if node.dtype == np.uint8 else None  # of different lengths, they are read one by one
     for i in range(len(node)):

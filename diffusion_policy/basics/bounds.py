@@ -1,4 +1,4 @@
-"""Bounds that environments, data sets, options and evaluations share. Imports nothing."""
+"""Bounds that environments, datasets, options and evaluations share. Imports nothing."""
 
 MOST_STEPS = 1000
 """Steps after which an episode ends where the environment has no time limit."""

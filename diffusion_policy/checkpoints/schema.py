@@ -36,12 +36,12 @@ class Environment:
     """What a policy was trained for."""
 
     id: str | None
-    """Gymnasium id; None when the data set does not say."""
+    """Gymnasium id; None when the dataset does not say."""
     arguments: dict[str, Any]
     modes: tuple[str, ...]
     """All labels that the environment knows."""
     signals: dict[str, Any] = field(default_factory=dict)
-    """How success and mode are read where the environment does not say: see `config.Signals`."""
+    """How success and mode are read where the environment does not say: see `config.SuccessAndModes`."""
     wrappers: tuple[dict[str, Any], ...] = ()
     """Wrappers within which the demonstrations were recorded, the innermost first, as stores name them."""
 

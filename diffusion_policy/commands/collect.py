@@ -22,7 +22,7 @@ from diffusion_policy.commands.common import (
     Interrupted,
     describe_episodes,
     hearing,
-    make_task,
+    make_env_spec,
     parse_env_kwargs,
     progress_bar,
     refuse_modules,
@@ -30,14 +30,21 @@ from diffusion_policy.commands.common import (
     signal_flags,
 )
 from diffusion_policy.commands.terminal import console
-from diffusion_policy.config import ConfigError, Signals, from_dict, require_at_least, require_numbers, require_seed
-from diffusion_policy.evaluation.engines import Engine, GivenUp, available_cores, ordered_map, require_engine
+from diffusion_policy.config import (
+    ConfigError,
+    SuccessAndModes,
+    from_dict,
+    require_at_least,
+    require_numbers,
+    require_seed,
+)
+from diffusion_policy.evaluation.engines import Engine, GivenUp, available_cores, imap, require_engine
 
 if TYPE_CHECKING:
     import gymnasium
 
     from diffusion_policy.datasets.store import Demonstration, EpisodeStore
-    from diffusion_policy.envs.adapters import Task
+    from diffusion_policy.envs.adapters import EnvSpec
 
 
 class Settings(NamedTuple):
@@ -49,7 +56,7 @@ class Settings(NamedTuple):
     seed: int = 0
     noise: float = 0.4
     expert: str | None = None
-    signals: Signals = Signals()
+    signals: SuccessAndModes = SuccessAndModes()
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class Collect:
     expert: str | None = None
     """module:Class of the expert, called with a mode's label (None where the environment lists no modes), if not ours
     for this environment. The module may lie in the working directory."""
-    signals: Annotated[Signals, tyro.conf.arg(name="")] = field(default_factory=Signals)
+    signals: Annotated[SuccessAndModes, tyro.conf.arg(name="")] = field(default_factory=SuccessAndModes)
     episodes: int | None = None
     """Successful episodes to store; by default 240, or what the interrupted collection was asked for."""
     seed: int | None = None
@@ -105,7 +112,7 @@ class Collect:
         if self.env_kwargs is not None:
             parse_env_kwargs(self.env_kwargs)
         if self.signals.mode_function and not self.signals.mode_labels:
-            raise ConfigError("a data set lists all its modes: give those of --mode-function with --mode-labels")
+            raise ConfigError("a dataset lists all its modes: give those of --mode-function with --mode-labels")
 
     def run(self) -> None:
         """Collect; raises ValueError for an environment that is unknown or has no expert, an output that exists, and a
@@ -118,7 +125,7 @@ class Collect:
             store = EpisodeStore.append_to(self.resume, self.sync) if self.resume else None
             settings = self._settings(store)
             wanted = settings.episodes
-            make_env = make_task(settings.env, settings.env_kwargs, settings.signals)
+            make_env = make_env_spec(settings.env, settings.env_kwargs, settings.signals)
             with closing_quietly(make_env()) as env:
                 make_expert = find_expert(settings)
                 say_cap(settings.env, env)
@@ -147,7 +154,7 @@ class Collect:
         self,
         store: EpisodeStore,
         settings: Settings,
-        make_env: Task,
+        make_env: EnvSpec,
         make_expert: Callable[[str | None], Any],
         should_stop: Callable[[], bool],
     ) -> None:
@@ -155,7 +162,7 @@ class Collect:
 
         seeds = store.read_meta("seed")
         first_seed = settings.seed if seeds is None else int(seeds[-1]) + 1
-        spread = partial(ordered_map, workers=self.workers, engine=self.engine)
+        spread = partial(imap, workers=self.workers, engine=self.engine)
         make_demonstrator = partial(Demonstrator, make_env, make_expert, settings.noise)
         with progress_bar("episodes") as bar:
             task = bar.add_task("collecting", total=settings.episodes, completed=len(store.episode_ends), note="")
@@ -200,7 +207,7 @@ class Collect:
             "env": environment["id"],
             "env_kwargs": environment["arguments"],
             "noise": attributes["noise"],
-            "signals": from_dict(Signals, environment.get("signals", {})),
+            "signals": from_dict(SuccessAndModes, environment.get("signals", {})),
             "expert": None,
             **attributes["collection"],
         }

@@ -21,18 +21,18 @@ from rich.table import Table
 
 from diffusion_policy.basics.files import once_each, parse_json
 from diffusion_policy.commands.terminal import console
-from diffusion_policy.config import ConfigError, SampleConfig, Signals, from_dict
+from diffusion_policy.config import ConfigError, SampleConfig, SuccessAndModes, from_dict
 
 if TYPE_CHECKING:
     import gymnasium
 
     from diffusion_policy.checkpoints.checkpoint import Checkpoint
     from diffusion_policy.datasets.store import EpisodeStore
-    from diffusion_policy.envs.adapters import Task
+    from diffusion_policy.envs.adapters import EnvSpec
 
 DEFAULT_ENV = "diffusion_policy/Avoid-v0"
 ONE_PRESS = 0.5
-"""Signals within this time of the first are the same press of Ctrl-C [s]."""
+"""SuccessAndModes within this time of the first are the same press of Ctrl-C [s]."""
 MOST_FILMED = 16
 """Episodes in one video: they are tiles of one picture."""
 
@@ -58,7 +58,7 @@ class Keys(NamedTuple):
 
 
 def open_store(location: str | Path) -> EpisodeStore:
-    """Open a data set to read, saying what in it is not read; raises StoreError."""
+    """Open a dataset to read, saying what in it is not read; raises StoreError."""
     from diffusion_policy.datasets.store import EpisodeStore
 
     store = EpisodeStore.open(location)
@@ -68,19 +68,19 @@ def open_store(location: str | Path) -> EpisodeStore:
 
 
 def recorded_location(source: object, location: str) -> str:
-    """Where a checkpoint or a run (`source`) says that its data set lies, which is told. Raises ConfigError for a URL:
+    """Where a checkpoint or a run (`source`) says that its dataset lies, which is told. Raises ConfigError for a URL:
     what only a stranger's file names is fetched from nowhere."""
     if "://" in location or "::" in location:
         raise ConfigError(
-            f"{source} names its data set by the URL {location[:200]!r}, which would be opened; if you trust it, give "
+            f"{source} names its dataset by the URL {location[:200]!r}, which would be opened; if you trust it, give "
             "it yourself with --dataset"
         )
-    console.print(f"the data set is {location}, as {source} says", soft_wrap=True)
+    console.print(f"the dataset is {location}, as {source} says", soft_wrap=True)
     return location
 
 
 def open_recorded(source: object, location: str) -> EpisodeStore:
-    """Open the data set that only a checkpoint or a run (`source`) names: a local one, said; ConfigError for a URL, and
+    """Open the dataset that only a checkpoint or a run (`source`) names: a local one, said; ConfigError for a URL, and
     StoreError as `open_store`."""
     return open_store(recorded_location(source, location))
 
@@ -159,7 +159,7 @@ def parse_env_kwargs(text: str) -> dict[str, Any]:
 
 
 def describe_episodes(env: gymnasium.Env) -> dict[str, Any]:
-    """Attributes of a store of the episodes of an environment that a Task has made."""
+    """Attributes of a store of the episodes of an environment that a EnvSpec has made."""
     from diffusion_policy.envs.contract import control_rate
 
     rate = control_rate(env)
@@ -269,12 +269,12 @@ def stop_on_signal() -> Iterator[threading.Event]:
 
 
 OUR_EXAMPLES = "diffusion_policy.envs.examples"
-"""The one module that a data set or a checkpoint may name, and have imported."""
+"""The one module that a dataset or a checkpoint may name, and have imported."""
 
 
-def choose_task(
-    source: object, recorded: Mapping[str, Any], env: str | None, env_kwargs: str | None, signals: Signals
-) -> tuple[Task, Signals]:
+def choose_env_spec(
+    source: object, recorded: Mapping[str, Any], env: str | None, env_kwargs: str | None, signals: SuccessAndModes
+) -> tuple[EnvSpec, SuccessAndModes]:
     """The environment that was asked for, completed by what a file says of its own: `recorded` has id, arguments,
     signals and wrappers. Raises ConfigError where there is none, where the file alone names a module, which would be
     imported, and where it was recorded under wrappers that no file can keep."""
@@ -285,15 +285,15 @@ def choose_task(
     arguments = recorded.get("arguments", {}) if same else {}
     from_file = [] if env else [env_id]
     if same and not signals.given:
-        signals = from_dict(Signals, recorded.get("signals", {}))
+        signals = from_dict(SuccessAndModes, recorded.get("signals", {}))
         from_file += [signals.success, signals.mode_function]
     refuse_modules(source, from_file, [f"--env {shlex.quote(env_id)}", *signal_flags(signals)])
     wrappers = choose_wrappers(source, recorded.get("wrappers") or (), env, env_id) if same else ()
     arguments = arguments if env_kwargs is None else parse_env_kwargs(env_kwargs)
-    return make_task(env_id, arguments, signals, wrappers), signals
+    return make_env_spec(env_id, arguments, signals, wrappers), signals
 
 
-def signal_flags(signals: Signals) -> list[str]:
+def signal_flags(signals: SuccessAndModes) -> list[str]:
     """Flags that mean these signals, as a shell takes them."""
     flags = []
     for name, value in signals.given.items():
@@ -345,13 +345,13 @@ def refuse_modules(source: object, names: Iterable[str | None], flags: Sequence[
         )
 
 
-def make_task(
-    env_id: str, arguments: Mapping[str, Any], signals: Signals, wrappers: Sequence[Mapping[str, Any]] = ()
-) -> Task:
+def make_env_spec(
+    env_id: str, arguments: Mapping[str, Any], signals: SuccessAndModes, wrappers: Sequence[Mapping[str, Any]] = ()
+) -> EnvSpec:
     """An environment factory; raises ValueError for signals that contradict each other."""
-    from diffusion_policy.envs.adapters import Task
+    from diffusion_policy.envs.adapters import EnvSpec
 
-    return Task(
+    return EnvSpec(
         env_id,
         dict(arguments),
         signals.success,
@@ -374,13 +374,13 @@ def say_cap(env_id: str, env: gymnasium.Env) -> None:
         )
 
 
-class Loaded(NamedTuple):
+class PolicyInEnv(NamedTuple):
     """A checkpoint and the environment that it acts in."""
 
     checkpoint: Checkpoint
     env_id: str
     env_kwargs: dict[str, Any]
-    signals: Signals
+    signals: SuccessAndModes
     make_env: Callable[..., gymnasium.Env]
     """Picklable; takes `render_mode`."""
     env: gymnasium.Env
@@ -402,8 +402,8 @@ def load_with_environment(
     env_kwargs: str | None,
     sampling: SampleConfig | None,
     device: str,
-    signals: Signals,
-) -> Loaded:
+    signals: SuccessAndModes,
+) -> PolicyInEnv:
     """Load a checkpoint and make its environment, or the one named instead.
 
     Raises ValueError when there is no environment, when its spaces do not fit the policy, or when the policy cannot
@@ -421,12 +421,12 @@ def join_environment(
     env: str | None,
     env_kwargs: str | None,
     sampling: SampleConfig | None,
-    signals: Signals,
-) -> Loaded:
+    signals: SuccessAndModes,
+) -> PolicyInEnv:
     """As `load_with_environment`, of a checkpoint that is loaded, or one without weights."""
     if sampling is not None:
-        loaded.policy.require(sampling)
-    task, signals = choose_task(path, dataclasses.asdict(loaded.environment), env, env_kwargs, signals)
+        loaded.policy.resolve_sampling(sampling)
+    task, signals = choose_env_spec(path, dataclasses.asdict(loaded.environment), env, env_kwargs, signals)
     instance = task()
     offered = {key: part.shape for key, part in instance.observation_space.items()}  # pyright: ignore
     needed = loaded.policy.shapes.observations
@@ -436,4 +436,4 @@ def join_environment(
     if math.prod(instance.action_space.shape or ()) != math.prod(action):
         raise ConfigError(f"{path} acts with shape {action}; {task.env} takes {instance.action_space.shape}")
     say_cap(task.env, instance)
-    return Loaded(loaded, task.env, task.arguments, signals, task, instance, task.wrappers)
+    return PolicyInEnv(loaded, task.env, task.arguments, signals, task, instance, task.wrappers)

@@ -35,10 +35,10 @@ Store = tyro.conf.Positional[str]
 
 @dataclass(frozen=True)
 class Inspect:
-    """What is in a data set: keys, shapes, ranges, lengths, modes, compression."""
+    """What is in a dataset: keys, shapes, ranges, lengths, modes, compression."""
 
     store: Store
-    """Path or URL of the data set."""
+    """Path or URL of the dataset."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -80,10 +80,10 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Validate:
-    """Every problem of a data set, with episode and row. Exit status 1 when there is one."""
+    """Every problem of a dataset, with episode and row. Exit status 1 when there is one."""
 
     store: Store
-    """Path or URL of the data set."""
+    """Path or URL of the dataset."""
     json: bool = False
     """Print JSON, a list of findings."""
 
@@ -108,22 +108,22 @@ class Validate:
 
 @dataclass(frozen=True)
 class Convert:
-    """Copy a data set into another format: zarr (and .zarr.zip), robomimic HDF5, LeRobot v3, Minari, npz. HDF5 of ALOHA
+    """Copy a dataset into another format: zarr (and .zarr.zip), robomimic HDF5, LeRobot v3, Minari, npz. HDF5 of ALOHA
     and ACT (a folder of episodes), of ManiSkill, and flat as of D4RL is only read."""
 
     store: Store
-    """Data set to copy, of any of these formats; a zarr store may be a URL."""
+    """Dataset to copy, of any of these formats; a zarr store may be a URL."""
     output: tyro.conf.Positional[Path]
     """Where the copy goes: NAME.zarr, .zarr.zip, .hdf5, .lerobot, .minari or .npz."""
     source_format: FormatName | None = None
-    """Format of the data set, if it cannot be told from its content."""
+    """Format of the dataset, if it cannot be told from its content."""
     output_format: FormatName | None = None
     """Format of the copy, if its name does not say."""
     observation: tuple[str, ...] = ()
     """Arrays that are observed; nothing else is copied but the action. By default everything is copied that can be, and
-    what the data set names is observed."""
+    what the dataset names is observed."""
     action: tuple[str, ...] = ()
-    """Array that is the action; by default the one that the data set names. The columns of several are joined into an
+    """Array that is the action; by default the one that the dataset names. The columns of several are joined into an
     action of their own."""
     angles: tuple[str, ...] = ()
     """Columns that the copy declares as angles [rad], as state:4."""
@@ -186,7 +186,7 @@ class Split:
     """Cut a store into two new ones, by episode, at random."""
 
     store: Store
-    """Path or URL of the data set."""
+    """Path or URL of the dataset."""
     output: tuple[Path, Path]
     """The two stores to create."""
     share: float = 0.9
@@ -239,10 +239,10 @@ class Repair:
 
 @dataclass(frozen=True)
 class Plot:
-    """Pictures of a data set: trajectories.png by mode, actions.png and lengths.png."""
+    """Pictures of a dataset: trajectories.png by mode, actions.png and lengths.png."""
 
     store: Store
-    """Path or URL of the data set."""
+    """Path or URL of the dataset."""
     output: Path
     """Folder for the pictures."""
     plane: str | None = None

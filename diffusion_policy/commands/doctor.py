@@ -48,17 +48,17 @@ PROBED_NUMBERS = 2**26
 MOST_FITTED = 2**26
 """Weights of a network that is trained here: some 1 GB with gradients and moments."""
 MEMORY_BYTES = 3e8
-"""Of a larger data set only the first episodes are looked at."""
+"""Of a larger dataset only the first episodes are looked at."""
 READABLE = "data is readable and finite"
 COLORS = {"pass": "green", "warn": "yellow", "fail": "red"}
 
 
 @dataclass(frozen=True)
 class Doctor:
-    """Check a data set, a trained policy, or both, and say what to do. Exit status 1 when a check fails.
+    """Check a dataset, a trained policy, or both, and say what to do. Exit status 1 when a check fails.
 
-    With a data set alone the options of the policy are those given here; with a checkpoint they are its own. Without
-    --dataset a checkpoint's own data set is looked for where it was.
+    With a dataset alone the options of the policy are those given here; with a checkpoint they are its own. Without
+    --dataset a checkpoint's own dataset is looked for where it was.
     """
 
     dataset: str | None = None
@@ -91,7 +91,7 @@ class Doctor:
             raise ConfigError("the doctor needs a --dataset, a --checkpoint, or both")
 
     def run(self) -> list[Check]:
-        """Check; returns all checks. Raises ValueError for a data set or checkpoint that cannot be opened, and Failed
+        """Check; returns all checks. Raises ValueError for a dataset or checkpoint that cannot be opened, and Failed
         when a check fails."""
         from diffusion_policy.checkpoints import checkpoint
         from diffusion_policy.policy import choose_device
@@ -102,7 +102,7 @@ class Doctor:
         device = choose_device(self.device)
         loaded = checkpoint.load(self.checkpoint, device) if self.checkpoint else None
         if loaded:
-            loaded.policy.require(self.sampling)
+            loaded.policy.resolve_sampling(self.sampling)
         store, keys, missing = self._find_data(loaded)
         config = loaded.policy.config if loaded else self.policy
         if self.output:
@@ -155,7 +155,7 @@ class Doctor:
         from diffusion_policy.training import doctor
 
         check, schedule = doctor.check_decreasing(
-            lambda: make_schedule(config.schedule, config.levels, config.schedule_options)
+            lambda: make_schedule(config.schedule, config.noise_levels, config.schedule_options)
         )
         yield check
         if schedule is None:
@@ -224,7 +224,7 @@ class Doctor:
         yield doctor.check_clipping(normalized, policy.choose_clip(self.sampling))
 
     def _find_data(self, loaded: Checkpoint | None) -> tuple[EpisodeStore | None, Keys, list[Check]]:
-        """The data set to look at and the keys to observe; a warning where a checkpoint's own has gone or changed."""
+        """The dataset to look at and the keys to observe; a warning where a checkpoint's own has gone or changed."""
         from diffusion_policy.datasets.store import StoreError
         from diffusion_policy.training.doctor import Check
 
@@ -248,7 +248,7 @@ class Doctor:
             found = f"{loaded.dataset.location} is no longer what the policy was trained on"
         except (StoreError, OSError, ConfigError) as error:  # ConfigError: a URL is not opened
             found = str(error)
-        return None, keys, [Check("data set is there", "warn", found, "name one with --dataset for all checks")]
+        return None, keys, [Check("dataset is there", "warn", found, "name one with --dataset for all checks")]
 
     def _check_policy(self, policy: DiffusionPolicy, windows: Windows, jumps: np.ndarray) -> Iterator[Check]:
         """What needs a trained policy."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffusion_policy import __version__
 from diffusion_policy.basics.bounds import MOST_SEED
-from diffusion_policy.commands.common import Interrupted, Loaded, is_same_id, progress_bar
+from diffusion_policy.commands.common import Interrupted, PolicyInEnv, is_same_id, progress_bar
 from diffusion_policy.config import MAX_EPISODES, ConfigError, SampleConfig
 from diffusion_policy.evaluation.engines import HANG_AFTER, Engine
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from diffusion_policy.commands.afterwards import Remarks
-    from diffusion_policy.evaluation.metrics import Episode, Lost, Scorecard
+    from diffusion_policy.evaluation.metrics import Episode, FailedEpisode, Scorecard
     from diffusion_policy.evaluation.rollout import ModeFailure
     from diffusion_policy.policy import DiffusionPolicy
 
@@ -41,12 +41,12 @@ class RolledOut(NamedTuple):
     """What came of an evaluation's episodes."""
 
     episodes: list[Episode]
-    lost: list[Lost]
+    lost: list[FailedEpisode]
     mode_failures: list[ModeFailure]
     """Episodes that count without a mode, since it could not be told."""
 
 
-def choose_modes(loaded: Loaded) -> tuple[tuple[str, ...], str | None]:
+def choose_modes(loaded: PolicyInEnv) -> tuple[tuple[str, ...], str | None]:
     """The modes that entropy and coverage are measured against, and whose list it is: the environment's, or where that
     knows none, those among the demonstrations."""
     from diffusion_policy.envs.protocols import as_multimodal
@@ -74,7 +74,7 @@ def describe_machine(policy: DiffusionPolicy, backend: str = "eager") -> dict[st
     }
 
 
-def refuse_seen_seeds(loaded: Loaded, seeds: range) -> None:
+def refuse_seen_seeds(loaded: PolicyInEnv, seeds: range) -> None:
     """Raise ConfigError when test seeds lie among those of the same environment that the training has seen: its
     demonstrations', and its rollouts', by which the best checkpoint may have been chosen; or beyond what a seed can
     be."""
@@ -118,7 +118,7 @@ def draw_bytes(policy: DiffusionPolicy, sampling: SampleConfig) -> int:
     """Of the noise that one sequence is sampled from."""
     from diffusion_policy.diffusion.process import count_draws
 
-    sampler, levels = policy.require(sampling)
+    sampler, levels = policy.resolve_sampling(sampling)
     numbers = policy.config.prediction_horizon * math.prod(policy.shapes.action)
     return 4 * numbers * count_draws(sampler, levels, sampling.corrector_steps)
 
@@ -137,7 +137,7 @@ def require_memory(policy: DiffusionPolicy, sampling: SampleConfig, parallel: in
 
 
 def run_episodes(
-    loaded: Loaded,
+    loaded: PolicyInEnv,
     seeds: range,
     sampling: SampleConfig,
     parallel: int,
@@ -151,7 +151,7 @@ def run_episodes(
     from diffusion_policy.envs.protocols import as_multimodal
 
     finished = successes = 0
-    lost: list[Lost] = []
+    lost: list[FailedEpisode] = []
     failures: list[ModeFailure] = []
     task = as_multimodal(loaded.env)
     mode_of = task.mode if task else lambda _: None
@@ -190,7 +190,7 @@ def run_episodes(
 
 
 def measure_episodes(
-    loaded: Loaded, episodes: Sequence[Episode], modes: Sequence[str], period: float, remarks: Remarks
+    loaded: PolicyInEnv, episodes: Sequence[Episode], modes: Sequence[str], period: float, remarks: Remarks
 ) -> Scorecard:
     """The scorecard of episodes; jerk and commitment, for which the environment's own functions are asked, are
     undefined where those fail."""

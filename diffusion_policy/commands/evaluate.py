@@ -16,7 +16,7 @@ from diffusion_policy.commands.afterwards import PAGE, RESULTS, Remarks, hold_ou
 from diffusion_policy.commands.common import (
     Failed,
     Interrupted,
-    Loaded,
+    PolicyInEnv,
     anchor,
     load_with_environment,
 )
@@ -35,7 +35,7 @@ from diffusion_policy.commands.episodes import (
     sample_starts,
 )
 from diffusion_policy.commands.terminal import console
-from diffusion_policy.config import ConfigError, SampleConfig, Signals, require_at_least, require_seed
+from diffusion_policy.config import ConfigError, SampleConfig, SuccessAndModes, require_at_least, require_seed
 from diffusion_policy.evaluation.engines import HANG_AFTER, Engine, available_cores, require_engine
 
 if TYPE_CHECKING:
@@ -76,13 +76,13 @@ class Evaluate:
     """Gymnasium id, if not the environment that the policy was trained for."""
     env_kwargs: str | None = None
     """Arguments of the environment, as JSON, if not those it was trained with."""
-    signals: Annotated[Signals, tyro.conf.arg(name="")] = field(default_factory=Signals)
+    signals: Annotated[SuccessAndModes, tyro.conf.arg(name="")] = field(default_factory=SuccessAndModes)
     sampling: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
     parallel: int = PLANNING_BATCH
     """Environments that run at once, and observations in one planning batch. It is part of the result: another number
     can change the last digits of a plan."""
     workers: int = dataclasses.field(default_factory=available_cores)
-    """Processes that simulate; the result is the same for any number."""
+    """Distributed that simulate; the result is the same for any number."""
     engine: Engine = "local"
     """Where they run: on this machine, or on the Ray cluster of the environment variable RAY_ADDRESS (without it, one
     is started here). The result is the same."""
@@ -134,7 +134,7 @@ class Evaluate:
                 policy.compile_sampling()
             return self._evaluate(loaded, seeds, asked)
 
-    def _asked(self, loaded: Loaded) -> dict[str, Any]:
+    def _asked(self, loaded: PolicyInEnv) -> dict[str, Any]:
         """What decides the results but for the delays: the first fields of results.json."""
         return {
             "environment": loaded.env_id,
@@ -151,7 +151,7 @@ class Evaluate:
             "planning_batch": self.parallel,
         }
 
-    def _evaluate(self, loaded: Loaded, seeds: range, asked: Mapping[str, Any]) -> dict[str, Any]:
+    def _evaluate(self, loaded: PolicyInEnv, seeds: range, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Roll out under each delay, keep the results, then do what may fail."""
         remarks, rolled_out, results = Remarks(), {}, {}
         for delay in self.delay_steps:
@@ -184,7 +184,7 @@ class Evaluate:
             ) from None
         return results
 
-    def _go_on(self, loaded: Loaded, asked: Mapping[str, Any]) -> dict[str, Any]:
+    def _go_on(self, loaded: PolicyInEnv, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Write the page of an evaluation that was stopped after its results were kept."""
         from diffusion_policy.commands.pictures import without_episodes
         from diffusion_policy.evaluation.results import read_results
@@ -219,7 +219,7 @@ class Evaluate:
         page = f"page in {self.output}/{PAGE}" if written else "the same command tries the page again"
         console.print(f"results in {self.output}/{RESULTS}, {page}", soft_wrap=True)
 
-    def _roll_out(self, loaded: Loaded, seeds: range, delay: int) -> RolledOut:
+    def _roll_out(self, loaded: PolicyInEnv, seeds: range, delay: int) -> RolledOut:
         """All episodes under one delay; raises Failed when every one was lost."""
         if len(self.delay_steps) > 1:
             console.print(f"planning takes {delay} control steps")
@@ -230,7 +230,7 @@ class Evaluate:
             raise Failed(f"every episode failed: {rolled_out.lost[0].reason}")
         return rolled_out
 
-    def _results(self, loaded: Loaded, rolled_out: Mapping[int, RolledOut], remarks: Remarks) -> dict[str, Any]:
+    def _results(self, loaded: PolicyInEnv, rolled_out: Mapping[int, RolledOut], remarks: Remarks) -> dict[str, Any]:
         """Everything that the report shows as a number, but for what is measured of plans."""
         from diffusion_policy.envs.adapters import capped_steps
         from diffusion_policy.evaluation import metrics
@@ -270,7 +270,7 @@ class Evaluate:
             ],
         }
 
-    def _measures_of_plans(self, loaded: Loaded, episodes: Sequence[Episode], remarks: Remarks) -> dict[str, Any]:
+    def _measures_of_plans(self, loaded: PolicyInEnv, episodes: Sequence[Episode], remarks: Remarks) -> dict[str, Any]:
         """Diversity and latency; where one cannot be measured it stays as it was."""
         from diffusion_policy.evaluation import metrics
 
@@ -292,7 +292,7 @@ class Evaluate:
             **remarks.attempt("the time of planning could not be measured", latency, {}),
         }
 
-    def _seeds_repeat(self, loaded: Loaded, remarks: Remarks) -> bool | None:
+    def _seeds_repeat(self, loaded: PolicyInEnv, remarks: Remarks) -> bool | None:
         """Whether a seed repeats an episode; None where that cannot be found out."""
         from diffusion_policy.envs.protocols import repeats_by_seed
 
@@ -300,7 +300,7 @@ class Evaluate:
         return remarks.attempt(what, lambda: repeats_by_seed(loaded.make_env, self.seed), None)
 
     def _pictures(
-        self, loaded: Loaded, results: Mapping[str, Any], episodes: Sequence[Episode], remarks: Remarks
+        self, loaded: PolicyInEnv, results: Mapping[str, Any], episodes: Sequence[Episode], remarks: Remarks
     ) -> Pictures:
         from diffusion_policy.commands.pictures import gather_pictures
 

@@ -1,4 +1,4 @@
-"""What the report shows beside numbers, gathered from environment, data set, policy and simulator."""
+"""What the report shows beside numbers, gathered from environment, dataset, policy and simulator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffusion_policy.commands.common import is_same_id, open_recorded
 from diffusion_policy.commands.episodes import choose_modes, draw_bytes, observe
 from diffusion_policy.config import SampleConfig
 from diffusion_policy.envs.protocols import Drawable, as_drawable, as_pictured
-from diffusion_policy.evaluation.engines import ordered_map
+from diffusion_policy.evaluation.engines import imap
 from diffusion_policy.evaluation.metrics import Episode
 from diffusion_policy.policy import derive_generator
 from diffusion_policy.report.evaluation_figures import choose_drawn
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import gymnasium
 
     from diffusion_policy.commands.afterwards import Remarks
-    from diffusion_policy.commands.common import Loaded
+    from diffusion_policy.commands.common import PolicyInEnv
     from diffusion_policy.policy import DiffusionPolicy
 
 FANS, FAN_MOMENTS, FAN_PLANS = 6, 12, 24
@@ -45,7 +45,7 @@ MOST_LOSSES = 20_000
 
 
 def gather_pictures(
-    loaded: Loaded,
+    loaded: PolicyInEnv,
     episodes: Sequence[Episode],
     run: Path,
     sampling: SampleConfig,
@@ -71,7 +71,7 @@ def without_episodes(run: Path, remarks: Remarks) -> Pictures:
 
 
 def _drawn(
-    loaded: Loaded, episodes: Sequence[Episode], fans: Sequence[Episode], sampling: SampleConfig, remarks: Remarks
+    loaded: PolicyInEnv, episodes: Sequence[Episode], fans: Sequence[Episode], sampling: SampleConfig, remarks: Remarks
 ) -> Pictures:
     """What lies in the plane of the environment, where it has one."""
     plane, policy = as_drawable(loaded.env), loaded.checkpoint.policy
@@ -106,7 +106,7 @@ def as_path(xy: Any) -> np.ndarray:
     return path
 
 
-def _one_of_each_mode(loaded: Loaded, episodes: Sequence[Episode]) -> list[Episode]:
+def _one_of_each_mode(loaded: PolicyInEnv, episodes: Sequence[Episode]) -> list[Episode]:
     """A success of each mode where there is one, else a failure; then failures until there are enough."""
     chosen: dict[str | None, Episode] = {}
     for episode in sorted(episodes, key=lambda episode: not episode.success):  # successes first, else as they came
@@ -154,7 +154,7 @@ def _fan(policy: DiffusionPolicy, episode: Episode, plane: Drawable, sampling: S
     return Fan(episode.seed, episode.repeat, episode.mode, episode.success, xy, moments)
 
 
-def _demonstrated_paths(loaded: Loaded, plane: Drawable) -> list[PlanePath]:
+def _demonstrated_paths(loaded: PolicyInEnv, plane: Drawable) -> list[PlanePath]:
     """Paths of the demonstrations, where they are of this environment, still there and still the same."""
     environment, recorded = loaded.checkpoint.environment, loaded.checkpoint.dataset
     if not is_same_id(loaded.env_id, environment.id) or loaded.env_kwargs != environment.arguments:
@@ -169,14 +169,14 @@ def _demonstrated_paths(loaded: Loaded, plane: Drawable) -> list[PlanePath]:
     ]
 
 
-def _videos(loaded: Loaded, episodes: Sequence[Episode], workers: int, remarks: Remarks) -> list[Video]:
+def _videos(loaded: PolicyInEnv, episodes: Sequence[Episode], workers: int, remarks: Remarks) -> list[Video]:
     """Films of episodes; none where the environment cannot be filmed."""
     if not episodes or "rgb_array" not in (loaded.env.metadata.get("render_modes") or ()):
         return []
     every = max(2, *(math.ceil(len(episode.actions) / MOST_FRAMES) for episode in episodes))
     scripts = [Script(episode.seed, episode.actions) for episode in episodes]
     filmer = partial(Filmer, loaded.make_env, every, loaded.frames_per_second)
-    films = ordered_map(filmer, scripts, min(workers, len(scripts)))
+    films = imap(filmer, scripts, min(workers, len(scripts)))
     videos: list[Video] = []
     failed: dict[str, list[str]] = {}  # seeds by reason
 

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import tyro
 
 from diffusion_policy.basics import lines
-from diffusion_policy.commands.common import Failed, choose_task, open_store, require_video
+from diffusion_policy.commands.common import Failed, choose_env_spec, open_store, require_video
 from diffusion_policy.commands.terminal import console, out
-from diffusion_policy.config import ConfigError, Signals, require_at_least
+from diffusion_policy.config import ConfigError, SuccessAndModes, require_at_least
 
 if TYPE_CHECKING:
     import gymnasium
     import numpy as np
 
     from diffusion_policy.datasets.store import Demonstration, EpisodeStore
-    from diffusion_policy.envs.adapters import Task
+    from diffusion_policy.envs.adapters import EnvSpec
 
 
 class Replayed(NamedTuple):
@@ -45,7 +45,7 @@ class Replay:
     """
 
     store: tyro.conf.Positional[str]
-    """Path or URL of the data set."""
+    """Path or URL of the dataset."""
     episodes: int | None = None
     """Replay only so many episodes, the first ones; a video shows 4 unless this says otherwise."""
     video: Path | None = None
@@ -56,7 +56,7 @@ class Replay:
     """Gymnasium id, if not the environment that the store names."""
     env_kwargs: str | None = None
     """Arguments of the environment, as JSON, if not those that the store names."""
-    signals: Annotated[Signals, tyro.conf.arg(name="")] = field(default_factory=Signals)
+    signals: Annotated[SuccessAndModes, tyro.conf.arg(name="")] = field(default_factory=SuccessAndModes)
 
     def __post_init__(self) -> None:
         if self.episodes is not None:
@@ -77,7 +77,7 @@ class Replay:
         noise = store.attributes.get("noise", None if "collection" in store.attributes else 0.0)
         if noise is None:
             raise ConfigError(f"{self.store} does not say one noise of all its episodes, so they cannot be taken again")
-        task = self._choose_task(store)
+        task = self._choose_env_spec(store)
         env = task()
         keys = self._compared(store, env, task.env)
         count = min(len(store.episode_ends), self.episodes or (4 if self.video else len(store.episode_ends)))
@@ -107,12 +107,12 @@ class Replay:
             raise Failed(f"{wrong[0]} ({len(wrong)} such things in {count} episodes){why}")
         return largest
 
-    def _choose_task(self, store: EpisodeStore) -> Task:
+    def _choose_env_spec(self, store: EpisodeStore) -> EnvSpec:
         """The environment; raises ConfigError where there is none."""
         from diffusion_policy.envs import ENV_IDS
 
         recorded: dict[str, Any] = store.attributes.get("environment", {})
-        task, _ = choose_task(self.store, recorded, self.env, self.env_kwargs, self.signals)
+        task, _ = choose_env_spec(self.store, recorded, self.env, self.env_kwargs, self.signals)
         ours = task.env in ENV_IDS and not task.wrappers
         return task if ours else replace(task, success=task.success or "none")  # whether it succeeds is not compared
 
@@ -127,7 +127,7 @@ class Replay:
             raise ConfigError(f"{env_id} does not fit {self.store}: {has}; the store has {stored}")
         return tuple(offered)
 
-    def _film(self, path: Path, task: Task, scripts: Sequence[tuple[int | None, np.ndarray]], rate: float) -> None:
+    def _film(self, path: Path, task: EnvSpec, scripts: Sequence[tuple[int | None, np.ndarray]], rate: float) -> None:
         """Film the episodes again, at so many frames a second; raises Failed where the environment gives no
         pictures."""
         from diffusion_policy.report.video import Camera, Script, tile, write_video
@@ -141,7 +141,7 @@ class Replay:
             raise Failed(f"no video: {lines.describe(error)}") from error
         console.print(f"video in {path}")
 
-    def _explain(self, task: Task, seed: int | None) -> str:
+    def _explain(self, task: EnvSpec, seed: int | None) -> str:
         """Whether the environment is one in which nothing can be repeated."""
         from diffusion_policy.envs.protocols import repeats_by_seed
 

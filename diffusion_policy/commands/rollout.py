@@ -14,7 +14,7 @@ import tyro
 from diffusion_policy.commands.afterwards import explain
 from diffusion_policy.commands.common import (
     Failed,
-    Loaded,
+    PolicyInEnv,
     anchor,
     describe_episodes,
     load_with_environment,
@@ -29,8 +29,8 @@ from diffusion_policy.commands.episodes import (
     run_episodes,
 )
 from diffusion_policy.commands.terminal import console, out
-from diffusion_policy.config import ConfigError, SampleConfig, Signals, require_at_least, require_seed
-from diffusion_policy.evaluation.engines import available_cores, ordered_map
+from diffusion_policy.config import ConfigError, SampleConfig, SuccessAndModes, require_at_least, require_seed
+from diffusion_policy.evaluation.engines import available_cores, imap
 
 if TYPE_CHECKING:
     from diffusion_policy.evaluation.metrics import Episode
@@ -60,10 +60,10 @@ class Rollout:
     """Gymnasium id, if not the environment that the policy was trained for."""
     env_kwargs: str | None = None
     """Arguments of the environment, as JSON, if not those it was trained with."""
-    signals: Annotated[Signals, tyro.conf.arg(name="")] = field(default_factory=Signals)
+    signals: Annotated[SuccessAndModes, tyro.conf.arg(name="")] = field(default_factory=SuccessAndModes)
     sampling: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
     workers: int = dataclasses.field(default_factory=available_cores)
-    """Processes that simulate."""
+    """Distributed that simulate."""
     device: str = "auto"
     """auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps."""
 
@@ -102,14 +102,14 @@ class Rollout:
                 raise Failed(f"no video: {explain(error)}") from error
             console.print(f"video in {self.video}", soft_wrap=True)
 
-    def _require_pictures(self, loaded: Loaded) -> None:
+    def _require_pictures(self, loaded: PolicyInEnv) -> None:
         """Raise ConfigError where the environment cannot be shown as asked."""
         modes = loaded.env.metadata.get("render_modes", ())
         for mode, wanted in (("human", self.render), ("rgb_array", self.video)):
             if wanted and mode not in modes:
                 raise ConfigError(f"{loaded.env_id} has no render mode {mode}; it has {', '.join(modes) or 'none'}")
 
-    def _roll_out(self, loaded: Loaded, seeds: range) -> list[Episode]:
+    def _roll_out(self, loaded: PolicyInEnv, seeds: range) -> list[Episode]:
         """The episodes; raises Failed when every one was lost."""
         parallel, workers = PLANNING_BATCH, self.workers
         if self.render:
@@ -124,7 +124,7 @@ class Rollout:
             raise Failed("every episode failed")
         return episodes
 
-    def _film(self, path: Path, loaded: Loaded, episodes: Sequence[Episode]) -> None:
+    def _film(self, path: Path, loaded: PolicyInEnv, episodes: Sequence[Episode]) -> None:
         """Write the video."""
         from diffusion_policy.commands.pictures import draw_plans, pixels_of
         from diffusion_policy.envs.protocols import as_pictured, repeats_by_seed
@@ -139,14 +139,14 @@ class Rollout:
                 steps = [plan.step for plan in episode.plans]
                 plans = draw_plans(policy, episode, plane, steps, DRAWN_PLANS, self.sampling) if plane else {}
                 scripts.append(Script(episode.seed, episode.actions, plans))
-            films = ordered_map(
+            films = imap(
                 partial(Camera, loaded.make_env, pixels_of=pixels_of), scripts, min(self.workers, len(scripts))
             )
             filmed = list(bar.track(films, task_id=bar.add_task("filming", total=len(scripts), note="")))
         write_video(path, tile(filmed, columns=2), loaded.frames_per_second)
 
 
-def record_episodes(path: Path, loaded: Loaded, episodes: Sequence[Episode]) -> None:
+def record_episodes(path: Path, loaded: PolicyInEnv, episodes: Sequence[Episode]) -> None:
     """Make a store of rollouts; raises StoreError where something already lies at the path."""
     from diffusion_policy.datasets.store import Demonstration, EpisodeStore
     from diffusion_policy.envs.protocols import as_multimodal

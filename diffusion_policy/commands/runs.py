@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from diffusion_policy.training.trainer import Diverged
 
 OPTIONS = "run.json"
-FREE = {"keep", "checkpoint_every", "rollout_every", "rollout_episodes"}
+FREE = {"keep_checkpoints", "checkpoint_every", "rollout_every", "rollout_episodes"}
 """Options of training that may change when it goes on: the weights do not depend on them."""
 TAKEN: dict[str, Any] = {
     "observation": tuple[str, ...],
@@ -47,7 +47,7 @@ KNOWN = {*TAKEN, "dataset", "format", "format_version", "package_version", "step
 
 @dataclass(frozen=True)
 class Data:
-    """What a run.json says of its data set."""
+    """What a run.json says of its dataset."""
 
     location: str
     fingerprint: str
@@ -81,7 +81,7 @@ def read_run(run: Path) -> dict[str, Any]:
     try:
         decode(options.get("dataset"), Data, "dataset")
     except ConfigError as error:
-        raise ConfigError(f"{run}/{OPTIONS} does not say which data set it was: {error}") from error
+        raise ConfigError(f"{run}/{OPTIONS} does not say which dataset it was: {error}") from error
     return options
 
 
@@ -146,7 +146,7 @@ def say(value: object) -> str:
 
 
 @contextlib.contextmanager
-def hold(run: Path, options: Mapping[str, Any], begun: bool) -> Iterator[None]:
+def lock(run: Path, options: Mapping[str, Any], begun: bool) -> Iterator[None]:
     """Keep other trainings away from a folder, and write there what this one is told; `begun`: whether the folder
     is its own already. Raises ValueError where another process holds it, or it is not empty."""
     with holding(run):
@@ -156,7 +156,7 @@ def hold(run: Path, options: Mapping[str, Any], begun: bool) -> Iterator[None]:
         yield
 
 
-def left(run: Path) -> str:
+def last_checkpoint(run: Path) -> str:
     """Which checkpoint there is, in words."""
     from diffusion_policy.checkpoints import checkpoint
 
@@ -164,12 +164,17 @@ def left(run: Path) -> str:
     return f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
 
 
-def again(run: Path) -> str:
+def resume_command(run: Path) -> str:
     """How to go on with a run, in words."""
     return f"go on with: diffusion-policy train --resume {shlex.quote(str(run))}"
 
 
-def explain(run: Path, error: Diverged, episode_ends: np.ndarray) -> str:
+def what_is_left(run: Path) -> str:
+    """Which checkpoint there is after an interruption, and how to go on."""
+    return f"{last_checkpoint(run)}; {resume_command(run)}"
+
+
+def divergence_report(run: Path, error: Diverged, episode_ends: np.ndarray) -> str:
     """What is known of a divergence, and what is left; the windows of its batch go into diverged.json."""
     import numpy as np
 
@@ -184,4 +189,4 @@ def explain(run: Path, error: Diverged, episode_ends: np.ndarray) -> str:
         with contextlib.suppress(FileError):  # a full disk does not hide what happened
             write_whole(report, json.dumps({"step": error.step, "windows": windows}, indent=1) + "\n")
             told += f" (all in {report})"
-    return f"{error}{told}; {left(run)}; look at these steps, or begin a new run with a lower learning rate"
+    return f"{error}{told}; {last_checkpoint(run)}; look at these steps, or begin a new run with a lower learning rate"

@@ -15,7 +15,7 @@ from diffusion_policy.basics.lines import one_line
 from diffusion_policy.commands.afterwards import Remarks
 from diffusion_policy.commands.common import (
     Interrupted,
-    Loaded,
+    PolicyInEnv,
     anchor,
     load_with_environment,
     print_by_steps,
@@ -33,7 +33,14 @@ from diffusion_policy.commands.episodes import (
     run_episodes,
 )
 from diffusion_policy.commands.terminal import console
-from diffusion_policy.config import ConfigError, SampleConfig, SamplerName, Signals, require_at_least, require_seed
+from diffusion_policy.config import (
+    ConfigError,
+    SampleConfig,
+    SamplerName,
+    SuccessAndModes,
+    require_at_least,
+    require_seed,
+)
 from diffusion_policy.evaluation.engines import available_cores
 
 STEPS = (1, 2, 4, 8, 16, 32)
@@ -68,9 +75,9 @@ class Study:
     """Gymnasium id, if not the environment that the policy was trained for."""
     env_kwargs: str | None = None
     """Arguments of the environment, as JSON, if not those it was trained with."""
-    signals: Annotated[Signals, tyro.conf.arg(name="")] = field(default_factory=Signals)
+    signals: Annotated[SuccessAndModes, tyro.conf.arg(name="")] = field(default_factory=SuccessAndModes)
     workers: int = dataclasses.field(default_factory=available_cores)
-    """Processes that simulate; the result is the same for any number."""
+    """Distributed that simulate; the result is the same for any number."""
     device: str = "auto"
     """auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps."""
 
@@ -100,7 +107,7 @@ class Study:
             "env_kwargs": loaded.env_kwargs,
             "checkpoint": str(self.checkpoint),
             "training_steps": loaded.checkpoint.step,
-            "noise_levels": loaded.checkpoint.policy.config.levels,
+            "noise_levels": loaded.checkpoint.policy.config.noise_levels,
             "episodes": self.episodes,
             "first_seed": self.seed,
             "mode": self.mode,
@@ -136,7 +143,7 @@ class Study:
     def _sampling(self, name: SamplerName, steps: int) -> SampleConfig:
         return SampleConfig(name, steps, mode=self.mode, guidance=self.guidance)
 
-    def _steps(self, loaded: Loaded, name: SamplerName) -> Sequence[int]:
+    def _steps(self, loaded: PolicyInEnv, name: SamplerName) -> Sequence[int]:
         from diffusion_policy.diffusion.samplers import SAMPLERS
 
         most = loaded.checkpoint.policy.diffusion.most_steps(SAMPLERS[name])
@@ -145,14 +152,14 @@ class Study:
     def _write(self, results: Mapping[str, Any]) -> None:
         write_whole(self.output / "results.json", format_json(results))
 
-    def _cell(self, loaded: Loaded, sampling: SampleConfig) -> dict[str, Any]:
+    def _cell(self, loaded: PolicyInEnv, sampling: SampleConfig) -> dict[str, Any]:
         """What one sampler does at one number of steps; why not, where it cannot."""
         from diffusion_policy.evaluation import metrics
 
         policy = loaded.checkpoint.policy
         seeds = range(self.seed, self.seed + self.episodes)
         try:
-            policy.require(sampling)
+            policy.resolve_sampling(sampling)
             require_memory(policy, sampling, PLANNING_BATCH)
             episodes, lost, mode_failures = run_episodes(loaded, seeds, sampling, PLANNING_BATCH, self.workers)
         except (ValueError, FloatingPointError) as error:

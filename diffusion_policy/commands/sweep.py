@@ -44,14 +44,14 @@ from diffusion_policy.config import (
     ConfigError,
     PolicyConfig,
     SampleConfig,
-    Signals,
+    SuccessAndModes,
     TrainConfig,
     decode,
     from_dict,
     require_at_least,
     require_at_most,
 )
-from diffusion_policy.evaluation.engines import Engine, each_alone, require_engine
+from diffusion_policy.evaluation.engines import Engine, require_engine, run_isolated
 from diffusion_policy.training.trackers import read_lines
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
 OTHER_LOSS = {
     **dict.fromkeys(("observation_horizon", "prediction_horizon"), "other steps are predicted"),
-    **dict.fromkeys(("schedule", "schedule_options", "levels"), "other noise is taken away"),
+    **dict.fromkeys(("schedule", "schedule_options", "noise_levels"), "other noise is taken away"),
     **dict.fromkeys(("prediction", "snr_gamma", "learn_variance"), "the loss itself is another"),
     "normalization": "it is measured in other units",
     "condition_on_mode": "the network is told more",
@@ -174,7 +174,7 @@ class Sweep:
     """Trials at a time; they share the processor cores."""
     engine: Engine = "local"
     """Where they run: on this machine, or on the Ray cluster of the environment variable RAY_ADDRESS, whose machines
-    must all see data set and output."""
+    must all see dataset and output."""
     gpus: float = 0.0
     """GPUs of the cluster that each trial takes; with 0.5, two share one."""
     resume: bool = False
@@ -207,7 +207,7 @@ class Sweep:
 
     def run(self) -> dict[str, Any]:
         """Run all trials; returns what sweep.json holds. Raises ValueError for options that cannot work, an output
-        folder that holds something else, and a data set that cannot be read; Failed when every trial failed."""
+        folder that holds something else, and a dataset that cannot be read; Failed when every trial failed."""
         trials = self.trials()
         rows = self._earlier_rows(trials)
         self._require_possible([t for t, row in zip(trials, rows, strict=True) if row["status"] != "finished"])
@@ -228,7 +228,7 @@ class Sweep:
     def _run(self, trials: Sequence[Trial], rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Run what is not finished, and write down in `rows` what becomes of it."""
         waiting = [trial for trial, row in zip(trials, rows, strict=True) if row["status"] != "finished"]
-        each = each_alone(run_trial, waiting, self.workers, self.engine, self.gpus)
+        each = run_isolated(run_trial, waiting, self.workers, self.engine, self.gpus)
         with contextlib.closing(each) as ended, progress_bar("trials") as bar:
             task = bar.add_task("sweeping", total=len(trials), completed=len(trials) - len(waiting), note="")
             results = self._write(rows)
@@ -361,7 +361,7 @@ def require_possible(trial: Trial, store: EpisodeStore) -> None:
     if train.training.rollout_every:
         train.make_rollouts(store, point)
     if trial.episodes:
-        joined = join_environment(train.dataset, point, None, None, trial.sampling, Signals())
+        joined = join_environment(train.dataset, point, None, None, trial.sampling, SuccessAndModes())
         joined.env.close()
         require_memory(point.policy, trial.sampling, PLANNING_BATCH)
         refuse_seen_seeds(joined, range(FIRST_TEST_SEED, FIRST_TEST_SEED + trial.episodes))

@@ -1,4 +1,4 @@
-"""diffusion-policy train: a policy from a data set."""
+"""diffusion-policy train: a policy from a dataset."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from diffusion_policy.commands.common import (
 )
 from diffusion_policy.commands.episodes import FIRST_ROLLOUT_SEED
 from diffusion_policy.commands.terminal import console
-from diffusion_policy.config import ConfigError, PolicyConfig, Signals, TrainConfig, decode
+from diffusion_policy.config import ConfigError, PolicyConfig, SuccessAndModes, TrainConfig, decode
 from diffusion_policy.training.trackers import TrackerName
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from diffusion_policy.datasets.store import EpisodeStore
     from diffusion_policy.datasets.windows import StreamedWindows, Windows
     from diffusion_policy.policy import DiffusionPolicy
-    from diffusion_policy.training.distributed import Processes
+    from diffusion_policy.training.distributed import Distributed
     from diffusion_policy.training.trainer import Progress, Trainer
 
 
@@ -51,7 +51,7 @@ MEASURED = ("validation_loss", "action_error", "action_error_best", "success_rat
 
 
 class Plan(NamedTuple):
-    """What of a data set is learned from."""
+    """What of a dataset is learned from."""
 
     keys: Keys
     angles: dict[str, tuple[int, ...]]
@@ -62,7 +62,7 @@ class Plan(NamedTuple):
 
 @dataclass(frozen=True)
 class Train:
-    """Train a diffusion policy on a data set; write checkpoints and metrics.jsonl into a new folder.
+    """Train a diffusion policy on a dataset; write checkpoints and metrics.jsonl into a new folder.
 
     Ctrl-C and SIGTERM leave a checkpoint of the last step, after what is to be measured there; --resume goes on from
     there, or from the newest checkpoint after any other end. It is then the same training, on the CPU bit by bit.
@@ -99,7 +99,7 @@ class Train:
 
     @classmethod
     def to_resume(cls, run: Path, dataset: str | None = None, trust: bool = False) -> Train:
-        """The training of this folder, to go on with, on its own data set unless one is named; raises ConfigError where
+        """The training of this folder, to go on with, on its own dataset unless one is named; raises ConfigError where
         there is none, where it alone names a URL, and, unless there is `trust`, where it names a module to import for
         its environment."""
         options = runs.read_run(run)
@@ -122,7 +122,7 @@ class Train:
             finally:
                 console.quiet = quiet
 
-    def _run(self, processes: Processes, device_name: str) -> None:
+    def _run(self, processes: Distributed, device_name: str) -> None:
         import numpy as np
         import torch
 
@@ -167,7 +167,7 @@ class Train:
             f"{parameters / 1e6:.1f} M parameters, on {device}"
             f"{'' if processes.count == 1 else f', {processes.count} processes'}"
         )
-        with runs.hold(self.output, told, begun=self.resume is not None) if processes.is_main else nullcontext():
+        with runs.lock(self.output, told, begun=self.resume is not None) if processes.is_main else nullcontext():
             self._restore(trainer)
             self._train(trainer, point.environment, point.dataset, store.episode_ends)
 
@@ -242,7 +242,7 @@ class Train:
         from diffusion_policy.training.trainer import quick_sampling
 
         sampling = quick_sampling(point.policy)
-        joined = join_environment(self.dataset, point, self.env, self.env_kwargs, sampling, Signals())
+        joined = join_environment(self.dataset, point, self.env, self.env_kwargs, sampling, SuccessAndModes())
         seeds = range(FIRST_ROLLOUT_SEED, FIRST_ROLLOUT_SEED + self.training.rollout_episodes)
         shown = np.intersect1d(store.seeds(), seeds)
         if len(shown) and is_same_id(joined.env_id, point.environment.id):
@@ -325,8 +325,8 @@ class Train:
             return
 
         def save(metrics: dict[str, float]) -> Path:
-            point = checkpoint.Checkpoint(trainer.averaged, settings, environment, dataset, trainer.step, metrics)
-            kept = settings.keep, settings.keep_best
+            point = checkpoint.Checkpoint(trainer.ema, settings, environment, dataset, trainer.step, metrics)
+            kept = settings.keep_checkpoints, settings.keep_best
             return checkpoint.save(self.output, point, trainer.state(), *kept, count_due=True)
 
         latest: dict[str, Any] = {}
@@ -343,7 +343,7 @@ class Train:
         told = runs.read_run(self.output)
         with (
             stop_on_signal() as stop,
-            Panel(settings.steps, first_step, str(trainer.averaged.device)) as panel,
+            Panel(settings.steps, first_step, str(trainer.ema.device)) as panel,
             make_trackers(self.tracker, self.output, told, first_step, panel.note) as trackers,
         ):
 
@@ -355,27 +355,33 @@ class Train:
                     try:
                         panel.note("", checkpoint=save(measured()))
                     except checkpoint.CheckpointError as error:
-                        panel.note(f"no checkpoint at step {progress.step}: {error}; {runs.left(self.output)}")
+                        panel.note(
+                            f"no checkpoint at step {progress.step}: {error}; {runs.last_checkpoint(self.output)}"
+                        )
 
             try:
                 trainer.run(show, stop.is_set)
                 folder = save(measured())
             except Diverged as error:
-                raise FloatingPointError(runs.explain(self.output, error, episode_ends)) from error
+                raise FloatingPointError(runs.divergence_report(self.output, error, episode_ends)) from error
             except (OSError, checkpoint.CheckpointError) as error:  # such as a full disk
-                raise OSError(f"{error}; {runs.left(self.output)}; {runs.again(self.output)}") from error
+                raise OSError(
+                    f"{error}; {runs.last_checkpoint(self.output)}; {runs.resume_command(self.output)}"
+                ) from error
             except KeyboardInterrupt:
-                raise Interrupted(f"stopped at once; {runs.left(self.output)}; {runs.again(self.output)}") from None
+                raise Interrupted(
+                    f"stopped at once; {runs.last_checkpoint(self.output)}; {runs.resume_command(self.output)}"
+                ) from None
             panel.note(f"checkpoint in {folder}", checkpoint=folder)
         if trainer.step < settings.steps:
             raise Interrupted(
                 f"stopped after step {trainer.step} of {settings.steps}; checkpoint in {folder}; "
-                f"{runs.again(self.output)}"
+                f"{runs.resume_command(self.output)}"
             )
 
 
 def describe(store: EpisodeStore, keys: Keys, fingerprint: str) -> tuple[Environment, Dataset]:
-    """What a checkpoint says of its data set."""
+    """What a checkpoint says of its dataset."""
     from diffusion_policy.checkpoints.checkpoint import Dataset, Environment
     from diffusion_policy.evaluation.metrics import NONE
 

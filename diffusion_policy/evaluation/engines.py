@@ -24,9 +24,9 @@ Engine = Literal["local", "ray"]
 HANG_AFTER = 60.0
 """A worker that does not finish one reset or step of an environment within this time hangs [s]."""
 ENDS_WITHIN = 10.0
-"""A process of `each_alone` that is told to stop is killed after this time [s]."""
+"""A process of `run_isolated` that is told to stop is killed after this time [s]."""
 RETRIES = 3
-"""How often an item of `ordered_map` is begun again, in a fresh worker, after its worker died."""
+"""How often an item of `imap` is begun again, in a fresh worker, after its worker died."""
 _END = object()
 
 
@@ -63,7 +63,7 @@ def require_workers(workers: int) -> None:
         raise ValueError(f"workers must be a whole number of at least 1; got {workers!r}")
 
 
-def ordered_map(
+def imap(
     make_function: Callable[[], Callable[[T], R]], items: Iterable[T], workers: int = 1, engine: Engine = "local"
 ) -> Generator[R]:
     """Yield `function(item)` in the order of the (possibly endless) items; each process makes its own function.
@@ -77,7 +77,7 @@ def ordered_map(
     if engine == "ray":
         from diffusion_policy.evaluation import ray_engine
 
-        return ray_engine.ordered_map(make_function, items, workers)
+        return ray_engine.imap(make_function, items, workers)
     if workers == 1:
         return _in_this_process(make_function, items)
     require_picklable("make_function", make_function)
@@ -133,7 +133,7 @@ def _in_workers(make_function: Callable[[], Callable[[T], R]], items: Iterable[T
         end_all([*free, *(worker for worker, *_ in busy.values())], patience=1)
 
 
-def each_alone(
+def run_isolated(
     function: Callable[[T], str | None],
     items: Iterable[T],
     workers: int = 1,
@@ -151,9 +151,9 @@ def each_alone(
     if engine == "ray":
         from diffusion_policy.evaluation import ray_engine
 
-        return ray_engine.each_alone(function, items, workers, gpus)
+        return ray_engine.run_isolated(function, items, workers, gpus)
     require_picklable("function", function)
-    return _each_alone(function, items, workers)
+    return _run_isolated(function, items, workers)
 
 
 def available_cores() -> int:
@@ -161,7 +161,7 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _each_alone(
+def _run_isolated(
     function: Callable[[T], str | None], items: Iterable[T], workers: int
 ) -> Generator[tuple[T, str | None]]:
     threads = max(1, available_cores() // workers)

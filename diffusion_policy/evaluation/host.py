@@ -1,4 +1,5 @@
-"""Several environments in one process: what they do or give is answered in numbers, or with the `Fault` of one slot.
+"""Several environments in one process: what they do or give is answered in numbers, or with the `EnvFailure` of one
+slot.
 
 Knows Gymnasium's contract and how it is broken. Knows neither processes nor policies.
 """
@@ -23,7 +24,7 @@ class UnfitError(ValueError):
     """Trying again does not help."""
 
 
-class Stretch(NamedTuple):
+class StepsResult(NamedTuple):
     """What one environment answered to the n actions of a sequence that were taken before its episode ended."""
 
     observations: dict[str, np.ndarray]
@@ -34,7 +35,7 @@ class Stretch(NamedTuple):
     """`is_success` and `measures` of the last step."""
 
 
-class Fault(NamedTuple):
+class EnvFailure(NamedTuple):
     """Why a slot's episode cannot go on."""
 
     reason: str
@@ -46,7 +47,7 @@ class Fault(NamedTuple):
 
 class EnvironmentHost:
     """Several environments in one process, each made when it is first reset. Nothing that they do or give gets further
-    than a `Fault` of the slot."""
+    than a `EnvFailure` of the slot."""
 
     def __init__(self, make_env: Callable[[], gymnasium.Env], at_work: MutableSequence[int] | None = None) -> None:
         """`at_work`: two numbers, kept up to date: the slot that is at work, and a count of its signs of life."""
@@ -57,11 +58,11 @@ class EnvironmentHost:
         self._endless: dict[int, bool] = {}
         self._steps_left: dict[int, float] = {}
 
-    def reset(self, seeds: Mapping[int, int]) -> dict[int, dict[str, np.ndarray] | Fault]:
+    def reset(self, seeds: Mapping[int, int]) -> dict[int, dict[str, np.ndarray] | EnvFailure]:
         """Begin an episode in each slot named, with its seed; returns the first observations."""
         return {slot: self._take(slot, self._reset, seed) for slot, seed in seeds.items()}
 
-    def step(self, actions: Mapping[int, np.ndarray]) -> dict[int, Stretch | Fault]:
+    def step(self, actions: Mapping[int, np.ndarray]) -> dict[int, StepsResult | EnvFailure]:
         """Take a sequence of actions (steps, A) in each slot named, until its episode ends."""
         return {slot: self._take(slot, self._step, sequence) for slot, sequence in actions.items()}
 
@@ -81,8 +82,8 @@ class EnvironmentHost:
                 raise  # the user's: workers do not hear Ctrl-C
             self._close(slot)
             if getattr(error, "hopeless", False):
-                return Fault(message_of(error), blamed=True, hopeless=True)
-            return Fault(describe_with_place(error), blamed=True)
+                return EnvFailure(message_of(error), blamed=True, hopeless=True)
+            return EnvFailure(describe_with_place(error), blamed=True)
 
     def _close(self, slot: int) -> None:
         env = self._envs.pop(slot, None)
@@ -100,7 +101,7 @@ class EnvironmentHost:
         self._steps_left[slot] = MOST_STEPS if self._endless[slot] else math.inf
         return first
 
-    def _step(self, slot: int, sequence: np.ndarray) -> Stretch:
+    def _step(self, slot: int, sequence: np.ndarray) -> StepsResult:
         observations, rewards, ended, info = [], [], False, {}
         for action in np.array(sequence):  # a copy: what another process sent may be read-only
             self._at_work[1] += 1
@@ -111,7 +112,7 @@ class EnvironmentHost:
             if ended := bool(terminated or truncated or self._steps_left[slot] <= 0):
                 break
         stacked = {key: np.stack([one[key] for one in observations]) for key in observations[0]}
-        return Stretch(stacked, rewards, ended, _choose_info(info))
+        return StepsResult(stacked, rewards, ended, _choose_info(info))
 
     def _to_row(self, slot: int, observation: Any) -> dict[str, np.ndarray]:
         """An observation of the same keys and shapes as the episode's first."""
@@ -138,7 +139,7 @@ def _to_arrays(observation: Any) -> dict[str, np.ndarray]:
     if not isinstance(observation, Mapping):
         raise UnfitError(
             f"an observation must be a dict of arrays; got {type(observation).__name__}; make the environment with "
-            "diffusion_policy.envs.adapters.Task, which makes one of it"
+            "diffusion_policy.envs.adapters.EnvSpec, which makes one of it"
         )
     arrays = {key: np.array(value, ndmin=1) for key, value in observation.items()}  # a single number is a row (1,)
     for key, value in arrays.items():

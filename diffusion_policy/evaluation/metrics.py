@@ -55,7 +55,7 @@ class Episode:
 
 
 @dataclass(frozen=True)
-class Lost:
+class FailedEpisode:
     """An episode that failed twice for reasons other than the policy, and counts nowhere."""
 
     seed: int

@@ -1,8 +1,8 @@
 """Environments in numbered slots, in this process or spread over worker processes that may crash or hang, here or on a
 Ray cluster.
 
-Knows processes, seeds and actions. Knows no policy. A slot whose environment or worker fails answers with a `Fault`; it
-can be reset again at once, in a fresh environment.
+Knows processes, seeds and actions. Knows no policy. A slot whose environment or worker fails answers with a
+`EnvFailure`; it can be reset again at once, in a fresh environment.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import numpy as np
 
 from diffusion_policy.basics.lines import message_of
 from diffusion_policy.evaluation.engines import HANG_AFTER, Engine, cluster, require_workers
-from diffusion_policy.evaluation.host import EnvironmentHost, Fault, Stretch
+from diffusion_policy.evaluation.host import EnvFailure, EnvironmentHost, StepsResult
 from diffusion_policy.evaluation.spawned import Spawned, WorkerDied, end_all, reply, require_picklable
 
 if TYPE_CHECKING:
@@ -109,13 +109,13 @@ class EnvironmentPool:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def reset(self, seeds: Mapping[int, int]) -> dict[int, dict[str, np.ndarray] | Fault]:
+    def reset(self, seeds: Mapping[int, int]) -> dict[int, dict[str, np.ndarray] | EnvFailure]:
         """Begin an episode in each slot named, with its seed; returns the first observations. Slots that were not named
         but fell with their worker are added."""
         self._slots |= seeds.keys()
         return self._host.reset(seeds) if self._host else self._ask("reset", seeds)
 
-    def step(self, actions: Mapping[int, np.ndarray]) -> dict[int, Stretch | Fault]:
+    def step(self, actions: Mapping[int, np.ndarray]) -> dict[int, StepsResult | EnvFailure]:
         """Take a sequence of actions (steps, A) in each slot named, until its episode ends; slots that were not named
         but fell with their worker are added. Sequences cost less traffic than single steps, and none waits for the
         slowest at every step."""
@@ -155,14 +155,14 @@ class EnvironmentPool:
         self.seconds_worked += longest
         return results
 
-    def _replace(self, index: int, reason: str) -> dict[int, Fault]:
+    def _replace(self, index: int, reason: str) -> dict[int, EnvFailure]:
         """Put a fresh worker in the place of a failed one; returns the faults of all its slots."""
         failed = self._workers[index]
         culprit = failed.culprit
         failed.end(patience=0)
         self._workers[index] = self._hire()
         fallen = [slot for slot in self._slots if slot % len(self._workers) == index]
-        return {slot: Fault(reason, blamed=culprit in (slot, None)) for slot in fallen}
+        return {slot: EnvFailure(reason, blamed=culprit in (slot, None)) for slot in fallen}
 
     def _hire(self) -> "Worker | RayWorker":
         if self._engine == "local":

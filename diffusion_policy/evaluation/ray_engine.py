@@ -32,7 +32,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 RETRIES = 3
-"""How often an item of `ordered_map` is begun again after its worker died."""
+"""How often an item of `imap` is begun again after its worker died."""
 _END = object()
 
 
@@ -88,8 +88,8 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def ordered_map(make_function: Callable[[], Callable[[T], R]], items: Iterable[T], workers: int) -> Generator[R]:
-    """As `engines.ordered_map`, in tasks of the cluster, at most `workers` at a time; an item whose worker died is
+def imap(make_function: Callable[[], Callable[[T], R]], items: Iterable[T], workers: int) -> Generator[R]:
+    """As `engines.imap`, in tasks of the cluster, at most `workers` at a time; an item whose worker died is
     begun again. Raises OSError when that helped nothing."""
     with connect(workers):
         apply = _apply.options(max_retries=RETRIES)
@@ -119,7 +119,7 @@ def _result(reference: "ray.ObjectRef") -> Any:
 
 
 _made: dict[str, Callable[[Any], Any]] = {}
-"""The function of the latest `ordered_map` in this worker, by its key."""
+"""The function of the latest `imap` in this worker, by its key."""
 
 
 @ray.remote(num_cpus=1, retry_exceptions=False)
@@ -130,10 +130,10 @@ def _apply(key: str, make_function: Callable[[], Callable[[Any], Any]], item: An
     return _made[key](item)
 
 
-def each_alone(
+def run_isolated(
     function: Callable[[T], str | None], items: Iterable[T], workers: int, gpus: float
 ) -> Generator[tuple[T, str | None]]:
-    """As `engines.each_alone`, in tasks of the cluster that share its cores; each also takes `gpus`."""
+    """As `engines.run_isolated`, in tasks of the cluster that share its cores; each also takes `gpus`."""
     with connect(workers):
         offered = ray.cluster_resources().get("GPU", 0)
         if gpus > offered:  # else they are waited for

@@ -18,8 +18,8 @@ from diffusion_policy.basics.lines import describe, message_of, one_line
 from diffusion_policy.basics.names import is_label
 from diffusion_policy.control.controller import Controller, planning_generator
 from diffusion_policy.evaluation.engines import HANG_AFTER, Engine
-from diffusion_policy.evaluation.host import Fault, Stretch
-from diffusion_policy.evaluation.metrics import Episode, Lost, Plan
+from diffusion_policy.evaluation.host import EnvFailure, StepsResult
+from diffusion_policy.evaluation.metrics import Episode, FailedEpisode, Plan
 from diffusion_policy.evaluation.pool import EnvironmentPool, require_patience
 
 ModeOf = Callable[[Mapping[str, np.ndarray]], str | None]
@@ -54,7 +54,7 @@ class _Recording:
         self.rewards = 0.0
         self.measures: Mapping[str, float] | None = None
 
-    def add(self, actions: np.ndarray, stretch: Stretch) -> None:
+    def add(self, actions: np.ndarray, stretch: StepsResult) -> None:
         self.actions.extend(actions[: len(stretch.rewards)])
         self.observations.append(stretch.observations)
         self.success = stretch.info["is_success"]
@@ -82,7 +82,7 @@ def _require_label(mode: Any) -> str | None:
     raise ValueError(f"a mode is printable text on one line, or None; got {mode!r:.60}")
 
 
-def lost_is_an_error(lost: Lost) -> None:
+def lost_is_an_error(lost: FailedEpisode) -> None:
     """What `rollout` does with an episode that it lost, unless told otherwise: raise RolloutError."""
     raise RolloutError(f"the episode of seed {lost.seed} failed {ATTEMPTS} times: {lost.reason}")
 
@@ -101,7 +101,7 @@ def rollout(
     workers: int = 1,
     on_episode: Callable[[Episode], None] = lambda _: None,
     repeats: int = 1,
-    on_lost: Callable[[Lost], None] = lost_is_an_error,
+    on_lost: Callable[[FailedEpisode], None] = lost_is_an_error,
     hang_after: float = HANG_AFTER,
     engine: Engine = "local",
     on_mode_failure: Callable[[ModeFailure], None] = mode_failure_is_a_warning,
@@ -125,7 +125,7 @@ def rollout(
         raise ValueError(f"mode_of must be a function of an episode's observations; got {mode_of!r:.60}")
     names = list(itertools.product(seeds, range(repeats)))
     slots = min(parallel, len(names))
-    course = _Course(names, make_controller(slots), slots, mode_of, on_episode, on_lost, on_mode_failure)
+    course = _EpisodeScheduler(names, make_controller(slots), slots, mode_of, on_episode, on_lost, on_mode_failure)
     with EnvironmentPool(make_env, min(workers, slots), hang_after, engine) as pool:
         while course.running or course.waiting:
             course.begin_episodes(pool)
@@ -139,7 +139,7 @@ def _require_whole(name: str, value: Any, lowest: int) -> None:
         raise ValueError(f"{name} must be a whole number of at least {lowest}; got {value!r:.60}")
 
 
-class _Course:
+class _EpisodeScheduler:
     """Which slot runs which episode, what is waiting for a slot, and what has come of the others. An episode's name is
     (seed, repeat)."""
 
@@ -150,7 +150,7 @@ class _Course:
         slots: int,
         mode_of: ModeOf,
         on_episode: Callable[[Episode], None],
-        on_lost: Callable[[Lost], None],
+        on_lost: Callable[[FailedEpisode], None],
         on_mode_failure: Callable[[ModeFailure], None],
     ) -> None:
         self.waiting = list(reversed(names))
@@ -173,9 +173,9 @@ class _Course:
         generators = [planning_generator(seed, repeat) for seed, repeat in begun.values()]
         self._controller.reset(_mask(begun, self._slots), generators)
         for slot, answer in pool.reset({slot: seed for slot, (seed, _) in begun.items()}).items():
-            if not isinstance(answer, Fault):
+            if not isinstance(answer, EnvFailure):
                 answer = self._refuse({key: value[None] for key, value in answer.items()}) or answer
-            if not isinstance(answer, Fault):
+            if not isinstance(answer, EnvFailure):
                 self.running[slot] = _Recording(*begun[slot], answer)
                 self._look(slot, answer)
             elif slot in begun:
@@ -188,14 +188,14 @@ class _Course:
         actions = self._controller.act_until_next_plan(self._latest, _mask(self.running, self._slots))
         for slot, plan in self._controller.planned.items():
             self.running[slot].plans.append(Plan(len(self.running[slot].actions), plan))
-        going_on: dict[int, Stretch] = {}
+        going_on: dict[int, StepsResult] = {}
         for slot, answer in sorted(pool.step({slot: actions[slot] for slot in self.running}).items()):
             if slot not in self.running:
                 continue  # its worker fell after its episode had ended
             recording = self.running[slot]
-            if isinstance(answer, Stretch) and not answer.ended:
+            if isinstance(answer, StepsResult) and not answer.ended:
                 answer = self._refuse(answer.observations) or answer
-            if isinstance(answer, Fault):
+            if isinstance(answer, EnvFailure):
                 del self.running[slot]
                 self._try_again(recording.name, answer)
                 continue
@@ -208,7 +208,7 @@ class _Course:
             self._on_episode(self.finished[recording.name])
         self._look_on(going_on)
 
-    def _try_again(self, name: tuple[int, int], fault: Fault) -> None:
+    def _try_again(self, name: tuple[int, int], fault: EnvFailure) -> None:
         """Begin an episode again later, or count it as lost."""
         if fault.hopeless and not self.finished:
             raise RolloutError(fault.reason)
@@ -217,11 +217,11 @@ class _Course:
             self.waiting.append(name)
             return
         self._lost += 1
-        self._on_lost(Lost(*name, fault.reason))
+        self._on_lost(FailedEpisode(*name, fault.reason))
         if self._lost >= HOPELESS and not self.finished:
             raise RolloutError(f"the first {self._lost} episodes failed {ATTEMPTS} times each: {fault.reason}")
 
-    def _look_on(self, stretches: Mapping[int, Stretch]) -> None:
+    def _look_on(self, stretches: Mapping[int, StepsResult]) -> None:
         """Show the controller what these slots observed since it planned, but the last: that it is given to plan."""
         mask = _mask(stretches, self._slots)
         for step in range(self._controller.action_horizon):
@@ -237,16 +237,16 @@ class _Course:
             rows = self._latest.setdefault(key, np.zeros((self._slots, *value.shape)))
             rows[slot] = value
 
-    def _refuse(self, observations: Mapping[str, np.ndarray]) -> Fault | None:
+    def _refuse(self, observations: Mapping[str, np.ndarray]) -> EnvFailure | None:
         """Why nothing can be planned for observations {key: (steps, ...)}."""
         for key, shape in self._controller.observation_shapes.items():
             rows = observations.get(key)
             if rows is None or rows.shape[1:] != shape:
                 given = ", ".join(f"{name} {rows.shape[1:]}" for name, rows in observations.items()) or "nothing"
                 needed = f"the policy observes {key} {shape}; the environment gives {given}"
-                return Fault(one_line(needed), blamed=True, hopeless=True)
+                return EnvFailure(one_line(needed), blamed=True, hopeless=True)
             if not np.isfinite(rows).all():
-                return Fault(f"the environment observes NaN or infinity in {key}", blamed=True)
+                return EnvFailure(f"the environment observes NaN or infinity in {key}", blamed=True)
         return None
 
 

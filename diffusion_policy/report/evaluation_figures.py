@@ -158,7 +158,7 @@ def draw_training(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     validated = [row for row in metrics if row["validation_loss"] is not None]
     if validated:
         steps, losses = [row["step"] for row in validated], [row["validation_loss"] for row in validated]
-        axis.plot(steps, losses, color=FEW_COLORS[3], marker="o", markersize=4, label="validation, averaged weights")
+        axis.plot(steps, losses, color=FEW_COLORS[3], marker="o", markersize=4, label="validation, EMA weights")
     axis.set(xlabel="training step")
     axis.set_title("loss of the prediction", loc="left", color=INK, fontsize=11)
     _scale_losses(axis)
@@ -212,7 +212,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], best: str | None) -> Figure:
     axis.set(xlabel="training step")
     if min(loss for row in shown for _, loss in row["curve"]) > 0:
         _scale_losses(axis)
-    axis.set_title("validation loss, averaged weights", loc="left", color=INK, fontsize=11)
+    axis.set_title("validation loss, EMA weights", loc="left", color=INK, fontsize=11)
     if len(shown) <= MOST_CURVES_NAMED:
         figure.legend(loc="outside right upper", frameon=False)
     clean(axis)

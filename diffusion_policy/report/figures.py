@@ -1,4 +1,4 @@
-"""Figures of data sets, the toy problems, the sampler study and the doctor. Knows plain numbers and arrays only."""
+"""Figures of datasets, the toy problems, the sampler study and the doctor. Knows plain numbers and arrays only."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Figures and pages of evaluations: one HTML file each that works offline.
 
-Knows results and pictures as plain data. Knows no simulator, no policy and no data set.
+Knows results and pictures as plain data. Knows no simulator, no policy and no dataset.
 """
 
 import base64

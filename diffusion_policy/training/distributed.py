@@ -17,7 +17,7 @@ PATIENCE = timedelta(hours=6)
 """How long a process waits for the others: the main one validates and rolls out while they do."""
 
 
-class Processes:
+class Distributed:
     """This process among those that train together. Alone, it is the main one, and sums are what they are."""
 
     def __init__(self, index: int = 0, count: int = 1) -> None:
@@ -29,7 +29,7 @@ class Processes:
         """Whether this is the one that writes."""
         return self.index == 0
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all processes: the same bits in each of them."""
         if self.count == 1:
             return
@@ -40,12 +40,12 @@ class Processes:
 
 
 @contextlib.contextmanager
-def join_processes(device: str) -> Iterator[tuple[Processes, str]]:
+def join_processes(device: str) -> Iterator[tuple[Distributed, str]]:
     """Join those that were started together, if any; yields them, and the device of this one: with several GPUs on a
     machine, each process has its own. Raises ValueError when there are more processes on a machine than GPUs."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
-        yield Processes(), device
+        yield Distributed(), device
         return
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"several processes take the device auto, cpu or cuda, a GPU for each; got {device!r}")
@@ -61,6 +61,6 @@ def join_processes(device: str) -> Iterator[tuple[Processes, str]]:
         device = f"cuda:{local}"
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size()), device
+        yield Distributed(dist.get_rank(), dist.get_world_size()), device
     finally:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The one training loop: AdamW, a cosine learning rate with warm-up, gradient clipping, averaged weights, validation.
+"""The one training loop: AdamW, a cosine learning rate with warm-up, gradient clipping, EMA weights, validation.
 
 All that is random in a step derives from the seed and the step's number, and is drawn for the whole batch. So what goes
 on from a checkpoint, or is divided among processes or into parts of a batch, is the same training.
@@ -22,7 +22,7 @@ from diffusion_policy.datasets.windows import Batch, Share, StreamedWindows, Win
 from diffusion_policy.diffusion.process import Part
 from diffusion_policy.diffusion.samplers import SAMPLERS
 from diffusion_policy.policy import DiffusionPolicy, derive_generator
-from diffusion_policy.training.distributed import Processes
+from diffusion_policy.training.distributed import Distributed
 
 VALIDATION_WINDOWS = 2048
 """At most so many windows are looked at in a validation, ..."""
@@ -36,7 +36,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Validation(NamedTuple):
-    """What the averaged weights do on held-out windows, with the same noise each time."""
+    """What the EMA weights do on held-out windows, with the same noise each time."""
 
     loss: float
     action_error: float | None
@@ -76,7 +76,7 @@ class Diverged(FloatingPointError):
 
 
 class Trainer:
-    """Trains a policy. `averaged` holds the weights to act with."""
+    """Trains a policy. `ema` holds the weights to act with."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Trainer:
         windows: Windows | StreamedWindows,
         validation: Windows | None,
         config: TrainConfig,
-        processes: Processes | None = None,
+        processes: Distributed | None = None,
         roll_out: Callable[[DiffusionPolicy], float | None] | None = None,
     ) -> None:
         """`validation`: windows of held-out episodes, or None; `processes`: those that train this policy together;
@@ -94,14 +94,14 @@ class Trainer:
             if some is not None:
                 _require_fit(policy, some)
         self.config = config
-        self._processes = processes or Processes()
+        self._processes = processes or Distributed()
         self._policy = policy
         self._windows, self._validation = windows, validation
         self._roll_out = roll_out
         self._optimizer = torch.optim.AdamW(
             policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.95, 0.999)
         )
-        self._averaged = AveragedModel(policy, avg_fn=self._average).eval()  # its buffers are those of the policy
+        self._ema_model = AveragedModel(policy, avg_fn=self._average).eval()  # its buffers are those of the policy
         self._scaler = torch.amp.GradScaler(policy.device.type, enabled=config.precision == "fp16")
         self._share = Share(self._processes.index, self._processes.count)
         self._batch_size = min(config.batch_size, len(windows))
@@ -122,9 +122,9 @@ class Trainer:
         return self._processes.is_main
 
     @property
-    def averaged(self) -> DiffusionPolicy:
-        """The policy with averaged weights."""
-        policy = self._averaged.module
+    def ema(self) -> DiffusionPolicy:
+        """The policy with EMA weights."""
+        policy = self._ema_model.module
         assert isinstance(policy, DiffusionPolicy)
         return policy
 
@@ -155,7 +155,7 @@ class Trainer:
             self._figures()  # so that no checkpoint is made of weights that are not finite
 
     def state(self) -> dict[str, Tensor]:
-        """What training holds beside the averaged policy and the number of steps, by name: raw weights, the optimizer's
+        """What training holds beside the EMA policy and the number of steps, by name: raw weights, the optimizer's
         moments, the scale of fp16 and what the next report is to average."""
         weights = {f"weights.{name}": weight.contiguous() for name, weight in self._policy.state_dict().items()}
         names = [name for name, _ in self._policy.named_parameters()]
@@ -168,7 +168,7 @@ class Trainer:
         return weights | moments | scale | ({"unreported": torch.stack(self._unreported)} if self._unreported else {})
 
     def restore(self, step: int, averaged: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """Go on after `step` steps, from averaged weights and a `state`. Raises ValueError for those of another policy
+        """Go on after `step` steps, from EMA weights and a `state`. Raises ValueError for those of another policy
         or another precision."""
         groups: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}, "scaler": {}, "unreported": {}}
         for name, tensor in state.items():
@@ -186,7 +186,7 @@ class Trainer:
             raise ValueError(f"the training's state is not that of the precision {self.config.precision}")
         try:
             self._policy.load_state_dict(groups["weights"])
-            self.averaged.load_state_dict(dict(averaged))
+            self.ema.load_state_dict(dict(averaged))
         except RuntimeError as error:
             raise ValueError(f"the training's state is not that of this policy: {error}") from error
         if groups["optimizer"]:
@@ -194,7 +194,7 @@ class Trainer:
             self._optimizer.load_state_dict(saved)
         if groups["scaler"]:
             self._scaler.load_state_dict({name: value.item() for name, value in groups["scaler"].items()})
-        self._averaged.n_averaged.fill_(step)
+        self._ema_model.n_averaged.fill_(step)
         self._unreported = list(groups["unreported"].get("", torch.empty(0, 2)).to(self._policy.device))
         self._batches = self._windows.batches(self.config.batch_size, self.config.seed, step, self._share)
         self.step = step
@@ -213,12 +213,12 @@ class Trainer:
             self._scaler.scale(part_loss).backward()
             loss += part_loss.detach()
         gradients = [weight.grad for weight in self._policy.parameters() if weight.grad is not None]
-        self._processes.add_up([*gradients, loss, votes])
+        self._processes.all_reduce_sum([*gradients, loss, votes])
         self._scaler.unscale_(self._optimizer)
         gradient_norm = torch.nn.utils.clip_grad_norm_(self._policy.parameters(), config.gradient_clip)
         self._scaler.step(self._optimizer)
         self._scaler.update()
-        self._averaged.update_parameters(self._policy)
+        self._ema_model.update_parameters(self._policy)
         self.step += 1
         self._unreported.append(torch.stack([loss, gradient_norm]))
 
@@ -256,7 +256,7 @@ class Trainer:
                 self.step,
                 float(np.mean([loss for loss, _ in figures])),
                 *(seen or (None, None, None)),
-                success_rate=self._roll_out(self.averaged) if roll_out and self._roll_out else None,
+                success_rate=self._roll_out(self.ema) if roll_out and self._roll_out else None,
                 learning_rate=config.learning_rate * learning_rate_factor(self.step, config),
                 gradient_norm=figures[-1][1],
                 steps_per_second=steps_per_second,
@@ -283,14 +283,14 @@ class Trainer:
         total = 0.0
         for indices in chosen.split(self.config.batch_size):
             batch = self._validation.gather(indices)
-            total += len(indices) * self.averaged.loss(batch.observations, batch.actions, generator, batch.modes).item()
+            total += len(indices) * self.ema.loss(batch.observations, batch.actions, generator, batch.modes).item()
         errors = self._action_errors(self._validation.gather(chosen[:SAMPLED_WINDOWS]))
         mean, best = (None, None) if errors is None else (errors.mean().item(), errors.amin(dim=1).mean().item())
         return Validation(total / len(chosen), mean, best)
 
     def _action_errors(self, batch: Batch) -> Tensor | None:
         """Distance of each sampled sequence from the demonstrated one, (B, N); see `Validation`."""
-        policy, config = self.averaged, self.averaged.config
+        policy, config = self.ema, self.ema.config
         if policy.modes and not config.condition_dropout:
             return None
         generators = [
@@ -305,7 +305,7 @@ class Trainer:
 
     def _average(self, averaged: Tensor, current: Tensor, _count: Tensor | int) -> Tensor:
         """Exponential average whose memory grows with the steps done."""
-        keep = min(self.config.average_limit, 1 - (1 + self.step) ** -self.config.average_power)
+        keep = min(self.config.ema_max_decay, 1 - (1 + self.step) ** -self.config.ema_power)
         return torch.lerp(current, averaged, keep)
 
 
