@@ -15,12 +15,12 @@ import tyro
 from diffusion_policy import __version__
 from diffusion_policy.basics.lines import one_line
 from diffusion_policy.commands.collect import Collect
-from diffusion_policy.commands.common import Failed, Interrupted
 from diffusion_policy.commands.compare import Compare
 from diffusion_policy.commands.dataset import Dataset
 from diffusion_policy.commands.demo import Demo
 from diffusion_policy.commands.doctor import Doctor
 from diffusion_policy.commands.evaluate import Evaluate
+from diffusion_policy.commands.interrupts import Failed, Interrupted
 from diffusion_policy.commands.rollout import Rollout
 from diffusion_policy.commands.runs import read_options, to_fields
 from diffusion_policy.commands.study import Study

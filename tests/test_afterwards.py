@@ -21,9 +21,9 @@ from diffusion_policy.basics.files import WRITING, FileError
 from diffusion_policy.checkpoints.checkpoint import find
 from diffusion_policy.checkpoints.safe_files import describe
 from diffusion_policy.commands import afterwards, evaluate, pictures
-from diffusion_policy.commands.common import Failed, Interrupted
 from diffusion_policy.commands.episodes import observe
 from diffusion_policy.commands.evaluate import Evaluate
+from diffusion_policy.commands.interrupts import Failed, Interrupted
 from diffusion_policy.config import SampleConfig, SuccessAndModes
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs import protocols

@@ -15,7 +15,7 @@ from gymnasium.spaces import Box, Dict, Discrete, Tuple
 from gymnasium.wrappers import RescaleAction, TimeLimit
 
 from diffusion_policy.cli import main, parse
-from diffusion_policy.commands.common import signal_flags
+from diffusion_policy.commands.environment import signal_flags
 from diffusion_policy.commands.evaluate import Evaluate
 from diffusion_policy.config import SampleConfig, SuccessAndModes
 from diffusion_policy.datasets.recorder import Recorder

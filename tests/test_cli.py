@@ -16,7 +16,7 @@ import zarr
 
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.cli import main, parse
-from diffusion_policy.commands.common import load_with_environment
+from diffusion_policy.commands.environment import load_with_environment
 from diffusion_policy.commands.episodes import FIRST_ROLLOUT_SEED, FIRST_TEST_SEED, refuse_seen_seeds
 from diffusion_policy.commands.evaluate import Evaluate
 from diffusion_policy.commands.train import Train

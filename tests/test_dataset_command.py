@@ -13,10 +13,10 @@ import zarr
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.cli import main
 from diffusion_policy.commands.collect import Collect
-from diffusion_policy.commands.common import parse_angles
 from diffusion_policy.commands.dataset import Inspect, Merge, Validate
 from diffusion_policy.commands.replay import Replay
 from diffusion_policy.commands.rollout import Rollout
+from diffusion_policy.commands.stores import parse_angles
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import ConfigError, PolicyConfig, SampleConfig, TrainConfig
 from diffusion_policy.datasets import durable, windows

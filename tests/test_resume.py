@@ -19,7 +19,7 @@ from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.cli import main
 from diffusion_policy.commands import runs
 from diffusion_policy.commands.collect import Collect
-from diffusion_policy.commands.common import Interrupted
+from diffusion_policy.commands.interrupts import Interrupted
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig
 from diffusion_policy.datasets.store import EpisodeStore

@@ -8,8 +8,8 @@ import pytest
 
 from diffusion_policy.cli import main
 from diffusion_policy.commands import study as study_module
-from diffusion_policy.commands.common import Interrupted
 from diffusion_policy.commands.episodes import RolledOut
+from diffusion_policy.commands.interrupts import Interrupted
 from diffusion_policy.commands.study import Study
 from diffusion_policy.evaluation.metrics import FailedEpisode
 from diffusion_policy.evaluation.rollout import RolloutError

@@ -15,7 +15,7 @@ import zarr
 
 from diffusion_policy.cli import main, parse
 from diffusion_policy.commands import sweep
-from diffusion_policy.commands.common import Failed, Interrupted
+from diffusion_policy.commands.interrupts import Failed, Interrupted
 from diffusion_policy.commands.points import draw_points, read_grid
 from diffusion_policy.commands.sweep import Sweep, Trial, open_log
 from diffusion_policy.commands.train import Train

@@ -32,7 +32,7 @@ from gymnasium.wrappers import (
     TransformObservation,
 )
 
-from diffusion_policy.commands.common import choose_env_spec
+from diffusion_policy.commands.environment import choose_env_spec
 from diffusion_policy.config import ConfigError, SuccessAndModes
 from diffusion_policy.datasets.recorder import Recorder
 from diffusion_policy.datasets.store import EpisodeStore

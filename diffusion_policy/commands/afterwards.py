@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from diffusion_policy.basics.files import WRITING, plain
 from diffusion_policy.basics.lines import describe, one_line
-from diffusion_policy.commands.common import Failed, holding, require_fresh
+from diffusion_policy.commands.interrupts import Failed
+from diffusion_policy.commands.outputs import holding, require_fresh
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError
 

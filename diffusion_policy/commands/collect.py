@@ -16,20 +16,17 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
-from diffusion_policy.commands.common import (
+from diffusion_policy.commands.environment import (
     DEFAULT_ENV,
-    ONE_PRESS,
-    Interrupted,
     describe_episodes,
-    hearing,
     make_env_spec,
     parse_env_kwargs,
-    progress_bar,
     refuse_modules,
     say_cap,
     signal_flags,
 )
-from diffusion_policy.commands.terminal import console
+from diffusion_policy.commands.interrupts import ONE_PRESS, Interrupted, hearing
+from diffusion_policy.commands.terminal import console, progress_bar
 from diffusion_policy.config import (
     ConfigError,
     SuccessAndModes,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from diffusion_policy.basics.files import format_json, write_whole
-from diffusion_policy.commands.common import require_fresh
+from diffusion_policy.commands.outputs import require_fresh
 from diffusion_policy.commands.terminal import console, out
 from diffusion_policy.config import ConfigError
 

@@ -14,8 +14,10 @@ import tyro
 from rich import box
 from rich.table import Table
 
-from diffusion_policy.commands.common import Failed, choose_keys, open_store, parse_angles, require_fresh
+from diffusion_policy.commands.interrupts import Failed
+from diffusion_policy.commands.outputs import require_fresh
 from diffusion_policy.commands.replay import Replay
+from diffusion_policy.commands.stores import choose_keys, open_store, parse_angles
 from diffusion_policy.commands.terminal import console, out
 from diffusion_policy.config import ConfigError, require_seed
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from diffusion_policy.basics.bounds import MOST_SEED
 from diffusion_policy.commands.collect import Collect
-from diffusion_policy.commands.common import require_fresh
 from diffusion_policy.commands.episodes import FIRST_TEST_SEED
 from diffusion_policy.commands.evaluate import Evaluate
+from diffusion_policy.commands.outputs import require_fresh
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, require_seed

@@ -16,17 +16,10 @@ from rich.text import Text
 
 from diffusion_policy import __version__
 from diffusion_policy.basics.lines import printable
-from diffusion_policy.commands.common import (
-    Failed,
-    Keys,
-    choose_angles,
-    choose_keys,
-    open_recorded,
-    open_store,
-    progress_bar,
-    require_fresh,
-)
-from diffusion_policy.commands.terminal import console
+from diffusion_policy.commands.interrupts import Failed
+from diffusion_policy.commands.outputs import require_fresh
+from diffusion_policy.commands.stores import Keys, choose_angles, choose_keys, open_recorded, open_store
+from diffusion_policy.commands.terminal import console, progress_bar
 from diffusion_policy.config import ConfigError, PolicyConfig, SampleConfig, require_at_least, require_seed
 
 if TYPE_CHECKING:

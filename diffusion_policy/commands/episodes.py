@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffusion_policy import __version__
 from diffusion_policy.basics.bounds import MOST_SEED
-from diffusion_policy.commands.common import Interrupted, PolicyInEnv, is_same_id, progress_bar
+from diffusion_policy.commands.environment import PolicyInEnv, is_same_id
+from diffusion_policy.commands.interrupts import Interrupted
+from diffusion_policy.commands.terminal import progress_bar
 from diffusion_policy.config import MAX_EPISODES, ConfigError, SampleConfig
 from diffusion_policy.evaluation.engines import HANG_AFTER, Engine
 

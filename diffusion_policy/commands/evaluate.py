@@ -13,13 +13,7 @@ from rich.table import Table
 
 from diffusion_policy.basics.files import format_json, plain, write_whole
 from diffusion_policy.commands.afterwards import PAGE, RESULTS, Remarks, hold_output, require_same, waits_for_page
-from diffusion_policy.commands.common import (
-    Failed,
-    Interrupted,
-    PolicyInEnv,
-    anchor,
-    load_with_environment,
-)
+from diffusion_policy.commands.environment import PolicyInEnv, load_with_environment
 from diffusion_policy.commands.episodes import (
     FIRST_TEST_SEED,
     PLANNING_BATCH,
@@ -34,6 +28,8 @@ from diffusion_policy.commands.episodes import (
     run_episodes,
     sample_starts,
 )
+from diffusion_policy.commands.interrupts import Failed, Interrupted
+from diffusion_policy.commands.outputs import anchor
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError, SampleConfig, SuccessAndModes, require_at_least, require_seed
 from diffusion_policy.evaluation.engines import HANG_AFTER, Engine, available_cores, require_engine

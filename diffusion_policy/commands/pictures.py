@@ -14,8 +14,9 @@ import torch
 
 from diffusion_policy.basics.files import parse_json, read_bytes
 from diffusion_policy.checkpoints import checkpoint
-from diffusion_policy.commands.common import is_same_id, open_recorded
+from diffusion_policy.commands.environment import is_same_id
 from diffusion_policy.commands.episodes import choose_modes, draw_bytes, observe
+from diffusion_policy.commands.stores import open_recorded
 from diffusion_policy.config import SampleConfig
 from diffusion_policy.envs.protocols import Drawable, as_drawable, as_pictured
 from diffusion_policy.evaluation.engines import imap
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     import gymnasium
 
     from diffusion_policy.commands.afterwards import Remarks
-    from diffusion_policy.commands.common import PolicyInEnv
+    from diffusion_policy.commands.environment import PolicyInEnv
     from diffusion_policy.policy import DiffusionPolicy
 
 FANS, FAN_MOMENTS, FAN_PLANS = 6, 12, 24

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import tyro
 
 from diffusion_policy.basics import lines
-from diffusion_policy.commands.common import Failed, choose_env_spec, open_store, require_video
+from diffusion_policy.commands.environment import choose_env_spec
+from diffusion_policy.commands.interrupts import Failed
+from diffusion_policy.commands.outputs import require_video
+from diffusion_policy.commands.stores import open_store
 from diffusion_policy.commands.terminal import console, out
 from diffusion_policy.config import ConfigError, SuccessAndModes, require_at_least
 

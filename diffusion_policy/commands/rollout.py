@@ -12,15 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from diffusion_policy.commands.afterwards import explain
-from diffusion_policy.commands.common import (
-    Failed,
-    PolicyInEnv,
-    anchor,
-    describe_episodes,
-    load_with_environment,
-    progress_bar,
-    require_video,
-)
+from diffusion_policy.commands.environment import PolicyInEnv, describe_episodes, load_with_environment
 from diffusion_policy.commands.episodes import (
     FIRST_TEST_SEED,
     PLANNING_BATCH,
@@ -28,7 +20,9 @@ from diffusion_policy.commands.episodes import (
     require_memory,
     run_episodes,
 )
-from diffusion_policy.commands.terminal import console, out
+from diffusion_policy.commands.interrupts import Failed
+from diffusion_policy.commands.outputs import anchor, require_video
+from diffusion_policy.commands.terminal import console, out, progress_bar
 from diffusion_policy.config import ConfigError, SampleConfig, SuccessAndModes, require_at_least, require_seed
 from diffusion_policy.evaluation.engines import available_cores, imap
 

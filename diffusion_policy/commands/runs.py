@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_policy.basics.files import MAX_JSON_BYTES, FileError, once_each, read_bytes, read_json, write_whole
-from diffusion_policy.commands.common import holding, join_actions, require_fresh
+from diffusion_policy.commands.outputs import holding, require_fresh
+from diffusion_policy.commands.stores import join_actions
 from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, decode, did_you_mean
 from diffusion_policy.training.trackers import TrackerName
 

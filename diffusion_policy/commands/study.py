@@ -13,14 +13,7 @@ import tyro
 from diffusion_policy.basics.files import format_json, write_whole
 from diffusion_policy.basics.lines import one_line
 from diffusion_policy.commands.afterwards import Remarks
-from diffusion_policy.commands.common import (
-    Interrupted,
-    PolicyInEnv,
-    anchor,
-    load_with_environment,
-    print_by_steps,
-    require_fresh,
-)
+from diffusion_policy.commands.environment import PolicyInEnv, load_with_environment
 from diffusion_policy.commands.episodes import (
     FIRST_TEST_SEED,
     PLANNING_BATCH,
@@ -32,7 +25,9 @@ from diffusion_policy.commands.episodes import (
     require_memory,
     run_episodes,
 )
-from diffusion_policy.commands.terminal import console
+from diffusion_policy.commands.interrupts import Interrupted
+from diffusion_policy.commands.outputs import anchor, require_fresh
+from diffusion_policy.commands.terminal import console, print_by_steps
 from diffusion_policy.config import (
     ConfigError,
     SampleConfig,

@@ -18,16 +18,7 @@ import tyro
 from rich.table import Table
 
 from diffusion_policy.basics.files import FileError, format_json, read_json, remove, write_whole
-from diffusion_policy.commands.common import (
-    Failed,
-    Interrupted,
-    holding,
-    join_actions,
-    join_environment,
-    open_store,
-    progress_bar,
-    require_fresh,
-)
+from diffusion_policy.commands.environment import join_environment
 from diffusion_policy.commands.episodes import (
     FIRST_TEST_SEED,
     PLANNING_BATCH,
@@ -35,9 +26,12 @@ from diffusion_policy.commands.episodes import (
     require_memory,
 )
 from diffusion_policy.commands.evaluate import Evaluate
+from diffusion_policy.commands.interrupts import Failed, Interrupted
+from diffusion_policy.commands.outputs import holding, require_fresh
 from diffusion_policy.commands.points import MAX_TRIALS, draw_points, read_grid
 from diffusion_policy.commands.runs import OPTIONS, absolute, say
-from diffusion_policy.commands.terminal import console
+from diffusion_policy.commands.stores import join_actions, open_store
+from diffusion_policy.commands.terminal import console, progress_bar
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import (
     MAX_EPISODES,

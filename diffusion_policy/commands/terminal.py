@@ -6,10 +6,12 @@ sequence or markup. Output that cannot be written (a closed pipe, a full disk) n
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from diffusion_policy.basics.lines import printable
@@ -75,3 +77,28 @@ def open_standard_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def progress_bar(unit: str) -> Progress:
+    """A bar with count and time left; its tasks have a field `note`, shown at the end. It fits 80 columns."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=18),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeRemainingColumn(),
+        TextColumn("left  {task.fields[note]}"),
+        console=console,
+    )
+
+
+def print_by_steps(title: str, samplers: Mapping[str, Mapping[str, Any]], figure: str, form: str) -> None:
+    """A table of one figure: a row a sampler, a column a number of steps. Cells are {figure: number or None, or
+    {"value": ...}}; a dash where there is none."""
+    columns = list(dict.fromkeys(steps for cells in samplers.values() for steps in cells))
+    table = Table("sampler", *columns, title=f"{title}, by steps", title_justify="left")
+    for name, cells in samplers.items():
+        found = [cells.get(steps, {}).get(figure) for steps in columns]
+        values = [value["value"] if isinstance(value, dict) else value for value in found]
+        table.add_row(name, *("-" if value is None else form.format(value) for value in values))
+    console.print(table)

@@ -12,8 +12,8 @@ import tyro
 
 from diffusion_policy import __version__
 from diffusion_policy.basics.files import format_json, write_whole
-from diffusion_policy.commands.common import print_by_steps, progress_bar, require_fresh
-from diffusion_policy.commands.terminal import console
+from diffusion_policy.commands.outputs import require_fresh
+from diffusion_policy.commands.terminal import console, print_by_steps, progress_bar
 from diffusion_policy.config import PredictionName, require_seed
 
 

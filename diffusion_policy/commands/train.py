@@ -14,20 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import tyro
 
 from diffusion_policy.commands import runs
-from diffusion_policy.commands.common import (
-    Interrupted,
-    Keys,
-    choose_angles,
-    choose_keys,
-    is_same_id,
-    join_environment,
-    open_store,
-    recorded_location,
-    refuse_modules,
-    require_fresh,
-    stop_on_signal,
-)
+from diffusion_policy.commands.environment import is_same_id, join_environment, refuse_modules
 from diffusion_policy.commands.episodes import FIRST_ROLLOUT_SEED
+from diffusion_policy.commands.interrupts import Interrupted, stop_on_signal
+from diffusion_policy.commands.outputs import require_fresh
+from diffusion_policy.commands.stores import Keys, choose_angles, choose_keys, open_store, recorded_location
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError, PolicyConfig, SuccessAndModes, TrainConfig, decode
 from diffusion_policy.training.trackers import TrackerName

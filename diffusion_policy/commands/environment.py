@@ -1,0 +1,222 @@
+"""The environment that a program acts in: what the user asks for, completed by what a file says of its own, and a
+policy that fits it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from diffusion_policy.basics.files import once_each, parse_json
+from diffusion_policy.commands.terminal import console
+from diffusion_policy.config import ConfigError, SampleConfig, SuccessAndModes, from_dict
+
+if TYPE_CHECKING:
+    import gymnasium
+
+    from diffusion_policy.checkpoints.checkpoint import Checkpoint
+    from diffusion_policy.envs.adapters import EnvSpec
+
+DEFAULT_ENV = "diffusion_policy/Avoid-v0"
+
+
+def parse_env_kwargs(text: str) -> dict[str, Any]:
+    """--env-kwargs: a JSON object; raises ConfigError."""
+    try:
+        arguments = parse_json(text, pairs=once_each)
+        json.dumps(arguments, allow_nan=False)
+    except ValueError as error:
+        arguments, reason = None, f" ({error})"
+    else:
+        reason = ""
+    if not isinstance(arguments, dict):
+        raise ConfigError(f"--env-kwargs must be a JSON object such as '{{\"rows\": 2}}'; got {text!r:.100}{reason}")
+    return arguments
+
+
+def describe_episodes(env: gymnasium.Env) -> dict[str, Any]:
+    """Attributes of a store of the episodes of an environment that a EnvSpec has made."""
+    from diffusion_policy.envs.contract import control_rate
+
+    rate = control_rate(env)
+    return {
+        "environment": dict(env.described),  # pyright: ignore[reportAttributeAccessIssue]
+        **({"control_frequency": rate} if rate else {}),
+        "observation_keys": sorted(env.observation_space.keys()),  # pyright: ignore[reportAttributeAccessIssue]
+        "action_key": "action",
+    }
+
+
+OUR_EXAMPLES = "diffusion_policy.envs.examples"
+"""The one module that a dataset or a checkpoint may name, and have imported."""
+
+
+def choose_env_spec(
+    source: object, recorded: Mapping[str, Any], env: str | None, env_kwargs: str | None, signals: SuccessAndModes
+) -> tuple[EnvSpec, SuccessAndModes]:
+    """The environment that was asked for, completed by what a file says of its own: `recorded` has id, arguments,
+    signals and wrappers. Raises ConfigError where there is none, where the file alone names a module, which would be
+    imported, and where it was recorded under wrappers that no file can keep."""
+    env_id = env or recorded.get("id")
+    if env_id is None:
+        raise ConfigError(f"{source} names no environment; give one with --env")
+    same = is_same_id(env_id, recorded.get("id"))
+    arguments = recorded.get("arguments", {}) if same else {}
+    from_file = [] if env else [env_id]
+    if same and not signals.given:
+        signals = from_dict(SuccessAndModes, recorded.get("signals", {}))
+        from_file += [signals.success, signals.mode_function]
+    refuse_modules(source, from_file, [f"--env {shlex.quote(env_id)}", *signal_flags(signals)])
+    wrappers = choose_wrappers(source, recorded.get("wrappers") or (), env, env_id) if same else ()
+    arguments = arguments if env_kwargs is None else parse_env_kwargs(env_kwargs)
+    return make_env_spec(env_id, arguments, signals, wrappers), signals
+
+
+def signal_flags(signals: SuccessAndModes) -> list[str]:
+    """Flags that mean these signals, as a shell takes them."""
+    flags = []
+    for name, value in signals.given.items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        flags.append(" ".join([f"--{name.replace('_', '-')}", *map(shlex.quote, values)]))
+    return flags
+
+
+def is_same_id(one: str | None, other: str | None) -> bool:
+    """Whether two ids mean the same environment: `module:Id` is `Id`, which Gymnasium itself calls it."""
+    return one is not None and other is not None and one.rpartition(":")[2] == other.rpartition(":")[2]
+
+
+def choose_wrappers(
+    source: object, wrappers: Sequence[Mapping[str, Any]], env: str | None, env_id: str
+) -> Sequence[Mapping[str, Any]]:
+    """The wrappers that a file says were around its environment. Where one of them cannot be put on again, or would be
+    imported from a module that the user does not name with --env (`env`), raises ConfigError; but with --env the
+    environment is made as it is registered, without any, which is said."""
+    from diffusion_policy.envs.wrappers import foreign, is_written, lost
+
+    if not is_written(wrappers):
+        raise ConfigError(f"{source} does not say its wrappers as a list of entry points and arguments")
+    named = env.partition(":")[0] if env and ":" in env else None
+    strangers = [point for point in foreign(wrappers) if point.partition(":")[0] != named]
+    if not strangers and not lost(wrappers):
+        return wrappers
+    if env is None:
+        if lost(wrappers):
+            raise ConfigError(
+                f"{source} was recorded under what no file can keep: {', '.join(lost(wrappers))}; register an "
+                "environment that is made with all of it, and give that with --env module:Id"
+            )
+        again = f"{strangers[0].partition(':')[0]}:{env_id.rpartition(':')[2]}"
+        refuse_modules(source, strangers, [f"--env {shlex.quote(again)}"])
+    names = [str(one.get("entry_point") or one.get("name")).rpartition(":")[2] for one in wrappers]
+    console.print(f"{env_id} is made as it is registered, without what {source} was recorded under: {', '.join(names)}")
+    return ()
+
+
+def refuse_modules(source: object, names: Iterable[str | None], flags: Sequence[str]) -> None:
+    """Raise ConfigError where a name that only a file gives, `module:something`, would have a module imported that is
+    not ours; `flags` are those by which the user can give it."""
+    foreign = {name.partition(":")[0] for name in names if name and ":" in name} - {OUR_EXAMPLES}
+    if foreign:
+        raise ConfigError(
+            f"{source} names its environment by the module {min(foreign)}, which would be imported; if you trust it, "
+            f"give it yourself: {' '.join(flags)}"
+        )
+
+
+def make_env_spec(
+    env_id: str, arguments: Mapping[str, Any], signals: SuccessAndModes, wrappers: Sequence[Mapping[str, Any]] = ()
+) -> EnvSpec:
+    """An environment factory; raises ValueError for signals that contradict each other."""
+    from diffusion_policy.envs.adapters import EnvSpec
+
+    return EnvSpec(
+        env_id,
+        dict(arguments),
+        signals.success,
+        signals.mode_function,
+        signals.mode_labels,
+        signals.fresh,
+        tuple(wrappers),
+    )
+
+
+def say_cap(env_id: str, env: gymnasium.Env) -> None:
+    """Say after how many steps the episodes of an environment without a time limit end."""
+    from diffusion_policy.envs.adapters import capped_steps
+
+    steps = capped_steps(env)
+    if steps is not None:
+        console.print(
+            f"{env_id} has no time limit, so its episodes end after {steps} steps; choose another number with "
+            "--env-kwargs '{\"max_episode_steps\": 5000}'"
+        )
+
+
+class PolicyInEnv(NamedTuple):
+    """A checkpoint and the environment that it acts in."""
+
+    checkpoint: Checkpoint
+    env_id: str
+    env_kwargs: dict[str, Any]
+    signals: SuccessAndModes
+    make_env: Callable[..., gymnasium.Env]
+    """Picklable; takes `render_mode`."""
+    env: gymnasium.Env
+    """One instance, for modes and drawing."""
+    wrappers: tuple[Mapping[str, Any], ...] = ()
+    """Around the environment, as `envs.wrappers` writes them."""
+
+    @property
+    def frames_per_second(self) -> float:
+        """How many control steps the environment takes in a second; 30 where it does not say."""
+        from diffusion_policy.envs.contract import control_rate
+
+        return control_rate(self.env) or 30
+
+
+def load_with_environment(
+    path: Path,
+    env: str | None,
+    env_kwargs: str | None,
+    sampling: SampleConfig | None,
+    device: str,
+    signals: SuccessAndModes,
+) -> PolicyInEnv:
+    """Load a checkpoint and make its environment, or the one named instead.
+
+    Raises ValueError when there is no environment, when its spaces do not fit the policy, or when the policy cannot
+    sample as `sampling` says.
+    """
+    from diffusion_policy.checkpoints import checkpoint
+    from diffusion_policy.policy import choose_device
+
+    return join_environment(path, checkpoint.load(path, choose_device(device)), env, env_kwargs, sampling, signals)
+
+
+def join_environment(
+    path: object,
+    loaded: Checkpoint,
+    env: str | None,
+    env_kwargs: str | None,
+    sampling: SampleConfig | None,
+    signals: SuccessAndModes,
+) -> PolicyInEnv:
+    """As `load_with_environment`, of a checkpoint that is loaded, or one without weights."""
+    if sampling is not None:
+        loaded.policy.resolve_sampling(sampling)
+    task, signals = choose_env_spec(path, dataclasses.asdict(loaded.environment), env, env_kwargs, signals)
+    instance = task()
+    offered = {key: part.shape for key, part in instance.observation_space.items()}  # pyright: ignore
+    needed = loaded.policy.shapes.observations
+    if any(offered.get(key) != shape for key, shape in needed.items()):
+        raise ConfigError(f"{path} observes {needed}; {task.env} offers {offered}")
+    action = loaded.policy.shapes.action
+    if math.prod(instance.action_space.shape or ()) != math.prod(action):
+        raise ConfigError(f"{path} acts with shape {action}; {task.env} takes {instance.action_space.shape}")
+    say_cap(task.env, instance)
+    return PolicyInEnv(loaded, task.env, task.arguments, signals, task, instance, task.wrappers)

@@ -1,0 +1,114 @@
+"""What is read of a dataset: where it lies, which keys, which columns are angles."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from diffusion_policy.commands.terminal import console
+from diffusion_policy.config import ConfigError
+
+if TYPE_CHECKING:
+    from diffusion_policy.datasets.store import EpisodeStore
+
+
+class Keys(NamedTuple):
+    """What is read of a store."""
+
+    observations: tuple[str, ...]
+    action: str
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What each key is called once it is read: the action is `action`."""
+        return {key: key for key in self.observations} | {self.action: "action"}
+
+
+def open_store(location: str | Path) -> EpisodeStore:
+    """Open a dataset to read, saying what in it is not read; raises StoreError."""
+    from diffusion_policy.datasets.store import EpisodeStore
+
+    store = EpisodeStore.open(location)
+    for remark in store.remarks():
+        console.print(f"{location}: {remark}")
+    return store
+
+
+def recorded_location(source: object, location: str) -> str:
+    """Where a checkpoint or a run (`source`) says that its dataset lies, which is told. Raises ConfigError for a URL:
+    what only a stranger's file names is fetched from nowhere."""
+    if "://" in location or "::" in location:
+        raise ConfigError(
+            f"{source} names its dataset by the URL {location[:200]!r}, which would be opened; if you trust it, give "
+            "it yourself with --dataset"
+        )
+    console.print(f"the dataset is {location}, as {source} says", soft_wrap=True)
+    return location
+
+
+def open_recorded(source: object, location: str) -> EpisodeStore:
+    """Open the dataset that only a checkpoint or a run (`source`) names: a local one, said; ConfigError for a URL, and
+    StoreError as `open_store`."""
+    return open_store(recorded_location(source, location))
+
+
+def join_actions(names: str | Sequence[str]) -> str:
+    """The one key of actions that lie in several arrays, side by side: `a+b`; empty for none."""
+    return names if isinstance(names, str) else "+".join(names)
+
+
+def choose_keys(store: EpisodeStore, observations: Sequence[str] = (), action: str | Sequence[str] = ()) -> Keys:
+    """Keys of a store that a policy learns from: those wanted, else those that the store names, else `action` and all
+    others. Raises ConfigError for keys that it does not have, and when none are left to observe."""
+    action = join_actions(action) or store.action_key
+    parts = store.parts(action)
+    keys = tuple(observations) or tuple(key for key in store.observation_keys if key not in parts)
+    has = f"it has {', '.join(store.keys)}"
+    unusable = [key for key in (*parts, *keys) if key in store.left_out]
+    if unusable:
+        why = f"data/{unusable[0]} cannot be used: it {store.left_out[unusable[0]]}"
+        raise ConfigError(f"{store.location}: {why}; {has}; choose with --observation and --action")
+    lacking = [part for part in parts if part not in store.keys]
+    if lacking:
+        raise ConfigError(f"{store.location} has no action key {lacking[0]!r}; {has}; choose with --action")
+    wrong = [key for key in keys if key not in store.keys or key == action]
+    if wrong or not keys:
+        sought = f"no observation {wrong[0]!r}" if wrong else "no observations"
+        raise ConfigError(f"{store.location} has {sought}; {has}")
+    if action != "action" and "action" in keys:
+        raise ConfigError(f"an observation cannot be called 'action'; choose others with --observation; {has}")
+    return Keys(keys, action)
+
+
+def choose_angles(store: EpisodeStore, wanted: Sequence[str], keys: Keys) -> dict[str, tuple[int, ...]]:
+    """The columns that are angles, by the names of the keys once they are read: those wanted (see `parse_angles`), else
+    what the store says, for the keys that are read. Where actions lie in several arrays, columns may be those of an
+    array, or of all side by side."""
+    parts = store.columns(keys.action)
+    angles = parse_angles(wanted, {**keys.names, **parts}) if wanted else store.attributes.get("angles", {})
+    chosen = {keys.names[key]: tuple(columns) for key, columns in angles.items() if key in keys.names}
+    for part, first in parts.items() if len(parts) > 1 else ():
+        size = math.prod(store.shape(part))
+        wrong = [column for column in angles.get(part, ()) if column >= size]
+        if wrong:
+            raise ConfigError(f"angles must name columns of a key; {part} has {size}, got {wrong[0]}")
+        columns = (first + column for column in angles.get(part, ()))
+        chosen["action"] = (*chosen.get("action", ()), *columns)
+    return {name: columns for name, columns in chosen.items() if columns}
+
+
+def parse_angles(texts: Sequence[str], keys: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """--angles: texts such as `state:4` or `pose:3,4,5`, of these keys; raises ConfigError for others."""
+    angles: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        key, _, columns = text.rpartition(":")
+        if not re.fullmatch(r"\d+(,\d+)*", columns) or key not in keys:
+            raise ConfigError(
+                f"--angles must name one of the keys {', '.join(keys)} and its columns, as in state:4 or pose:3,4,5; "
+                f"got {text!r}"
+            )
+        angles[key] = angles.get(key, ()) + tuple(int(column) for column in columns.split(","))
+    return angles
