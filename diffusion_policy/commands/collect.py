@@ -21,12 +21,12 @@ from diffusion_policy.commands.environment import (
     describe_episodes,
     make_env_spec,
     parse_env_kwargs,
-    refuse_modules,
     say_cap,
     signal_flags,
 )
 from diffusion_policy.commands.interrupts import ONE_PRESS, Interrupted, hearing
 from diffusion_policy.commands.terminal import console, progress_bar
+from diffusion_policy.commands.trust import refuse_modules
 from diffusion_policy.config import (
     ConfigError,
     SuccessAndModes,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from diffusion_policy.commands.terminal import console
+from diffusion_policy.commands.trust import recorded_location
 from diffusion_policy.config import ConfigError
 
 if TYPE_CHECKING:
@@ -35,18 +36,6 @@ def open_store(location: str | Path) -> EpisodeStore:
     for remark in store.remarks():
         console.print(f"{location}: {remark}")
     return store
-
-
-def recorded_location(source: object, location: str) -> str:
-    """Where a checkpoint or a run (`source`) says that its dataset lies, which is told. Raises ConfigError for a URL:
-    what only a stranger's file names is fetched from nowhere."""
-    if "://" in location or "::" in location:
-        raise ConfigError(
-            f"{source} names its dataset by the URL {location[:200]!r}, which would be opened; if you trust it, give "
-            "it yourself with --dataset"
-        )
-    console.print(f"the dataset is {location}, as {source} says", soft_wrap=True)
-    return location
 
 
 def open_recorded(source: object, location: str) -> EpisodeStore:
