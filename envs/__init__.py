@@ -4,6 +4,16 @@ Every task is a plain `gymnasium.Env` with `info["is_success"]` at each step, `m
 `mode(observations) -> label | None`. Optional are `info["measures"]` (how the episode stands, as named numbers; those
 of its last step count), and what `protocols` has of drawing and of decisions. `adapters` makes any other Gymnasium
 environment such a task.
+
+To add a task of PyBullet, `avoid` is the example:
+1. Write a module with a class `MyTaskEnv(TaskEnv)`; `task.TaskEnv` says what it sets and defines.
+2. In `__init__`: the spaces (`task.float_box`), a `Simulation` with its `Viewpoint`, the scene, an arm of `robots`, and
+   a saved state to which each `reset` returns, so that the same seed gives the same episode.
+3. In `_advance`: clip the action, move the arm, step the simulation, say what is observed and whether it is a success.
+4. `mode(observations)`, a pure function of the observed trajectory; `modes`, all labels.
+5. To be drawn: `scene`, `path`, `planned_path`, `pixels`; for its decisions: `choice`.
+6. Add its id to `_TASKS` here, and an expert for each mode to `experts.EXPERTS`.
+7. The tests of `tests/test_envs.py` that are parametrized over `ENV_IDS` then check the contract.
 """
 
 from typing import Any

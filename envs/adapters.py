@@ -23,9 +23,10 @@ from diffusion_policy.basics.bounds import MOST_STEPS
 from diffusion_policy.basics.names import is_label
 from diffusion_policy.envs.contract import guard, name_of_env, takes, to_number, to_truth
 from diffusion_policy.envs.modules import call, import_module, load, name_of
-from diffusion_policy.envs.protocols import TaskEnv, as_multimodal, check_label, layers
+from diffusion_policy.envs.protocols import as_multimodal, check_label, layers
 from diffusion_policy.envs.quiet import silence
 from diffusion_policy.envs.spaces import EnvSpecError, Observation, action_box, action_row, observe, observed_parts
+from diffusion_policy.envs.task import TaskEnv
 from diffusion_policy.envs.wrappers import Wrapped, wrap
 
 SuccessOf = Callable[[Observation, dict[str, Any]], bool]

@@ -5,17 +5,16 @@ anew on PyBullet. A mode is the sequence of gates passed, one a row: rows = 1, 2
 """
 
 import itertools
-import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
 
-from diffusion_policy.envs.protocols import TaskEnv
 from diffusion_policy.envs.robots import panda_with_rod
 from diffusion_policy.envs.scene import Scene
-from diffusion_policy.envs.simulation import Camera, Simulation
+from diffusion_policy.envs.simulation import Simulation, Viewpoint
+from diffusion_policy.envs.task import Advance, TaskEnv, at_height, float_box, path_of_changes, rendering
 
 
 class Row(NamedTuple):
@@ -52,8 +51,7 @@ CONTROL_PERIOD = 0.035
 SUBSTEPS = 7
 """Physics steps in a control step: the rod moves less than 3 mm in one, far less than any radius."""
 
-CAMERA = Camera(target=(0.5, 0.03, 0.05), distance=0.95, yaw=90, pitch=-48)
-WIDTH, HEIGHT = 480, 384
+VIEW = Viewpoint(target=(0.5, 0.03, 0.05), distance=0.95, yaw=90, pitch=-48)
 
 
 def modes(rows: int) -> tuple[str, ...]:
@@ -67,35 +65,27 @@ class AvoidEnv(TaskEnv):
     (beyond the finish line) or at any contact between rod and cylinder.
     """
 
-    metadata = {  # noqa: RUF012  (as Gymnasium declares it)
-        "render_modes": ["human", "rgb_array"],
-        "render_fps": 1 / CONTROL_PERIOD,
-    }
+    metadata = rendering(CONTROL_PERIOD)
+    _simulation: Simulation
 
     def __init__(self, rows: int = 2, fixed_start: bool = False, render_mode: str | None = None) -> None:
         """`rows`: how many rows of cylinders stand, 1 to 3; `fixed_start`: always start at START_XY."""
         if rows not in (1, 2, 3):
             raise ValueError(f"rows must be 1, 2 or 3; got {rows!r}")
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"unknown render_mode {render_mode!r}; choose from human, rgb_array")
+        super().__init__(render_mode)
         self.rows = rows
         self.fixed_start = fixed_start
-        self.render_mode = render_mode
         self.modes = modes(rows)
-        low, high = (np.array(bounds, dtype=np.float32) for bounds in zip(*WORKSPACE, strict=True))
+        low, high = np.array(WORKSPACE, dtype=np.float32).T
         margin = np.float32(0.1)  # the arm may swing past a command
         self.observation_space = gymnasium.spaces.Dict(
-            {
-                "desired_xy": gymnasium.spaces.Box(low, high, dtype=np.float32),
-                "actual_xy": gymnasium.spaces.Box(low - margin, high + margin, dtype=np.float32),
-            }
+            {"desired_xy": float_box(low, high), "actual_xy": float_box(low - margin, high + margin)}
         )
-        self.action_space = gymnasium.spaces.Box(-MAX_ACTION, MAX_ACTION, (2,), np.float32)
+        self.action_space = float_box([-MAX_ACTION] * 2, [MAX_ACTION] * 2)
 
-        self._simulation = Simulation(CONTROL_PERIOD / SUBSTEPS, human=render_mode == "human")
+        self._simulation = Simulation(CONTROL_PERIOD / SUBSTEPS, VIEW, window=self._window)
         self._cylinders = self._build_scene()
         self._arm = panda_with_rod(self._simulation, ROD_RADIUS, ROD_LENGTH)
-        self._simulation.look_from(CAMERA)
         self._pristine = self._simulation.save()
         self._desired_xy = np.array(START_XY)
 
@@ -123,29 +113,23 @@ class AvoidEnv(TaskEnv):
         self._arm.reset((*self._desired_xy, TOOL_Z))
         return self._observation(), {"is_success": False, "collision": False}
 
-    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
-        """Move the commanded position by `action`, (2,) [m], for one control period; raises ValueError when it is
-        not two finite numbers."""
-        action = np.asarray(action, dtype=np.float64)
-        if action.shape != (2,) or not np.isfinite(action).all():
-            raise ValueError(f"an action is two finite numbers [m]; got {action}")
+    def _advance(self, action: np.ndarray) -> Advance:
+        """Move the commanded position by `action`, (2,) [m]."""
         bounds = np.array(WORKSPACE).T
         self._desired_xy = np.clip(self._desired_xy + np.clip(action, -MAX_ACTION, MAX_ACTION), *bounds)
         self._arm.move_to((*self._desired_xy, TOOL_Z))
-        collision = self._advance()
+        collision = self._simulate()
         observation = self._observation()
         success = bool(observation["actual_xy"][1] > FINISH_Y) and not collision
         info = {"is_success": success, "collision": collision}
-        return observation, float(success), success or collision, False, info
+        return Advance(observation, float(success), success or collision, info)
 
-    def _advance(self) -> bool:
-        """Simulate one control period; returns whether the rod touched a cylinder."""
+    def _simulate(self) -> bool:
+        """Simulate one control period, or until the rod touches a cylinder; returns whether it did."""
         for _ in range(SUBSTEPS):
             self._simulation.step()
             if any(self._arm.touches(name) for name in self._cylinders):
                 return True
-        if self.render_mode == "human":
-            time.sleep(CONTROL_PERIOD)
         return False
 
     def _observation(self) -> dict[str, np.ndarray]:
@@ -153,12 +137,6 @@ class AvoidEnv(TaskEnv):
             "desired_xy": self._desired_xy.astype(np.float32),
             "actual_xy": self._arm.tool_position[:2].astype(np.float32),
         }
-
-    def render(self) -> np.ndarray | None:
-        """A picture (384, 480, 3) uint8 for `rgb_array`; the window of `human` draws itself."""
-        if self.render_mode != "rgb_array":
-            return None
-        return self._simulation.render(CAMERA, WIDTH, HEIGHT)
 
     def save_state(self) -> tuple[int, np.ndarray]:
         """Keep the full state in memory, the commanded position included; returns a handle for `restore_state`."""
@@ -169,10 +147,6 @@ class AvoidEnv(TaskEnv):
         handle, desired_xy = state
         self._simulation.restore(handle)
         self._desired_xy = desired_xy.copy()
-
-    def close(self) -> None:
-        """Free the simulation; may be called twice."""
-        self._simulation.close()
 
     # What a trajectory means, without a simulator
 
@@ -192,13 +166,11 @@ class AvoidEnv(TaskEnv):
     def planned_path(self, observation: Mapping[str, np.ndarray], actions: np.ndarray) -> np.ndarray:
         """Where actions (..., steps, 2) would lead the commanded position from one observation on,
         (..., steps + 1, 2) [m]."""
-        start = np.broadcast_to(observation["desired_xy"], (*actions.shape[:-2], 1, 2))
-        return np.concatenate([start, start + np.cumsum(actions, axis=-2)], axis=-2)
+        return path_of_changes(observation["desired_xy"], actions)
 
     def pixels(self, xy: np.ndarray) -> np.ndarray:
         """Where points (..., 2) [m] at the rod's tip lie in the picture of `render`, (..., 2) [px]: column, row."""
-        height = np.full((*np.shape(xy)[:-1], 1), TOOL_Z - ROD_LENGTH / 2)
-        return self._simulation.pixels(CAMERA, np.concatenate([xy, height], axis=-1), WIDTH, HEIGHT)
+        return self._simulation.pixels(at_height(xy, TOOL_Z - ROD_LENGTH / 2))
 
     def choice(self, observation: Mapping[str, np.ndarray], actions: np.ndarray) -> tuple[str, str] | None:
         """Which row comes next and the gate through which planned actions (steps, 2) cross it, or towards which they

@@ -6,24 +6,39 @@ anew on PyBullet. A mode is the block that comes first and the target in which i
 """
 
 import math
-import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
 
-from diffusion_policy.envs.protocols import TaskEnv
+from diffusion_policy.envs.block_push_state import (
+    BLOCKS,
+    COMMAND,
+    EFFECTOR,
+    MODES,
+    TARGETS,
+    TOLERANCE,
+    block_xy,
+    chosen_block,
+    distances,
+    mode_of,
+    relative_features,
+    solved,
+)
 from diffusion_policy.envs.robots import xarm_with_rod
 from diffusion_policy.envs.scene import Scene
-from diffusion_policy.envs.simulation import Camera, Simulation
+from diffusion_policy.envs.simulation import Simulation, Viewpoint
+from diffusion_policy.envs.task import (
+    Advance,
+    TaskEnv,
+    at_height,
+    float_box,
+    path_of_changes,
+    path_through,
+    rendering,
+)
 
-BLOCKS = ("red", "blue")
-"""The cubes, in the order of the observation."""
-TARGETS = ("green", "yellow")
-"""The square zones, in the order of the observation."""
-MODES = tuple(f"{block}-{target}" for block in BLOCKS for target in TARGETS)
-"""The block that comes first, then the target in which it ends: `red-green`."""
 ACTIONS = ("delta", "absolute")
 
 WORKSPACE = ((0.15, 0.70), (-0.5, 0.5))
@@ -42,12 +57,8 @@ BLOCK_SIZE = 0.04
 BLOCK_MASS = 0.01
 TABLE_FRICTION = 1.0
 TARGET_SIZE = 0.12
-TOLERANCE = 0.05
-"""A block is in a target when their centres are at most this far apart [m]."""
 MOVED = 1e-3
 """A block has been reached when it has moved this far [m]."""
-NEAR = 0.06
-"""A planned path that comes as near as this to a block [m] chooses it."""
 FIRST_REWARD = 0.49
 FINAL_REWARD = 0.51
 
@@ -68,14 +79,9 @@ TARGET_OFFSET = 0.12
 """The targets' x lie so far to either side of the middle [m]."""
 TARGET_YAW = (math.pi - math.pi / 30, math.pi + math.pi / 30)
 
-CAMERA = Camera(target=(0.34, 0.0, 0.05), distance=1.2, yaw=90, pitch=-55)
-WIDTH, HEIGHT = 480, 384
+VIEW = Viewpoint(target=(0.34, 0.0, 0.05), distance=1.2, yaw=90, pitch=-55)
 
-COMMAND = slice(8, 10)
-EFFECTOR = slice(6, 8)
 _BOUNDS = np.array(WORKSPACE).T
-_BLOCKS = np.array([[0, 1], [3, 4]])
-_TARGETS = np.array([[10, 11], [13, 14]])
 
 
 class Saved(NamedTuple):
@@ -90,51 +96,6 @@ class Saved(NamedTuple):
     events: dict[str, int]
 
 
-def block_xy(state: np.ndarray) -> np.ndarray:
-    """The blocks' centres in states (..., 16), (..., 2 blocks, 2) [m]."""
-    return state[..., _BLOCKS]
-
-
-def target_xy(state: np.ndarray) -> np.ndarray:
-    """The targets' centres in states (..., 16), (..., 2 targets, 2) [m]."""
-    return state[..., _TARGETS]
-
-
-def distances(state: np.ndarray) -> np.ndarray:
-    """From each block to each target in states (..., 16), (..., 2 blocks, 2 targets) [m]."""
-    apart = state[..., _BLOCKS][..., :, None, :] - state[..., _TARGETS][..., None, :, :]
-    return np.sqrt((apart.astype(np.float64) ** 2).sum(axis=-1))
-
-
-def solved(away: np.ndarray) -> np.ndarray:
-    """Whether the blocks are in two different targets, each in the one nearest to it; `distances` -> (...)."""
-    nearest = away.argmin(axis=-1)
-    return (away.min(axis=-1) <= TOLERANCE).all(axis=-1) & (nearest[..., 0] != nearest[..., 1])
-
-
-def relative_features(state: np.ndarray) -> np.ndarray:
-    """What a policy needs to know without absolute positions; states (..., 16) -> (..., 22).
-
-    0:4 both blocks, 4:6 the measured effector, 6:10 both targets, all minus the commanded effector [m]; 10:14 cosine
-    and sine of 4 yaw of each block (a cube looks the same after a quarter turn); 14:22 each block minus each target
-    [m], in the order of MODES.
-    """
-    command = state[..., COMMAND]
-    blocks, targets = block_xy(state), target_xy(state)
-    yaw = 4 * state[..., [2, 5]]
-    turned = np.stack([np.cos(yaw), np.sin(yaw)], axis=-1)
-    pairs = blocks[..., :, None, :] - targets[..., None, :, :]
-    rest = state.shape[:-1]
-    parts = [
-        (blocks - command[..., None, :]).reshape(*rest, 4),
-        state[..., EFFECTOR] - command,
-        (targets - command[..., None, :]).reshape(*rest, 4),
-        turned.reshape(*rest, 4),
-        pairs.reshape(*rest, 8),
-    ]
-    return np.concatenate(parts, axis=-1).astype(np.float32)
-
-
 class BlockPushEnv(TaskEnv):
     """Observation: `state` (16,): red block x, y [m], yaw [rad]; blue block likewise; effector x, y; commanded effector
     x, y; green target x, y, yaw; yellow target likewise (yaw modulo pi); and `relative` (22,), made from it by
@@ -145,41 +106,29 @@ class BlockPushEnv(TaskEnv):
     `info["events"]`: the step at which each of REACH_0, REACH_1, TARGET_0_0, ... (block, target) was first seen.
     """
 
-    metadata = {  # noqa: RUF012  (as Gymnasium declares it)
-        "render_modes": ["human", "rgb_array"],
-        "render_fps": 1 / CONTROL_PERIOD,
-    }
+    metadata = rendering(CONTROL_PERIOD)
+    modes = MODES
+    _simulation: Simulation
 
     def __init__(self, action: str = "delta", render_mode: str | None = None) -> None:
         """`action`: "delta" (added to the commanded position) or "absolute" (replaces it)."""
         if action not in ACTIONS:
             raise ValueError(f"unknown action {action!r}; choose from {', '.join(ACTIONS)}")
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"unknown render_mode {render_mode!r}; choose from human, rgb_array")
+        super().__init__(render_mode)
         self.action = action
-        self.render_mode = render_mode
-        self.modes = MODES
-        low, high = np.array(WORKSPACE, dtype=np.float32).T
-        if action == "delta":
-            self.action_space = gymnasium.spaces.Box(-MAX_ACTION, MAX_ACTION, (2,), np.float32)
-        else:
-            self.action_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
+        self.action_space = float_box([-MAX_ACTION] * 2, [MAX_ACTION] * 2) if action == "delta" else float_box(*_BOUNDS)
         pose_low, pose_high = [-2, -2, 0], [2, 2, math.pi]
-        state_low = np.array([*pose_low * 2, -2, -2, *low, *pose_low * 2], np.float32)
-        state_high = np.array([*pose_high * 2, 2, 2, *high, *pose_high * 2], np.float32)
-        relative_high = np.array([4] * 10 + [1] * 4 + [4] * 8, np.float32)
+        state_low = [*pose_low * 2, -2, -2, *_BOUNDS[0], *pose_low * 2]
+        state_high = [*pose_high * 2, 2, 2, *_BOUNDS[1], *pose_high * 2]
+        relative_high = np.array([4] * 10 + [1] * 4 + [4] * 8)
         self.observation_space = gymnasium.spaces.Dict(
-            {
-                "state": gymnasium.spaces.Box(state_low, state_high, dtype=np.float32),
-                "relative": gymnasium.spaces.Box(-relative_high, relative_high, dtype=np.float32),
-            }
+            {"state": float_box(state_low, state_high), "relative": float_box(-relative_high, relative_high)}
         )
 
-        self._simulation = Simulation(TIME_STEP, human=render_mode == "human", precision=SOLVER_PRECISION)
+        self._simulation = Simulation(TIME_STEP, VIEW, window=self._window, precision=SOLVER_PRECISION)
         self._build_scene()
         self._arm = xarm_with_rod(self._simulation, ROD_RADIUS, ROD_LENGTH, TOOL_Z - ROD_GAP)
         self._arm.reset((*START_XY, TOOL_Z))
-        self._simulation.look_from(CAMERA)
         self._pristine = self._simulation.save()
         self._command = np.array(START_XY)
         self._target_poses = np.zeros((2, 3))
@@ -246,25 +195,19 @@ class BlockPushEnv(TaskEnv):
         for name, (x, y, yaw) in zip(TARGETS, self._target_poses, strict=True):
             self._simulation.place(name, (x, y, 0.001), yaw)
 
-    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
-        """Send the commanded position by `action`, (2,) [m], and simulate one control period; raises ValueError when
-        it is not two finite numbers."""
-        action = np.asarray(action, dtype=np.float64)
-        if action.shape != (2,) or not np.isfinite(action).all():
-            raise ValueError(f"an action is two finite numbers [m]; got {action}")
+    def _advance(self, action: np.ndarray) -> Advance:
+        """Send the commanded position by, or to, `action`, (2,) [m]."""
         if self.action == "delta":
             action = self._command + np.clip(action, -MAX_ACTION, MAX_ACTION)
         self._command = np.clip(action, *_BOUNDS)
         self._arm.glide_to((*self._command, TOOL_Z), CONTROL_PERIOD)
         self._simulation.step(SUBSTEPS)
-        if self.render_mode == "human":
-            time.sleep(CONTROL_PERIOD)
         self._steps += 1
         state = self._state()
         away = distances(state)
         reward = self._judge(state, away)
         info = self._info(away)
-        return self._observation(state), reward, info["is_success"], False, info
+        return Advance(self._observation(state), reward, info["is_success"], info)
 
     def _judge(self, state: np.ndarray, away: np.ndarray) -> float:
         """Note the events of this step; returns its reward."""
@@ -321,45 +264,17 @@ class BlockPushEnv(TaskEnv):
         self._rewards = saved.rewards
         self._events = dict(saved.events)
 
-    def render(self) -> np.ndarray | None:
-        """A picture (384, 480, 3) uint8 for `rgb_array`; the window of `human` draws itself."""
-        if self.render_mode != "rgb_array":
-            return None
-        return self._simulation.render(CAMERA, WIDTH, HEIGHT)
-
-    def close(self) -> None:
-        """Free the simulation; may be called twice."""
-        self._simulation.close()
-
     # What a trajectory means, without a simulator
 
     def mode(self, observations: Mapping[str, np.ndarray]) -> str | None:
-        """The block that came first and its target, from an episode's `state` (steps + 1, 16); None unless the blocks
-        came to lie in two different targets.
-
-        Of the two entries that make the final assignment the earlier counts: a block that only crosses the other
-        target does not decide.
-        """
-        state = np.asarray(observations["state"])
-        away = distances(state)  # (steps + 1, 2, 2)
-        ends = np.flatnonzero(solved(away))
-        if len(ends) == 0:
-            return None
-        inside = away <= TOLERANCE
-        assignment = away[ends[-1]].argmin(axis=-1)
-        entered = [int(inside[:, i, j].argmax()) for i, j in enumerate(assignment)]
-        first = int(np.argmin(entered))
-        return f"{BLOCKS[first]}-{TARGETS[assignment[first]]}"
+        """The block that came first and its target, see `mode_of`."""
+        return mode_of(np.asarray(observations["state"]))
 
     def choice(self, observation: Mapping[str, np.ndarray], actions: np.ndarray) -> tuple[str, str] | None:
-        """Which block planned actions (steps, 2) make the first: the one that they bring the commanded position
-        nearest to, if nearer than NEAR; None elsewhere, and once a block is in a target or being pushed to one."""
+        """Which block planned actions (steps, 2) make the first, see `chosen_block`."""
         state = np.asarray(observation["state"], dtype=np.float64)
-        if (distances(state) <= TOLERANCE).any():
-            return None
-        path = self.planned_path(observation, actions)  # (steps + 1, 2)
-        nearest = np.linalg.norm(path[:, None] - block_xy(state), axis=-1).min(axis=0)
-        return ("first block", BLOCKS[int(nearest.argmin())]) if nearest.min() <= NEAR else None
+        block = chosen_block(state, self.planned_path(observation, actions))
+        return None if block is None else ("first block", block)
 
     def path(self, observations: Mapping[str, np.ndarray]) -> np.ndarray:
         """Where the effector went in the plane of `scene`, (steps, 2) [m]."""
@@ -368,14 +283,12 @@ class BlockPushEnv(TaskEnv):
     def planned_path(self, observation: Mapping[str, np.ndarray], actions: np.ndarray) -> np.ndarray:
         """Where actions (..., steps, 2) would lead the commanded position from one observation on,
         (..., steps + 1, 2) [m]."""
-        start = np.broadcast_to(np.asarray(observation["state"])[COMMAND], (*actions.shape[:-2], 1, 2))
-        rest = start + np.cumsum(actions, axis=-2) if self.action == "delta" else actions
-        return np.concatenate([start, rest], axis=-2)
+        start = np.asarray(observation["state"])[COMMAND]
+        return path_of_changes(start, actions) if self.action == "delta" else path_through(start, actions)
 
     def pixels(self, xy: np.ndarray) -> np.ndarray:
         """Where points (..., 2) [m] of the table lie in the picture of `render`, (..., 2) [px]: column, row."""
-        points = np.concatenate([xy, np.zeros((*np.shape(xy)[:-1], 1))], axis=-1)
-        return self._simulation.pixels(CAMERA, points, WIDTH, HEIGHT)
+        return self._simulation.pixels(at_height(xy, 0.0))
 
     @property
     def scene(self) -> Scene:

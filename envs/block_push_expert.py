@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from diffusion_policy.envs.block_push import BLOCKS, COMMAND, MODES, TARGETS, block_xy, target_xy
+from diffusion_policy.envs.block_push_state import BLOCKS, COMMAND, MODES, TARGETS, block_xy, target_xy
 
 MOVE_STEP = 0.025
 """Longest step on the way to a block [m]."""

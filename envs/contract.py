@@ -12,8 +12,8 @@ import gymnasium
 import numpy as np
 
 from diffusion_policy.basics.lines import one_line
-from diffusion_policy.envs.protocols import TaskEnv
 from diffusion_policy.envs.spaces import EnvSpecError
+from diffusion_policy.envs.task import TaskEnv
 
 
 class Contract(gymnasium.Wrapper):

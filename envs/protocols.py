@@ -68,12 +68,6 @@ class Choosing(Protocol):
         ...
 
 
-class TaskEnv(gymnasium.Env):
-    """An environment that keeps the whole contract itself: observations are a flat Dict of float Boxes, actions a
-    float32 Box (A,) that it clips itself, every info has `is_success`, and it is Multimodal. No adapter is put around
-    it."""
-
-
 def as_multimodal(env: gymnasium.Env) -> Multimodal | None:
     """The environment, or the wrapper around it, that knows the modes of what `env` observes. Raises EnvSpecError for
     labels that cannot be printed."""

@@ -6,8 +6,6 @@ what an episode is worth. A state is [agent x, agent y, block x, block y, block 
 """
 
 import os
-import sys
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,8 +13,8 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
-from diffusion_policy.envs.protocols import TaskEnv
 from diffusion_policy.envs.scene import Scene
+from diffusion_policy.envs.task import Advance, TaskEnv, float_box, path_through, rendering
 
 SIZE = 512
 """The plane is a square of this width [px]; walls stand 5 px inside its edges."""
@@ -117,35 +115,26 @@ class PushTEnv(TaskEnv):
     (5,), exactly.
     """
 
-    metadata = {  # noqa: RUF012  (as Gymnasium declares it)
-        "render_modes": ["human", "rgb_array"],
-        "render_fps": 1 / CONTROL_PERIOD,
-    }
-    modes: tuple[str, ...] = ()
+    metadata = rendering(CONTROL_PERIOD)
+    modes = ()
     """Unknown: in how many ways a T can be pushed home is not settled."""
     scene = Scene((0, SIZE), (SIZE, 0), places=(GOAL,), unit="px")
     """The plane with the goal's outline; y_range falls because y points down."""
+    _unit = "px"
 
     def __init__(self, render_mode: str | None = None) -> None:
         """Raises ValueError where gym-pusht is not installed or cannot be loaded."""
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"unknown render_mode {render_mode!r}; choose from human, rgb_array")
-        self.render_mode = render_mode
+        super().__init__(render_mode)
         block = np.full(2, -REACH)
         corner = np.full((9, 2), -REACH - 124)  # no keypoint is farther from the block's origin
         self.observation_space = gymnasium.spaces.Dict(
             {
-                "state": _box(np.array([0, 0, *block, 0]), np.array([SIZE, SIZE, *(SIZE - block), 2 * np.pi])),
-                "keypoint": _box(corner, SIZE - corner),
+                "state": float_box([0, 0, *block, 0], [SIZE, SIZE, *(SIZE - block), 2 * np.pi]),
+                "keypoint": float_box(corner, SIZE - corner),
             }
         )
         self.action_space = gymnasium.spaces.Box(0, SIZE, (2,), np.float32)
-
-        if render_mode == "human" and sys.platform == "linux" and not os.environ.get("DISPLAY"):
-            gymnasium.logger.warn("no window: DISPLAY is not set, so render_mode 'human' shows nothing")
-            render_mode = None
-        self._window = render_mode == "human"
-        self._simulation = _simulation(render_mode)
+        self._simulation = _simulation("human" if self._window else "rgb_array")
         self._start = np.zeros(5)
         self._actions: list[np.ndarray] = []
         self._score = 0.0
@@ -165,25 +154,20 @@ class PushTEnv(TaskEnv):
         info = self._info(self._simulation._get_coverage())
         return self._observation(), info
 
-    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
-        """Lead the agent towards `action`, (2,) [px], for one control period; raises ValueError when it is not two
-        finite numbers. What lies outside the plane is moved to its edge."""
-        action = np.asarray(action, dtype=np.float64)
-        if action.shape != (2,) or not np.isfinite(action).all():
-            raise ValueError(f"an action is two finite numbers [px]; got {action}")
-        coverage = self._advance(np.clip(action, 0, SIZE))
+    def _advance(self, action: np.ndarray) -> Advance:
+        """Lead the agent towards `action`, (2,) [px]; what lies outside the plane is moved to its edge."""
+        coverage = self._lead(np.clip(action, 0, SIZE))
         if self._window:
             self._simulation.render()
-            time.sleep(CONTROL_PERIOD)
         info = self._info(coverage)
-        return self._observation(), _reward(coverage), info["is_success"], False, info
+        return Advance(self._observation(), _reward(coverage), info["is_success"], info)
 
     def _begin(self, start: np.ndarray) -> None:
         self._simulation._last_action = None  # else the first picture shows the cross of the last episode
         self._simulation.reset(options={"reset_to_state": start})  # builds all anew, so no trace is left
         self._start, self._actions, self._score = start, [], 0.0
 
-    def _advance(self, action: np.ndarray) -> float:
+    def _lead(self, action: np.ndarray) -> float:
         """One control period; returns the coverage."""
         coverage = float(self._simulation.step(action)[-1]["coverage"])
         self._actions.append(action)
@@ -199,15 +183,6 @@ class PushTEnv(TaskEnv):
         measures = {"score": max(self._score, _reward(coverage)), "final_coverage": coverage}
         return {"is_success": bool(coverage > SUCCESS_COVERAGE), "measures": measures}
 
-    def render(self) -> np.ndarray | None:
-        """A picture (480, 480, 3) uint8 for `rgb_array`, a red cross at the last action; the window of `human` draws
-        itself."""
-        return self._simulation.render() if self.render_mode == "rgb_array" else None
-
-    def close(self) -> None:
-        """Close the window, if there is one; may be called twice."""
-        self._simulation.close()
-
     def save_state(self) -> SavedState:
         """All that the future depends on; may be pickled, and restored in another process."""
         return SavedState(self._start, tuple(self._actions))
@@ -216,7 +191,7 @@ class PushTEnv(TaskEnv):
         """Go back to a saved state; takes as long as the steps that led there."""
         self._begin(state.start)
         for action in state.actions:
-            self._advance(action)
+            self._lead(action)
 
     # What a trajectory means, without a simulator
 
@@ -230,16 +205,11 @@ class PushTEnv(TaskEnv):
 
     def planned_path(self, observation: Mapping[str, np.ndarray], actions: np.ndarray) -> np.ndarray:
         """From the agent through the targets `actions` (..., steps, 2), (..., steps + 1, 2) [px]."""
-        start = np.broadcast_to(observation["state"][:2], (*actions.shape[:-2], 1, 2))
-        return np.concatenate([start, actions], axis=-2)
+        return path_through(observation["state"][:2], actions)
 
     def pixels(self, xy: np.ndarray) -> np.ndarray:
         """Where points (..., 2) of the plane lie in the picture, (..., 2) [px], column and row."""
         return np.asarray(xy) * (PICTURE_SIZE / SIZE)
-
-
-def _box(low: np.ndarray, high: np.ndarray) -> gymnasium.spaces.Box:
-    return gymnasium.spaces.Box(low.astype(np.float32), high.astype(np.float32), dtype=np.float32)
 
 
 def _reward(coverage: float) -> float:
@@ -259,7 +229,7 @@ def _checked_state(state: Sequence[float] | np.ndarray) -> np.ndarray:
     return array
 
 
-def _simulation(render_mode: str | None) -> Any:
+def _simulation(render_mode: str) -> Any:
     """gym-pusht's own environment; raises ValueError where the package is absent or broken."""
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # pygame greets on standard output
     try:
@@ -273,7 +243,7 @@ def _simulation(render_mode: str | None) -> Any:
         raise ValueError(f"gym-pusht is installed, but cannot be loaded: {error}") from error
     return gym_pusht.envs.PushTEnv(
         obs_type="state",
-        render_mode=render_mode or "rgb_array",  # it draws only when asked
+        render_mode=render_mode,  # it draws only when asked
         visualization_width=PICTURE_SIZE,
         visualization_height=PICTURE_SIZE,
     )

@@ -32,6 +32,7 @@ class Arm:
         simulation: Simulation,
         urdf: Path,
         tool_link: str,
+        *,
         rest_angles: Sequence[float],
         torques: Sequence[float],
         gain: float = 0.3,
@@ -77,7 +78,7 @@ class Arm:
         angles = self._solve(position)
         present = self._simulation.joint_angles("arm", self._joints)
         speeds = [abs(goal - angle) / duration + _SLACK for goal, angle in zip(angles, present, strict=True)]
-        self._simulation.drive_joints_at("arm", self._joints, angles, self._torques, self._gain, speeds)
+        self._simulation.drive_joints_at("arm", self._joints, angles, self._torques, gain=self._gain, speeds=speeds)
         self._simulation.carry_weight("arm", self._joints, present)
 
     def _solve(self, position: Sequence[float]) -> Sequence[float]:

@@ -5,13 +5,10 @@ Knows bodies, joints, contacts, cameras and saved states. Knows no robot and no 
 
 import contextlib
 import math
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import gymnasium
 import numpy as np
 
 from diffusion_policy.envs.quiet import silence
@@ -27,8 +24,8 @@ DATA_PATH = Path(pybullet_data.getDataPath())
 Color = tuple[float, float, float, float]
 
 
-class Camera(NamedTuple):
-    """A viewpoint on the scene."""
+class Viewpoint(NamedTuple):
+    """Where the scene is seen from, and the size of its picture."""
 
     target: tuple[float, float, float]
     """Point looked at [m]."""
@@ -38,21 +35,24 @@ class Camera(NamedTuple):
     """Around the vertical axis [degrees]."""
     pitch: float
     """Above (negative: looking down) the horizon [degrees]."""
+    width: int = 480
+    """[px]"""
+    height: int = 384
+    """[px]"""
 
 
 class Simulation:
-    """One PyBullet world with a fixed time step; `human` opens its window, otherwise nothing is shown."""
+    """One PyBullet world with a fixed time step, seen from one viewpoint."""
 
-    def __init__(self, time_step: float, human: bool = False, precision: float = 1e-7) -> None:
-        """`time_step` is one physics step [s]; the solver stops once the squares of what velocities lack are below
-        `precision` [m^2/s^2] (the default is PyBullet's)."""
-        if human and sys.platform == "linux" and not os.environ.get("DISPLAY"):
-            gymnasium.logger.warn("no window: DISPLAY is not set, so render_mode 'human' shows nothing")
-            human = False  # PyBullet would end the process
+    def __init__(self, time_step: float, view: Viewpoint, *, window: bool = False, precision: float = 1e-7) -> None:
+        """`time_step` is one physics step [s]; `window` opens one, which needs a display; the solver stops once the
+        squares of what velocities lack are below `precision` [m^2/s^2] (the default is PyBullet's)."""
         with silence():
-            self._client = BulletClient(pybullet.GUI if human else pybullet.DIRECT)
-        if human:
+            self._client = BulletClient(pybullet.GUI if window else pybullet.DIRECT)
+        if window:
             self._client.configureDebugVisualizer(pybullet.COV_ENABLE_GUI, 0)
+        self._view = view
+        self._client.resetDebugVisualizerCamera(view.distance, view.yaw, view.pitch, view.target)  # of the window
         self._client.setTimeStep(time_step)
         self._time_step, self._steps_a_call = time_step, 1
         self._client.setPhysicsEngineParameter(solverResidualThreshold=precision)
@@ -102,6 +102,7 @@ class Simulation:
     def add_box(
         self,
         name: str,
+        *,
         half_extents: Sequence[float],
         mass: float,
         friction: float,
@@ -167,6 +168,7 @@ class Simulation:
         joints: Sequence[int],
         angles: Sequence[float],
         forces: Sequence[float],
+        *,
         gain: float,
         speeds: Sequence[float],
     ) -> None:
@@ -212,31 +214,29 @@ class Simulation:
         contacts = self._client.getContactPoints(self._bodies[name], self._bodies[other], link)
         return any(contact[8] <= 0 for contact in contacts)  # contact[8]: distance, positive while only near
 
-    def render(self, camera: Camera, width: int, height: int) -> np.ndarray:
+    def render(self) -> np.ndarray:
         """A picture of the scene, (height, width, 3) uint8, drawn on the CPU."""
-        view, projection = self._matrices(camera, width, height)
+        width, height = self._view.width, self._view.height
+        view, projection = self._matrices()
         _, _, rgba, _, _ = self._client.getCameraImage(
             width, height, view, projection, renderer=pybullet.ER_TINY_RENDERER, lightDirection=(0.6, -0.8, 2.0)
         )
         return np.asarray(rgba, dtype=np.uint8).reshape(height, width, 4)[..., :3]
 
-    def pixels(self, camera: Camera, points: np.ndarray, width: int, height: int) -> np.ndarray:
+    def pixels(self, points: np.ndarray) -> np.ndarray:
         """Where points (..., 3) [m] lie in a picture of `render`, (..., 2) [px]: column, row."""
-        view, projection = (np.array(matrix).reshape(4, 4).T for matrix in self._matrices(camera, width, height))
+        view, projection = (np.array(matrix).reshape(4, 4).T for matrix in self._matrices())
         homogeneous = np.concatenate([points, np.ones((*points.shape[:-1], 1))], axis=-1)
         clip = homogeneous @ (projection @ view).T
         xy = clip[..., :2] / clip[..., 3:]  # -1..1, y up
-        return (xy * [1, -1] + 1) / 2 * [width, height]
+        return (xy * [1, -1] + 1) / 2 * [self._view.width, self._view.height]
 
-    def _matrices(self, camera: Camera, width: int, height: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        view = self._client.computeViewMatrixFromYawPitchRoll(
-            camera.target, camera.distance, camera.yaw, camera.pitch, roll=0, upAxisIndex=2
+    def _matrices(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        view, client = self._view, self._client
+        eye = client.computeViewMatrixFromYawPitchRoll(
+            view.target, view.distance, view.yaw, view.pitch, roll=0, upAxisIndex=2
         )
-        return view, self._client.computeProjectionMatrixFOV(45, width / height, 0.1, 5)
-
-    def look_from(self, camera: Camera) -> None:
-        """Move the window's camera."""
-        self._client.resetDebugVisualizerCamera(camera.distance, camera.yaw, camera.pitch, camera.target)
+        return eye, client.computeProjectionMatrixFOV(45, view.width / view.height, 0.1, 5)
 
     # States
 

@@ -6,20 +6,9 @@ import numpy as np
 import pytest
 
 from diffusion_policy.datasets.collect import disturb, disturbance_generator
-from diffusion_policy.envs.block_push import (
-    BLOCK_SIZE,
-    BLOCKS,
-    MAX_ACTION,
-    MODES,
-    START_XY,
-    TARGETS,
-    WORKSPACE,
-    BlockPushEnv,
-    block_xy,
-    relative_features,
-    target_xy,
-)
+from diffusion_policy.envs.block_push import BLOCK_SIZE, MAX_ACTION, START_XY, WORKSPACE, BlockPushEnv
 from diffusion_policy.envs.block_push_expert import BlockPushExpert
+from diffusion_policy.envs.block_push_state import BLOCKS, MODES, TARGETS, block_xy, relative_features, target_xy
 from diffusion_policy.envs.robots import xarm_angles
 
 EPISODE_STEPS = 350
