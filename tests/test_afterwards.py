@@ -28,7 +28,7 @@ from diffusion_policy.config import SampleConfig, SuccessAndModes
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs import protocols
 from diffusion_policy.envs.avoid import AvoidEnv
-from diffusion_policy.evaluation.metrics import Episode
+from diffusion_policy.evaluation.episode import Episode
 from diffusion_policy.report import page as report
 from diffusion_policy.report import video
 

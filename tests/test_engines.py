@@ -199,8 +199,8 @@ def test_lambdas_are_refused_at_once_where_they_would_have_to_be_sent() -> None:
 
 SCRIPT = """
 import time
-from diffusion_policy.engines import run_isolated, imap
-from diffusion_policy.pool import EnvironmentPool
+from diffusion_policy.evaluation.engines import run_isolated, imap
+from diffusion_policy.evaluation.pool import EnvironmentPool
 
 def make():
     return abs

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffusion_policy.evaluation.episode import Episode, Plan
 from diffusion_policy.evaluation.metrics import (
-    Episode,
     Metric,
-    Plan,
     behaviour_coverage,
     behaviour_entropy,
     commitment,

@@ -25,7 +25,7 @@ from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.evaluation import engines
 from diffusion_policy.evaluation.engines import imap, run_isolated
 from diffusion_policy.evaluation.host import EnvFailure
-from diffusion_policy.evaluation.metrics import Episode
+from diffusion_policy.evaluation.episode import Episode
 from diffusion_policy.evaluation.pool import EnvironmentPool
 
 ray = pytest.importorskip("ray", reason="ray is not installed")

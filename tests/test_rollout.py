@@ -13,8 +13,8 @@ from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.config import PolicyConfig, SampleConfig
 from diffusion_policy.control.controller import Controller
 from diffusion_policy.envs.adapters import EnvSpecError
-from diffusion_policy.evaluation.metrics import Episode, FailedEpisode
-from diffusion_policy.evaluation.rollout import ModeFailure, RolloutError, rollout
+from diffusion_policy.evaluation.episode import Episode, FailedEpisode
+from diffusion_policy.evaluation.rollout import RolloutError, rollout
 from diffusion_policy.policy import DiffusionPolicy, Shapes
 
 SEEDS = range(100_000, 100_007)
@@ -253,11 +253,11 @@ NO_LABEL = "ValueError: a mode is printable text on one line, or None"
 def test_a_mode_that_cannot_be_told_is_none_and_is_told(
     make_env: partial, make_controller: partial, mode: object, reason: str
 ) -> None:
-    failures: list[ModeFailure] = []
+    failures: list[FailedEpisode] = []
     seeds = SEEDS[:2]
     episodes = rollout(make_env, make_controller, seeds, mode_that(mode), on_mode_failure=failures.append)
     assert [(episode.seed, episode.mode) for episode in episodes] == [(seed, None) for seed in seeds]
-    assert sorted(failures) == [ModeFailure(seed, 0, reason) for seed in seeds]
+    assert sorted(failures) == [FailedEpisode(seed, 0, reason) for seed in seeds]
 
 
 def test_a_mode_that_cannot_be_told_is_a_warning_unless_someone_listens(

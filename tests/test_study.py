@@ -11,7 +11,7 @@ from diffusion_policy.commands import study as study_module
 from diffusion_policy.commands.episodes import RolledOut
 from diffusion_policy.commands.interrupts import Interrupted
 from diffusion_policy.commands.study import Study
-from diffusion_policy.evaluation.metrics import FailedEpisode
+from diffusion_policy.evaluation.episode import FailedEpisode
 from diffusion_policy.evaluation.rollout import RolloutError
 from diffusion_policy.report.figures import draw_study
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import torch
 
     from diffusion_policy.commands.afterwards import Remarks
-    from diffusion_policy.evaluation.metrics import Episode, FailedEpisode, Scorecard
-    from diffusion_policy.evaluation.rollout import ModeFailure
+    from diffusion_policy.evaluation.episode import Episode, FailedEpisode
+    from diffusion_policy.evaluation.metrics import Scorecard
     from diffusion_policy.policy import DiffusionPolicy
 
 FIRST_TEST_SEED, FIRST_ROLLOUT_SEED = 100_000, 200_000
@@ -44,7 +44,7 @@ class RolledOut(NamedTuple):
 
     episodes: list[Episode]
     lost: list[FailedEpisode]
-    mode_failures: list[ModeFailure]
+    mode_failures: list[FailedEpisode]
     """Episodes that count without a mode, since it could not be told."""
 
 
@@ -154,7 +154,7 @@ def run_episodes(
 
     finished = successes = 0
     lost: list[FailedEpisode] = []
-    failures: list[ModeFailure] = []
+    failures: list[FailedEpisode] = []
     task = as_multimodal(loaded.env)
     mode_of = task.mode if task else lambda _: None
     try:
@@ -178,13 +178,13 @@ def run_episodes(
                 seeds,
                 mode_of,
                 parallel,
-                workers,
-                show,
-                repeats,
-                lost.append,
-                hang_after,
-                engine,
-                failures.append,
+                workers=workers,
+                on_episode=show,
+                repeats=repeats,
+                on_lost=lost.append,
+                hang_after=hang_after,
+                engine=engine,
+                on_mode_failure=failures.append,
             )
             return RolledOut(episodes, lost, failures)
     except KeyboardInterrupt:

@@ -35,7 +35,7 @@ from diffusion_policy.config import ConfigError, SampleConfig, SuccessAndModes, 
 from diffusion_policy.evaluation.engines import HANG_AFTER, Engine, available_cores, require_engine
 
 if TYPE_CHECKING:
-    from diffusion_policy.evaluation.metrics import Episode
+    from diffusion_policy.evaluation.episode import Episode
     from diffusion_policy.report.page import Pictures
 
 LATENCY_PLANS = 100
@@ -248,7 +248,7 @@ class Evaluate:
                 "mode_entropy": metrics.mode_entropy(demonstrated, modes),
             },
             "errors": [dataclasses.asdict(one) for one in lost],
-            "mode_failures": [one._asdict() for one in mode_failures],
+            "mode_failures": [dataclasses.asdict(one) for one in mode_failures],
             "capped_steps": capped_steps(loaded.env),
             "delay": [under_delay(delay, one.episodes, modes) for delay, one in rolled_out.items()],
             "control_period": period,

@@ -20,7 +20,7 @@ from diffusion_policy.commands.stores import open_recorded
 from diffusion_policy.config import SampleConfig
 from diffusion_policy.envs.protocols import Drawable, as_drawable, as_pictured
 from diffusion_policy.evaluation.engines import imap
-from diffusion_policy.evaluation.metrics import Episode
+from diffusion_policy.evaluation.episode import Episode
 from diffusion_policy.policy import derive_generator
 from diffusion_policy.report.evaluation_figures import choose_drawn
 from diffusion_policy.report.page import NO_PICTURES, Fan, Moment, Pictures, PlanePath, Video

@@ -27,7 +27,7 @@ from diffusion_policy.config import ConfigError, SampleConfig, SuccessAndModes, 
 from diffusion_policy.evaluation.engines import available_cores, imap
 
 if TYPE_CHECKING:
-    from diffusion_policy.evaluation.metrics import Episode
+    from diffusion_policy.evaluation.episode import Episode
 
 DRAWN_PLANS = 12
 """Sequences drawn into a video at each re-planning."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from numbers import Integral
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from diffusion_policy.basics.lines import describe
 from diffusion_policy.evaluation.spawned import Spawned, WorkerDied, end_all, reply, require_picklable, sendable
@@ -90,47 +90,69 @@ def _in_this_process(make_function: Callable[[], Callable[[T], R]], items: Itera
         yield function(item)
 
 
+class _WorkersOfItems(Generic[T]):
+    """Worker processes that take one item at a time; an item whose worker died is begun again, in another one."""
+
+    def __init__(self, make_function: Callable[[], Callable[[T], Any]], items: Iterable[T]) -> None:
+        self._make_function = make_function
+        self._source = enumerate(items)
+        self._again: list[tuple[int, T]] = []
+        self._free: list[Spawned] = []
+        self.busy: dict[Connection, tuple[Spawned, int, T]] = {}
+        self.answers: dict[int, tuple[bool, Any]] = {}
+        """By the item's number: whether it has a result; that, or the error."""
+        self._deaths: Counter[int] = Counter()
+
+    def begin_item(self) -> bool:
+        """Give a worker the next item; False where none is left."""
+        number, item = self._again.pop() if self._again else next(self._source, (-1, _END))
+        if item is _END:
+            return False
+        worker = self._free.pop() if self._free else Spawned(_serve, (self._make_function,))
+        self.busy[worker.connection] = worker, number, item  # pyright: ignore[reportArgumentType]
+        worker.send(item)
+        return True
+
+    def wait(self) -> None:
+        """Wait until a worker answers or dies."""
+        for ready in connection.wait(list(self.busy)):
+            worker, number, item = self.busy[ready]  # pyright: ignore[reportArgumentType]
+            try:
+                self.answers[number] = worker.receive()
+                self._free.append(worker)
+            except WorkerDied as death:
+                end_all([worker], patience=0)
+                self._deaths[number] += 1
+                if self._deaths[number] <= RETRIES:
+                    self._again.append((number, item))
+                else:
+                    self.answers[number] = False, GivenUp(item, death.status)
+            del self.busy[ready]  # pyright: ignore[reportArgumentType]
+
+    def end(self) -> None:
+        end_all([*self._free, *(worker for worker, *_ in self.busy.values())], patience=1)
+
+
 def _in_workers(make_function: Callable[[], Callable[[T], R]], items: Iterable[T], workers: int) -> Generator[R]:
-    source = enumerate(items)
-    again: list[tuple[int, T]] = []
-    free: list[Spawned] = []
-    busy: dict[Connection, tuple[Spawned, int, T]] = {}
-    answers: dict[int, tuple[bool, Any]] = {}  # by the item's number: whether it has a result; that, or the error
-    deaths: Counter[int] = Counter()
+    running = _WorkersOfItems(make_function, items)
     first = 0  # number of the item whose result is due
     try:
         while True:
-            while len(busy) < workers and len(busy) + len(answers) < 4 * workers:
-                number, item = again.pop() if again else next(source, (-1, _END))
-                if item is _END:
+            while len(running.busy) < workers and len(running.busy) + len(running.answers) < 4 * workers:
+                if not running.begin_item():
                     break
-                worker = free.pop() if free else Spawned(_serve, (make_function,))
-                busy[worker.connection] = worker, number, item  # pyright: ignore[reportArgumentType]
-                worker.send(item)
-            if first in answers:
-                has_result, answer = answers.pop(first)
+            if first in running.answers:
+                has_result, answer = running.answers.pop(first)
                 if not has_result:
                     raise answer
                 yield answer
                 first += 1
-                continue
-            if not busy:
+            elif running.busy:
+                running.wait()
+            else:
                 return
-            for ready in connection.wait(list(busy)):
-                worker, number, item = busy[ready]  # pyright: ignore[reportArgumentType]
-                try:
-                    answers[number] = worker.receive()
-                    free.append(worker)
-                except WorkerDied as death:
-                    end_all([worker], patience=0)
-                    deaths[number] += 1
-                    if deaths[number] <= RETRIES:
-                        again.append((number, item))
-                    else:
-                        answers[number] = False, GivenUp(item, death.status)
-                del busy[ready]  # pyright: ignore[reportArgumentType]
     finally:
-        end_all([*free, *(worker for worker, *_ in busy.values())], patience=1)
+        running.end()
 
 
 def run_isolated(

@@ -1,4 +1,4 @@
-"""Several environments in one process: what they do or give is answered in numbers, or with the `EnvFailure` of one
+"""Several environments in one process: what they do or give is answered in numbers, or with an `EnvFailure` of one
 slot.
 
 Knows Gymnasium's contract and how it is broken. Knows neither processes nor policies.
@@ -18,7 +18,7 @@ from diffusion_policy.basics.lines import describe_with_place, message_of
 
 
 class UnfitError(ValueError):
-    """An environment that is none of our kind."""
+    """An environment does not keep the contract."""
 
     hopeless = True
     """Trying again does not help."""
@@ -46,8 +46,8 @@ class EnvFailure(NamedTuple):
 
 
 class EnvironmentHost:
-    """Several environments in one process, each made when it is first reset. Nothing that they do or give gets further
-    than a `EnvFailure` of the slot."""
+    """Several environments in one process, each made when it is first reset. Whatever they do or give ends at
+    most in an `EnvFailure` of the slot."""
 
     def __init__(self, make_env: Callable[[], gymnasium.Env], at_work: MutableSequence[int] | None = None) -> None:
         """`at_work`: two numbers, kept up to date: the slot that is at work, and a count of its signs of life."""
@@ -72,7 +72,7 @@ class EnvironmentHost:
             self._close(slot)
 
     def _take(self, slot: int, turn: Callable[[int, Any], Any], argument: Any) -> Any:
-        """What a slot's turn gives, or its fault."""
+        """What a slot's turn gives, or the failure of its environment."""
         self._at_work[0] = slot
         self._at_work[1] += 1
         try:

@@ -6,14 +6,14 @@ Knows episodes. Knows no simulator and no policy. How intervals are found is in 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 from scipy.special import digamma
 
 from diffusion_policy.evaluation import intervals
+from diffusion_policy.evaluation.episode import Episode, Observations
 from diffusion_policy.evaluation.intervals import Metric
 from diffusion_policy.evaluation.intervals import wilson as wilson
 
@@ -21,46 +21,6 @@ NONE = "none"
 """Label under which episodes without a mode are counted."""
 MEASURE_BOUNDS = {"score": (0.0, 1.0)}
 """Measures whose range is known."""
-
-Observations = Mapping[str, np.ndarray]
-
-
-class Plan(NamedTuple):
-    """One planned sequence of an episode."""
-
-    step: int
-    """Control step at which it was made."""
-    actions: np.ndarray
-    """Raw, from that step on, (steps, A)."""
-
-
-@dataclass(frozen=True)
-class Episode:
-    """One rollout. It ends at success."""
-
-    seed: int
-    success: bool
-    mode: str | None
-    """None: no mode completed."""
-    observations: dict[str, np.ndarray]
-    """Each key: (steps + 1, ...)."""
-    actions: np.ndarray
-    """Raw, (steps, A)."""
-    repeat: int = 0
-    """Episodes of one seed start alike and differ in their planning noise."""
-    measures: Mapping[str, float] = field(default_factory=dict)
-    """How the episode ended, as numbers that the environment gives."""
-    plans: Sequence[Plan] = ()
-    """In the order in which they were made."""
-
-
-@dataclass(frozen=True)
-class FailedEpisode:
-    """An episode that failed twice for reasons other than the policy, and counts nowhere."""
-
-    seed: int
-    repeat: int
-    reason: str
 
 
 @dataclass(frozen=True)

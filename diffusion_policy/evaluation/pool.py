@@ -1,8 +1,8 @@
 """Environments in numbered slots, in this process or spread over worker processes that may crash or hang, here or on a
 Ray cluster.
 
-Knows processes, seeds and actions. Knows no policy. A slot whose environment or worker fails answers with a
-`EnvFailure`; it can be reset again at once, in a fresh environment.
+Knows processes, seeds and actions. Knows no policy. A slot whose environment or worker fails answers with
+an `EnvFailure`; it can be reset again at once, in a fresh environment.
 """
 
 import contextlib
@@ -156,7 +156,7 @@ class EnvironmentPool:
         return results
 
     def _replace(self, index: int, reason: str) -> dict[int, EnvFailure]:
-        """Put a fresh worker in the place of a failed one; returns the faults of all its slots."""
+        """Put a fresh worker in the place of a failed one; returns the failures of all its slots."""
         failed = self._workers[index]
         culprit = failed.culprit
         failed.end(patience=0)

@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusion_policy.basics.files import plain, read_json
 from diffusion_policy.config import ConfigError, decode
+from diffusion_policy.evaluation.episode import FailedEpisode
 from diffusion_policy.evaluation.intervals import Metric
 
 MAX_BYTES, MAX_BRACKETS = 2**25, 2**18
@@ -31,15 +32,6 @@ class Demonstrated:
     episodes: int
     modes: dict[str, int]
     mode_entropy: float | None
-
-
-@dataclass(frozen=True)
-class LostEpisode:
-    """An episode that could not be run."""
-
-    seed: int
-    repeat: int
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -128,7 +120,7 @@ class Results:
     """Steps after which the toolkit ended the episodes, where the environment has no time limit."""
 
 
-LISTS = {"seeds": int, "errors": LostEpisode, "outcomes": Outcome, "mode_failures": LostEpisode}
+LISTS = {"seeds": int, "errors": FailedEpisode, "outcomes": Outcome, "mode_failures": FailedEpisode}
 """What else it holds, as many as there are episodes."""
 YOUNGER = {"mode_failures"}
 """Not in the first evaluations."""

@@ -1,7 +1,7 @@
 """Episodes of a controller in many environments at once: environment factory + controller + seeds → list of Episode.
 
 All slots plan together, then each takes the steps of its plan, and a slot whose episode has ended takes the next seed;
-so the course of an evaluation depends on seeds and slots alone, not on processes or timing. An episode whose
+so an evaluation depends on seeds and slots alone, not on processes or timing. An episode whose
 environment fails is begun again, once.
 """
 
@@ -9,7 +9,7 @@ import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -18,8 +18,8 @@ from diffusion_policy.basics.lines import describe, message_of, one_line
 from diffusion_policy.basics.names import is_label
 from diffusion_policy.control.controller import Controller, planning_generator
 from diffusion_policy.evaluation.engines import HANG_AFTER, Engine
+from diffusion_policy.evaluation.episode import Episode, FailedEpisode, Plan
 from diffusion_policy.evaluation.host import EnvFailure, StepsResult
-from diffusion_policy.evaluation.metrics import Episode, FailedEpisode, Plan
 from diffusion_policy.evaluation.pool import EnvironmentPool, require_patience
 
 ModeOf = Callable[[Mapping[str, np.ndarray]], str | None]
@@ -34,35 +34,27 @@ class RolloutError(ValueError):
     """An episode could not be run, for a reason that is not the policy's."""
 
 
-class ModeFailure(NamedTuple):
-    """An episode whose mode could not be told; it counts as one without a mode."""
-
-    seed: int
-    repeat: int
-    reason: str
-
-
 class _Recording:
     """An episode in the making."""
 
     def __init__(self, seed: int, repeat: int, observation: dict[str, np.ndarray]) -> None:
         self.name = seed, repeat
-        self.observations = [{key: np.array([value]) for key, value in observation.items()}]  # stretches (n, ...)
+        self.observations = [{key: np.array([value]) for key, value in observation.items()}]  # parts (n, ...)
         self.actions: list[np.ndarray] = []
         self.plans: list[Plan] = []
         self.success = False
         self.rewards = 0.0
         self.measures: Mapping[str, float] | None = None
 
-    def add(self, actions: np.ndarray, stretch: StepsResult) -> None:
-        self.actions.extend(actions[: len(stretch.rewards)])
-        self.observations.append(stretch.observations)
-        self.success = stretch.info["is_success"]
-        self.rewards = sum(stretch.rewards, self.rewards)
-        self.measures = stretch.info.get("measures")
+    def add(self, actions: np.ndarray, steps: StepsResult) -> None:
+        self.actions.extend(actions[: len(steps.rewards)])
+        self.observations.append(steps.observations)
+        self.success = steps.info["is_success"]
+        self.rewards = sum(steps.rewards, self.rewards)
+        self.measures = steps.info.get("measures")
 
-    def finish(self, mode_of: ModeOf, on_mode_failure: Callable[[ModeFailure], None]) -> Episode:
-        observations = {key: np.concatenate([some[key] for some in self.observations]) for key in self.observations[0]}
+    def finish(self, mode_of: ModeOf, on_mode_failure: Callable[[FailedEpisode], None]) -> Episode:
+        observations = {key: np.concatenate([part[key] for part in self.observations]) for key in self.observations[0]}
         measures = {"return": self.rewards} if self.measures is None else dict(self.measures)
         seed, repeat = self.name
         try:
@@ -71,7 +63,7 @@ class _Recording:
             mode = None
             hopeless = getattr(error, "hopeless", False)  # its message says all
             reason = message_of(error) if hopeless else f"the mode function failed: {describe(error)}"
-            on_mode_failure(ModeFailure(seed, repeat, reason))
+            on_mode_failure(FailedEpisode(seed, repeat, reason))
         actions = np.stack(self.actions)
         return Episode(seed, self.success, mode, observations, actions, repeat, measures, tuple(self.plans))
 
@@ -87,7 +79,7 @@ def lost_is_an_error(lost: FailedEpisode) -> None:
     raise RolloutError(f"the episode of seed {lost.seed} failed {ATTEMPTS} times: {lost.reason}")
 
 
-def mode_failure_is_a_warning(failure: ModeFailure) -> None:
+def mode_failure_is_a_warning(failure: FailedEpisode) -> None:
     """What `rollout` does with an episode whose mode cannot be told, unless told otherwise: give a warning."""
     warnings.warn(f"episodes count as without a mode: {failure.reason}", stacklevel=2)
 
@@ -98,13 +90,14 @@ def rollout(
     seeds: Sequence[int],
     mode_of: ModeOf,
     parallel: int = 25,
+    *,
     workers: int = 1,
     on_episode: Callable[[Episode], None] = lambda _: None,
     repeats: int = 1,
     on_lost: Callable[[FailedEpisode], None] = lost_is_an_error,
     hang_after: float = HANG_AFTER,
     engine: Engine = "local",
-    on_mode_failure: Callable[[ModeFailure], None] = mode_failure_is_a_warning,
+    on_mode_failure: Callable[[FailedEpisode], None] = mode_failure_is_a_warning,
 ) -> list[Episode]:
     """`repeats` episodes a seed, which differ in their planning noise, in the order of the seeds.
 
@@ -125,13 +118,13 @@ def rollout(
         raise ValueError(f"mode_of must be a function of an episode's observations; got {mode_of!r:.60}")
     names = list(itertools.product(seeds, range(repeats)))
     slots = min(parallel, len(names))
-    course = _EpisodeScheduler(names, make_controller(slots), slots, mode_of, on_episode, on_lost, on_mode_failure)
+    scheduler = _EpisodeScheduler(names, make_controller(slots), slots, mode_of, on_episode, on_lost, on_mode_failure)
     with EnvironmentPool(make_env, min(workers, slots), hang_after, engine) as pool:
-        while course.running or course.waiting:
-            course.begin_episodes(pool)
-            if course.running:
-                course.take_steps(pool)
-    return [course.finished[name] for name in names if name in course.finished]
+        while scheduler.running or scheduler.waiting:
+            scheduler.begin_episodes(pool)
+            if scheduler.running:
+                scheduler.take_steps(pool)
+    return [scheduler.finished[name] for name in names if name in scheduler.finished]
 
 
 def _require_whole(name: str, value: Any, lowest: int) -> None:
@@ -151,7 +144,7 @@ class _EpisodeScheduler:
         mode_of: ModeOf,
         on_episode: Callable[[Episode], None],
         on_lost: Callable[[FailedEpisode], None],
-        on_mode_failure: Callable[[ModeFailure], None],
+        on_mode_failure: Callable[[FailedEpisode], None],
     ) -> None:
         self.waiting = list(reversed(names))
         self.running: dict[int, _Recording] = {}
@@ -208,27 +201,27 @@ class _EpisodeScheduler:
             self._on_episode(self.finished[recording.name])
         self._look_on(going_on)
 
-    def _try_again(self, name: tuple[int, int], fault: EnvFailure) -> None:
+    def _try_again(self, name: tuple[int, int], failure: EnvFailure) -> None:
         """Begin an episode again later, or count it as lost."""
-        if fault.hopeless and not self.finished:
-            raise RolloutError(fault.reason)
-        self._failures[name] += ATTEMPTS if fault.hopeless else fault.blamed
+        if failure.hopeless and not self.finished:
+            raise RolloutError(failure.reason)
+        self._failures[name] += ATTEMPTS if failure.hopeless else failure.blamed
         if self._failures[name] < ATTEMPTS:
             self.waiting.append(name)
             return
         self._lost += 1
-        self._on_lost(FailedEpisode(*name, fault.reason))
+        self._on_lost(FailedEpisode(*name, failure.reason))
         if self._lost >= HOPELESS and not self.finished:
-            raise RolloutError(f"the first {self._lost} episodes failed {ATTEMPTS} times each: {fault.reason}")
+            raise RolloutError(f"the first {self._lost} episodes failed {ATTEMPTS} times each: {failure.reason}")
 
-    def _look_on(self, stretches: Mapping[int, StepsResult]) -> None:
+    def _look_on(self, results: Mapping[int, StepsResult]) -> None:
         """Show the controller what these slots observed since it planned, but the last: that it is given to plan."""
-        mask = _mask(stretches, self._slots)
+        mask = _mask(results, self._slots)
         for step in range(self._controller.action_horizon):
             if step:
                 self._controller.observe(self._latest, mask)
-            for slot, stretch in stretches.items():
-                self._look(slot, {key: rows[step] for key, rows in stretch.observations.items()})
+            for slot, steps in results.items():
+                self._look(slot, {key: rows[step] for key, rows in steps.observations.items()})
 
     def _look(self, slot: int, observation: Mapping[str, np.ndarray]) -> None:
         """Put what the controller reads of one slot's observation into its arrays (slots, ...)."""

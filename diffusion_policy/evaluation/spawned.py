@@ -150,7 +150,7 @@ def _end_the_rest() -> None:
 
 @contextlib.contextmanager
 def no_interrupts() -> Iterator[None]:
-    """Distributed started within the context never hear Ctrl-C, not even while they import (where signals have masks);
+    """Processes started within the context never hear Ctrl-C, not even while they import (where signals have masks);
     here it acts once the context ends, so that no process is started by half."""
     if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
         yield
