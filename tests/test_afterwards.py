@@ -24,7 +24,8 @@ from diffusion_policy.commands import afterwards, evaluate, pictures
 from diffusion_policy.commands.episodes import observe
 from diffusion_policy.commands.evaluate import Evaluate
 from diffusion_policy.commands.interrupts import Failed, Interrupted
-from diffusion_policy.config import SampleConfig, SuccessAndModes
+from diffusion_policy.commands.rollout import Rollout
+from diffusion_policy.config import SampleConfig
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs import protocols
 from diffusion_policy.envs.avoid import AvoidEnv
@@ -40,12 +41,12 @@ QUICK = SampleConfig(sampling_steps=1)
 @pytest.fixture(scope="module")
 def rolled_out(run: Path) -> Iterator[None]:
     """Every evaluation here finds the same checkpoint and the same two episodes, run once."""
-    loaded = evaluate.load_with_environment(run, None, None, QUICK, "cpu", SuccessAndModes())
-    episodes = evaluate.run_episodes(loaded, range(100_000, 100_002), QUICK, 2, 1)
+    loaded = evaluate.load_with_environment(Rollout(run, device="cpu"), QUICK)
+    episodes = evaluate.run_episodes(loaded, range(100_000, 100_002), QUICK, parallel=2, workers=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "load_with_environment", lambda *_: loaded)
-        patch.setattr(evaluate, "run_episodes", lambda *_: episodes)
-        patch.setattr(protocols, "repeats_by_seed", lambda *_: True)
+        patch.setattr(evaluate, "run_episodes", lambda *_, **__: episodes)
+        patch.setattr(evaluate, "repeats_by_seed", lambda *_: True)
         patch.setattr(evaluate, "LATENCY_PLANS", 6)
         patch.setattr(report, "to_png", lambda _: b"")
         yield
@@ -56,7 +57,7 @@ def command(run: Path, tmp_path: Path, rolled_out: None) -> Evaluate:
     return Evaluate(run, tmp_path / "e [1]", episodes=2, sampling=QUICK, workers=1, videos=0, device="cpu")
 
 
-def no_rollouts(*_: Any) -> Any:
+def no_rollouts(*_: Any, **__: Any) -> Any:
     raise AssertionError("episodes were run again")
 
 
@@ -163,10 +164,10 @@ def test_a_simulator_may_change_the_working_folder(
 def moving(function: Callable[..., Any], folder: Path) -> Callable[..., Any]:
     """The function, in another working folder from then on."""
 
-    def moved(*arguments: Any) -> Any:
+    def moved(*arguments: Any, **options: Any) -> Any:
         folder.mkdir()
         os.chdir(folder)
-        return function(*arguments)
+        return function(*arguments, **options)
 
     return moved
 
@@ -233,7 +234,8 @@ def test_a_later_delay_that_cannot_be_run_costs_no_earlier_one(
     command: Evaluate, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     whole = evaluate.run_episodes(*NO_OPTIONS)
-    monkeypatch.setattr(evaluate, "run_episodes", lambda *options: fail(Failed("gone"))() if options[6] else whole)
+    later = fail(Failed("gone"))
+    monkeypatch.setattr(evaluate, "run_episodes", lambda *_, delay_steps, **__: later() if delay_steps else whole)
     delayed = Evaluate(**{**vars(command), "delay_steps": (0, 2)})
     assert [row["steps"] for row in delayed.run()["delay"]] == [0]
     assert "no results for planning that takes 2 control steps: gone" in " ".join(capsys.readouterr().err.split())
@@ -242,7 +244,7 @@ def test_a_later_delay_that_cannot_be_run_costs_no_earlier_one(
 def test_where_a_seed_repeats_no_episode_that_is_said_and_nothing_is_filmed(
     command: Evaluate, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    monkeypatch.setattr(protocols, "repeats_by_seed", lambda *_: False)
+    monkeypatch.setattr(evaluate, "repeats_by_seed", lambda *_: False)
     monkeypatch.setattr(pictures, "_videos", lambda _, chosen, *__: [] if not chosen else no_rollouts())
     results = Evaluate(**{**vars(command), "videos": 2}).run()
     assert results["seeds_repeat"] is False

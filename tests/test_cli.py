@@ -17,10 +17,11 @@ import zarr
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.cli import main, parse
 from diffusion_policy.commands.environment import load_with_environment
-from diffusion_policy.commands.episodes import FIRST_ROLLOUT_SEED, FIRST_TEST_SEED, refuse_seen_seeds
+from diffusion_policy.commands.episodes import refuse_seen_seeds
 from diffusion_policy.commands.evaluate import Evaluate
+from diffusion_policy.commands.options.acting import FIRST_ROLLOUT_SEED, FIRST_TEST_SEED
+from diffusion_policy.commands.rollout import Rollout
 from diffusion_policy.commands.train import Train
-from diffusion_policy.config import SuccessAndModes
 from diffusion_policy.datasets.store import EpisodeStore
 
 CLI = [sys.executable, "-m", "diffusion_policy.cli"]
@@ -172,7 +173,7 @@ def test_evaluate_refuses(run: Path, tmp_path: Path, capsys, arguments: list[str
 
 @pytest.mark.parametrize("seed, free", [(200_000, 200_021), (199_950, 200_021), (200_020, 200_021)])
 def test_seeds_of_rollouts_in_training_are_no_test(run: Path, seed: int, free: int) -> None:
-    loaded = load_with_environment(run, None, None, None, "cpu", SuccessAndModes())
+    loaded = load_with_environment(Rollout(run, device="cpu"))
     refuse_seen_seeds(loaded, range(200_000, 200_100))  # this one was trained without rollouts
     training = dataclasses.replace(loaded.checkpoint.training, rollout_every=10, rollout_episodes=21)
     seen = loaded._replace(checkpoint=dataclasses.replace(loaded.checkpoint, training=training))

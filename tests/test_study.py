@@ -38,15 +38,15 @@ def test_the_study_measures_each_sampler_at_each_number_of_steps(run: Path, tmp_
 
 
 def test_an_interrupted_study_keeps_what_is_done(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = Study("samplers", run, tmp_path / "study", samplers=("ddim",), steps=(1, 2), episodes=1, workers=1)
-    measure = Study._cell
+    study = Study(run, tmp_path / "study", what="samplers", samplers=("ddim",), steps=(1, 2), episodes=1, workers=1)
+    measure = study_module.measure
 
-    def stop_at_two(self, loaded, sampling):
+    def stop_at_two(options, loaded, sampling):
         if sampling.sampling_steps == 2:
             raise Interrupted("stopped")
-        return measure(self, loaded, sampling)
+        return measure(options, loaded, sampling)
 
-    monkeypatch.setattr(Study, "_cell", stop_at_two)
+    monkeypatch.setattr(study_module, "measure", stop_at_two)
     with pytest.raises(Interrupted, match="stopped at ddim, 2 steps; the others are in"):
         study.run()
     assert list(json.loads((tmp_path / "study" / "results.json").read_text())["samplers"]["ddim"]) == ["1"]
@@ -66,16 +66,16 @@ def test_lost_episodes_are_counted_and_the_study_goes_on_where_all_are_lost(
 ) -> None:
     roll_out = study_module.run_episodes
 
-    def lose(loaded: Any, seeds: range, sampling: Any, *options: Any) -> RolledOut:
+    def lose(loaded: Any, seeds: range, sampling: Any, **options: Any) -> RolledOut:
         lost = [FailedEpisode(seed, 0, "RuntimeError: it fell [over]") for seed in seeds]
         if sampling.sampling_steps == 1:
             return RolledOut([], lost, [])
         if sampling.sampling_steps == 2:
             raise RolloutError("the first 3 episodes failed 2 times each: it fell")
-        return roll_out(loaded, seeds, sampling, *options)._replace(lost=lost[:1])
+        return roll_out(loaded, seeds, sampling, **options)._replace(lost=lost[:1])
 
     monkeypatch.setattr(study_module, "run_episodes", lose)
-    study = Study("samplers", run, tmp_path / "s [1]", samplers=("ddim",), steps=(1, 2, 3), episodes=1, workers=1)
+    study = Study(run, tmp_path / "s [1]", what="samplers", samplers=("ddim",), steps=(1, 2, 3), episodes=1, workers=1)
     results = study.run()
     assert json.loads((study.output / "results.json").read_text()) == results
     first, second, third = results["samplers"]["ddim"].values()
@@ -98,7 +98,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_results(
     def fail(_: Any) -> None:
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr("diffusion_policy.report.figures.draw_study", fail)
-    Study("samplers", run, tmp_path / "s", samplers=("ddim",), steps=(1,), episodes=1, workers=1).run()
+    monkeypatch.setattr(study_module, "draw_study", fail)
+    Study(run, tmp_path / "s", what="samplers", samplers=("ddim",), steps=(1,), episodes=1, workers=1).run()
     assert "no picture: RuntimeError: no fonts" in capsys.readouterr().err
     assert [each.name for each in (tmp_path / "s").iterdir()] == ["results.json"]

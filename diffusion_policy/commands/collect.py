@@ -20,11 +20,11 @@ from diffusion_policy.commands.environment import (
     DEFAULT_ENV,
     describe_episodes,
     make_env_spec,
-    parse_env_kwargs,
     say_cap,
     signal_flags,
 )
 from diffusion_policy.commands.interrupts import ONE_PRESS, Interrupted, hearing
+from diffusion_policy.commands.options.acting import parse_env_kwargs
 from diffusion_policy.commands.terminal import console, progress_bar
 from diffusion_policy.commands.trust import refuse_modules
 from diffusion_policy.config import (

@@ -4,15 +4,14 @@ policy that fits it."""
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diffusion_policy.basics.files import once_each, parse_json
+from diffusion_policy.commands.options.acting import ActingCommand, parse_env_kwargs
 from diffusion_policy.commands.terminal import console
+from diffusion_policy.commands.trust import refuse_modules
 from diffusion_policy.config import ConfigError, SampleConfig, SuccessAndModes, from_dict
 
 if TYPE_CHECKING:
@@ -22,20 +21,6 @@ if TYPE_CHECKING:
     from diffusion_policy.envs.adapters import EnvSpec
 
 DEFAULT_ENV = "diffusion_policy/Avoid-v0"
-
-
-def parse_env_kwargs(text: str) -> dict[str, Any]:
-    """--env-kwargs: a JSON object; raises ConfigError."""
-    try:
-        arguments = parse_json(text, pairs=once_each)
-        json.dumps(arguments, allow_nan=False)
-    except ValueError as error:
-        arguments, reason = None, f" ({error})"
-    else:
-        reason = ""
-    if not isinstance(arguments, dict):
-        raise ConfigError(f"--env-kwargs must be a JSON object such as '{{\"rows\": 2}}'; got {text!r:.100}{reason}")
-    return arguments
 
 
 def describe_episodes(env: gymnasium.Env) -> dict[str, Any]:
@@ -49,10 +34,6 @@ def describe_episodes(env: gymnasium.Env) -> dict[str, Any]:
         "observation_keys": sorted(env.observation_space.keys()),  # pyright: ignore[reportAttributeAccessIssue]
         "action_key": "action",
     }
-
-
-OUR_EXAMPLES = "diffusion_policy.envs.examples"
-"""The one module that a dataset or a checkpoint may name, and have imported."""
 
 
 def choose_env_spec(
@@ -117,17 +98,6 @@ def choose_wrappers(
     return ()
 
 
-def refuse_modules(source: object, names: Iterable[str | None], flags: Sequence[str]) -> None:
-    """Raise ConfigError where a name that only a file gives, `module:something`, would have a module imported that is
-    not ours; `flags` are those by which the user can give it."""
-    foreign = {name.partition(":")[0] for name in names if name and ":" in name} - {OUR_EXAMPLES}
-    if foreign:
-        raise ConfigError(
-            f"{source} names its environment by the module {min(foreign)}, which would be imported; if you trust it, "
-            f"give it yourself: {' '.join(flags)}"
-        )
-
-
 def make_env_spec(
     env_id: str, arguments: Mapping[str, Any], signals: SuccessAndModes, wrappers: Sequence[Mapping[str, Any]] = ()
 ) -> EnvSpec:
@@ -179,15 +149,8 @@ class PolicyInEnv(NamedTuple):
         return control_rate(self.env) or 30
 
 
-def load_with_environment(
-    path: Path,
-    env: str | None,
-    env_kwargs: str | None,
-    sampling: SampleConfig | None,
-    device: str,
-    signals: SuccessAndModes,
-) -> PolicyInEnv:
-    """Load a checkpoint and make its environment, or the one named instead.
+def load_with_environment(options: ActingCommand, sampling: SampleConfig | None = None) -> PolicyInEnv:
+    """Load the checkpoint and make its environment, or the one named instead.
 
     Raises ValueError when there is no environment, when its spaces do not fit the policy, or when the policy cannot
     sample as `sampling` says.
@@ -195,16 +158,25 @@ def load_with_environment(
     from diffusion_policy.checkpoints import checkpoint
     from diffusion_policy.policy import choose_device
 
-    return join_environment(path, checkpoint.load(path, choose_device(device)), env, env_kwargs, sampling, signals)
+    loaded = checkpoint.load(options.checkpoint, choose_device(options.device))
+    return join_environment(
+        options.checkpoint,
+        loaded,
+        env=options.env,
+        env_kwargs=options.env_kwargs,
+        sampling=sampling,
+        signals=options.signals,
+    )
 
 
 def join_environment(
     path: object,
     loaded: Checkpoint,
-    env: str | None,
-    env_kwargs: str | None,
-    sampling: SampleConfig | None,
-    signals: SuccessAndModes,
+    *,
+    env: str | None = None,
+    env_kwargs: str | None = None,
+    sampling: SampleConfig | None = None,
+    signals: SuccessAndModes = SuccessAndModes(),  # noqa: B008  (frozen)
 ) -> PolicyInEnv:
     """As `load_with_environment`, of a checkpoint that is loaded, or one without weights."""
     if sampling is not None:

@@ -14,8 +14,9 @@ from diffusion_policy import __version__
 from diffusion_policy.basics.bounds import MOST_SEED
 from diffusion_policy.commands.environment import PolicyInEnv, is_same_id
 from diffusion_policy.commands.interrupts import Interrupted
+from diffusion_policy.commands.options.acting import FIRST_ROLLOUT_SEED, FIRST_TEST_SEED
 from diffusion_policy.commands.terminal import progress_bar
-from diffusion_policy.config import MAX_EPISODES, ConfigError, SampleConfig
+from diffusion_policy.config import ConfigError, SampleConfig
 from diffusion_policy.evaluation.engines import HANG_AFTER, Engine
 
 if TYPE_CHECKING:
@@ -27,12 +28,6 @@ if TYPE_CHECKING:
     from diffusion_policy.evaluation.metrics import Scorecard
     from diffusion_policy.policy import DiffusionPolicy
 
-FIRST_TEST_SEED, FIRST_ROLLOUT_SEED = 100_000, 200_000
-"""Seeds of evaluations and those of rollouts in training begin here; those of demonstrations begin at 0."""
-PLANNING_BATCH = 25
-"""Environments that run, and plan, together."""
-MOST_PARALLEL = 1024
-"""Environments that the user may have run together."""
 MOST_NOISE_BYTES = 2**29
 """Of one planning batch; there are some three copies of it."""
 DIVERSITY_STATES, DIVERSITY_PLANS = 20, 32
@@ -108,14 +103,6 @@ def find_free_seed(taken: Sequence[tuple[int, int]], count: int) -> int:
     return free
 
 
-def require_episodes(episodes: int, parallel: int = 1) -> None:
-    """Raise ConfigError for more episodes than are kept in memory, or more environments at once than a machine runs."""
-    if episodes > MAX_EPISODES:
-        raise ConfigError(f"at most {MAX_EPISODES} episodes are run, all repeats and delays counted; got {episodes}")
-    if parallel > MOST_PARALLEL:
-        raise ConfigError(f"parallel must be at most {MOST_PARALLEL}; got {parallel}")
-
-
 def draw_bytes(policy: DiffusionPolicy, sampling: SampleConfig) -> int:
     """Of the noise that one sequence is sampled from."""
     from diffusion_policy.diffusion.process import count_draws
@@ -142,6 +129,7 @@ def run_episodes(
     loaded: PolicyInEnv,
     seeds: range,
     sampling: SampleConfig,
+    *,
     parallel: int,
     workers: int,
     repeats: int = 1,

@@ -1,20 +1,14 @@
 """How a program is stopped, and what it says then: Ctrl-C, SIGTERM, a check that failed."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 ONE_PRESS = 0.5
-"""SuccessAndModes within this time of the first are the same press of Ctrl-C [s]."""
+"""Signals within this time of the first are the same press of Ctrl-C [s]."""
 
 
 class Interrupted(Exception):

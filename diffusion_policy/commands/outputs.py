@@ -1,28 +1,12 @@
-"""Where a program writes: fresh folders, held against other processes, and paths that stay what they are."""
+"""The folder that a program writes into: one that is empty, and that no other process writes into."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from diffusion_policy.config import ConfigError
-
-if TYPE_CHECKING:
-    pass
-
-MOST_FILMED = 16
-"""Episodes in one video: they are tiles of one picture."""
-
-
-def anchor(command: object) -> None:
-    """Make the paths of a command absolute: a simulator may change the working folder."""
-    for option in dataclasses.fields(command):  # pyright: ignore[reportArgumentType]
-        value = getattr(command, option.name)
-        if isinstance(value, Path):
-            object.__setattr__(command, option.name, value.absolute())
 
 
 def require_fresh(path: Path) -> None:
@@ -42,15 +26,3 @@ def holding(folder: Path) -> Iterator[None]:
         yield
     finally:
         unlock()
-
-
-def require_video(video: Path | None, episodes: int) -> None:
-    """Raise ConfigError where so many episodes cannot be filmed into this file."""
-    if video is None:
-        return
-    if episodes > MOST_FILMED:
-        raise ConfigError(f"a --video shows at most {MOST_FILMED} episodes; got {episodes}")
-    if video.suffix not in (".mp4", ".gif"):
-        raise ConfigError(f"--video must end in .mp4 or .gif; got {video}")
-    if video.exists():
-        raise ConfigError(f"{video} already exists; choose another --video or delete it first")

@@ -48,11 +48,12 @@ MOST_LOSSES = 20_000
 def gather_pictures(
     loaded: PolicyInEnv,
     episodes: Sequence[Episode],
-    run: Path,
     sampling: SampleConfig,
+    remarks: Remarks,
+    *,
+    run: Path,
     films: int,
     workers: int,
-    remarks: Remarks,
 ) -> Pictures:
     """Everything that this environment can show, so many films among it; `run` is the folder that holds the checkpoint.
     What cannot be shown is a remark."""

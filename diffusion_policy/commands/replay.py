@@ -14,7 +14,7 @@ import tyro
 from diffusion_policy.basics import lines
 from diffusion_policy.commands.environment import choose_env_spec
 from diffusion_policy.commands.interrupts import Failed
-from diffusion_policy.commands.outputs import require_video
+from diffusion_policy.commands.options.acting import require_video
 from diffusion_policy.commands.stores import open_store
 from diffusion_policy.commands.terminal import console, out
 from diffusion_policy.config import ConfigError, SuccessAndModes, require_at_least

@@ -1,0 +1,86 @@
+"""What the verbs that act in an environment are told alike: where a policy acts, the seeds that are theirs, what a film
+or a number of episodes may be.
+
+Knows options and their checks. Makes no environment and loads no checkpoint.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from diffusion_policy.basics.files import once_each, parse_json
+from diffusion_policy.commands.options.command import Command
+from diffusion_policy.config import MAX_EPISODES, ConfigError, SuccessAndModes
+from diffusion_policy.evaluation.engines import available_cores
+
+FIRST_TEST_SEED, FIRST_ROLLOUT_SEED = 100_000, 200_000
+"""Seeds of evaluations and those of rollouts in training begin here; those of demonstrations begin at 0."""
+PLANNING_BATCH = 25
+"""Environments that run, and plan, together."""
+MOST_PARALLEL = 1024
+"""Environments that the user may have run together."""
+MOST_FILMED = 16
+"""Episodes in one video: they are tiles of one picture."""
+
+
+@dataclass(frozen=True)
+class ActingCommand(Command):
+    """A policy acts in an environment: its own, or the one named instead."""
+
+    checkpoint: Path
+    """Folder of a run (its newest checkpoint) or of one checkpoint."""
+    env: str | None = field(default=None, kw_only=True)
+    """Gymnasium id, if not the environment that the policy was trained for."""
+    env_kwargs: str | None = field(default=None, kw_only=True)
+    """Arguments of the environment, as JSON, if not those it was trained with."""
+    signals: Annotated[SuccessAndModes, tyro.conf.arg(name="")] = field(default_factory=SuccessAndModes, kw_only=True)
+    workers: int = field(default_factory=available_cores, kw_only=True)
+    """Processes that simulate; the result is the same for any number."""
+    device: str = field(default="auto", kw_only=True)
+    """auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps."""
+
+
+def anchor(command: object) -> None:
+    """Make the paths of a command absolute: a simulator may change the working folder."""
+    for option in dataclasses.fields(command):  # pyright: ignore[reportArgumentType]
+        value = getattr(command, option.name)
+        if isinstance(value, Path):
+            object.__setattr__(command, option.name, value.absolute())
+
+
+def require_episodes(episodes: int, parallel: int = 1) -> None:
+    """Raise ConfigError for more episodes than are kept in memory, or more environments at once than a machine runs."""
+    if episodes > MAX_EPISODES:
+        raise ConfigError(f"at most {MAX_EPISODES} episodes are run, all repeats and delays counted; got {episodes}")
+    if parallel > MOST_PARALLEL:
+        raise ConfigError(f"parallel must be at most {MOST_PARALLEL}; got {parallel}")
+
+
+def require_video(video: Path | None, episodes: int) -> None:
+    """Raise ConfigError where so many episodes cannot be filmed into this file."""
+    if video is None:
+        return
+    if episodes > MOST_FILMED:
+        raise ConfigError(f"a --video shows at most {MOST_FILMED} episodes; got {episodes}")
+    if video.suffix not in (".mp4", ".gif"):
+        raise ConfigError(f"--video must end in .mp4 or .gif; got {video}")
+    if video.exists():
+        raise ConfigError(f"{video} already exists; choose another --video or delete it first")
+
+
+def parse_env_kwargs(text: str) -> dict[str, Any]:
+    """--env-kwargs: a JSON object; raises ConfigError."""
+    try:
+        arguments = parse_json(text, pairs=once_each)
+        json.dumps(arguments, allow_nan=False)
+    except ValueError as error:
+        arguments, reason = None, f" ({error})"
+    else:
+        reason = ""
+    if not isinstance(arguments, dict):
+        raise ConfigError(f"--env-kwargs must be a JSON object such as '{{\"rows\": 2}}'; got {text!r:.100}{reason}")
+    return arguments

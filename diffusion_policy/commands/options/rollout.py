@@ -1,0 +1,48 @@
+"""What `diffusion-policy rollout` can be told."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import tyro
+
+from diffusion_policy.commands.options.acting import (
+    FIRST_TEST_SEED,
+    ActingCommand,
+    anchor,
+    require_episodes,
+    require_video,
+)
+from diffusion_policy.config import SampleConfig, require_at_least, require_seed
+
+
+@dataclass(frozen=True)
+class Rollout(ActingCommand):
+    """Run a few episodes of a policy, print how each ended, and film them if asked."""
+
+    program: ClassVar[str] = "diffusion_policy.commands.rollout"
+
+    episodes: int = 4
+    """Episodes, one a seed."""
+    seed: int = FIRST_TEST_SEED
+    """Seed of the first episode."""
+    video: Path | None = None
+    """Film the episodes side by side into this .mp4 or .gif, with sampled sequences drawn in at every re-planning where
+    the environment says where they would lead."""
+    render: Literal["human"] | None = None
+    """human opens the simulator's window; the episodes then run one after another, in real time."""
+    record: Path | None = None
+    """Store to create with these episodes, observations and actions as they were; failures are stored too."""
+    sampling: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        anchor(self)
+        require_at_least(self, 1, ("episodes", "workers"))
+        require_episodes(self.episodes)
+        require_seed(self)
+        require_video(self.video, self.episodes)
+
+    @property
+    def seeds(self) -> range:
+        """Those of the episodes."""
+        return range(self.seed, self.seed + self.episodes)
