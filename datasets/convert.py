@@ -1,45 +1,26 @@
-"""Other tools' datasets ↔ the store: what a format is, which formats there are, and `convert`.
+"""Other tools' datasets ↔ the store: `convert`, `read`, `write`, for all formats of `formats.FORMATS`.
 
 Every format is read as the same thing, `Contents`; of them is chosen, once for all, what a copy takes, a `Source`. A
-format that can be written has a function that writes a `Source`. Reader and writer are in a module of the format's own.
-Nothing is ever unpickled.
+format that can be written has a function that writes a `Source`. Nothing is ever unpickled.
 
 Knows files. Knows no environment and no policy.
 """
 
 import contextlib
-import itertools
 import os
 import shutil
-import zipfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from diffusion_policy.basics.files import FileError, refuse_irregular, sync_folder
-from diffusion_policy.datasets.choice import choose, with_angles_of
 from diffusion_policy.datasets.durable import make_parents, sync_tree, unfinished_path
-from diffusion_policy.datasets.formats import aloha, d4rl, hdf5, lerobot, maniskill, minari, npz, robomimic
-from diffusion_policy.datasets.source import Contents, Source, Unusable, file_errors, store_errors
+from diffusion_policy.datasets.formats import FORMATS
+from diffusion_policy.datasets.formats.choice import choose, with_angles_of
+from diffusion_policy.datasets.formats.format import Format, Source, Unusable
+from diffusion_policy.datasets.formats.hdf5 import refuse_layout
+from diffusion_policy.datasets.formats.reading import file_errors, store_errors
 from diffusion_policy.datasets.storage import StoreError
-from diffusion_policy.datasets.store import Demonstration, EpisodeStore
-
-APPEND_BYTES = 2**26
-"""About so many bytes of episodes are held before they are appended to a store."""
-
-
-class Format(NamedTuple):
-    """One way to keep demonstrations on disk."""
-
-    description: str
-    suffixes: tuple[str, ...]
-    """Endings of a file or folder to write that mean this format."""
-    detect: Callable[[Path], bool]
-    """Whether what lies at an existing path looks like it."""
-    read: Callable[[Any], Contents]
-    """Path or URL → contents; raises StoreError, or whatever its library raises."""
-    write: Callable[[Source, Path], None] | None
-    """Write all of a source at a path where nothing lies; None for a format that is only read."""
+from diffusion_policy.datasets.store import Demonstration
 
 
 def convert(
@@ -137,6 +118,8 @@ def detect(location: str | Path) -> str:
         with contextlib.suppress(OSError, FileError):
             if form.detect(path):
                 return name
+    with contextlib.suppress(OSError, FileError):
+        refuse_layout(path, [form.hdf5_layout for form in FORMATS.values() if form.hdf5_layout is not None])
     raise StoreError(f"{location} is of no known format; known are {_known()}")
 
 
@@ -171,110 +154,7 @@ def refuse_existing(target: Path) -> None:
         raise StoreError(f"{target} already exists; choose another output or delete it first")
 
 
-# The store itself
-
-
-def _read_store(location: str | Path) -> Contents:
-    store = EpisodeStore.open(location)
-    written_anew = {"format", "format_version", "modes"}
-    attributes = {name: value for name, value in store.attributes.items() if name not in written_anew}
-    arrays = dict.fromkeys(store.keys) | store.left_out
-    remarks = store.unread()
-
-    def episodes(keys: Sequence[str]) -> Iterator[Demonstration]:
-        try:
-            yield from store.episodes(keys=keys)
-        except StoreError:
-            for key in keys:  # which of them is it?
-                try:
-                    for _ in store.blocks(key):
-                        pass
-                except StoreError as error:
-                    said = str(error).removeprefix(f"{store.location}: ").removeprefix(f"data/{key} ")
-                    raise Unusable(key, said.partition("; name the keys")[0]) from error
-            raise
-
-    return Contents(
-        attributes, store.modes, store.observation_keys, store.action_key, arrays, episodes, {}, tuple(remarks)
-    )
-
-
-def _write_store(source: Source, path: Path) -> None:
-    folder = path.with_name("store.zarr") if path.suffix == ".zip" else path
-    with EpisodeStore.create(folder, source.attributes, source.modes, sync=False) as store:  # all is, in the end
-        held: list[Demonstration] = []
-        held_bytes = 0
-        for episode in source.episodes:
-            held.append(episode)
-            held_bytes += sum(rows.nbytes for rows in episode.data.values())
-            if held_bytes >= APPEND_BYTES:
-                store.append(held)
-                held, held_bytes = [], 0
-        store.append(held)
-    if folder != path:
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-            for file in sorted(folder.rglob("*")):
-                if file.is_file():
-                    archive.write(file, file.relative_to(folder).as_posix())
-
-
 # Which formats there are
-
-
-def _is_zarr(path: Path) -> bool:
-    if path.is_dir():
-        return (path / "zarr.json").exists() or (path / ".zgroup").exists()
-    return bool({"zarr.json", ".zgroup"} & {name.rpartition("/")[2] for name in _names_in_zip(path)})
-
-
-def _is_hdf5(layout: str) -> Callable[[Path], bool]:
-    """Whether a file is HDF5 and its groups are those of a layout."""
-
-    def detect(path: Path) -> bool:
-        return path.is_file() and _starts_with(path, b"\x89HDF\r\n\x1a\n") and hdf5.layout(path) == layout
-
-    return detect
-
-
-def _is_aloha(path: Path) -> bool:
-    if not path.is_dir():
-        return _is_hdf5("aloha")(path)
-    with os.scandir(path) as entries:
-        return any(aloha.NAME.fullmatch(entry.name) for entry in itertools.islice(entries, aloha.MOST_FILES))
-
-
-def _is_lerobot(path: Path) -> bool:
-    return (path / "meta" / "info.json").is_file()
-
-
-def _is_minari(path: Path) -> bool:
-    return (path / "data" / "metadata.json").is_file()
-
-
-def _is_npz(path: Path) -> bool:
-    return any(name.endswith(".npy") for name in _names_in_zip(path))
-
-
-def _starts_with(path: Path, magic: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(magic)) == magic
-
-
-def _names_in_zip(path: Path) -> list[str]:
-    return npz.names_in_zip(path) if path.is_file() and _starts_with(path, b"PK") else []
-
-
-FORMATS: dict[str, Format] = {
-    "zarr": Format("zarr store", (".zarr", ".zarr.zip"), _is_zarr, _read_store, _write_store),
-    "robomimic": Format("robomimic HDF5", (".hdf5", ".h5"), _is_hdf5("robomimic"), robomimic.read, robomimic.write),
-    "lerobot": Format("LeRobotDataset v3", (".lerobot",), _is_lerobot, lerobot.read, lerobot.write),
-    "minari": Format("Minari dataset", (".minari",), _is_minari, minari.read, minari.write),
-    "npz": Format("npz archive", (".npz",), _is_npz, npz.read, npz.write),
-    "aloha": Format("ALOHA or ACT HDF5, a folder of episodes", (), _is_aloha, aloha.read, None),
-    "maniskill": Format("ManiSkill HDF5", (), _is_hdf5("maniskill"), maniskill.read, None),
-    "d4rl": Format("flat HDF5 as of D4RL", (), _is_hdf5("d4rl"), d4rl.read, None),
-}
-"""By the name that a user gives."""
 
 
 def _written() -> list[str]:

@@ -17,8 +17,9 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from diffusion_policy.datasets.formats.hdf5 import File, Survey, opened
-from diffusion_policy.datasets.source import Contents, foreign
+from diffusion_policy.datasets.formats.format import Contents, Format, foreign
+from diffusion_policy.datasets.formats.hdf5 import File, detector, opened
+from diffusion_policy.datasets.formats.survey import Survey
 from diffusion_policy.datasets.store import Demonstration, StoreError
 
 NAME = re.compile(r"episode_(\d+)\.hdf5")
@@ -33,9 +34,7 @@ def read(path: Path) -> Contents:
     for name, file_path in files.items():
         with opened(file_path, "ALOHA files") as file:
             _add(file, survey, name)
-    if not survey.steps:
-        first, why = next(iter(survey.left_out.items()))
-        raise StoreError(f"no episode can be used; {first}: {why}")
+    survey.refuse_empty("episode")
 
     def episodes(keys: Sequence[str]) -> Iterator[Demonstration]:
         for name in survey.steps:
@@ -73,3 +72,23 @@ def _add(file: File, survey: Survey, name: str) -> None:
         picture = compressed and path[:2] == ("observations", "images")
         key = ".".join(path[1:] if path[0] == "observations" and len(path) > 1 else path)
         survey.add(file, key, path, COMPRESSED if picture else node)
+
+
+def _fits(file: File, names: list[str]) -> bool:
+    return "action" in names and file.is_group(file.member(file.root, "observations"))
+
+
+def _detect(path: Path) -> bool:
+    if not path.is_dir():
+        return detector(_fits)(path)
+    with os.scandir(path) as entries:
+        return any(NAME.fullmatch(entry.name) for entry in itertools.islice(entries, MOST_FILES))
+
+
+FORMAT = Format(
+    "ALOHA or ACT HDF5, a folder of episodes",
+    (),
+    _detect,
+    read,
+    hdf5_layout="action beside observations (ALOHA, a folder of them)",
+)

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_policy.datasets.formats.hdf5 import File, Survey, opened
-from diffusion_policy.datasets.source import Contents, foreign
+from diffusion_policy.datasets.formats.format import Contents, Format, foreign
+from diffusion_policy.datasets.formats.hdf5 import File, detector, opened
+from diffusion_policy.datasets.formats.survey import Survey
 from diffusion_policy.datasets.store import Demonstration, StoreError
 
 ENDS = ("terminals", "timeouts")
@@ -99,3 +100,12 @@ def _following(file: File, survey: Survey, key: str) -> Any:
         return None
     same = (node.shape, node.dtype) == ((survey.steps["the file"], *array.shape), array.dtype)
     return node if same else None
+
+
+def _fits(file: File, names: list[str]) -> bool:
+    return {"observations", "actions"} <= {*names}
+
+
+FORMAT = Format(
+    "flat HDF5 as of D4RL", (), detector(_fits), read, hdf5_layout="flat observations beside actions (D4RL)"
+)

@@ -2,9 +2,9 @@
 
 A file is walked over its hard links alone, each group once: links, external files and virtual arrays lead out of it.
 What the rows of an array would unpack into is known before they are read. Filters are those that are part of HDF5 and
-h5py, so that no plugin is looked for. What episodes have in common is gathered by a `Survey`, which reads no rows.
+h5py, so that no plugin is looked for.
 
-Knows h5py. Knows no layout of groups but to tell one from another.
+Knows h5py. Knows no layout of groups.
 """
 
 import contextlib
@@ -12,24 +12,23 @@ import io
 import math
 import re
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from diffusion_policy.basics.files import FileError, refuse_irregular
-from diffusion_policy.datasets.source import (
+from diffusion_policy.datasets.formats.reading import (
     MOST_COMPRESSED,
-    check_sizes,
     library,
     most_bytes,
-    say_too_large,
+    starts_with,
     stored_bytes,
 )
 from diffusion_policy.datasets.store import StoreError
 
+MAGIC = b"\x89HDF\r\n\x1a\n"
 FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}
 PACKING = {1: MOST_COMPRESSED, 32000: 100}
 """Filters that make numbers smaller, and by how much at most."""
@@ -201,147 +200,39 @@ def opened(path: Path, what: str = "HDF5 files") -> Iterator[File]:
         yield File(path, file)
 
 
-def layout(path: Path) -> str:
-    """Which format of ours a file's groups are; raises StoreError, which names those that are read, for others."""
-    try:
-        with opened(path) as file:
-            names = file.names(file.root)
-            found = _layout(file, names)
-    except (StoreError, FileError):
-        raise
-    except Exception as error:
-        raise StoreError(f"{path} is HDF5 that cannot be read: {_line(error)}") from error
-    if found is not None:
-        return found
+def detector(fits: Callable[[File, list[str]], bool]) -> Callable[[Path], bool]:
+    """Whether a path holds an HDF5 file that `fits`, which is asked with the file and the names at its root."""
+
+    def detect(path: Path) -> bool:
+        if not starts_with(path, MAGIC):
+            return False
+        with _one_error(path), opened(path) as file:
+            return fits(file, file.names(file.root))
+
+    return detect
+
+
+def refuse_layout(path: Path, layouts: Sequence[str]) -> None:
+    """Raise StoreError for an HDF5 file of no known layout; names those that are read."""
+    if not starts_with(path, MAGIC):
+        return
+    with _one_error(path), opened(path) as file:
+        names = file.names(file.root)
     raise StoreError(
-        f"{path} is HDF5 of no known layout: read are data/demo_0 (robomimic, Isaac Lab), traj_0 (ManiSkill), action "
-        "beside observations (ALOHA, a folder of them), and flat observations beside actions (D4RL); it has "
+        f"{path} is HDF5 of no known layout: read are {', '.join(layouts[:-1])}, and {layouts[-1]}; it has "
         f"{', '.join(names[:9]) or 'nothing'}; from other layouts, write a zarr store or an npz: arrays of one row a "
         "step, and meta/episode_ends"
     )
 
 
-def _layout(file: File, names: list[str]) -> str | None:
-    if any(re.fullmatch(r"traj_\d+", name) for name in names):
-        return "maniskill"
-    if "data" in names and file.is_group(file.member(file.root, "data")):
-        return "robomimic"
-    if "action" in names and file.is_group(file.member(file.root, "observations")):
-        return "aloha"
-    if {"observations", "actions"} <= {*names}:
-        return "d4rl"
-    return None
-
-
-# What the episodes of a file have in common
-
-
-class Array(NamedTuple):
-    """One array of every episode, and why it cannot be used."""
-
-    path: tuple[str, ...]
-    """Within an episode's group."""
-    shape: tuple[int, ...]
-    """Of a row."""
-    dtype: np.dtype
-    longer: bool
-    """Whether every episode has one row more than actions, the last of which belongs to no action."""
-    why: str | None
-
-
-class Survey:
-    """What the episodes of a file, or of several, have in common; no rows are read for it."""
-
-    def __init__(self) -> None:
-        self.arrays: dict[str, Array] = {}
-        self.steps: dict[str, int] = {}
-        """By episode."""
-        self.left_out: dict[str, str] = {}
-        self._seen: Counter[str] = Counter()
-
-    def begin(self, episode: str, steps: int) -> None:
-        """The following arrays are those of this episode."""
-        self.steps[episode] = steps
-
-    def add(
-        self,
-        file: File,
-        key: str,
-        path: tuple[str, ...],
-        node: Any,
-        *,
-        longer: bool = False,
-        whole: bool = True,
-        decoded: tuple[tuple[int, ...], np.dtype] | None = None,
-    ) -> None:
-        """An array of the episode that was begun last, or why it cannot be used. `longer`: it may have one row more
-        than actions. `whole`: it is read at once. `decoded`: shape and type that its rows will have."""
-        episode, steps = next(reversed(self.steps.items()))
-        why = None if decoded else file.why_not(node)
-        shape, dtype, rows = (), np.dtype(float), steps
-        if why is None:
-            shape, dtype, rows = node.shape[1:], node.dtype, node.shape[0]
-            shape, dtype = decoded or (shape, dtype)
-            size = rows * math.prod(shape) * dtype.itemsize
-            if rows != steps and not (longer and rows == steps + 1):
-                why = f"it has {rows} rows; the actions have {steps}"
-            elif whole and size > file.most_bytes:
-                why = say_too_large(size, file.path)
-        known = self.arrays.get(key)
-        if known is not None and known.path != path:
-            self.left_out["/".join(path)] = f"another array is called {key}"
-            return
-        self._seen[key] += 1
-        if known is None:
-            absent = len(self.steps) > 1
-            self.arrays[key] = Array(
-                path, shape, dtype, rows > steps, _in(episode, "it is not in those before" if absent else why)
-            )
-        elif known.why is None:
-            if why is None and (known.shape, known.dtype) != (shape, dtype):
-                why = f"its rows are {shape} of {dtype}; before, they were {known.shape} of {known.dtype}"
-            self.arrays[key] = known._replace(longer=known.longer and rows > steps, why=_in(episode, why))
-
-    def whys(self) -> dict[str, str | None]:
-        """Why each array cannot be used; None where it can."""
-        episodes = len(self.steps)
-        lacking = {key: episodes - seen for key, seen in self._seen.items() if seen < episodes}
-        absent = {key: f"{count} of {episodes} episodes do not have it" for key, count in lacking.items()}
-        return {key: array.why or absent.get(key) for key, array in self.arrays.items()}
-
-    def row_bytes(self, keys: Sequence[str]) -> int:
-        """Bytes of a step of these arrays."""
-        return sum(math.prod(self.arrays[key].shape) * self.arrays[key].dtype.itemsize for key in keys)
-
-    def check(self, keys: Sequence[str], file: File, lengths: Iterable[int] = ()) -> None:
-        """Raise StoreError where an episode of the file, or all of them, would be too large; `lengths`: their steps,
-        where they are not those of the survey."""
-        check_sizes(self.row_bytes(keys), lengths or self.steps.values(), file.path)
-
-    def read(
-        self,
-        file: File,
-        group: Any,
-        episode: str,
-        keys: Sequence[str],
-        decode: Callable[[str, Any], np.ndarray] | None = None,
-    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """The rows of these arrays of an episode, and the last row of those that have one more than actions."""
-        data, final, steps = {}, {}, self.steps[episode]
-        for key in keys:
-            array = self.arrays[key]
-            node = file.member(group, *array.path)
-            if not file.is_array(node):
-                raise StoreError(f"{episode}/{'/'.join(array.path)} is no longer there")
-            rows = decode(key, node) if decode else file.rows(node)
-            if array.longer:
-                final[key] = rows[steps]
-            data[key] = rows[:steps]
-        return data, final
-
-
-def _in(episode: str, why: str | None) -> str | None:
-    return None if why is None else f"{why} ({episode})"
+@contextlib.contextmanager
+def _one_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (StoreError, FileError):
+        raise
+    except Exception as error:
+        raise StoreError(f"{path} is HDF5 that cannot be read: {_line(error)}") from error
 
 
 def _line(error: Exception) -> str:

@@ -17,7 +17,6 @@ Not carried: features of video, image, text and language (the source names them)
 anew without quantiles, and splits other than `train`.
 """
 
-import contextlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -26,19 +25,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusion_policy.basics.files import read_json, refuse_irregular
-from diffusion_policy.datasets.source import (
-    Contents,
-    Source,
-    Unusable,
-    check_sizes,
-    foreign,
-    from_header,
-    header,
-    library,
-    most_bytes,
-    say_too_large,
-)
+from diffusion_policy.basics.files import read_json
+from diffusion_policy.datasets.formats.format import Contents, Format, Source, Unusable, foreign, from_header, header
+from diffusion_policy.datasets.formats.parquet import TableReader, arrow_libraries, opened, to_arrow, to_numpy
+from diffusion_policy.datasets.formats.reading import check_sizes
 from diffusion_policy.datasets.statistics import Measuring
 from diffusion_policy.datasets.store import Demonstration, StoreError
 
@@ -55,16 +45,11 @@ FILE = "chunk-{:03d}/file-{:03d}.parquet"
 FILE_MB = 100
 """Largest size of a data file [MB]."""
 FILES_PER_CHUNK = 1000
-ROWS_AT_A_TIME = 1024
 BYTES_AT_A_TIME = 2**24
 JSON_BYTES = 2**26
 TASK_BYTES = 2**24
 """Most bytes of the texts of all tasks."""
 DEFAULT_FPS = 10
-
-
-def _parquet() -> tuple[Any, Any]:
-    return library("pyarrow", "LeRobot datasets"), library("pyarrow.parquet", "LeRobot datasets")
 
 
 # Reading
@@ -98,21 +83,11 @@ def read(path: Path) -> Contents:
     )
     hidden = [] if head else [name for name in DEFAULTS if name != "task_index" or len(tasks) < 2]
     files = _data_files(path)
-    with _opened(files[0]) as file:
+    with opened(files[0]) as file:
         present = {*file.schema_arrow.names}
-    columns: dict[str, _Column] = {}
-    arrays: dict[str, str | None] = {}
-    left_out: dict[str, str] = {}
-    for name in sorted({*carried} - {*hidden}):
-        column = _column(features.get(name), name, *carried[name])
-        key = column if isinstance(column, str) else column.key
-        if isinstance(column, str):
-            left_out[name] = column
-        elif key in arrays:
-            left_out[name] = f"another feature is called {key}"
-        else:
-            columns[name] = column
-            arrays[key] = None if name in present else "the data files have no such column"
+    columns, left_out = _columns(features, {name: carried[name] for name in carried.keys() - {*hidden}})
+    absent = "the data files have no such column"
+    arrays = {column.key: None if name in present else absent for name, column in columns.items()}
 
     def episodes(keys: Sequence[str]) -> Iterator[Demonstration]:
         return _episodes(path, files, {name: column for name, column in columns.items() if column.key in keys})
@@ -125,6 +100,21 @@ def read(path: Path) -> Contents:
         attributes["control_frequency"] = info["fps"]
     observed = sorted(column.key for name, column in columns.items() if name.startswith(PREFIX))
     return foreign(attributes, observed, arrays, episodes, left_out)
+
+
+def _columns(features: Any, carried: dict[str, list[Any]]) -> tuple[dict[str, _Column], dict[str, str]]:
+    """The features of numbers, and why others are left out; `carried` says key and shape of those that we wrote."""
+    columns: dict[str, _Column] = {}
+    left_out: dict[str, str] = {}
+    for name in sorted(carried):
+        column = _column(features.get(name), name, *carried[name])
+        if isinstance(column, str):
+            left_out[name] = column
+        elif column.key in {one.key for one in columns.values()}:
+            left_out[name] = f"another feature is called {column.key}"
+        else:
+            columns[name] = column
+    return columns, left_out
 
 
 def _column(feature: Any, name: str, key: str | None = None, shape: list[int] | None = None) -> _Column | str:
@@ -151,30 +141,13 @@ def _data_files(path: Path) -> list[Path]:
     return files
 
 
-@contextlib.contextmanager
-def _opened(path: Path, columns: Sequence[str] = ()) -> Iterator[Any]:
-    """A parquet file; raises StoreError where a group of rows of these columns would unpack into too much."""
-    _, parquet = _parquet()
-    refuse_irregular(path)
-    most = most_bytes(path)
-    with parquet.ParquetFile(path, thrift_string_size_limit=2**26, thrift_container_size_limit=2**20) as file:
-        for i in range(file.metadata.num_row_groups):
-            group = file.metadata.row_group(i)
-            for part in map(group.column, range(group.num_columns)):
-                size = max(part.total_uncompressed_size, 8 * part.num_values)
-                if size > most and part.path_in_schema.startswith(tuple(columns)):
-                    name = f"{path.parent.name}/{path.name}: {part.path_in_schema}"
-                    raise StoreError(f"{name} is too large in its group of rows {i}: {say_too_large(size, path)}")
-        yield file
-
-
 def _read_tasks(path: Path) -> list[str]:
     """Texts of the tasks, by their index."""
     place = path / "meta/tasks.parquet"
     if not place.exists():
         return []
     found: dict[int, str] = {}
-    with _opened(place) as file:
+    with opened(place) as file:
         names = [name for name in file.schema_arrow.names if name != "task_index"]
         sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
         if not names or "task_index" not in file.schema_arrow.names or sum(sizes) > TASK_BYTES:
@@ -194,15 +167,15 @@ def _episodes(path: Path, files: list[Path], columns: dict[str, _Column]) -> Ite
     row_bytes = sum(column.row_bytes for column in columns.values())
     check_sizes(row_bytes, lengths, *files)
     known = _read_known(path, lengths, columns)
-    rows = _TableReader(files, [*columns, "episode_index"], max(1, BYTES_AT_A_TIME // max(1, row_bytes)))
+    rows = TableReader(files, [*columns, "episode_index"], max(1, BYTES_AT_A_TIME // max(1, row_bytes)))
     for i, length in enumerate(lengths):
         table = rows.read(length)
-        if not (_to_numpy(table["episode_index"], ()) == i).all():
+        if not (to_numpy(table["episode_index"], ()) == i).all():
             raise StoreError(f"the rows of episode {i} are not where meta/episodes says: in order, {length} of them")
         data: dict[str, np.ndarray] = {}
         for name, column in columns.items():
             try:
-                stored = _to_numpy(table[name], column.stored_shape)
+                stored = to_numpy(table[name], column.stored_shape)
                 data[column.key] = stored.astype(column.dtype, copy=False).reshape(length, *column.shape)
             except (StoreError, ValueError) as error:
                 raise Unusable(column.key, str(error)) from error
@@ -220,7 +193,7 @@ def _lengths(path: Path) -> list[int]:
     """Steps of each episode."""
     lengths: list[int] = []
     for place in sorted(path.glob("meta/episodes/*/*.parquet")):
-        with _opened(place, ["episode_index", "length"]) as file:
+        with opened(place, ["episode_index", "length"]) as file:
             table = file.read(columns=["episode_index", "length"]).to_pydict()
         if table["episode_index"] != list(range(len(lengths), len(lengths) + len(table["episode_index"]))):
             raise StoreError(f"{place.relative_to(path)} must go on with episode {len(lengths)}")
@@ -235,10 +208,10 @@ def _read_known(path: Path, lengths: list[int], columns: dict[str, _Column]) -> 
     if not (path / KNOWN).exists():
         return {}
     of_key = {column.key: column for column in columns.values()}
-    with _opened(path / KNOWN) as file:
+    with opened(path / KNOWN) as file:
         finals = {name: of_key.get(name.removeprefix("final/")) for name in file.schema_arrow.names if "final/" in name}
         wanted = [name for name in file.schema_arrow.names if finals.get(name, name) is not None]
-    with _opened(path / KNOWN, wanted) as file:
+    with opened(path / KNOWN, wanted) as file:
         table = file.read(columns=wanted)
     if table["length"].to_pylist() != lengths:
         raise StoreError(f"{KNOWN} is of other episodes; delete it and {HEADER.name} to read the dataset without")
@@ -246,72 +219,10 @@ def _read_known(path: Path, lengths: list[int], columns: dict[str, _Column]) -> 
     for name in wanted:
         column = finals.get(name)
         if column is not None:
-            known[name] = _to_numpy(table[name], column.stored_shape).reshape(len(lengths), *column.shape)
+            known[name] = to_numpy(table[name], column.stored_shape).reshape(len(lengths), *column.shape)
         elif name != "length":
             known[name] = table[name].to_pylist()
     return known
-
-
-class _TableReader:
-    """Reads the rows of all data files from first to last."""
-
-    def __init__(self, files: list[Path], names: list[str], rows_at_a_time: int) -> None:
-        self._arrow, _ = _parquet()
-        self._names = names
-        self._rows_at_a_time = min(ROWS_AT_A_TIME, rows_at_a_time)
-        self._batches = self._read(files)
-        self._rest: Any = None
-
-    def _read(self, files: list[Path]) -> Iterator[Any]:
-        for path in files:
-            with _opened(path, self._names) as file:
-                lacking = {*self._names} - {*file.schema_arrow.names}
-                if lacking:
-                    raise StoreError(f"{path.parent.name}/{path.name} has no column {', '.join(sorted(lacking))}")
-                for batch in file.iter_batches(self._rows_at_a_time, columns=self._names):
-                    yield self._arrow.Table.from_batches([batch]).select(self._names)
-
-    def read(self, count: int) -> Any:
-        """The next rows, as a table."""
-        parts = [] if self._rest is None else [self._rest]
-        held = sum(map(len, parts))
-        while held < count:
-            part = next(self._batches, None)
-            if part is None:
-                raise StoreError(f"data/ ends within an episode: {count} rows are needed, {held} left")
-            parts.append(part)
-            held += len(part)
-        table = self._arrow.concat_tables(parts)
-        self._rest = table.slice(count)
-        return table.slice(0, count)
-
-
-def _to_numpy(column: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """A column as an array (rows, *shape); (rows,) for the shape (1,). Raises StoreError for gaps."""
-    pyarrow, _ = _parquet()
-    array = column.combine_chunks() if hasattr(column, "combine_chunks") else column
-    array = pyarrow.concat_arrays(array.chunks) if hasattr(array, "chunks") else array
-    array = array.storage if isinstance(array, pyarrow.ExtensionArray) else array  # Array2D of Hugging Face datasets
-    rows = len(array)
-    for size in () if shape == (1,) and not _is_list(array) else shape:
-        if array.null_count or not _is_list(array) or not _all_have_length(array, size):
-            raise StoreError(f"a column of {column.type} has rows that are not of shape {shape}")
-        array = array.flatten()
-    if array.null_count or _is_list(array):
-        raise StoreError(f"a column of {column.type} has gaps, or rows that are not of shape {shape}")
-    return array.to_numpy(zero_copy_only=False).reshape(rows, *(() if shape == (1,) else shape))
-
-
-def _all_have_length(array: Any, size: int) -> bool:
-    if _parquet()[0].types.is_fixed_size_list(array.type):
-        return array.type.list_size == size
-    return bool((array.value_lengths().to_numpy() == size).all())
-
-
-def _is_list(array: Any) -> bool:
-    pyarrow, _ = _parquet()
-    kinds = pyarrow.types
-    return kinds.is_list(array.type) or kinds.is_large_list(array.type) or kinds.is_fixed_size_list(array.type)
 
 
 # Writing
@@ -335,7 +246,7 @@ class _Writer:
     """Writes data files as episodes come, and the rest in the end."""
 
     def __init__(self, source: Source, path: Path, first: Demonstration) -> None:
-        self._arrow, self._parquet = _parquet()
+        self._arrow, self._parquet = arrow_libraries()
         self._source = source
         self._path = path
         self._own = source.attributes.get("lerobot", {})
@@ -379,7 +290,7 @@ class _Writer:
             if name in self._dtypes and (rows.dtype, [*rows.shape[1:]]) != (self._dtypes[name], self._shapes[name]):
                 raise StoreError(f"{name} must stay {self._shapes[name]} of {self._dtypes[name]}")
             self._measured.setdefault(name, Measuring()).add(rows.reshape(len(rows), *(rows.shape[1:] or (1,))))
-        self._write({name: _to_arrow(rows) for name, rows in columns.items()})
+        self._write({name: to_arrow(rows) for name, rows in columns.items()})
         self._episodes.append(
             {
                 "episode_index": len(self._episodes),
@@ -459,7 +370,7 @@ class _Writer:
             if len(values) != len(self._episodes):
                 raise StoreError(f"{name} is known of some episodes only; it must be of all or none")
             if name.startswith("final/"):
-                columns[name] = _to_arrow(np.stack(values))
+                columns[name] = to_arrow(np.stack(values))
             elif any(value is not None for value in values):
                 columns[name] = self._arrow.array(values)
         return self._arrow.table(columns)
@@ -486,20 +397,6 @@ def _task_table(pyarrow: Any, tasks: list[str]) -> Any:
     return table.replace_schema_metadata({"pandas": json.dumps(pandas)})
 
 
-def _to_arrow(rows: np.ndarray) -> Any:
-    """Rows (rows, ...) as LeRobot keeps them: numbers, lists of fixed size, or lists of lists."""
-    pyarrow, _ = _parquet()
-    shape = rows.shape[1:]
-    array = pyarrow.array(np.ascontiguousarray(rows).reshape(-1))
-    if shape in ((), (1,)):
-        return array
-    if len(shape) == 1:
-        return pyarrow.FixedSizeListArray.from_arrays(array, shape[0])
-    for size in reversed(shape):
-        array = pyarrow.ListArray.from_arrays(np.arange(0, len(array) + 1, size, dtype=np.int32), array)
-    return array
-
-
 def _stats(measured: Measuring) -> dict[str, Any]:
     """As in stats.json."""
     found = measured.result()
@@ -509,3 +406,6 @@ def _stats(measured: Measuring) -> dict[str, Any]:
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=4))
+
+
+FORMAT = Format("LeRobotDataset v3", (".lerobot",), lambda path: (path / "meta" / "info.json").is_file(), read, write)

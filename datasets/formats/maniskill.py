@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_policy.basics.files import read_json
-from diffusion_policy.datasets.formats.hdf5 import File, Survey, numbered, opened
-from diffusion_policy.datasets.source import Contents, foreign
-from diffusion_policy.datasets.store import Demonstration, StoreError
+from diffusion_policy.datasets.formats.format import Contents, Format, foreign
+from diffusion_policy.datasets.formats.hdf5 import File, detector, numbered, opened
+from diffusion_policy.datasets.formats.survey import Survey
+from diffusion_policy.datasets.store import Demonstration
 
 JSON_BYTES = 2**26
 
@@ -36,9 +37,7 @@ def read(path: Path) -> Contents:
         for name in episodes_of:
             _add(file, survey, name)
         left_out = {name: "it is no trajectory" for name in names if name not in episodes_of} | survey.left_out
-    if not survey.steps:
-        first, why = next(iter(left_out.items()), ("the file", "it has no traj_0"))
-        raise StoreError(f"no trajectory can be used; {first}: {why}")
+    survey.refuse_empty("trajectory", left_out or {"the file": "it has no traj_0"})
     seeds = _seeds(described)
 
     def episodes(keys: Sequence[str]) -> Iterator[Demonstration]:
@@ -98,3 +97,10 @@ def _seeds(described: Any) -> dict[str, int]:
         if isinstance(episode, dict) and type(episode.get("episode_seed")) is int and episode["episode_seed"] >= 0:
             seeds[f"traj_{episode.get('episode_id')}"] = episode["episode_seed"]
     return seeds
+
+
+def _fits(file: File, names: list[str]) -> bool:
+    return bool(numbered(names, "traj_"))
+
+
+FORMAT = Format("ManiSkill HDF5", (), detector(_fits), read, hdf5_layout="traj_0 (ManiSkill)")

@@ -25,18 +25,19 @@ Reads and writes Minari's HDF5 itself, within bounds, and makes no environment; 
 
 import io
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from diffusion_policy.basics.files import parse_json, read_bytes
-from diffusion_policy.basics.names import join_names
-from diffusion_policy.datasets.formats.hdf5 import File, Survey, created, numbered, opened
-from diffusion_policy.datasets.source import Contents, Source, foreign, from_header, header, library
+from diffusion_policy.datasets.formats.format import Contents, Format, Source, foreign, from_header, header
+from diffusion_policy.datasets.formats.hdf5 import File, created, numbered, opened
+from diffusion_policy.datasets.formats.minari_spaces import Leaf, leaves_of, to_gymnasium, unbounded
+from diffusion_policy.datasets.formats.reading import library
+from diffusion_policy.datasets.formats.survey import Survey
 from diffusion_policy.datasets.store import Demonstration, StoreError, is_seed
 
 DATA = "data/main_data.hdf5"
@@ -51,110 +52,6 @@ METADATA_BYTES = 2**26
 """Bounds of pictures are written out, number by number."""
 LONG_LIST = re.compile(rb"\[[-+\d.,\s\[\]eEInfityNa]{1000,}\]")
 WHAT = "Minari datasets"
-
-
-# Spaces, as Minari writes them
-
-
-class _Leaf(NamedTuple):
-    """A space within others."""
-
-    key: str
-    place: tuple[str, ...]
-    """Groups in the file."""
-    space: dict[str, Any]
-
-    @property
-    def kind(self) -> str:
-        return str(self.space.get("type"))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of a row, as it is observed."""
-        if self.kind == "Box":
-            return tuple(self.space["shape"])
-        return (sum(self._counts()),) if self.kind != "MultiBinary" else (int(np.prod(self.space["n"])),)
-
-    @property
-    def is_picture(self) -> bool:
-        """Whether Minari packs it as JPEG, unless it is told not to."""
-        bounds = _same(self.space.get("low")), _same(self.space.get("high"))
-        large = self.kind == "Box" and len(self.shape) in (2, 3) and min(self.shape[:2]) >= 32
-        return large and self.space.get("dtype") == "uint8" and bounds == (0, 255)
-
-    def why_not(self) -> str | None:
-        """Why it cannot be observed."""
-        if self.kind not in ("Box", "Discrete", "MultiDiscrete", "MultiBinary"):
-            return f"it is a space of {self.kind}, not of numbers"
-        try:
-            sizes = self.shape
-        except (KeyError, TypeError, ValueError, OverflowError):
-            return "its space is damaged"
-        if not all(isinstance(size, int) and 0 < size < 2**31 for size in sizes):
-            return f"its space has the shape {sizes}"
-        return None
-
-    def encode(self, rows: np.ndarray) -> np.ndarray:
-        """Rows as they are observed: one-hot, or 0 and 1; raises StoreError for values that the space does not have."""
-        if self.kind == "Box":
-            return rows
-        flat = rows.reshape(len(rows), -1)
-        if self.kind == "MultiBinary":
-            return flat.astype(np.float32)
-        counts = self._counts()
-        values = flat.astype(np.int64) - self._starts()
-        if values.shape[1] != len(counts) or (values < 0).any() or (values >= counts).any():
-            raise StoreError(f"{self.key} has values that its space, {self.kind}, does not have")
-        hot = np.zeros((len(rows), sum(counts)), np.float32)
-        np.put_along_axis(hot, values + np.cumsum([0, *counts[:-1]]), 1, axis=1)
-        return hot
-
-    def decode(self, rows: np.ndarray) -> np.ndarray:
-        """Rows as the space has them."""
-        if self.kind == "Box":
-            return rows.reshape(len(rows), *self.shape)
-        if self.kind == "MultiBinary":
-            return rows.astype(np.int8).reshape(len(rows), *np.atleast_1d(self.space["n"]))
-        parts = np.split(rows, np.cumsum(self._counts())[:-1], axis=1)
-        values = np.stack([part.argmax(axis=1) for part in parts], axis=1) + self._starts()
-        return (
-            values.reshape(len(rows), *np.shape(self.space["nvec"])) if self.kind == "MultiDiscrete" else values[:, 0]
-        )
-
-    def _counts(self) -> list[int]:
-        counts = np.reshape(self.space["n" if self.kind == "Discrete" else "nvec"], -1)
-        return [int(count) for count in counts]
-
-    def _starts(self) -> np.ndarray:
-        starts = self.space.get("start", 0)
-        return np.broadcast_to(np.reshape(starts, -1).astype(np.int64), (len(self._counts()),))
-
-
-def _leaves(space: Any, name: str, path: tuple[str, ...] = (), place: tuple[str, ...] = ()) -> Iterator[_Leaf]:
-    """The spaces within a space; one alone has this name."""
-    kind = space.get("type") if isinstance(space, dict) else None
-    inner = space.get("subspaces") if kind in ("Dict", "Tuple") else None
-    if isinstance(inner, dict):
-        for key, part in inner.items():
-            yield from _leaves(part, name, (*path, key), (*place, *key.split("/")))
-    elif isinstance(inner, list):
-        for i, part in enumerate(inner):
-            yield from _leaves(part, name, (*path, str(i)), (*place, f"_index_{i}"))
-    else:
-        yield _Leaf(join_names(path) or name, place, space if isinstance(space, dict) else {})
-
-
-def _same(bounds: Any) -> float | None:
-    """The number that all of these are; None where they differ."""
-    while isinstance(bounds, list) and bounds and all(bound == bounds[0] for bound in bounds):
-        bounds = bounds[0]
-    return bounds if isinstance(bounds, int | float) else None
-
-
-def _shortened(found: re.Match[bytes]) -> bytes:
-    """One number for a long list of the same ones, such as the bounds of a picture; null for others."""
-    numbers = {*re.findall(rb"[^\[\],\s]+", found[0])}
-    return numbers.pop() if len(numbers) == 1 else b"null"
 
 
 # Reading
@@ -185,8 +82,14 @@ def read(path: Path) -> Contents:
         return from_header(head, survey.whys(), episodes, left_out)
     own = {name: metadata[name] for name in CARRIED if metadata.get(name) is not None}
     spaces = {"observation_space": json.dumps(observed), "action_space": json.dumps(done)}
-    keys = sorted(leaf.key for leaf in _leaves(observed, "observation"))
+    keys = sorted(leaf.key for leaf in leaves_of(observed, "observation"))
     return foreign({"minari": own | spaces} | _environment(own), keys, survey.whys(), episodes, left_out)
+
+
+def _shortened(found: re.Match[bytes]) -> bytes:
+    """One number for a long list of the same ones, such as the bounds of a picture; null for others."""
+    numbers = {*re.findall(rb"[^\[\],\s]+", found[0])}
+    return numbers.pop() if len(numbers) == 1 else b"null"
 
 
 def _space_of(metadata: Any, name: str) -> Any:
@@ -220,11 +123,11 @@ def _episode_names(file: File) -> list[str]:
 
 
 def _add(
-    file: File, survey: Survey, name: str, observed: Any, done: Any, head: Any, leaves: dict[str, _Leaf], pictures: bool
+    file: File, survey: Survey, name: str, observed: Any, done: Any, head: Any, leaves: dict[str, Leaf], pictures: bool
 ) -> None:
     """Survey an episode."""
     group = file.member(file.root, name)
-    actions = [leaf._replace(place=("actions", *leaf.place)) for leaf in _leaves(done, "")]
+    actions = [leaf._replace(place=("actions", *leaf.place)) for leaf in leaves_of(done, "")]
     rewards = file.member(group, "rewards")
     if not file.is_array(rewards) or file.why_not(rewards) is not None or len(rewards) == 0:
         survey.left_out[name] = "it has no steps"
@@ -236,7 +139,7 @@ def _add(
         node = file.member(group, *leaf.place)
         wrong = None if leaf.kind == "Box" else f"actions must be a Box; they are {leaf.kind}"
         survey.add(file, key, leaf.place, wrong or ("it is missing" if node is None else node))
-    for leaf in _leaves(observed, "observation"):
+    for leaf in leaves_of(observed, "observation"):
         _add_observed(file, survey, group, leaf._replace(place=("observations", *leaf.place)), leaves, pictures)
     for key in OUTCOMES:
         if not head or key not in head["made_up"]:
@@ -245,9 +148,7 @@ def _add(
         survey.add(file, key, ("infos", key), file.member(group, "infos", key) or "it is missing", longer=True)
 
 
-def _add_observed(
-    file: File, survey: Survey, group: Any, leaf: _Leaf, leaves: dict[str, _Leaf], pictures: bool
-) -> None:
+def _add_observed(file: File, survey: Survey, group: Any, leaf: Leaf, leaves: dict[str, Leaf], pictures: bool) -> None:
     node = file.member(group, *leaf.place)
     why = leaf.why_not() or (None if node is not None else "it is missing")
     packed = why is None and pictures and leaf.is_picture
@@ -261,7 +162,7 @@ def _add_observed(
 
 
 def _episodes(
-    path: Path, survey: Survey, leaves: dict[str, _Leaf], keys: Sequence[str], head: Any, seeds: list[Any] | None
+    path: Path, survey: Survey, leaves: dict[str, Leaf], keys: Sequence[str], head: Any, seeds: list[Any] | None
 ) -> Iterator[Demonstration]:
     with opened(path / DATA, WHAT) as file:
 
@@ -334,8 +235,8 @@ def write(source: Source, path: Path) -> None:
         "total_steps": steps,
         "data_format": "hdf5",
         "jpeg_encoding": False,
-        "observation_space": serialize(_gymnasium(spaces[0])),
-        "action_space": serialize(_gymnasium(spaces[1])),
+        "observation_space": serialize(to_gymnasium(spaces[0])),
+        "action_space": serialize(to_gymnasium(spaces[1])),
         "dataset_id": _id(path.name),
         "minari_version": minari.__version__,
         **carried,
@@ -403,7 +304,7 @@ def _inner(rows: np.ndarray) -> tuple[int, ...]:
 def _nested(space: dict[str, Any], rows: dict[str, np.ndarray]) -> Any:
     """Arrays by key, in groups as the space nests them."""
     tree: dict[str, Any] = {}
-    for leaf in _leaves(space, "observation"):
+    for leaf in leaves_of(space, "observation"):
         decoded = leaf.decode(rows[leaf.key])
         if not leaf.place:
             return decoded
@@ -420,13 +321,13 @@ def _spaces(source: Source, episode: Demonstration) -> tuple[Any, Any]:
     own = source.attributes.get("minari", {})
     keys, action = source.observation_keys, episode.data[source.action_key]
     observed, done = (_own_space(own, name) for name in ("observation_space", "action_space"))
-    leaves = [] if observed is None else [leaf for leaf in _leaves(observed, "observation") if leaf.why_not() is None]
+    leaves = [] if observed is None else [leaf for leaf in leaves_of(observed, "observation") if leaf.why_not() is None]
     shapes = {leaf.key: leaf.shape or (1,) for leaf in leaves}
     if shapes != {key: episode.data[key].shape[1:] for key in keys}:  # keys were added, dropped or changed since
-        boxes = {key: _unbounded(episode.data[key]) for key in sorted(keys)}
+        boxes = {key: unbounded(episode.data[key]) for key in sorted(keys)}
         observed = boxes["observation"] if keys == ("observation",) else {"type": "Dict", "subspaces": boxes}
     if done is None or done.get("type") != "Box" or tuple(done.get("shape") or (1,)) != action.shape[1:]:
-        done = _unbounded(action)
+        done = unbounded(action)
     return observed, done
 
 
@@ -438,32 +339,4 @@ def _own_space(own: dict[str, Any], name: str) -> Any:
     return found if isinstance(found, dict) else None
 
 
-def _unbounded(rows: np.ndarray) -> dict[str, Any]:
-    """The space of all rows of a type and shape."""
-    dtype, (low, high) = rows.dtype, (-math.inf, math.inf) if rows.dtype.kind == "f" else (0, 1)
-    if dtype.kind in "iu":
-        low, high = int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
-    return {"type": "Box", "dtype": str(dtype), "shape": [*rows.shape[1:]], "low": low, "high": high}
-
-
-def _gymnasium(space: dict[str, Any]) -> Any:
-    """The space of Gymnasium that this is."""
-    spaces = library("gymnasium", WHAT).spaces
-    inner = space.get("subspaces")
-    if isinstance(inner, dict):
-        return spaces.Dict({name: _gymnasium(part) for name, part in inner.items()})
-    if isinstance(inner, list):
-        return spaces.Tuple([_gymnasium(part) for part in inner])
-    if space["type"] == "Discrete":
-        return spaces.Discrete(space["n"], start=space.get("start", 0))
-    if space["type"] == "MultiDiscrete":
-        return spaces.MultiDiscrete(space["nvec"], dtype=space["dtype"], start=space.get("start"))
-    if space["type"] == "MultiBinary":
-        return spaces.MultiBinary(space["n"])
-    dtype, shape = np.dtype(space["dtype"]), tuple(space["shape"])
-    infinite = (-math.inf, math.inf) if dtype.kind == "f" else (0, 255 if dtype == np.uint8 else 1)
-    given = zip((space.get("low"), space.get("high")), infinite, strict=True)
-    low, high = (
-        np.broadcast_to(np.asarray(end if bound is None else bound, dtype), shape).copy() for bound, end in given
-    )
-    return spaces.Box(low, high, shape, dtype.type)
+FORMAT = Format("Minari dataset", (".minari",), lambda path: (path / "data" / "metadata.json").is_file(), read, write)

@@ -20,18 +20,10 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from diffusion_policy.basics.files import FileError, open_regular, parse_json
-from diffusion_policy.datasets.source import (
-    Contents,
-    Source,
-    check_sizes,
-    foreign,
-    from_header,
-    header,
-    most_bytes,
-    say_too_large,
-)
-from diffusion_policy.datasets.storage import refuse_large_directory
+from diffusion_policy.basics.files import parse_json
+from diffusion_policy.datasets.formats.format import Contents, Format, Source, foreign, from_header, header
+from diffusion_policy.datasets.formats.reading import check_sizes, most_bytes, say_too_large
+from diffusion_policy.datasets.formats.zips import names_in_zip, opened_zip
 from diffusion_policy.datasets.store import Demonstration, StoreError
 
 ENDS = "meta/episode_ends"
@@ -70,7 +62,7 @@ class _Member(NamedTuple):
 
 def read(path: Path) -> Contents:
     """What is in the archive; raises StoreError, or what numpy and zipfile raise."""
-    with _opened(path) as archive:
+    with opened_zip(path) as archive:
         names = _names(archive)
         ends, remarks = _ends(archive, names.ends)
         members = {key: _member(archive, member, int(ends[-1]), path) for key, member in names.data.items()}
@@ -90,23 +82,6 @@ def read(path: Path) -> Contents:
     if head is None:
         return foreign({}, sorted({*arrays} - {"action"}), arrays, episodes, left_out, remarks)
     return from_header(head, arrays, episodes, left_out)
-
-
-def names_in_zip(path: Path) -> list[str]:
-    """Names of the members of a zip; none where it is no zip, or one with too many."""
-    try:
-        with _opened(path) as archive:
-            return archive.namelist()
-    except (StoreError, FileError, OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
-        return []
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    with open_regular(path) as file:
-        refuse_large_directory(file, str(path))
-        with zipfile.ZipFile(file) as archive:
-            yield archive
 
 
 def _names(archive: zipfile.ZipFile) -> _Names:
@@ -177,7 +152,7 @@ def _episodes(
 ) -> Iterator[Demonstration]:
     lengths = np.diff(ends, prepend=0)
     check_sizes(sum(member.row_bytes for member in members.values()), lengths.tolist(), path)
-    with _opened(path) as archive, contextlib.ExitStack() as opened:
+    with opened_zip(path) as archive, contextlib.ExitStack() as opened:
         rows = {}
         for key, member in members.items():
             file = opened.enter_context(archive.open(f"{member.name}.npy"))
@@ -327,3 +302,10 @@ class _Column:
 def _add(archive: zipfile.ZipFile, name: str, values: np.ndarray) -> None:
     with archive.open(name, "w") as member:
         np.lib.format.write_array(member, values)
+
+
+def _detect(path: Path) -> bool:
+    return any(name.endswith(".npy") for name in names_in_zip(path))
+
+
+FORMAT = Format("npz archive", (".npz",), _detect, read, write)

@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 
 from diffusion_policy.basics.files import parse_json
-from diffusion_policy.datasets.formats.hdf5 import File, Survey, created, numbered, opened
-from diffusion_policy.datasets.source import Contents, Source, foreign, from_header, header
+from diffusion_policy.datasets.formats.format import Contents, Format, Source, foreign, from_header, header
+from diffusion_policy.datasets.formats.hdf5 import File, created, detector, numbered, opened
+from diffusion_policy.datasets.formats.survey import Survey
 from diffusion_policy.datasets.store import Demonstration, StoreError
 
 HEADER = "diffusion_policy"
@@ -86,9 +87,7 @@ def _survey(file: File, data: Any, demos: list[str], head: Any) -> tuple[Survey,
                 inner = path[1:] or ("observation",)
                 key = action_key if path == ("actions",) else ".".join(inner if path[0] == "obs" else path)
                 survey.add(file, key, path, node)
-    if not survey.steps:
-        first, why = next(iter(survey.left_out.items()))
-        raise StoreError(f"no demo can be used; {first}: {why}")
+    survey.refuse_empty("demo")
     return survey, following
 
 
@@ -202,3 +201,12 @@ def _env_args(attributes: dict[str, Any]) -> dict[str, Any]:
         "type": GYM_TYPE,
         "env_kwargs": environment.get("arguments", {}),
     }
+
+
+def _fits(file: File, names: list[str]) -> bool:
+    return file.is_group(file.member(file.root, "data"))
+
+
+FORMAT = Format(
+    "robomimic HDF5", (".hdf5", ".h5"), detector(_fits), read, write, hdf5_layout="data/demo_0 (robomimic, Isaac Lab)"
+)

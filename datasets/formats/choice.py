@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_policy.basics.names import join_names
-from diffusion_policy.datasets.source import Contents, Source, Unusable, store_errors
+from diffusion_policy.datasets.formats.format import Contents, Source, Unusable
+from diffusion_policy.datasets.formats.reading import store_errors
 from diffusion_policy.datasets.storage import KEY, StoreError, say_names
 from diffusion_policy.datasets.store import Demonstration, nonfinite_rows
 
