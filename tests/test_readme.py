@@ -1,39 +1,59 @@
-"""What the README shows is what runs."""
+"""What README.md and the pages of docs/ show is what runs.
 
+The commands and the Python of a page run one after another, in miniature, in a folder where those of the README have
+run before. What needs a cluster, or files that only users have, is parsed.
+"""
+
+import contextlib
+import io
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
+from torch.distributed.run import get_args_parser
 
+from diffusion_policy import envs
 from diffusion_policy.cli import main, parse
 from diffusion_policy.commands import demo
 from diffusion_policy.diffusion.samplers import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = {"README.md": (ROOT / "README.md").read_text()} | {
+    f"docs/{path.name}": path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))
+}
+"""The text of each page, by its place in the repository."""
 
 
-@pytest.mark.parametrize("steps", [50, pytest.param(500, marks=pytest.mark.slow)])
-def test_the_python_runs_as_it_stands_there(tmp_path: Path, steps: int) -> None:
-    code, _ = python_blocks()
-    assert "TrainConfig(steps=500," in code
-    code = code.replace("steps=500", f"steps={steps}")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    counts = re.findall(r"^(left|right|none): (\d+) of (\d+)$", done.stdout, re.MULTILINE)
-    assert sum(int(episodes) for _, _, episodes in counts) == 20
-    successes = sum(int(succeeded) for _, succeeded, _ in counts)
-    assert successes > 0 or steps < 500
-    assert f"success: Metric(value={successes / 20}" in done.stdout
+class Block(NamedTuple):
+    """What stands between two fences."""
+
+    language: str
+    text: str
+
+    @property
+    def commands(self) -> list[str]:
+        """The lines of a shell block without comments, each command on one line."""
+        lines = (line.split("    #")[0].strip() for line in self.text.replace("\\\n", " ").splitlines())
+        return [line for line in lines if line and not line.startswith("#")]
 
 
-def python_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def blocks(page: str) -> list[Block]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", PAGES[page], re.DOTALL | re.MULTILINE)
+    return [Block(language, text) for language, text in found]
+
+
+def all_commands() -> list[str]:
+    return [line for page in PAGES for block in blocks(page) if block.language == "sh" for line in block.commands]
 
 
 SMALL = "--widths 16 32 --groups 4 --level-dim 16 --noise-levels 20 --steps 2 --batch-size 16 --device cpu"
@@ -46,6 +66,7 @@ MINIATURE = {
     "doctor": "--overfit-steps 2 --device cpu",
     "sweep": f"{SMALL} --episodes 1 --sampling-steps 2",
     "compare": "",
+    "report": "",
     "dataset": "",
     "toy": "",
     "demo": "",
@@ -53,56 +74,268 @@ MINIATURE = {
 """What is added to a command, so that it takes seconds; a flag given twice counts as given last."""
 LONG = {"sweep", "toy", "demo"}
 """Commands that take long all the same."""
+FEW = {
+    "episodes=40": "episodes=4",
+    "range(40)": "range(4)",
+    "steps=500": "steps=2",
+    "episodes=20": "episodes=2",
+    "100_020": "100_002",
+    "range(20)": "range(2)",
+}
+"""What is put in the place of numbers of the Python blocks, so that they take seconds."""
 
 
-def commands() -> list[str]:
-    """The commands of the README, in its order, a line each."""
-    return re.findall(r"^diffusion-policy (.*)$", README.replace("\\\n", " "), re.MULTILINE)
+def run_page(page: str, folder: Path, capsys: pytest.CaptureFixture[str], *, only_long: bool = False) -> None:
+    """Run what a page shows, in the folder; `only_long`: of its commands, the long ones alone; else all others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(demo, "STEPS", 4)
+        patch.setattr(demo, "EPISODES", 2)
+        for block in blocks(page):
+            if block.language == "python" and not only_long:
+                exec(in_miniature(block.text), {"observation": observation()})
+            for command in block.commands if block.language == "sh" else []:
+                if command.startswith("diffusion-policy ") and (command.split()[1] in LONG) == only_long:
+                    run_command(command, capsys)
 
 
-@pytest.mark.parametrize("all_of_them", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_commands_run_one_after_another_as_they_stand_there(
-    all_of_them: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "STEPS", 4)
-    monkeypatch.setattr(demo, "EPISODES", 2)
-    assert len(commands()) >= 20
-    for command in commands():
-        command = command.replace("--dataset D ", "--dataset runs/demo/demonstrations.zarr ")
-        command = command.replace("int:1000:2000", "int:2:3")
-        verb, *_ = words = shlex.split(command)
-        if "--resume" not in command:
-            words += shlex.split(MINIATURE[verb])
-        if command.startswith("dataset validate runs/mine.zarr"):  # recorded in Python, a moment before
-            assert len(python_blocks()[1].strip().splitlines()) <= 14
-            exec(python_blocks()[1], {})
-        if verb not in LONG or all_of_them:
-            status = main(words)
-            assert status in ((0, 1) if verb == "doctor" else (0,)), f"{command}\n{capsys.readouterr().err}"
-        elif verb == "demo":
-            shutil.copytree("runs/demo/evaluation", "runs/other/evaluation")
-
-
-def test_what_a_launcher_starts_is_understood() -> None:
-    started = re.findall(
-        r"^\S.* -m diffusion_policy\.cli (.*)$|^RAY_ADDRESS=\S+ diffusion-policy (.*)$", README, re.MULTILINE
+def run_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = command.removeprefix("diffusion-policy ").replace(
+        "--dataset D ", "--dataset runs/demo/demonstrations.zarr "
     )
-    assert len(started) == 5
-    for command in started:
-        parse("".join(command).split())
+    command = command.replace("int:1000:2000", "int:2:3")
+    verb, *_ = words = shlex.split(command)
+    if verb == "compare" and not Path("runs/other").exists():  # the demo is long
+        shutil.copytree("runs/demo/evaluation", "runs/other/evaluation")
+    if "--resume" not in words:
+        words += shlex.split(MINIATURE[verb])
+    status = main(words)
+    assert status in ((0, 1) if verb == "doctor" else (0,)), f"{command}\n{capsys.readouterr().err}"
 
 
-def test_the_tree_names_every_module() -> None:
-    tree = README[README.index("## The tree") :]
-    for folder in ("diffusion_policy", "envs", "datasets"):
-        for path in (ROOT / folder).glob("*.py"):
-            assert path.stem == "__init__" or path.name in tree, path
+def in_miniature(code: str) -> str:
+    for number, few in FEW.items():
+        code = code.replace(number, few)
+    return code
+
+
+def observation() -> dict[str, np.ndarray]:
+    """What the user of a robot has, for the policies of these pages."""
+    return envs.make("diffusion_policy/Avoid-v0", rows=1).reset(seed=0)[0]
+
+
+@pytest.fixture(scope="module")
+def after_readme(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what the README's blocks leave; its first test fills it."""
+    return tmp_path_factory.mktemp("session")
+
+
+SHOWN = [page for page in PAGES if any(block.language in ("sh", "python") for block in blocks(page))]
+assert SHOWN[0] == "README.md"
+
+
+@pytest.fixture
+def session(after_readme: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A folder in which the README's blocks have run, but for the long commands."""
+    if not any(after_readme.iterdir()):
+        run_page("README.md", after_readme, capsys)
+    return Path(shutil.copytree(after_readme, tmp_path / "session"))
+
+
+@pytest.mark.parametrize("page", SHOWN)
+def test_what_a_page_shows_runs_as_it_stands_there(
+    page: str, session: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if page == "README.md":  # has run
+        assert (session / "runs/demo/evaluation/report.html").is_file()
+        assert (session / "runs/avoid/evaluation/results.json").is_file()
+    else:
+        run_page(page, session, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [page for page in SHOWN if any(f"diffusion-policy {verb} " in PAGES[page] for verb in LONG)]
+)
+def test_the_long_commands_of_a_page_run_too(page: str, session: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(session / "runs/other")
+    run_page(page, session, capsys, only_long=True)
+
+
+@pytest.mark.slow
+def test_the_five_lines_learn_something_as_they_stand_there(tmp_path: Path) -> None:
+    (code,) = (block.text for block in blocks("README.md") if block.language == "python")
+    lines = [line for line in code.splitlines() if line and not line.startswith("import")]
+    assert len(lines) == 5
+    robot = "envs.make('diffusion_policy/Avoid-v0', rows=1).reset(seed=0)[0]"
+    given = f"from diffusion_policy import envs\nobservation = {robot}\n"
+    run_python(given + code, tmp_path)
+    results = json.loads((tmp_path / "runs/avoid/evaluation/results.json").read_text())
+    assert results["success_rate"]["value"] > 0
+
+
+@pytest.mark.slow
+def test_the_parts_learn_something_as_they_stand_there(tmp_path: Path) -> None:
+    (code,) = (block.text for block in blocks("docs/training.md") if block.language == "python")
+    printed = run_python(code, tmp_path)
+    counts = re.findall(r"^(left|right|none): (\d+) of (\d+)$", printed, re.MULTILINE)
+    assert sum(int(episodes) for _, _, episodes in counts) == 20
+    successes = sum(int(succeeded) for _, succeeded, _ in counts)
+    assert successes > 0
+    assert f"success: Metric(value={successes / 20}" in printed
+
+
+def run_python(code: str, folder: Path) -> str:
+    """Run Python in a process of its own; returns what it prints."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_line_of_a_shell_block_is_run_or_understood() -> None:
+    assert len(all_commands()) >= 30
+    for command in all_commands():
+        first, *rest = shlex.split(command)
+        if first == "make":
+            assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
+        elif first.startswith("scripts/"):
+            understand_script(ROOT / first)
+        elif first in ("torchrun", "accelerate") or first.startswith("RAY_ADDRESS="):
+            understand_launch([first, *rest])
+        else:
+            assert first == "diffusion-policy", f"{command} is neither run nor understood"
+            assert rest[0] in MINIATURE, command
+
+
+def understand_script(path: Path) -> None:
+    """Parse the commands of a script; bash gives its variables their values."""
+    assert os.access(path, os.X_OK), path
+    told = f'diffusion-policy() {{ printf "%q " "$@"; echo; }}\nset -- A B\n{path.read_text()}'
+    done = subprocess.run(["bash", "-c", told], capture_output=True, text=True, check=True)
+    assert done.stdout
+    for command in done.stdout.splitlines():
+        parse(shlex.split(command))
+
+
+def understand_launch(words: list[str]) -> None:
+    """Parse what a launcher is given, and the command that it starts."""
+    if words[0] == "torchrun":
+        started = get_args_parser().parse_args(words[1:])
+        assert started.module
+        assert started.training_script == "diffusion_policy.cli"
+        parse(started.training_script_args)
+    elif words[0] == "accelerate":
+        launch = pytest.importorskip("accelerate.commands.launch")
+        started = launch.launch_command_parser().parse_args(words[2:])
+        assert started.module
+        parse(started.training_script_args)
+    else:
+        assert words[1] == "diffusion-policy"
+        parse(words[2:])
+
+
+@pytest.fixture(scope="module")
+def flags() -> set[str]:
+    """Every flag of every command, and of the launchers that docs/cluster.md names."""
+    datasets = ("inspect", "validate", "convert", "merge", "split", "repair", "plot", "replay")
+    texts = [help_of(verb) for verb in MINIATURE if verb != "dataset"]
+    texts += [help_of("dataset", verb) for verb in datasets]
+    launchers = [
+        line for line in PAGES["docs/cluster.md"].splitlines() if "torchrun" in line or "accelerate launch" in line
+    ]
+    return set(re.findall(r"--[a-z][a-z_-]*[a-z]", "\n".join(texts + launchers)))
+
+
+def help_of(*words: str) -> str:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        parse([*words, "--help"])
+    return said.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_flags_that_a_page_names_exist(page: str, flags: set[str]) -> None:
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]", PAGES[page]))
+    assert named - flags - {"--help", "--debug", "--version"} == set()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_and_pictures_of_a_page_exist(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if re.match(r"https?://", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path.read_text()), target
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_page_is_listed_in_both_indexes() -> None:
+    for page in PAGES:
+        if page.startswith("docs/") and page != "docs/README.md":
+            assert f"]({page})" in PAGES["README.md"]
+            assert f"]({page.removeprefix('docs/')})" in PAGES["docs/README.md"]
+
+
+def test_the_readme_is_short() -> None:
+    assert len(PAGES["README.md"].encode()) <= 10_000
+
+
+WORDS_OF_OTHERS = (
+    *("EMA", "inference", "imitation learning", "behaviour cloning", "behavior cloning", "action chunk"),
+    *("action chunking", "rollout", "policy", "normalization", "observation horizon", "DDIM"),
+    *("classifier-free guidance", "receding horizon", "hyperparameter search", "teleoperation"),
+)
+
+
+def test_the_words_of_others_are_found() -> None:
+    listed = PAGES["docs/README.md"][PAGES["docs/README.md"].index("## Words others use") :].lower()
+    for word in WORDS_OF_OTHERS:
+        assert re.search(rf"^\|[^|]*\b{re.escape(word.lower())}\b", listed, re.MULTILINE), word
+
+
+def test_the_extras_that_pages_name_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = re.findall(r"diffusion-policy-toolkit\[([a-z,]+)\]", "".join(PAGES.values()))
+    assert named
+    assert {extra for names in named for extra in names.split(",")} <= extras.keys()
+
+
+def tree() -> Iterator[str]:
+    """The paths of the tree in docs/architecture.md: two spaces of indentation a folder."""
+    (text,) = (block.text for block in blocks("docs/architecture.md") if not block.language)
+    folders: list[str] = []
+    for line in text.splitlines():
+        if match := re.match(r"((?:  )*)([\w./]+)(?: |$)", line):
+            indentation, name = match.groups()
+            folders = [*folders[: len(indentation) // 2], name]
+            yield "".join(folders)
+
+
+def test_the_tree_is_what_is_on_the_disk() -> None:
+    shown = list(tree())
+    assert len(shown) == len(set(shown))
+    for path in shown:
+        assert (ROOT / path).exists(), path
+    modules = {
+        str(path.relative_to(ROOT))
+        for folder in ("diffusion_policy", "envs", "datasets", "scripts")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.stem != "__init__" and not (ROOT / folder / path.relative_to(ROOT / folder).parts[0]).is_symlink()
+    }
+    assert {path for path in shown if path.endswith(".py") and not path.endswith("__init__.py")} == modules
 
 
 def test_the_table_of_samplers_is_the_committed_study() -> None:
     study = json.loads((ROOT / ".github" / "studies" / "demo_samplers.json").read_text())
-    rows = dict(re.findall(r"^\| `([a-z0-9-]+)` \| (\d.*) \|$", README, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `([a-z0-9-]+)` \| (\d.*) \|$", PAGES["docs/diffusion.md"], re.MULTILINE))
     assert rows.keys() == study["samplers"].keys() == SAMPLERS.keys()
     for name, cells in study["samplers"].items():
         shown = [
@@ -110,8 +343,3 @@ def test_the_table_of_samplers_is_the_committed_study() -> None:
             for cell in cells.values()
         ]
         assert rows[name].split(" | ") == shown
-
-
-def test_the_pictures_exist() -> None:
-    for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
-        assert (ROOT / picture).is_file()
