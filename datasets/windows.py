@@ -4,7 +4,10 @@ on the GPU), or streamed from a store in shuffled blocks with bounded memory.
 Knows arrays and stores. Knows no policy.
 """
 
+from __future__ import annotations
+
 import contextlib
+import copy
 import math
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,19 +29,20 @@ INDEX_BYTES = 40
 """What a window costs beside its rows."""
 
 
-class Share(NamedTuple):
-    """One of the equal parts into which processes divide every batch."""
+class Shard(NamedTuple):
+    """One of the equal parts of a batch: that of a process, or one of several computed one after the other."""
 
-    which: int
-    """From 0."""
-    parts: int
+    rank: int = 0
+    """Which of them, from 0."""
+    world_size: int = 1
+    """How many there are."""
 
-    def of(self, batch_size: int) -> tuple[int, int]:
-        """Its first row and the one behind its last."""
-        return batch_size * self.which // self.parts, batch_size * (self.which + 1) // self.parts
+    def of(self, rows: int) -> tuple[int, int]:
+        """Of so many rows, its first one and the one behind its last."""
+        return rows * self.rank // self.world_size, rows * (self.rank + 1) // self.world_size
 
 
-WHOLE = Share(0, 1)
+WHOLE = Shard()
 
 
 class Batch(NamedTuple):
@@ -52,6 +56,14 @@ class Batch(NamedTuple):
     """Index of the episode's mode, (B,) int64, -1 where it has none; None when the windows know no modes."""
     rows: np.ndarray | None = None
     """Row of the store that is *now* in each window, (B,) int64; of the data, where they come from no store."""
+
+    def part(self, first: int, last: int) -> Batch:
+        """Some of the windows."""
+        observations = {key: values[first:last] for key, values in self.observations.items()}
+        modes = None if self.modes is None else self.modes[first:last]
+        return Batch(
+            observations, self.actions[first:last], modes, None if self.rows is None else self.rows[first:last]
+        )
 
 
 class Windows:
@@ -103,6 +115,14 @@ class Windows:
         """All rows of the chosen episodes: `action` and each observation key, (windows, ...)."""
         return {key: array.cpu().numpy()[self._now] for key, array in self._data.items()}
 
+    def subset(self, indices: np.ndarray) -> Windows:
+        """Some of the windows, on the same data."""
+        chosen = copy.copy(self)
+        chosen._now, chosen._first, chosen._last = (rows[indices] for rows in (self._now, self._first, self._last))
+        chosen._modes = None if self._modes is None else self._modes[indices]
+        chosen._rows = self._rows[indices]
+        return chosen
+
     def gather(self, indices: np.ndarray | Tensor) -> Batch:
         """The windows with these indices, (B,) int64 on the CPU."""
         indices = np.asarray(indices)
@@ -113,12 +133,12 @@ class Windows:
         modes = None if self._modes is None else torch.from_numpy(self._modes[indices]).to(self._device)
         return Batch(observations, _take(self._data["action"], predicted), modes, self._rows[indices])
 
-    def batches(self, batch_size: int, seed: int, first_step: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
+    def batches(self, batch_size: int, seed: int, first_step: int = 0, shard: Shard = WHOLE) -> Iterator[Batch]:
         """Batches for ever, from the one of step `first_step` on: each pass over the windows in a new order that the
         seed fixes; an incomplete last batch is left out, unless there are fewer windows than `batch_size`. Of each
-        batch, the rows of this `share`."""
+        batch, the rows of this `shard`."""
         batch_size = min(batch_size, len(self))
-        first, stop = share.of(batch_size)
+        first, stop = shard.of(batch_size)
         number, done = divmod(first_step, len(self) // batch_size)
         while True:
             order = derive_rng("order of windows", seed, number).permutation(len(self))
@@ -168,18 +188,18 @@ class StreamedWindows:
         To, T = self._horizons
         return {name: (T if name == "action" else To, *self._store.shape(key)) for key, name in self._keys.items()}
 
-    def batches(self, batch_size: int, seed: int, first_step: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
+    def batches(self, batch_size: int, seed: int, first_step: int = 0, shard: Shard = WHOLE) -> Iterator[Batch]:
         """As `Windows.batches`; only the rows of the pool and of the next one are in memory. Blocks are read whole,
-        whatever the share."""
+        whatever the shard."""
         batch_size = min(batch_size, len(self))
         number, done = divmod(first_step, len(self) // batch_size)
         while True:
-            yield from self._one_pass(batch_size, seed, number, done * batch_size, share)
+            yield from self._one_pass(batch_size, seed, number, done * batch_size, shard)
             number, done = number + 1, 0
 
-    def _one_pass(self, batch_size: int, seed: int, number: int, skipped: int, share: Share) -> Iterator[Batch]:
+    def _one_pass(self, batch_size: int, seed: int, number: int, skipped: int, shard: Shard) -> Iterator[Batch]:
         """The batches of one pass over the windows, after the first `skipped` windows."""
-        first_row, stop_row = share.of(batch_size)
+        first_row, stop_row = shard.of(batch_size)
         blocks = np.flatnonzero(self._windows_in_block)
         order = derive_rng("order of blocks", seed, number).permutation(blocks)
         pools = [order[i : i + self._blocks_together] for i in range(0, len(order), self._blocks_together)]

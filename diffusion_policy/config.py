@@ -10,8 +10,8 @@ import math
 import reprlib
 import types
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from diffusion_policy.basics.bounds import MOST_CHARACTERS, MOST_SEED
 
@@ -46,6 +46,12 @@ class ConfigError(ValueError):
     """An option has a value that cannot work."""
 
 
+class Group(NamedTuple):
+    """In the annotation of a field: the title under which --help lists this flag and those after it, empty for none."""
+
+    title: str
+
+
 def _require(condition: bool, name: str, allowed: str, got: object) -> None:
     if not condition:
         raise ConfigError(f"{name.replace('_', '-')} must be {allowed}; got {got}")
@@ -65,11 +71,11 @@ def require_at_most(config: object, highest: float, names: Iterable[str]) -> Non
 
 def require_numbers(config: Any) -> None:
     """Raise ConfigError when a number among the fields is infinite, NaN, or an integer beyond 64 bits."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+    for one in dataclasses.fields(config):
+        value = getattr(config, one.name)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float):
-                _require(_is_plain(number), field.name, "finite, and whole numbers below 2^63", number)
+                _require(_is_plain(number), one.name, "finite, and whole numbers below 2^63", number)
 
 
 def _is_plain(number: float) -> bool:
@@ -85,15 +91,10 @@ def require_labels(labels: Iterable[str]) -> None:
 
 
 @dataclass(frozen=True)
-class PolicyConfig:
-    """What a policy is: horizons, network and diffusion."""
+class UnetConfig:
+    """The conditional 1-D temporal U-Net."""
 
-    observation_horizon: int = 2
-    """Observed steps given to the policy, the last one is now (To)."""
-    prediction_horizon: int = 16
-    """Steps in a predicted action sequence (T); a multiple of 2^(number of widths - 1)."""
-    action_horizon: int = 8
-    """Steps executed before planning again (Ta); at most T - To + 1."""
+    kind: ClassVar[str] = "unet"
     widths: tuple[int, ...] = (64, 128, 256)
     """Channels of the U-Net at each resolution; each resolution is half as long in time as the one before."""
     kernel_size: int = 5
@@ -102,12 +103,60 @@ class PolicyConfig:
     """Groups of each GroupNorm; divides every width."""
     level_dim: int = 128
     """Size of the noise level's embedding; even."""
-    schedule: ScheduleName = "cosine"
-    """Noise schedule."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, ("groups",))
+        require_at_most(self, MAX_KERNEL_SIZE, ("kernel_size",))
+        require_at_most(self, MAX_WIDTH, ("level_dim",))
+        _require(len(self.widths) >= 1 and min(self.widths) >= 1, "widths", "positive numbers", self.widths)
+        fit = len(self.widths) <= MAX_RESOLUTIONS and max(self.widths) <= MAX_WIDTH
+        _require(fit, "widths", f"at most {MAX_RESOLUTIONS} numbers up to {MAX_WIDTH}", reprlib.repr(self.widths))
+        _require(self.kernel_size % 2 == 1 and self.kernel_size > 0, "kernel_size", "odd", self.kernel_size)
+        _require(self.level_dim % 2 == 0 and self.level_dim >= 4, "level_dim", "even and at least 4", self.level_dim)
+        wrong = [width for width in self.widths if width % self.groups]
+        _require(not wrong, "widths", f"multiples of the {self.groups} groups", wrong)
+        require_numbers(self)
+
+    def require_horizon(self, prediction_horizon: int) -> None:
+        """Raise ConfigError where the network cannot take sequences of this length."""
+        stride = 2 ** (len(self.widths) - 1)
+        if prediction_horizon % stride:
+            raise ConfigError(
+                f"prediction-horizon must be a multiple of {stride}, since {len(self.widths)} widths halve the time "
+                f"axis {len(self.widths) - 1} times; got {prediction_horizon}"
+            )
+
+    def least_memory(self, prediction_horizon: int) -> int:
+        """Bytes that one sequence takes at least while the network learns from it: each resolution keeps its channels
+        some 16 times, for four residual blocks."""
+        return 4 * 16 * sum(width * (prediction_horizon >> i) for i, width in enumerate(self.widths))
+
+
+@dataclass(frozen=True)
+class StateEncoderConfig:
+    """Encoder of an observation that is a row of numbers: its observed steps side by side."""
+
+    kind: ClassVar[str] = "state"
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """What a policy is: horizons, network, encoder and diffusion."""
+
+    observation_horizon: int = 2
+    """Observed steps given to the policy, the last one is now (To)."""
+    prediction_horizon: int = 16
+    """Steps in a predicted action sequence (T); a multiple of 2^(number of widths - 1)."""
+    action_horizon: int = 8
+    """Steps executed before planning again (Ta); at most T - To + 1."""
+    network: Annotated[UnetConfig, Group("network")] = field(default_factory=UnetConfig)
+    encoder: StateEncoderConfig = field(default_factory=StateEncoderConfig)
+    schedule: Annotated[ScheduleName, Group("diffusion")] = "cosine"
+    """Noise schedule: how much noise each level holds."""
     noise_levels: int = 100
     """Noise levels of the schedule (K)."""
     schedule_options: tuple[float, ...] = ()
-    """Numbers of the schedule instead of its own: first and last beta (linear, sigmoid), beta (constant), offset s
+    """Numbers of the noise schedule instead of its own: first and last beta (linear, sigmoid), beta (constant), offset s
     (cosine)."""
     prediction: PredictionName = "noise"
     """What the network predicts: the noise, the clean sample, the velocity alpha eps - sigma x0, or that of a flow,
@@ -119,28 +168,18 @@ class PolicyConfig:
     condition_dropout: float = 0.0
     """Share of training windows that lose their condition, so that the policy can be guided; 0.1 is usual. What is
     lost is the mode with condition-on-mode, else the observations."""
-    normalization: NormalizationName = "limits"
+    normalization: Annotated[NormalizationName, Group("policy")] = "limits"
     """How each column becomes a number of about one: its limits become -1 and 1; or its mean 0 and its deviation 1; or
     its quantiles 0.01 and 0.99 become -1 and 1."""
     condition_on_mode: bool = False
     """Give the demonstration's mode label to the network too, so that the policy can be steered with --mode."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, ("observation_horizon", "prediction_horizon", "action_horizon", "groups"))
+        require_at_least(self, 1, ("observation_horizon", "prediction_horizon", "action_horizon"))
         require_at_least(self, 2, ("noise_levels",))
         require_at_most(self, MAX_HORIZON, ("prediction_horizon",))
         require_at_most(self, MAX_LEVELS, ("noise_levels",))
-        require_at_most(self, MAX_KERNEL_SIZE, ("kernel_size",))
-        require_at_most(self, MAX_WIDTH, ("level_dim",))
-        _require(len(self.widths) >= 1 and min(self.widths) >= 1, "widths", "positive numbers", self.widths)
-        fit = len(self.widths) <= MAX_RESOLUTIONS and max(self.widths) <= MAX_WIDTH
-        _require(fit, "widths", f"at most {MAX_RESOLUTIONS} numbers up to {MAX_WIDTH}", reprlib.repr(self.widths))
-        stride = 2 ** (len(self.widths) - 1)
-        if self.prediction_horizon % stride:
-            raise ConfigError(
-                f"prediction-horizon must be a multiple of {stride}, since {len(self.widths)} widths halve the time "
-                f"axis {len(self.widths) - 1} times; got {self.prediction_horizon}"
-            )
+        self.network.require_horizon(self.prediction_horizon)
         _require(
             self.prediction_horizon >= self.observation_horizon,
             "prediction_horizon",
@@ -153,10 +192,6 @@ class PolicyConfig:
                 f"action-horizon must be at most {longest} (prediction-horizon {self.prediction_horizon} - "
                 f"observation-horizon {self.observation_horizon} + 1); got {self.action_horizon}"
             )
-        _require(self.kernel_size % 2 == 1 and self.kernel_size > 0, "kernel_size", "odd", self.kernel_size)
-        _require(self.level_dim % 2 == 0 and self.level_dim >= 4, "level_dim", "even and at least 4", self.level_dim)
-        wrong = [width for width in self.widths if width % self.groups]
-        _require(not wrong, "widths", f"multiples of the {self.groups} groups", wrong)
         check_choice("schedule", self.schedule, get_args(ScheduleName))
         check_choice("prediction", self.prediction, get_args(PredictionName))
         check_choice("normalization", self.normalization, get_args(NormalizationName))
@@ -172,7 +207,7 @@ class TrainConfig:
     steps: int = 3000
     """Training steps."""
     batch_size: int = 256
-    """Windows in a step."""
+    """Windows in a training step."""
     learning_rate: float = 3e-4
     """Highest learning rate of AdamW; it rises during the warm-up and falls to 0 along a cosine."""
     weight_decay: float = 1e-6
@@ -180,30 +215,31 @@ class TrainConfig:
     warmup_steps: int = 200
     """Steps over which the learning rate rises; at most a tenth of all."""
     gradient_clip: float = 1.0
-    """Largest norm of the gradient."""
+    """Largest norm of the gradient; a longer one is scaled down to it."""
     ema_power: float = 0.75
-    """The EMA weights keep 1 - (1 + step)^-power of themselves at each step, ..."""
+    """Power p of the moving average (EMA) of the weights: at each step it keeps 1 - (1 + step)^-p of itself, at most
+    ema-max-decay."""
     ema_max_decay: float = 0.999
-    """... but never more than this share."""
-    validation_share: float = 0.05
+    """Largest share of itself that the moving average (EMA) of the weights keeps at a step."""
+    validation_share: Annotated[float, Group("data")] = 0.05
     """Share of the episodes held out; 0 trains on all."""
     max_episodes: int | None = None
     """Use only so many episodes, drawn by the seed; those held out come on top."""
     memory_gb: float = 4.0
     """Windows that need more memory than this are streamed from the store in shuffled blocks, in some 0.2 GB."""
-    validate_every: int = 250
-    """Steps between two validations."""
-    checkpoint_every: int = 1000
-    """Steps between two checkpoints."""
+    validate_every: Annotated[int, Group("validation")] = 250
+    """Training steps between two validations."""
+    checkpoint_every: Annotated[int, Group("checkpoint")] = 1000
+    """Training steps between two checkpoints."""
     keep_checkpoints: int = 1
-    """Checkpoints that stay: the newest so many, ..."""
+    """Number of newest checkpoints that stay; older ones are deleted, but for the one that keep-best keeps."""
     keep_best: MetricName | None = None
-    """... and the best by this metric; a link `best` in the run's folder leads to it."""
-    rollout_every: int = 0
-    """Steps between two rollouts of the EMA weights in the environment; 0 for none."""
+    """Metric by which the best checkpoint stays too; a link `best` in the run's folder leads to it."""
+    rollout_every: Annotated[int, Group("rollout")] = 0
+    """Training steps between two rollouts of the EMA weights in the environment; 0 for none."""
     rollout_episodes: int = 20
-    """Episodes of each, always the same seeds, apart from those of demonstrations and evaluations."""
-    precision: PrecisionName = "fp32"
+    """Episodes of each rollout, always the same seeds, apart from those of demonstrations and evaluations."""
+    precision: Annotated[PrecisionName, Group("training")] = "fp32"
     """What the network computes in; its weights stay fp32."""
     accumulation: int = 1
     """Parts of a batch that are computed one after the other, which takes less memory and gives the same result but for
@@ -336,7 +372,73 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise ConfigError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
 
 
+OLD_NAMES = {
+    "policy": {"levels": "noise_levels"},
+    "training": {"average_power": "ema_power", "average_limit": "ema_max_decay", "keep": "keep_checkpoints"},
+}
+"""What options were called before; files say them still."""
+
+
+def with_todays_names(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON of `policy` and `training` options, as any version has written it, by the names of today: what was
+    renamed, and the network's options, which stood beside the policy's."""
+    today = dict(options)
+    for part, names in OLD_NAMES.items():
+        if isinstance(today.get(part), dict):
+            today[part] = {names.get(name, name): value for name, value in today[part].items()}
+    policy = today.get("policy")
+    own = [one.name for one in dataclasses.fields(UnetConfig)]
+    if isinstance(policy, dict) and "network" not in policy and policy.keys() & set(own):
+        moved = {name: policy[name] for name in own if name in policy}
+        rest = {name: value for name, value in policy.items() if name not in moved}
+        today["policy"] = {**rest, "network": {"kind": UnetConfig.kind, **moved}}
+    return today
+
+
+def to_json(config: Any) -> Any:
+    """A dataclass as JSON's types, with the `kind` of those that are one of several; `decode` is its inverse."""
+    if dataclasses.is_dataclass(config):
+        tag = {"kind": getattr(config, "kind")} if hasattr(config, "kind") else {}  # noqa: B009
+        return tag | {one.name: to_json(getattr(config, one.name)) for one in dataclasses.fields(config)}
+    if isinstance(config, tuple) and hasattr(config, "_asdict"):
+        return to_json(config._asdict())
+    if isinstance(config, Mapping):
+        return {name: to_json(value) for name, value in config.items()}
+    return [to_json(item) for item in config] if isinstance(config, list | tuple) else config
+
+
+def flat_options(config: Any) -> dict[str, Any]:
+    """{name: value} of a dataclass and of those within it, as the command line names them; raises TypeError for a name
+    that stands in two of them."""
+    flat: dict[str, Any] = {}
+    for one in dataclasses.fields(config):
+        value = getattr(config, one.name)
+        found = flat_options(value) if dataclasses.is_dataclass(value) else {one.name: value}
+        if flat.keys() & found.keys():
+            raise TypeError(f"two options are called {min(flat.keys() & found.keys())}")
+        flat |= found
+    return flat
+
+
 T = TypeVar("T")
+
+
+def with_options(config: T, **options: Any) -> T:
+    """The dataclass with other values for some options, which may stand in a dataclass within it: `with_options(
+    PolicyConfig(), widths=(16, 32))`. Raises ConfigError for unknown names, with the nearest."""
+    known = flat_options(config)
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"unknown option {name!r}; {did_you_mean(name, known)}")
+    changes: dict[str, Any] = {}
+    for one in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]
+        value = getattr(config, one.name)
+        if dataclasses.is_dataclass(value):
+            within = {name: options[name] for name in flat_options(value) if name in options}
+            changes |= {one.name: with_options(value, **within)} if within else {}
+        elif one.name in options:
+            changes[one.name] = options[one.name]
+    return dataclasses.replace(config, **changes)  # pyright: ignore[reportArgumentType]
 
 
 def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
@@ -392,6 +494,10 @@ def _decode_object(value: Any, kind: Any, where: str) -> Any:
     if type(value) is not dict:
         raise ConfigError(f"{where or kind.__name__} must be a JSON object; got {reprlib.repr(value)}")
     hints, prefix = _hints_of(kind), f"{where}: " if where else ""
+    if hasattr(kind, "kind"):
+        if value.get("kind", kind.kind) != kind.kind:
+            raise ConfigError(f"{prefix}unknown kind {reprlib.repr(value['kind'])}; known is {kind.kind}")
+        value = {name: item for name, item in value.items() if name != "kind"}
     for name in value:
         if name not in hints:
             raise ConfigError(f"{prefix}unknown option {reprlib.repr(name)}; {did_you_mean(name, hints)}")
@@ -411,7 +517,10 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
     return f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
 
 
-_hints_of = functools.cache(get_type_hints)
+@functools.cache
+def _hints_of(kind: Any) -> dict[str, Any]:
+    """Type hints of the fields."""
+    return {name: hint for name, hint in get_type_hints(kind).items() if get_origin(hint) is not ClassVar}
 
 
 @functools.cache
@@ -420,7 +529,7 @@ def _required(kind: Any) -> set[str]:
     if not dataclasses.is_dataclass(kind):
         return set(kind._fields) - kind._field_defaults.keys()
     none = dataclasses.MISSING
-    return {field.name for field in dataclasses.fields(kind) if field.default is none and field.default_factory is none}
+    return {one.name for one in dataclasses.fields(kind) if one.default is none and one.default_factory is none}
 
 
 def _join(where: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""DiffusionPolicy: encoder + network + diffusion (schedule and prediction) + normalizer.
+"""DiffusionPolicy: encoders + network + diffusion (schedule and prediction) + normalizer.
 
 Observations and actions are raw outside and normalized inside. The timeline, for To = 2, T = 16, Ta = 8:
 
@@ -12,7 +12,7 @@ Knows no simulator and no file.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -21,16 +21,14 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from diffusion_policy.basics.streams import derive_entropy
-from diffusion_policy.config import PolicyConfig, SampleConfig
+from diffusion_policy.config import PolicyConfig, SampleConfig, to_json
 from diffusion_policy.datasets.statistics import Statistics, measure
 from diffusion_policy.diffusion.guidance import CLIPS, GUIDANCE_SCHEDULES, classifier_free
 from diffusion_policy.diffusion.prediction import PREDICTIONS
-from diffusion_policy.diffusion.process import Diffusion, Part, count_draws
-from diffusion_policy.diffusion.samplers import SAMPLERS, Denoise, Levels, Sampler, ddim
+from diffusion_policy.diffusion.process import Diffusion, count_draws
+from diffusion_policy.diffusion.samplers import SAMPLERS, Denoise, Levels, Sampler, ddim, ddpm
 from diffusion_policy.diffusion.schedules import make_schedule
-from diffusion_policy.networks.encoders import StateEncoder
-from diffusion_policy.networks.unet import TemporalUnet
+from diffusion_policy.networks import ENCODERS, NETWORKS
 from diffusion_policy.normalizer import NORMALIZATIONS, Normalizer
 
 MOST_DRAWN = 2**28
@@ -46,6 +44,19 @@ class Shapes(NamedTuple):
     """(A,)"""
     angles: dict[str, tuple[int, ...]] = {}  # noqa: RUF012  (never changed)
     """Columns of a key, `action` among them, that are angles [rad]; the network sees their cosine and sine."""
+
+
+class Target(NamedTuple):
+    """What the network predicts."""
+
+    key: str = "action"
+    """Its name in windows, statistics and normalizer."""
+    executed: slice = slice(None)
+    """Which columns of a step are the action that is executed."""
+
+
+Wrap = Callable[[Denoise], Denoise]
+"""Makes another denoiser of one, (xt, level) → x0 in normalized numbers: a cost's gradient, inpainting, a soft mask."""
 
 
 class DiffusionPolicy(nn.Module):
@@ -68,20 +79,24 @@ class DiffusionPolicy(nn.Module):
         self.config = config
         self.shapes = shapes
         self.modes = tuple(modes) if config.condition_on_mode else ()
-        self.normalizer = Normalizer({**shapes.observations, "action": shapes.action}, shapes.angles)
-        self.encoder = StateEncoder(
-            {key: self.normalizer.shapes[key] for key in shapes.observations}, config.observation_horizon
+        self.target = Target()
+        self.normalizer = Normalizer({**shapes.observations, self.target.key: shapes.action}, shapes.angles)
+        self.keys = tuple(sorted(shapes.observations))
+        """Observation keys, in the order of their features in the condition."""
+        make_encoder = ENCODERS[config.encoder.kind]
+        self.encoders = nn.ModuleList(
+            make_encoder(self.normalizer.shapes[key], config.observation_horizon) for key in self.keys
         )
-        (action_dim,) = self.normalizer.shapes["action"]
+        self.features: int = sum(encoder.features for encoder in self.encoders)  # pyright: ignore
+        """Numbers of a condition that come from observations."""
+        (target_dim,) = self.normalizer.shapes[self.target.key]
         marks = len(self.modes) or (1 if config.condition_dropout else 0)
-        self.network = TemporalUnet(
-            action_dim,
-            self.encoder.cond_dim + marks,
-            config.widths,
-            config.kernel_size,
-            config.groups,
-            config.level_dim,
-            outputs=(2 if config.learn_variance else 1) * action_dim,
+        options = {name: value for name, value in to_json(config.network).items() if name != "kind"}
+        self.network = NETWORKS[config.network.kind](
+            target_dim,
+            self.features + marks,
+            outputs=(2 if config.learn_variance else 1) * target_dim,
+            **options,
         )
         schedule = make_schedule(config.schedule, config.noise_levels, config.schedule_options)
         self.diffusion = Diffusion(schedule, PREDICTIONS[config.prediction], config.snr_gamma, config.learn_variance)
@@ -96,7 +111,7 @@ class DiffusionPolicy(nn.Module):
     ) -> "DiffusionPolicy":
         """A new policy with shapes and normalizer taken from the statistics of `action` and each observation key."""
         shapes = {key: part.mean.shape for key, part in statistics.items()}
-        action = shapes.pop("action")
+        action = shapes.pop(Target().key)
         policy = cls(config, Shapes(shapes, action, dict(angles or {})), modes)
         policy.normalizer.fit(statistics, NORMALIZATIONS[config.normalization])
         return policy
@@ -121,11 +136,15 @@ class DiffusionPolicy(nn.Module):
         """Raw observations {key: (B, To, ...)} → conditioning vectors (B, C). `modes`: index of each row's mode, (B,)
         int64, −1 where it is unknown or to be left open; None leaves all open. Raises ValueError for observations of
         other keys or shapes; those beside them are left alone."""
-        needed = {key: (self.config.observation_horizon, *self.shapes.observations[key]) for key in self.encoder.keys}
+        needed = {key: (self.config.observation_horizon, *self.shapes.observations[key]) for key in self.keys}
         found = {key: tuple(observations[key].shape[1:]) for key in needed if key in observations}
         if found != needed:
             raise ValueError(f"the policy observes {needed} beside the axis of rows; got {found}")
-        cond = self.encoder({key: self.normalizer.normalize(key, observations[key]) for key in self.encoder.keys})
+        features = [
+            encoder(self.normalizer.normalize(key, observations[key]))
+            for key, encoder in zip(self.keys, self.encoders, strict=True)
+        ]
+        cond = torch.cat(features, dim=-1)
         if self.modes:
             modes = torch.full((len(cond),), -1, device=cond.device) if modes is None else modes
             one_hot = modes[:, None] == torch.arange(len(self.modes), device=cond.device)  # (B, modes)
@@ -134,71 +153,76 @@ class DiffusionPolicy(nn.Module):
 
     def unconditional(self, cond: Tensor) -> Tensor:
         """Conditioning vectors (B, C) with the droppable part dropped."""
-        kept = self.encoder.cond_dim if self.modes else 0
+        kept = self.features if self.modes else 0
         return torch.cat([cond[:, :kept], torch.zeros_like(cond[:, kept:])], dim=-1)
-
-    def loss(
-        self,
-        observations: Mapping[str, Tensor],
-        actions: Tensor,
-        generator: torch.Generator,
-        modes: Tensor | None = None,
-        part: Part | None = None,
-    ) -> Tensor:
-        """Mean squared error of the prediction at random levels, (); see `Diffusion.loss`.
-
-        `observations`: raw {key: (B, To, ...)}; `actions`: raw (B, T, A); `generator` draws levels, noise and which
-        rows lose their condition (none do in eval mode), on the CPU; `modes`: (B,) int64, see `encode`; `part`: where
-        these rows stand in their batch. Raises ValueError where a policy that is conditioned on modes gets none.
-        """
-        if self.modes and modes is None:
-            raise ValueError("a policy with condition-on-mode is trained with the modes of its windows; got none")
-        cond = self.encode(observations, modes)
-        if self.config.condition_dropout and self.training:
-            part = part or Part(0, len(cond))
-            drawn = part.of(torch.rand(part.whole, 1, generator=generator), len(cond))
-            dropped = drawn < self.config.condition_dropout
-            cond = torch.where(dropped.to(cond.device), self.unconditional(cond), cond)
-        return self.diffusion.loss(self.network, self.normalizer.normalize("action", actions), cond, generator, part)
 
     @torch.no_grad()
     def sample(
         self,
         observations: Mapping[str, Tensor],
-        generators: Sequence[torch.Generator],
+        generators: Sequence[np.random.Generator],
         num_samples: int = 1,
         config: SampleConfig | None = None,
+        wrap: Sequence[Wrap] = (),
     ) -> Tensor:
         """Draw N action sequences for each observation: raw {key: (B, To, ...)} of any type → raw (B, N, T, A), float64
         (float32 on MPS).
 
-        One CPU generator a row draws that row's noise: a row's result does not depend on its neighbours. Raises
-        ValueError where `resolve_sampling` does.
+        One generator a row draws that row's noise: a row's result does not depend on its neighbours. `wrap`: wrappers
+        of the denoiser, the first one next to the network; within them gradients can be computed
+        (`torch.enable_grad`). Raises ValueError where `resolve_sampling` and `draw_noise` do.
         """
+        return self.sample_from(observations, self.draw_noise(generators, num_samples, config), config, wrap)
+
+    def noise_shape(self, config: SampleConfig | None = None) -> tuple[int, ...]:
+        """What one sequence takes of noise: (draws, T, D). Raises ValueError where `resolve_sampling` does."""
         config = config or SampleConfig()
         sampler, levels = self.resolve_sampling(config)
+        draws = count_draws(sampler, levels, config.corrector_steps)
+        return (draws, self.config.prediction_horizon, *self.normalizer.shapes[self.target.key])
+
+    def draw_noise(
+        self, generators: Sequence[np.random.Generator], num_samples: int = 1, config: SampleConfig | None = None
+    ) -> np.ndarray:
+        """Noise of N sequences for each generator, (B, N, draws, T, D) float32; raises ValueError for more than
+        `MOST_DRAWN` numbers."""
+        shape = self.noise_shape(config)
+        if len(generators) * num_samples * math.prod(shape) > MOST_DRAWN:
+            raise ValueError(
+                f"sampling needs {len(generators)} x {shape[0]} draws of noise of "
+                f"{num_samples * math.prod(shape[1:])} numbers, at most {MOST_DRAWN} numbers are drawn at once; fewer "
+                "samples, steps or corrector steps"
+            )
+        rows = [generator.standard_normal((num_samples, *shape), np.float32) for generator in generators]
+        return np.stack(rows)
+
+    @torch.no_grad()
+    def sample_from(
+        self,
+        observations: Mapping[str, Tensor],
+        noise: np.ndarray,
+        config: SampleConfig | None = None,
+        wrap: Sequence[Wrap] = (),
+    ) -> Tensor:
+        """As `sample`, from noise that was drawn, (B, N, draws, T, D). Raises ValueError for observations that are not
+        finite."""
+        config = config or SampleConfig()
+        _, levels = self.resolve_sampling(config)
         for key, rows in observations.items():
             if not torch.isfinite(rows).all():
                 raise ValueError(f"the observation {key} holds NaN or infinity")
-        draws = count_draws(sampler, levels, config.corrector_steps)
-        shape = (draws, num_samples, self.config.prediction_horizon, *self.normalizer.shapes["action"])
-        if len(generators) * math.prod(shape) > MOST_DRAWN:
-            raise ValueError(
-                f"sampling needs {len(generators)} x {draws} draws of noise of {math.prod(shape[1:])} numbers, at most "
-                f"{MOST_DRAWN} numbers are drawn at once; fewer samples, steps or corrector steps"
-            )
-        rows = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        noise = rearrange(rows, "b draws n t a -> draws (b n) t a").to(self.device)
+        number = noise.shape[1]
+        drawn = rearrange(torch.from_numpy(noise), "b n draws t d -> draws (b n) t d").to(self.device)
         mode = -1 if config.mode is None else self.modes.index(config.mode)
-        cond = self.encode(observations, torch.full((len(generators),), mode, device=self.device))
-        x0 = self.denoise_from(noise, repeat(cond, "b c -> (b n) c", n=num_samples), levels, config)
-        actions = self.normalizer.unnormalize("action", x0)
-        return rearrange(actions, "(b n) t a -> b n t a", n=num_samples)
+        cond = self.encode(observations, torch.full((len(noise),), mode, device=self.device))
+        x0 = self.denoise_from(drawn, repeat(cond, "b c -> (b n) c", n=number), levels, config, wrap)
+        sequences = self.normalizer.unnormalize(self.target.key, x0)[..., self.target.executed]
+        return rearrange(sequences, "(b n) t a -> b n t a", n=number)
 
     def compile_sampling(self) -> None:
         """Have the network compiled by torch.compile at its first call, which needs a C++ compiler on the CPU. It can
         change the last digits of a sequence. (The whole loop is one graph too, but takes minutes for 16 steps.)"""
-        self.network.compile(fullgraph=True)
+        self.network.denoise = torch.compile(self.network.denoise, fullgraph=True)
 
     def resolve_sampling(self, config: SampleConfig) -> tuple[Sampler, list[int]]:
         """The sampler and the levels that these options mean. Raises ValueError for more steps than noise levels, for
@@ -223,40 +247,38 @@ class DiffusionPolicy(nn.Module):
         """The clipping that these options mean: `auto` cuts off nothing that was demonstrated."""
         return ("static" if self.config.normalization == "limits" else "none") if config.clip == "auto" else config.clip
 
-    def denoiser(self, cond: Tensor, config: SampleConfig) -> Denoise:
-        """The network under these conditions (B, C), guided and clipped: (xt (B, T, A), level) → x0."""
+    def denoiser(
+        self, cond: Tensor, config: SampleConfig, levels: Levels | None = None, wrap: Sequence[Wrap] = ()
+    ) -> Denoise:
+        """The network under these conditions (B, C), guided, clipped and wrapped: (xt (B, T, D), level) → x0, for these
+        levels, by default all."""
         clip = CLIPS[self.choose_clip(config)]
         if config.guidance:
-            both = self.diffusion.denoiser(self.network, torch.cat([cond, self.unconditional(cond)]))
+            both = self.diffusion.denoiser(self.network, torch.cat([cond, self.unconditional(cond)]), levels)
             weights = config.guidance * GUIDANCE_SCHEDULES[config.guidance_schedule](self.config.noise_levels)
-            return clip(classifier_free(both, weights))
-        return clip(self.diffusion.denoiser(self.network, cond))
+            denoise = clip(classifier_free(both, weights))
+        else:
+            denoise = clip(self.diffusion.denoiser(self.network, cond, levels))
+        for one in wrap:
+            denoise = one(denoise)
+        return denoise
 
-    def denoise_from(self, noise: Tensor, cond: Tensor, levels: Levels, config: SampleConfig) -> Tensor:
-        """The sampling loop alone: noise (draws, B, T, A) → normalized sequences (B, T, A). No random numbers and no
+    def denoise_from(
+        self, noise: Tensor, cond: Tensor, levels: Levels, config: SampleConfig, wrap: Sequence[Wrap] = ()
+    ) -> Tensor:
+        """The sampling loop alone: noise (draws, B, T, D) → normalized sequences (B, T, D). No random numbers and no
         synchronisation inside, so it compiles as one graph."""
         sampler = find_sampler(config)
         if self.config.learn_variance and config.sampler == "ddpm":
-            share = self.diffusion.learned_share(self.network, cond)
-            sampler = sampler._replace(function=partial(sampler.function, share=share))
-        denoise = self.denoiser(cond, config)
+            share = self.diffusion.learned_share(self.network, cond, levels)
+            sampler = sampler._replace(formula=partial(ddpm, share=share))
+        denoise = self.denoiser(cond, config, levels, wrap)
         return self.diffusion.sample(denoise, noise, sampler, levels, config.corrector_steps, config.corrector_size)
 
 
 def find_sampler(config: SampleConfig) -> Sampler:
     """The sampler that these options name."""
     return Sampler(partial(ddim, eta=config.eta), needs_noise=True) if config.eta else SAMPLERS[config.sampler]
-
-
-def derive_generator(tag: str, *numbers: int) -> torch.Generator:
-    """A CPU generator of its own for each tag and sequence of numbers, such as ("planning", seed, repeat). All its
-    state is filled, since `manual_seed` takes 32 bits of a seed, by which some of 100,000 streams would be the same."""
-    generator = torch.Generator()
-    state = generator.manual_seed(0).get_state()
-    state[24 : 24 + 8 * 624].view(torch.int64).copy_(
-        torch.from_numpy(derive_entropy(tag, *numbers).generate_state(624).astype(np.int64))  # the Mersenne Twister's
-    )
-    return generator.set_state(state)
 
 
 def choose_device(name: str) -> torch.device:

@@ -25,7 +25,7 @@ import tyro
 import zarr
 
 from diffusion_policy import envs
-from diffusion_policy.config import PolicyConfig, TrainConfig
+from diffusion_policy.config import PolicyConfig, TrainConfig, with_options
 from diffusion_policy.datasets.collect import Demonstrator, collect
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore
 from diffusion_policy.datasets.summary import summarize
@@ -37,7 +37,7 @@ from diffusion_policy.training.trainer import Trainer
 HORIZONS = 2, 16
 BATCH = 256
 WIDE = {"state": "state", "action": "action"}
-NARROW_NETWORK = PolicyConfig(widths=(32, 64), level_dim=32)
+NARROW_NETWORK = with_options(PolicyConfig(), widths=(32, 64), level_dim=32)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def measure_windows(args: Args) -> None:
     gathered = say("gathered batches", rate(windows.batches(BATCH, 0), 500, args.repeats))
     one_by_one = say("one item at a time", rate(iter(loader), 15, args.repeats))
     policy = DiffusionPolicy.for_data(PolicyConfig(), data)
-    trainer = Trainer(policy, windows, None, TrainConfig(steps=10**6))
+    trainer = Trainer.for_policy(policy, windows, None, TrainConfig(steps=10**6))
     seconds = []
     for _ in range(args.repeats + 1):
         started, first = time.perf_counter(), trainer.step
@@ -142,7 +142,7 @@ def one_training(args: Args) -> None:
     summary = summarize(store, ["state"], "action", episodes)
     policy = DiffusionPolicy.for_statistics(NARROW_NETWORK, summary.statistics)
     windows = load_windows(store, WIDE, episodes, *HORIZONS, "cpu", None, args.memory_gb * 1e9)
-    trainer = Trainer(policy, windows, None, TrainConfig(steps=args.steps, batch_size=BATCH))
+    trainer = Trainer.for_policy(policy, windows, None, TrainConfig(steps=args.steps, batch_size=BATCH))
     started = time.perf_counter()
     trainer.run()
     steps_per_second = args.steps / (time.perf_counter() - started)

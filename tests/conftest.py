@@ -15,7 +15,7 @@ from diffusion_policy import envs
 from diffusion_policy.checkpoints.safe_files import describe
 from diffusion_policy.commands.collect import Collect
 from diffusion_policy.commands.train import Train
-from diffusion_policy.config import PolicyConfig, TrainConfig
+from diffusion_policy.config import PolicyConfig, TrainConfig, with_options
 from diffusion_policy.datasets.store import EpisodeStore
 
 if (
@@ -27,7 +27,7 @@ hypothesis.settings.register_profile("ours", deadline=None)  # a first call may 
 hypothesis.settings.load_profile("ours")
 
 AVOID = "diffusion_policy/Avoid-v0"
-TINY = PolicyConfig(widths=(16, 32), level_dim=32, noise_levels=20)
+TINY = with_options(PolicyConfig(), widths=(16, 32), level_dim=32, noise_levels=20)
 
 
 @pytest.fixture(scope="session")

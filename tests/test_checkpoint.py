@@ -21,9 +21,11 @@ from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.checkpoints import schema as checkpoint_contents
 from diffusion_policy.checkpoints.checkpoint import Checkpoint, CheckpointError, Dataset, Environment
 from diffusion_policy.checkpoints.safe_files import describe
-from diffusion_policy.config import PolicyConfig, TrainConfig
-from diffusion_policy.control.controller import planning_generator
+from diffusion_policy.config import PolicyConfig, TrainConfig, with_options
+from diffusion_policy.control.planner import planning_rng
+from diffusion_policy.datasets.windows import Batch
 from diffusion_policy.policy import DiffusionPolicy
+from diffusion_policy.training.losses import denoising_loss, draw
 
 STATE = {"a.exp_avg": torch.arange(6.0).reshape(2, 3), "scaler.steps": torch.tensor(7), "none": torch.empty(0)}
 SAVER = """
@@ -56,7 +58,7 @@ def point() -> Checkpoint:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     data = {"action": rng.normal(size=(30, 2)), "pose": rng.normal(size=(30, 3))}
-    config = PolicyConfig(widths=(16, 32), level_dim=32, noise_levels=20)
+    config = with_options(PolicyConfig(), widths=(16, 32), level_dim=32, noise_levels=20)
     policy = DiffusionPolicy.for_data(config, data, angles={"pose": (2,)})
     environment = Environment("a/B-v0", {"rows": 1}, ("left", "right"))
     dataset = Dataset("/data", "abc", 2, 30, {"left": 2}, (0, 1))
@@ -119,7 +121,7 @@ def test_what_is_loaded_acts_as_what_was_saved(point: Checkpoint, tmp_path: Path
     loaded = checkpoint.load(checkpoint.save(tmp_path / "run", point, {}))
     again = checkpoint.load(checkpoint.save(tmp_path / "again", loaded, {}))
     observations = {"pose": torch.full((1, 2, 3), 0.4)}
-    plans = [each.policy.sample(observations, [planning_generator(0)]) for each in (point, loaded, again)]
+    plans = [each.policy.sample(observations, [planning_rng(0)]) for each in (point, loaded, again)]
     assert torch.equal(plans[0], plans[1])
     assert torch.equal(plans[1], plans[2])
     for field in ("training", "environment", "dataset", "step", "metrics"):
@@ -128,7 +130,8 @@ def test_what_is_loaded_acts_as_what_was_saved(point: Checkpoint, tmp_path: Path
 
 def test_what_is_loaded_can_be_trained_further(copy: Path) -> None:
     policy = checkpoint.load(copy).policy
-    loss = policy.loss({"pose": torch.ones(4, 2, 3)}, torch.ones(4, 16, 2), torch.Generator())
+    batch = Batch({"pose": torch.ones(4, 2, 3)}, torch.ones(4, 16, 2))
+    loss = denoising_loss(policy, batch, draw(policy, 4, torch.Generator())).mean()
     loss.backward()
     assert all(weight.grad is not None for weight in policy.parameters())
     assert not any(buffer.is_meta for buffer in policy.buffers())
@@ -485,7 +488,7 @@ def test_what_could_never_be_saved_is_found_before_the_training(point: Checkpoin
 
 def test_a_policy_that_is_too_large_is_found_without_its_memory(point: Checkpoint) -> None:
     with checkpoint.without_memory():
-        large = DiffusionPolicy(PolicyConfig(widths=(4096, 8192)), point.policy.shapes)
+        large = DiffusionPolicy(with_options(PolicyConfig(), widths=(4096, 8192)), point.policy.shapes)
     with pytest.raises(CheckpointError, match="a policy has at most 268435456 weights"):
         checkpoint.require_savable(dataclasses.replace(point, policy=large))
 
@@ -494,7 +497,7 @@ def test_data_of_many_numbers_a_step_are_trained_on_and_kept(tmp_path: Path) -> 
     rng = np.random.default_rng(0)
     data = {"action": rng.normal(size=(30, 2)), "wide": rng.normal(size=(30, 30_000))}
     policy = DiffusionPolicy.for_data(
-        PolicyConfig(widths=(8,), level_dim=8, noise_levels=20, observation_horizon=1), data
+        with_options(PolicyConfig(), widths=(8,), level_dim=8, noise_levels=20, observation_horizon=1), data
     )
     dataset = Dataset("/data", "abc", 2, 30, {"left": 2}, (0, 1))
     point = Checkpoint(policy, TrainConfig(steps=30), Environment(None, {}, ()), dataset, 30)

@@ -1,65 +1,69 @@
-from types import SimpleNamespace
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from diffusion_policy.config import ConfigError
-from diffusion_policy.control.controller import Controller, planning_generator
-from diffusion_policy.policy import Shapes
+from diffusion_policy.control.controller import Controller
+from diffusion_policy.control.planner import planning_rng
 
 
-class ScriptedPolicy:
+class ScriptedPlanner:
     """Plans the numbers 0, 1, 2, ... shifted so that the step of *now* says what was last observed."""
 
     def __init__(self, observation_horizon: int, prediction_horizon: int, action_horizon: int) -> None:
-        self.config = SimpleNamespace(
-            observation_horizon=observation_horizon,
-            prediction_horizon=prediction_horizon,
-            action_horizon=action_horizon,
-        )
-        self.shapes = Shapes({"x": (1,)}, (1,))
-        self.seen: list[torch.Tensor] = []
+        self.observation_horizon, self.action_horizon = observation_horizon, action_horizon
+        self.steps = prediction_horizon - observation_horizon + 1
+        self.observation_shapes = {"x": (1,)}
+        self.action_shape = (1,)
+        self.noise_shape = (2, 3)
+        self.seen: list[np.ndarray] = []
+        self.noise: list[np.ndarray] = []
+        self.previous: list[np.ndarray | None] = []
 
-    def sample(self, observations: dict[str, torch.Tensor], generators: Any, config: Any) -> torch.Tensor:
-        self.seen.append(observations["x"][..., 0].clone())
+    def plan(
+        self, observations: Mapping[str, np.ndarray], noise: np.ndarray, previous: np.ndarray | None = None
+    ) -> np.ndarray:
+        self.seen.append(observations["x"][..., 0].copy())
+        self.noise.append(noise)
+        self.previous.append(previous)
         now = observations["x"][:, -1]  # (B, 1)
-        steps = torch.arange(self.config.prediction_horizon) - (self.config.observation_horizon - 1)
-        return (now + steps)[:, None, :, None]  # (B, 1, T, 1)
+        return (now + np.arange(self.steps))[..., None]  # (B, steps, 1)
 
 
-def controller(policy: ScriptedPolicy, environments: int = 1, plan_batch: int = 4) -> Controller:
-    made = Controller(policy, environments, plan_batch=plan_batch)  # pyright: ignore[reportArgumentType]
-    made.reset(np.ones(environments, bool), [planning_generator(i) for i in range(environments)])
+def controller(planner: ScriptedPlanner, environments: int = 1, plan_batch: int = 4) -> Controller:
+    made = Controller(planner, environments, plan_batch=plan_batch)
+    made.reset(np.ones(environments, bool), [(i, 0) for i in range(environments)])
     return made
 
 
 @pytest.mark.parametrize("horizons", [(2, 16, 8), (1, 4, 1), (3, 8, 6), (1, 1, 1), (2, 16, 15)])
 def test_what_is_executed_starts_now_and_plans_come_every_action_horizon(horizons: tuple[int, int, int]) -> None:
-    policy = ScriptedPolicy(*horizons)
-    act = controller(policy)
+    planner = ScriptedPlanner(*horizons)
+    act = controller(planner)
     for step in range(20):
         action = act.act({"x": np.array([[float(step)]])})
         assert action[0, 0] == step  # planned at the last plan as its step `now + k`
-    assert len(policy.seen) == -(-20 // horizons[2])
+    assert len(planner.seen) == -(-20 // horizons[2])
 
 
 def test_the_history_holds_the_last_steps_and_repeats_the_first() -> None:
-    policy = ScriptedPolicy(3, 8, 2)
-    act = controller(policy, plan_batch=1)
+    planner = ScriptedPlanner(3, 8, 2)
+    act = controller(planner, plan_batch=1)
     for step in range(5):
         act.act({"x": np.array([[10.0 + step]])})
-    assert [seen[0].tolist() for seen in policy.seen] == [[10, 10, 10], [10, 11, 12], [12, 13, 14]]
+    assert [seen[0].tolist() for seen in planner.seen] == [[10, 10, 10], [10, 11, 12], [12, 13, 14]]
 
 
 @pytest.mark.parametrize("delay", [0, 2])
 def test_all_actions_up_to_the_next_plan_are_those_of_single_steps(delay: int) -> None:
     planned, executed = [], []
     for together in (False, True):
-        policy = ScriptedPolicy(3, 8, 4)
-        act = Controller(policy, 2, plan_batch=2, delay_steps=delay)  # pyright: ignore[reportArgumentType]
-        act.reset(np.ones(2, bool), [planning_generator(i) for i in range(2)])
+        planner = ScriptedPlanner(3, 8, 4)
+        act = Controller(planner, 2, plan_batch=2, delay_steps=delay)
+        act.reset(np.ones(2, bool), [(i, 0) for i in range(2)])
         observations = np.random.default_rng(0).normal(size=(12, 2, 1))
         actions = []
         for step, observation in enumerate(observations):
@@ -70,32 +74,32 @@ def test_all_actions_up_to_the_next_plan_are_those_of_single_steps(delay: int) -
             else:
                 act.observe({"x": observation}, np.ones(2, bool))
         executed.append(np.stack(actions))
-        planned.append(torch.stack(policy.seen))
+        planned.append(np.stack(planner.seen))
     np.testing.assert_array_equal(*executed)
-    assert torch.equal(*planned)
+    np.testing.assert_array_equal(*planned)
 
 
 def test_in_the_middle_of_a_plan_the_rest_is_not_handed_out_at_once() -> None:
-    act = controller(ScriptedPolicy(2, 8, 4))
+    act = controller(ScriptedPlanner(2, 8, 4))
     act.act({"x": np.zeros((1, 1))})
     with pytest.raises(RuntimeError, match="act step by step until the next one"):
         act.act_until_next_plan({"x": np.zeros((1, 1))}, np.ones(1, bool))
 
 
 def test_environments_plan_at_their_own_time_and_reset_forgets() -> None:
-    policy = ScriptedPolicy(2, 8, 4)
-    act = controller(policy, environments=3)
+    planner = ScriptedPlanner(2, 8, 4)
+    act = controller(planner, environments=3)
     act.act({"x": np.array([[0.0], [100.0], [200.0]])})
-    act.reset(np.array([False, True, False]), [planning_generator(7)])
+    act.reset(np.array([False, True, False]), [(7, 0)])
     actions = act.act({"x": np.array([[1.0], [500.0], [201.0]])})
     assert actions[:, 0].tolist() == [1, 500, 201]
-    assert len(policy.seen) == 2
-    assert policy.seen[1][0].tolist() == [500, 500]  # no trace of the episode before
+    assert len(planner.seen) == 2
+    assert planner.seen[1][0].tolist() == [500, 500]  # no trace of the episode before
 
 
 def test_inactive_environments_neither_plan_nor_move_on() -> None:
-    policy = ScriptedPolicy(1, 4, 2)
-    act = controller(policy, environments=2)
+    planner = ScriptedPlanner(1, 4, 2)
+    act = controller(planner, environments=2)
     act.act({"x": np.array([[0.0], [10.0]])})
     for _ in range(3):
         act.act({"x": np.array([[1.0], [11.0]])}, np.array([True, False]))
@@ -103,22 +107,22 @@ def test_inactive_environments_neither_plan_nor_move_on() -> None:
 
 
 def test_every_planning_batch_has_the_same_size() -> None:
-    policy = ScriptedPolicy(1, 4, 2)
-    act = controller(policy, environments=7, plan_batch=3)
+    planner = ScriptedPlanner(1, 4, 2)
+    act = controller(planner, environments=7, plan_batch=3)
     act.act({"x": np.arange(7.0)[:, None]})
-    assert [len(seen) for seen in policy.seen] == [3, 3, 3]
+    assert [len(seen) for seen in planner.seen] == [3, 3, 3]
 
 
 def test_a_plan_of_nan_is_stopped_at_once() -> None:
-    act = controller(ScriptedPolicy(1, 4, 2))
+    act = controller(ScriptedPlanner(1, 4, 2))
     with pytest.raises(FloatingPointError, match="the policy planned NaN or infinity"):
         act.act({"x": np.array([[np.nan]])})
 
 
 def test_a_controller_that_was_not_reset_does_not_act() -> None:
-    policy = ScriptedPolicy(1, 4, 2)
+    planner = ScriptedPlanner(1, 4, 2)
     with pytest.raises(RuntimeError, match="reset the controller before it acts"):
-        Controller(policy, 1).act({"x": np.zeros((1, 1))})  # pyright: ignore[reportArgumentType]
+        Controller(planner, 1).act({"x": np.zeros((1, 1))})
 
 
 @pytest.mark.parametrize(
@@ -133,35 +137,76 @@ def test_a_controller_that_was_not_reset_does_not_act() -> None:
 )
 def test_observations_that_the_policy_cannot_use_are_refused_in_a_line(observations: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        controller(ScriptedPolicy(2, 8, 4), environments=2).act(observations)
+        controller(ScriptedPlanner(2, 8, 4), environments=2).act(observations)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_observations_keep_their_precision_and_actions_have_the_type_that_is_asked(dtype: type) -> None:
-    policy = ScriptedPolicy(1, 4, 2)
-    act = Controller(policy, 2, dtype=dtype)  # pyright: ignore[reportArgumentType]
-    act.reset(np.ones(2, bool), [planning_generator(i) for i in range(2)])
+    planner = ScriptedPlanner(1, 4, 2)
+    act = Controller(planner, 2, dtype=dtype)
+    act.reset(np.ones(2, bool), [(i, 0) for i in range(2)])
     action = act.act(
         {"x": np.array([5.4e6, 5.4e6 + 0.001]), "beside": np.array(["not", "observed"])}
     )  # a number is a row
-    assert policy.seen[0].flatten().tolist() == [5.4e6, 5.4e6 + 0.001]
+    assert planner.seen[0].flatten().tolist() == [5.4e6, 5.4e6 + 0.001]
     assert action.dtype == dtype
 
 
-def test_planning_noise_derives_from_seed_and_repeat() -> None:
-    draws = {
-        torch.randn(1, generator=planning_generator(seed, repeat)).item() for seed in range(5) for repeat in range(5)
-    }
-    assert len(draws) == 25
-    again = torch.randn(1, generator=planning_generator(3, 2))
-    assert torch.equal(again, torch.randn(1, generator=planning_generator(3, 2)))
+def test_planning_noise_derives_from_seed_repeat_and_the_number_of_the_plan() -> None:
+    draws = {planning_rng(*name).normal() for name in itertools.product(range(4), range(4), range(4))}
+    assert len(draws) == 64
+    planner = ScriptedPlanner(1, 4, 1)
+    act = Controller(planner, 2, plan_batch=2)
+    act.reset(np.ones(2, bool), [(5, 0), (5, 1)])
+    for _ in range(2):
+        act.act({"x": np.zeros((2, 1))})
+    for plan, noise in enumerate(planner.noise):
+        assert noise.dtype == np.float32
+        for repeat in range(2):
+            expected = planning_rng(5, repeat, plan).standard_normal((2, 3), np.float32)
+            np.testing.assert_array_equal(noise[repeat], expected)
+
+
+def test_a_planner_is_told_what_is_left_of_the_plan_before() -> None:
+    planner = ScriptedPlanner(1, 6, 2)
+    act = controller(planner, plan_batch=1)
+    for step in range(4):
+        act.act({"x": np.array([[10.0 * step]])})
+    first, second = planner.previous
+    assert first is not None
+    assert second is not None
+    assert np.isnan(first).all()
+    np.testing.assert_array_equal(second[0, :, 0], [2, 3, 4, 5, np.nan, np.nan])
+
+
+def test_the_action_horizon_of_running_may_differ_from_that_of_training() -> None:
+    planner = ScriptedPlanner(2, 16, 8)
+    act = Controller(planner, 1, action_horizon=3)
+    act.reset(np.ones(1, bool), [(0, 0)])
+    for step in range(9):
+        act.act({"x": np.array([[float(step)]])})
+    assert len(planner.seen) == 3
+    for wrong in (0, 16):
+        with pytest.raises(ConfigError, match=rf"action-horizon must be from 1 to the 15 steps of a plan; got {wrong}"):
+            Controller(planner, 1, action_horizon=wrong)
+
+
+def test_another_chunking_decides_what_is_executed() -> None:
+    class Slowest:
+        def join(self, executing: np.ndarray, plans: np.ndarray, delay_steps: int) -> np.ndarray:
+            return np.fmin(executing, plans)
+
+    planner = ScriptedPlanner(1, 4, 1)
+    act = Controller(planner, 1, chunking=Slowest())
+    act.reset(np.ones(1, bool), [(0, 0)])
+    assert [act.act({"x": np.array([[x]])})[0, 0] for x in (5.0, 9.0, 3.0)] == [5, 6, 3]
 
 
 @pytest.mark.parametrize("delay", [0, 1, 3])
 def test_under_delay_the_old_plan_runs_on_and_the_time_that_has_passed_is_left_out(delay: int) -> None:
-    policy = ScriptedPolicy(2, 8, 4)
-    act = Controller(policy, 1, plan_batch=1, delay_steps=delay)  # pyright: ignore[reportArgumentType]
-    act.reset(np.ones(1, bool), [planning_generator(0)])
+    planner = ScriptedPlanner(2, 8, 4)
+    act = Controller(planner, 1, plan_batch=1, delay_steps=delay)
+    act.reset(np.ones(1, bool), [(0, 0)])
     offset, executed = {}, []
     for step in range(
         16
@@ -170,17 +215,17 @@ def test_under_delay_the_old_plan_runs_on_and_the_time_that_has_passed_is_left_o
         executed.append(act.act({"x": np.array([[offset[step] + step]])})[0, 0])
     made_from = [max(0, (step - delay) // 4) for step in range(16)]
     assert executed == [1000.0 * plan + step for step, plan in enumerate(made_from)]
-    assert len(policy.seen) == 4  # still every Ta steps
+    assert len(planner.seen) == 4  # still every Ta steps
 
 
 def test_a_delay_that_the_plans_cannot_bridge_is_refused() -> None:
     for delay in (-1, 4):
-        with pytest.raises(ConfigError, match=rf"delay-steps must be from 0 to 3 \(prediction-horizon 8 .*got {delay}"):
-            Controller(ScriptedPolicy(2, 8, 4), 1, delay_steps=delay)  # pyright: ignore[reportArgumentType]
+        with pytest.raises(ConfigError, match=rf"delay-steps must be from 0 to 3 \(.* = 7 - 4\); got {delay}"):
+            Controller(ScriptedPlanner(2, 8, 4), 1, delay_steps=delay)
 
 
 def test_what_was_planned_is_told_for_those_who_planned() -> None:
-    act = controller(ScriptedPolicy(2, 8, 4), environments=3)
+    act = controller(ScriptedPlanner(2, 8, 4), environments=3)
     act.act({"x": np.array([[0.0], [100.0], [200.0]])}, np.array([True, False, True]))
     assert {key: plan[:, 0].tolist() for key, plan in act.planned.items()} == {
         0: [0, 1, 2, 3, 4, 5, 6], 2: [200, 201, 202, 203, 204, 205, 206],
@@ -190,24 +235,24 @@ def test_what_was_planned_is_told_for_those_who_planned() -> None:
 
 
 def test_actions_are_as_precise_as_they_were_planned_unless_told_otherwise() -> None:
-    policy = ScriptedPolicy(1, 4, 2)
-    policy.sample = lambda *_, **__: torch.full((1, 1, 4, 1), 5399999.35, dtype=torch.float64)  # type: ignore
-    assert controller(policy, plan_batch=1).act({"x": np.zeros((1, 1))})[0, 0] == 5399999.35
+    planner = ScriptedPlanner(1, 4, 2)
+    planner.plan = lambda *_: np.full((1, 4, 1), 5399999.35)
+    assert controller(planner, plan_batch=1).act({"x": np.zeros((1, 1))})[0, 0] == 5399999.35
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64, bool, np.float16, None])
 def test_actions_of_other_types_are_refused(dtype: Any) -> None:
     with pytest.raises(ValueError, match="actions are of float32 or float64; got"):
-        Controller(ScriptedPolicy(1, 4, 2), 1, dtype=dtype)  # pyright: ignore[reportArgumentType]
+        Controller(ScriptedPlanner(1, 4, 2), 1, dtype=dtype)
 
 
 def test_environments_are_chosen_by_booleans_and_there_is_one_at_least() -> None:
-    act = controller(ScriptedPolicy(1, 4, 2), environments=2, plan_batch=2)
+    act = controller(ScriptedPlanner(1, 4, 2), environments=2, plan_batch=2)
     for wrong in (np.array([1, 0]), np.array([True]), [1]):
         with pytest.raises(ValueError, match="environments are chosen by 2 booleans; got"):
-            act.reset(wrong, [planning_generator(0)])  # pyright: ignore[reportArgumentType]
+            act.reset(wrong, [(0, 0)])
         with pytest.raises(ValueError, match="environments are chosen by 2 booleans; got"):
-            act.act({"x": np.zeros((2, 1))}, wrong)  # pyright: ignore[reportArgumentType]
+            act.act({"x": np.zeros((2, 1))}, wrong)
     for environments, plan_batch in ((0, 1), (1, 0), (1, -1)):
         with pytest.raises(ValueError, match="must be at least 1; got"):
-            Controller(ScriptedPolicy(1, 4, 2), environments, plan_batch=plan_batch)  # pyright: ignore
+            Controller(ScriptedPlanner(1, 4, 2), environments, plan_batch=plan_batch)  # pyright: ignore

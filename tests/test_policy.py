@@ -5,15 +5,17 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion_policy.config import PolicyConfig, SampleConfig
-from diffusion_policy.control.controller import planning_generator
+from diffusion_policy.config import PolicyConfig, SampleConfig, with_options
+from diffusion_policy.control.planner import planning_rng
+from diffusion_policy.datasets.windows import Batch
 from diffusion_policy.diffusion.prediction import PREDICTIONS
 from diffusion_policy.diffusion.process import count_draws
 from diffusion_policy.diffusion.samplers import SAMPLERS
 from diffusion_policy.diffusion.schedules import SCHEDULES
 from diffusion_policy.policy import DiffusionPolicy, Shapes, choose_device
+from diffusion_policy.training.losses import denoising_loss, draw
 
-CONFIG = PolicyConfig(widths=(16, 32), level_dim=32, noise_levels=20)
+CONFIG = with_options(PolicyConfig(), widths=(16, 32), level_dim=32, noise_levels=20)
 RNG = np.random.default_rng(0)
 DATA = {
     "state": RNG.normal(2, 3, (100, 4)).astype(np.float32),
@@ -23,7 +25,7 @@ DATA = {
 
 
 GUIDABLE = replace(CONFIG, condition_dropout=0.1)
-ONE_RESOLUTION = replace(GUIDABLE, widths=(16,))  # compiles faster
+ONE_RESOLUTION = with_options(GUIDABLE, widths=(16,))  # compiles faster
 STEERABLE = replace(GUIDABLE, condition_on_mode=True)
 MODES = ("left", "middle", "right")
 
@@ -37,11 +39,17 @@ def observe(batch: int, horizon: int = 2) -> dict[str, torch.Tensor]:
     return {"state": torch.randn(batch, horizon, 4), "goal": torch.randn(batch, horizon, 2)}
 
 
+def loss_of(policy: DiffusionPolicy, rows: int) -> torch.Tensor:
+    """The mean training loss of some windows whose actions are all 7."""
+    batch = Batch(observe(rows), torch.full((rows, 16, 2), 7.0))
+    return denoising_loss(policy, batch, draw(policy, rows, torch.Generator().manual_seed(0))).mean()
+
+
 @pytest.mark.parametrize("sampler, steps", [("ddim", 4), ("ddim", 20), ("ddpm", 1), ("ddpm", 7), ("unipc", 5)])
 @pytest.mark.parametrize("horizons", [(2, 16, 8), (1, 2, 1), (3, 4, 2)])
 def test_samples_are_raw_actions_within_the_demonstrated_range(sampler: str, steps: int, horizons) -> None:
-    policy = new_policy(PolicyConfig(*horizons, widths=(16, 32), level_dim=32, noise_levels=20))
-    generators = [planning_generator(seed) for seed in range(3)]
+    policy = new_policy(with_options(PolicyConfig(*horizons), widths=(16, 32), level_dim=32, noise_levels=20))
+    generators = [planning_rng(seed) for seed in range(3)]
     actions = policy.sample(observe(3, horizons[0]), generators, 5, SampleConfig(sampler, steps))
     assert actions.shape == (3, 5, horizons[1], 2)
     low, high = torch.from_numpy(DATA["action"]).aminmax(dim=0)
@@ -52,43 +60,43 @@ def test_samples_are_raw_actions_within_the_demonstrated_range(sampler: str, ste
 def test_a_row_depends_on_its_own_observation_and_generator_alone() -> None:
     policy = new_policy()
     observations = observe(4)
-    together = policy.sample(observations, [planning_generator(seed) for seed in range(4)], 2)
+    together = policy.sample(observations, [planning_rng(seed) for seed in range(4)], 2)
     swapped = {key: value[[3, 1, 0, 2]] for key, value in observations.items()}
-    shuffled = policy.sample(swapped, [planning_generator(seed) for seed in (3, 1, 0, 2)], 2)
+    shuffled = policy.sample(swapped, [planning_rng(seed) for seed in (3, 1, 0, 2)], 2)
     torch.testing.assert_close(shuffled, together[[3, 1, 0, 2]], rtol=1e-5, atol=1e-5)
 
 
 def test_other_noise_and_other_observations_give_other_plans() -> None:
     policy = new_policy()
     observations = observe(1)
-    plan = policy.sample(observations, [planning_generator(0)])
-    assert torch.equal(plan, policy.sample(observations, [planning_generator(0)]))
-    assert not torch.allclose(plan, policy.sample(observations, [planning_generator(1)]))
-    assert not torch.equal(plan, policy.sample(observe(1), [planning_generator(0)]))
+    plan = policy.sample(observations, [planning_rng(0)])
+    assert torch.equal(plan, policy.sample(observations, [planning_rng(0)]))
+    assert not torch.allclose(plan, policy.sample(observations, [planning_rng(1)]))
+    assert not torch.equal(plan, policy.sample(observe(1), [planning_rng(0)]))
 
 
 def test_more_sampling_steps_than_levels_are_refused() -> None:
     with pytest.raises(ValueError, match="sampling steps must be from 1 to the 20 noise levels; got 21"):
-        new_policy().sample(observe(1), [planning_generator(0)], config=SampleConfig("ddim", 21))
+        new_policy().sample(observe(1), [planning_rng(0)], config=SampleConfig("ddim", 21))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_every_schedule_and_prediction_trains_and_samples_with_every_sampler(schedule, prediction) -> None:
     policy = new_policy(replace(CONFIG, schedule=schedule, prediction=prediction, snr_gamma=5.0))
-    loss = policy.loss(observe(4), torch.full((4, 16, 2), 7.0), torch.Generator().manual_seed(0))
+    loss = loss_of(policy, 4)
     loss.backward()
     assert torch.isfinite(loss)
     for sampler in SAMPLERS:
-        actions = policy.sample(observe(1), [planning_generator(0)], config=SampleConfig(sampler, 3))
+        actions = policy.sample(observe(1), [planning_rng(0)], config=SampleConfig(sampler, 3))
         assert torch.isfinite(actions).all()
 
 
 def test_langevin_steps_and_noise_change_a_plan() -> None:
     policy, observations = new_policy(), observe(1)
-    plain = policy.sample(observations, [planning_generator(0)])
+    plain = policy.sample(observations, [planning_rng(0)])
     for config in (SampleConfig(corrector_steps=1), SampleConfig(eta=1.0), SampleConfig(clip="none")):
-        assert not torch.allclose(policy.sample(observations, [planning_generator(0)], config=config), plain)
+        assert not torch.allclose(policy.sample(observations, [planning_rng(0)], config=config), plain)
 
 
 def test_a_dropped_condition_leaves_the_observations_only_where_there_is_a_mode() -> None:
@@ -108,7 +116,7 @@ def test_conditions_are_dropped_as_often_as_asked() -> None:
     policy = new_policy(replace(GUIDABLE, condition_dropout=0.3))
     seen = []
     policy.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
-    policy.loss(observe(4000), torch.full((4000, 16, 2), 7.0), torch.Generator().manual_seed(0))
+    loss_of(policy, 4000)
     (cond,) = seen
     assert (cond[:, -1] == 0).float().mean().item() == pytest.approx(0.3, abs=0.03)
     assert ((cond == 0).all(dim=1) == (cond[:, -1] == 0)).all()
@@ -118,7 +126,7 @@ def test_guidance_of_zero_is_the_plain_policy_and_more_of_it_another() -> None:
     policy, observations = new_policy(GUIDABLE).eval(), observe(2)
 
     def plan(**options) -> torch.Tensor:
-        generators = [planning_generator(0), planning_generator(1)]
+        generators = [planning_rng(0), planning_rng(1)]
         return policy.sample(observations, generators, config=SampleConfig(sampling_steps=4, clip="none", **options))
 
     assert torch.equal(plan(), plan(guidance=0.0))
@@ -130,7 +138,7 @@ def test_a_policy_is_steered_to_the_mode_that_is_asked() -> None:
     policy, observations = new_policy(STEERABLE).eval(), observe(1)
 
     def plan(mode: str | None) -> torch.Tensor:
-        return policy.sample(observations, [planning_generator(0)], config=SampleConfig(mode=mode))
+        return policy.sample(observations, [planning_rng(0)], config=SampleConfig(mode=mode))
 
     plans = [plan(mode) for mode in (None, *MODES)]
     assert all(not torch.allclose(a, b) for i, a in enumerate(plans) for b in plans[:i])
@@ -149,14 +157,14 @@ def test_a_policy_is_steered_to_the_mode_that_is_asked() -> None:
 )
 def test_options_that_a_policy_cannot_follow_are_refused(config, options, message) -> None:
     with pytest.raises(ValueError, match=message):
-        new_policy(config).sample(observe(1), [planning_generator(0)], config=SampleConfig(**options))
+        new_policy(config).sample(observe(1), [planning_rng(0)], config=SampleConfig(**options))
 
 
 def test_observations_with_nan_are_refused() -> None:
     observations = observe(2)
     observations["goal"][1, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="the observation goal holds NaN or infinity"):
-        new_policy().sample(observations, [planning_generator(0), planning_generator(1)])
+        new_policy().sample(observations, [planning_rng(0), planning_rng(1)])
 
 
 @pytest.mark.parametrize(
@@ -164,16 +172,14 @@ def test_observations_with_nan_are_refused() -> None:
 )
 def test_observations_of_other_keys_or_shapes_are_refused_in_a_line(observations: dict) -> None:
     with pytest.raises(ValueError, match=r"the policy observes \{'goal': \(2, 2\), 'state': \(2, 4\)\} .*got \{"):
-        new_policy().sample(observations, [planning_generator(seed) for seed in range(3)])
+        new_policy().sample(observations, [planning_rng(seed) for seed in range(3)])
 
 
 def test_constant_actions_come_back_as_the_constant_and_small_ones_are_learned_as_large_ones() -> None:
     data = DATA | {"action": (DATA["action"] * [1e-5, 0] + [0, 0.1]).astype(np.float32)}
     torch.manual_seed(0)
     policy = DiffusionPolicy.for_data(CONFIG, data)
-    actions = policy.sample(
-        observe(5), [planning_generator(seed) for seed in range(5)], config=SampleConfig(clip="none")
-    )
+    actions = policy.sample(observe(5), [planning_rng(seed) for seed in range(5)], config=SampleConfig(clip="none"))
     assert (actions[..., 1] == float(np.float32(0.1))).all()
     assert policy.normalizer.normalize("action", torch.from_numpy(data["action"]))[:, 0].abs().max() == pytest.approx(1)
 
@@ -183,7 +189,7 @@ def test_a_small_step_at_a_large_position_changes_the_plan_and_reaches_the_robot
     torch.manual_seed(0)
     policy = DiffusionPolicy.for_data(CONFIG, {"state": x, "action": x})
     here = torch.from_numpy(np.stack([x[:2], x[:2] + 0.01]))
-    actions = policy.sample({"state": here}, [planning_generator(0), planning_generator(0)])
+    actions = policy.sample({"state": here}, [planning_rng(0), planning_rng(0)])
     assert actions.dtype == torch.float64
     assert 0 < (actions[0] - actions[1]).abs().max() < 0.1
     cond = policy.encode({"state": here})
@@ -207,14 +213,12 @@ def test_nothing_that_was_demonstrated_is_cut_off_by_default(normalization: str,
 def test_sampling_that_would_fill_the_memory_is_refused_at_once() -> None:
     policy = new_policy(replace(CONFIG, noise_levels=100_000))
     with pytest.raises(ValueError, match=r"needs 1 x 100000001 draws of noise of 32 numbers, at most 268435456"):
-        policy.sample(
-            observe(1), [planning_generator(0)], config=SampleConfig(sampling_steps=100_000, corrector_steps=1000)
-        )
+        policy.sample(observe(1), [planning_rng(0)], config=SampleConfig(sampling_steps=100_000, corrector_steps=1000))
 
 
 def test_training_on_modes_needs_modes() -> None:
     with pytest.raises(ValueError, match="trained with the modes of its windows; got none"):
-        new_policy(STEERABLE).loss(observe(2), torch.zeros(2, 16, 2), torch.Generator())
+        loss_of(new_policy(STEERABLE), 2)
 
 
 def test_a_level_without_signal_is_never_decoded_to_garbage() -> None:
@@ -236,7 +240,7 @@ def test_the_loss_of_a_network_that_says_nothing_is_the_power_of_the_noise() -> 
     assert isinstance(last, nn.Conv1d)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)  # pyright: ignore[reportArgumentType]
-    loss = policy.loss(observe(512), torch.full((512, 16, 2), 7.0), torch.Generator().manual_seed(0))
+    loss = loss_of(policy, 512)
     assert loss.item() == pytest.approx(1.0, abs=0.03)
 
 
@@ -253,21 +257,21 @@ def test_actions_must_be_one_row_of_numbers() -> None:
 
 def test_a_policy_that_learns_its_variance_samples_with_it() -> None:
     policy = new_policy(replace(CONFIG, learn_variance=True))
-    loss = policy.loss(observe(4), torch.full((4, 16, 2), 7.0), torch.Generator().manual_seed(0))
+    loss = loss_of(policy, 4)
     loss.backward()
     last = policy.network.out[-1]
     assert isinstance(last, nn.Conv1d)
     assert last.weight.grad is not None
     assert (last.weight.grad.abs().flatten(1).sum(dim=1) > 0).all()  # of prediction and variance alike
     plans = {
-        name: policy.sample(observe(1), [planning_generator(0)], config=SampleConfig(name, 5, clip="none"))
+        name: policy.sample(observe(1), [planning_rng(0)], config=SampleConfig(name, 5, clip="none"))
         for name in SAMPLERS
     }
     assert all(torch.isfinite(plan).all() for plan in plans.values())
     observations = observe(1)
-    config, generators = SampleConfig("ddpm", 5, clip="none"), [planning_generator(0)]
+    config, generators = SampleConfig("ddpm", 5, clip="none"), [planning_rng(0)]
     own = policy.sample(observations, generators, config=config)
-    fixed = policy.sample(observations, [planning_generator(0)], config=replace(config, sampler="ddim", eta=1.0))
+    fixed = policy.sample(observations, [planning_rng(0)], config=replace(config, sampler="ddim", eta=1.0))
     assert not torch.allclose(own, fixed)
 
 
@@ -305,7 +309,7 @@ def test_a_policy_whose_sampling_is_compiled_gives_the_same_but_for_rounding() -
     config = SampleConfig("ddim", 3)
     plans = []
     for _ in range(2):
-        plans.append(policy.sample(observations, [planning_generator(0), planning_generator(1)], 1, config))
+        plans.append(policy.sample(observations, [planning_rng(0), planning_rng(1)], 1, config))
         policy.compile_sampling()
     torch.testing.assert_close(*plans, rtol=1e-4, atol=1e-5)
 
@@ -340,6 +344,6 @@ def test_gpu_and_cpu_draw_the_same_plans() -> None:
     plans = [
         policy.sample({key: value.to(policy.device) for key, value in observations.items()}, generators).cpu()
         for policy in (new_policy().eval(), new_policy().eval().cuda())
-        for generators in [[planning_generator(0), planning_generator(1)]]
+        for generators in [[planning_rng(0), planning_rng(1)]]
     ]
     torch.testing.assert_close(*plans, rtol=1e-3, atol=1e-3)

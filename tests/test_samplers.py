@@ -27,6 +27,8 @@ from torch import Tensor
 from diffusion_policy.diffusion.prediction import PREDICTIONS
 from diffusion_policy.diffusion.samplers import (
     SAMPLERS,
+    Formula,
+    Sampler,
     ddim,
     ddpm,
     dpm_solver_pp,
@@ -128,7 +130,7 @@ def test_ddim_equals_diffusers(name: str, prediction: str, dtype: torch.dtype, c
                 options = {"eta": eta, "use_clipped_model_output": True, "variance_noise": noise[i] if eta else None}
                 x = reference.step(fake_network(x, level), level, x, **options).prev_sample
             denoise = denoiser(schedule, prediction, clip)
-            assert_equal_trajectories(partial(ddim, eta=eta), dtype, denoise, xT, schedule, levels, noise, x)
+            assert_equal_trajectories(Sampler(partial(ddim, eta=eta)), dtype, denoise, xT, schedule, levels, noise, x)
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -147,7 +149,7 @@ def test_ddpm_equals_diffusers(name, prediction, dtype, clip, large, monkeypatch
         x = xT
         for level in levels:
             x = reference.step(fake_network(x, level), level, x).prev_sample
-        sampler = partial(ddpm, large_variance=large)
+        sampler = Sampler(partial(ddpm, large_variance=large))
         assert_equal_trajectories(sampler, dtype, denoiser(schedule, prediction, clip), xT, schedule, levels, noise, x)
 
 
@@ -169,7 +171,7 @@ def test_ddpm_with_a_learned_variance_equals_diffusers(name, dtype, monkeypatch:
         for level in levels:
             output = torch.cat([fake_network(x, level), 2 * share(x, level) - 1], dim=1)
             x = reference.step(output, level, x).prev_sample
-        sampler = partial(ddpm, share=share)
+        sampler = Sampler(partial(ddpm, share=share))
         assert_equal_trajectories(sampler, dtype, denoiser(schedule), xT, schedule, levels, noise, x)
 
 
@@ -204,7 +206,7 @@ def check_log_snr_solver(solver: str, schedule: Schedule, prediction: str, dtype
         for i, level in enumerate(levels):
             drawn = {"variance_noise": noise[i]} if solver.startswith("sde") else {}
             x = reference.step(fake_network(x, level), reference.timesteps[i], x, **drawn).prev_sample
-        assert_equal_trajectories(ours, dtype, denoiser(schedule, prediction), xT, schedule, levels, noise, x)
+        assert_equal_trajectories(Sampler(ours), dtype, denoiser(schedule, prediction), xT, schedule, levels, noise, x)
 
 
 @pytest.mark.parametrize("solver", LOG_SNR_SOLVERS)
@@ -236,7 +238,9 @@ def test_ode_samplers_equal_diffusers(name, prediction, dtype, kind, monkeypatch
             network = fake_network(x / (1 + sigma**2) ** 0.5, int(level))
             x = reference.step(network, level.double(), x).prev_sample
         function = euler if kind is EulerDiscreteScheduler else partial(heun, scale=karras_scale)
-        assert_equal_trajectories(function, dtype, denoiser(schedule, prediction), xT, schedule, levels, noise, x)
+        assert_equal_trajectories(
+            Sampler(function), dtype, denoiser(schedule, prediction), xT, schedule, levels, noise, x
+        )
 
 
 @pytest.mark.parametrize("kind", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler])
@@ -254,7 +258,7 @@ def test_flow_samplers_equal_diffusers(dtype: torch.dtype, kind: type, monkeypat
         for level in reference.timesteps:
             x = reference.step(fake_network(x, int(level)), level.double(), x).prev_sample
         function = euler if kind is FlowMatchEulerDiscreteScheduler else heun
-        assert_equal_trajectories(function, dtype, denoiser(schedule, "flow"), xT, schedule, levels, noise, x)
+        assert_equal_trajectories(Sampler(function), dtype, denoiser(schedule, "flow"), xT, schedule, levels, noise, x)
 
 
 def gaussian_denoiser(schedule: Schedule, mean: float, deviation: float):
@@ -303,7 +307,7 @@ SECOND_ORDER = {
 
 @pytest.mark.parametrize("solver", [*FIRST_ORDER, *SECOND_ORDER])
 def test_the_error_on_gaussian_data_falls_with_the_order_of_the_sampler(solver: str) -> None:
-    sampler = (FIRST_ORDER | SECOND_ORDER)[solver]
+    sampler = Sampler((FIRST_ORDER | SECOND_ORDER)[solver])
     mean, deviation = 0.7, 2.0
     errors = []
     for steps in (80, 160):
@@ -321,8 +325,8 @@ def test_samplers_that_are_the_same_mathematics_agree(steps: int) -> None:
     xT, noise = draw(steps, torch.float64)
     denoise = denoiser(schedule, "velocity")
 
-    def run(sampler: Callable[..., Tensor]) -> Tensor:
-        return sampler(denoise, xT, schedule, levels, noise)
+    def run(formula: Formula) -> Tensor:
+        return Sampler(formula)(denoise, xT, schedule, levels, noise)
 
     for same in (euler, partial(dpm_solver_pp, order=1)):
         torch.testing.assert_close(run(same), run(ddim), rtol=1e-9, atol=1e-9)
@@ -335,7 +339,7 @@ def test_one_step_gives_the_denoised_noise(name: str) -> None:
     schedule = constant(10, 0.3)
     denoise = denoiser(schedule, clip=True)
     xT, noise = draw(1, torch.float64)
-    x0 = SAMPLERS[name].function(denoise, xT, schedule, [9], noise)
+    x0 = SAMPLERS[name](denoise, xT, schedule, [9], noise)
     torch.testing.assert_close(x0, denoise(xT, 9))
 
 
@@ -345,10 +349,10 @@ def test_langevin_steps_bring_samples_to_the_distribution_of_their_level(name: s
     levels = choose_levels(schedule, 25)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((2 + 20, len(levels), count), generator=generator, dtype=torch.float64)
-    sampler = partial(SAMPLERS[name].function, gaussian_denoiser(schedule, 0.5, deviation))
+    sampler = partial(SAMPLERS[name], gaussian_denoiser(schedule, 0.5, deviation))
     correct = langevin(gaussian_denoiser(schedule, 0.5, deviation), schedule, levels, noise[2:], size=0.1)
     too_wide = 2 * noise[0, 0]
-    corrected = sampler(too_wide, schedule, levels, noise[1], correct=correct).std().item()
+    corrected = sampler(too_wide, schedule, levels, noise[1], hooks=[correct]).std().item()
     assert corrected == pytest.approx(deviation, abs=0.1)
     if not SAMPLERS[name].needs_noise:  # on its own the ODE keeps what it was given
         assert sampler(too_wide, schedule, levels, None).std().item() > 0.6
@@ -371,7 +375,7 @@ def test_a_langevin_step_leaves_the_true_distribution_of_a_level_as_it_is() -> N
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_nan_and_levels_that_cannot_be_are_refused(name: str) -> None:
-    sampler, schedule = SAMPLERS[name].function, linear(10)
+    sampler, schedule = SAMPLERS[name], linear(10)
     xT, noise = draw(3, torch.float32)
     denoise = denoiser(schedule)
     for levels in ([], [3, 3, 1], [1, 5], [10, 5], [5, -1]):
@@ -385,7 +389,7 @@ def test_nan_and_levels_that_cannot_be_are_refused(name: str) -> None:
 def test_an_impossible_eta_is_refused() -> None:
     xT, noise = draw(1, torch.float32)
     with pytest.raises(ValueError, match="eta must be from 0 to 1; got 2"):
-        ddim(denoiser(linear(10)), xT, linear(10), [9], noise, eta=2.0)
+        Sampler(partial(ddim, eta=2.0))(denoiser(linear(10)), xT, linear(10), [9], noise)
 
 
 def test_samplers_that_need_noise_or_signal_say_so() -> None:
@@ -393,17 +397,17 @@ def test_samplers_that_need_noise_or_signal_say_so() -> None:
     for name, sampler in SAMPLERS.items():
         if sampler.needs_noise:
             with pytest.raises(ValueError, match="this sampler adds noise"):
-                sampler.function(denoiser(linear(10)), xT, linear(10), [9, 2], None)
+                sampler(denoiser(linear(10)), xT, linear(10), [9, 2], None)
         if sampler.needs_signal:
             with pytest.raises(ValueError, match=r"level 9 holds no signal.*start one level lower"):
-                sampler.function(denoiser(flow(10), "flow"), xT, flow(10), [9, 2], torch.zeros(2, *xT.shape))
+                sampler(denoiser(flow(10), "flow"), xT, flow(10), [9, 2], torch.zeros(2, *xT.shape))
         assert sampler.needs_noise == (name in ("ddpm", "ddpm-large", "dpm-solver-sde"))
 
 
 def test_no_sampler_is_longer_than_forty_lines_and_no_schedule_than_eight() -> None:
     lengths = {}
     for module in ("samplers", "schedules"):
-        source = (Path(__file__).parents[1] / "diffusion_policy" / f"{module}.py").read_text()
+        source = (Path(__file__).parents[1] / "diffusion_policy" / "diffusion" / f"{module}.py").read_text()
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno is not None

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion_policy.basics.streams import derive_rng
-from diffusion_policy.policy import derive_generator
+from diffusion_policy.training.losses import derive_generator
 
 names = st.tuples(st.text(max_size=3), st.lists(st.integers(0, 2**32), max_size=3)).map(
     lambda name: (name[0], *name[1])

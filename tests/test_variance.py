@@ -1,4 +1,6 @@
 import math
+from functools import partial
+from functools import partial
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch.distributions import Normal, kl_divergence
 
 from diffusion_policy.diffusion.prediction import PREDICTIONS
 from diffusion_policy.diffusion.process import Diffusion
-from diffusion_policy.diffusion.samplers import ddpm
+from diffusion_policy.diffusion.samplers import Sampler, ddpm
 from diffusion_policy.diffusion.schedules import Schedule, choose_levels, cosine, flow, linear
 from diffusion_policy.diffusion.variance import BOUND_WEIGHT, LearnedVariance
 
@@ -25,7 +27,8 @@ def test_the_ends_of_the_share_are_the_two_fixed_variances(steps: int) -> None:
     xT, noise = torch.randn(4, 3, dtype=torch.float64), torch.randn(steps, 4, 3, dtype=torch.float64)
 
     def run(**options) -> Tensor:
-        return ddpm(lambda xt, level: torch.tanh(xt), xT, schedule, levels, noise, **options)
+        sampler = Sampler(partial(ddpm, **options))
+        return sampler(lambda xt, level: torch.tanh(xt), xT, schedule, levels, noise)
 
     torch.testing.assert_close(run(share=constant_share(0.0)), run())
     torch.testing.assert_close(run(share=constant_share(1.0)), run(large_variance=True))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from diffusion_policy.datasets.store import EpisodeStore, StoreError
 from diffusion_policy.datasets.windows import (
-    Share,
+    Shard,
     StreamedWindows,
     Windows,
     episodes_within,
@@ -199,7 +199,7 @@ def test_shares_of_every_batch_make_it_whole(tmp_path: Path, pool: int | None, p
         else hold_windows(store, KEYS, range(9), 2, 8)
     )
     whole = itertools.islice(windows.batches(32, seed=3, first_step=2), 14)
-    shares = [itertools.islice(windows.batches(32, 3, 2, Share(which, parts)), 14) for which in range(parts)]
+    shares = [itertools.islice(windows.batches(32, 3, 2, Shard(which, parts)), 14) for which in range(parts)]
     for batch, *divided in zip(whole, *shares, strict=True):
         assert torch.equal(batch.actions, torch.cat([part.actions for part in divided]))
         assert torch.equal(batch.observations["state"], torch.cat([part.observations["state"] for part in divided]))

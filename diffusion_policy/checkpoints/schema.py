@@ -1,6 +1,5 @@
 """What the config.json of a checkpoint holds: its fields, their bounds, and how older versions become today's."""
 
-import dataclasses
 import json
 import math
 import reprlib
@@ -13,11 +12,19 @@ import torch
 
 from diffusion_policy.basics.files import MAX_JSON_BYTES, parse_json, read_json
 from diffusion_policy.checkpoints.safe_files import MAX_DIMENSIONS, CheckpointError, Recorded
-from diffusion_policy.config import MAX_STEP, PolicyConfig, TrainConfig, decode, require_labels
+from diffusion_policy.config import (
+    MAX_STEP,
+    PolicyConfig,
+    TrainConfig,
+    decode,
+    require_labels,
+    to_json,
+    with_todays_names,
+)
 from diffusion_policy.policy import Shapes
 
 FORMAT = "diffusion-policy checkpoint"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """What is kept of options takes its default where an older version does not say it; anything else that changes needs
 the next version, and a line in MIGRATIONS."""
 MODEL = "model.safetensors"
@@ -101,7 +108,12 @@ def _migrate_2(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "dataset": {name: value for name, value in config["dataset"].items() if name != "statistics"}}
 
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _migrate_1, 2: _migrate_2}
+def _migrate_3(config: dict[str, Any]) -> dict[str, Any]:
+    """Version 3 had other names, and the network's options beside the policy's."""
+    return with_todays_names(config)
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _migrate_1, 2: _migrate_2, 3: _migrate_3}
 """By format version: makes the config.json of the next version from that of this one."""
 
 
@@ -143,8 +155,7 @@ def read_contents(folder: Path) -> Contents:
 def format_contents(contents: Contents) -> str:
     """config.json; raises CheckpointError for what could not be read again."""
     try:
-        tree = dataclasses.asdict(contents) | {"shapes": contents.shapes._asdict()}
-        text = json.dumps(tree, indent=2) + "\n"
+        text = json.dumps(to_json(contents), indent=2) + "\n"
         if len(text) > MAX_JSON_BYTES:
             raise ValueError(f"it would have {len(text)} bytes; at most {MAX_JSON_BYTES} are read")
         _decode(parse_json(text))

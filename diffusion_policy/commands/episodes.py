@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import platform
 import time
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
     from diffusion_policy.commands.afterwards import Remarks
     from diffusion_policy.evaluation.episode import Episode, FailedEpisode
-    from diffusion_policy.evaluation.metrics import Scorecard
+    from diffusion_policy.evaluation.scorecard import Scorecard
     from diffusion_policy.policy import DiffusionPolicy
 
 MOST_NOISE_BYTES = 2**29
@@ -147,6 +146,7 @@ def run_episodes(
     mode_of = task.mode if task else lambda _: None
     try:
         from diffusion_policy.control.controller import Controller
+        from diffusion_policy.control.policy_planner import PolicyPlanner
         from diffusion_policy.evaluation.rollout import rollout
 
         with progress_bar("episodes") as bar:
@@ -159,10 +159,10 @@ def run_episodes(
                 bar.update(shown, completed=finished, note=f"{successes} successful")
 
             policy, dtype = loaded.checkpoint.policy, loaded.env.action_space.dtype
-            options = {"sampling": sampling, "plan_batch": parallel, "delay_steps": delay_steps, "dtype": dtype}
+            options = {"plan_batch": parallel, "delay_steps": delay_steps, "dtype": dtype}
             episodes = rollout(
                 loaded.make_env,
-                partial(Controller, policy, **options),
+                partial(Controller, PolicyPlanner(policy, sampling), **options),
                 seeds,
                 mode_of,
                 parallel,
@@ -185,17 +185,17 @@ def measure_episodes(
     """The scorecard of episodes; jerk and commitment, for which the environment's own functions are asked, are
     undefined where those fail."""
     from diffusion_policy.envs.protocols import as_choosing, as_drawable
-    from diffusion_policy.evaluation import metrics
+    from diffusion_policy.evaluation.scorecard import scorecard
 
     drawable, choosing = as_drawable(loaded.env), as_choosing(loaded.env)
     path, choice = drawable and drawable.path, choosing and choosing.choice
     demonstrated = loaded.checkpoint.dataset.modes
 
     def measure(path: Any, choice: Any) -> Scorecard:
-        return metrics.scorecard(episodes, modes, demonstrated, period, path, choice)
+        return scorecard(episodes, modes, demonstrated, period, path=path, choice=choice)
 
     card = remarks.attempt("jerk and commitment are not measured", lambda: measure(path, choice), None)
-    return card or dataclasses.replace(measure(None, None), jerk=metrics.Metric(None))
+    return card or measure(None, None).without("jerk")
 
 
 def sample_starts(policy: DiffusionPolicy, episodes: Sequence[Episode], sampling: SampleConfig) -> np.ndarray:
@@ -203,14 +203,14 @@ def sample_starts(policy: DiffusionPolicy, episodes: Sequence[Episode], sampling
     import numpy as np
     import torch
 
-    from diffusion_policy.policy import derive_generator
+    from diffusion_policy.basics.streams import derive_rng
 
     firsts = list({episode.seed: episode for episode in reversed(episodes)}.values())[-DIVERSITY_STATES:]
     plans = []
     for episode in firsts:
         observations = observe(policy, episode, 0)
-        plan = policy.sample(observations, [derive_generator("diversity", episode.seed)], DIVERSITY_PLANS, sampling)
-        plans.append(policy.normalizer.normalize("action", plan)[0].cpu())
+        plan = policy.sample(observations, [derive_rng("diversity", episode.seed)], DIVERSITY_PLANS, sampling)
+        plans.append(policy.normalizer.normalize(policy.target.key, plan)[0].cpu())
     return np.asarray(torch.stack(plans))
 
 
@@ -231,10 +231,10 @@ def observe(policy: DiffusionPolicy, episode: Episode, step: int) -> dict[str, t
 
 def measure_latency(policy: DiffusionPolicy, episode: Episode, sampling: SampleConfig, plans: int) -> list[float]:
     """Wall times [ms] of so many plans for one environment, after a warm-up, with nothing else running."""
-    import torch
+    from diffusion_policy.basics.streams import derive_rng
 
     observations = observe(policy, episode, 0)
-    generator = torch.Generator().manual_seed(0)
+    generator = derive_rng("latency")
     times = []
     for _ in range(plans + 3):
         started = time.perf_counter()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from diffusion_policy.basics.files import parse_json, read_bytes
+from diffusion_policy.basics.streams import derive_rng
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.commands.environment import is_same_id
 from diffusion_policy.commands.episodes import choose_modes, draw_bytes, observe
@@ -21,7 +22,6 @@ from diffusion_policy.config import SampleConfig
 from diffusion_policy.envs.protocols import Drawable, as_drawable, as_pictured
 from diffusion_policy.evaluation.engines import imap
 from diffusion_policy.evaluation.episode import Episode
-from diffusion_policy.policy import derive_generator
 from diffusion_policy.report.evaluation_figures import choose_drawn
 from diffusion_policy.report.page import NO_PICTURES, Fan, Moment, Pictures, PlanePath, Video
 from diffusion_policy.report.video import Filmer, Pixels, Script
@@ -129,7 +129,7 @@ def sample_plans(
     for some in (steps[i : i + at_once] for i in range(0, len(steps), at_once)):
         observed = [observe(policy, episode, step) for step in some]
         together = {key: torch.cat([one[key] for one in observed]) for key in policy.shapes.observations}
-        generators = [derive_generator("pictures", episode.seed, episode.repeat, step) for step in some]
+        generators = [derive_rng("pictures", episode.seed, episode.repeat, step) for step in some]
         plans.append(policy.sample(together, generators, count, sampling).cpu())
     return torch.cat(plans)[:, :, policy.config.observation_horizon - 1 :].numpy()
 

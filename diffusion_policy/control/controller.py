@@ -1,24 +1,19 @@
 """Receding horizon for B environments: a history of observations in, queued actions out.
 
-Knows when to plan. Knows no simulator.
+Knows when to plan. Knows neither the planner nor a simulator.
 """
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 
-from diffusion_policy.config import ConfigError, PolicyConfig, SampleConfig
-from diffusion_policy.policy import DiffusionPolicy, derive_generator
-
-
-def planning_generator(seed: int, repeat: int = 0) -> torch.Generator:
-    """The source of an episode's planning noise: derived from the environment's seed and the repeat."""
-    return derive_generator("planning", seed, repeat)
+from diffusion_policy.config import ConfigError
+from diffusion_policy.control.chunking import Chunking, RecedingHorizon
+from diffusion_policy.control.planner import Planner, planning_rng
 
 
 class Controller:
-    """Plans a sequence of T actions, hands out Ta of them, then plans again; each environment at its own time.
+    """Has T - To + 1 actions planned, hands out Ta of them, then has it plan again; each environment at its own time.
 
     Plans are made in batches padded to one fixed size, so that neither the number of environments that plan together
     nor their neighbours change a result. With `delay_steps` d, a plan is ready d steps after its observation, and the
@@ -27,50 +22,55 @@ class Controller:
 
     def __init__(
         self,
-        policy: DiffusionPolicy,
+        planner: Planner,
         environments: int,
-        sampling: SampleConfig | None = None,
+        *,
+        action_horizon: int | None = None,
         plan_batch: int | None = None,
         delay_steps: int = 0,
+        chunking: Chunking | None = None,
         dtype: np.dtype | type | None = np.float64,
     ) -> None:
-        """`environments`: B; `plan_batch`: observations in one planning call, by default B; `dtype`: float32 or
-        float64, of the actions, such as that of an environment's action space. Raises ValueError for another type, and
-        for a delay that the predicted sequence cannot bridge. The first plan of an episode is always waited for."""
-        require_delay(policy.config, delay_steps)
+        """`environments`: B; `action_horizon`: Ta, by default the planner's; `plan_batch`: observations in one planning
+        call, by default B; `chunking`: how a plan is joined to the one before, by default `RecedingHorizon`; `dtype`:
+        float32 or float64, of the actions, such as that of an environment's action space. Raises ValueError for another
+        type, for horizons and delays that a plan is too short for. The first plan of an episode is always waited
+        for."""
+        self.action_horizon = planner.action_horizon if action_horizon is None else action_horizon
+        """Ta: an environment plans at its first step and then every Ta steps."""
+        require_horizons(planner.steps, self.action_horizon, delay_steps)
         if dtype not in (np.float32, np.float64):
             raise ValueError(f"actions are of float32 or float64; got {dtype!r}")
         for name, value in (("environments", environments), ("plan_batch", plan_batch)):
             if value is not None and not value >= 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
-        self._policy = policy
-        self._sampling = sampling or SampleConfig()
+        self._planner, self._chunking = planner, chunking or RecedingHorizon()
         self._plan_batch = plan_batch or environments
-        horizon = policy.config.observation_horizon
-        self.action_horizon = policy.config.action_horizon
-        """Ta: an environment plans at its first step and then every Ta steps."""
-        self.observation_shapes = dict(policy.shapes.observations)
+        self.observation_shapes = dict(planner.observation_shapes)
         """What `act` reads of one environment's observation."""
         self._history = {  # the last To observations, oldest first
-            key: np.zeros((environments, horizon, *shape)) for key, shape in policy.shapes.observations.items()
+            key: np.zeros((environments, planner.observation_horizon, *shape))
+            for key, shape in self.observation_shapes.items()
         }
         self._fresh = np.ones(environments, bool)  # no observation yet in this episode
         self.planned: dict[int, np.ndarray] = {}
         """What the last call planned, by environment: raw actions from its step on, (T - To + 1, A)."""
         self._delay = delay_steps
-        self._queue = np.zeros((environments, self.action_horizon + delay_steps, *policy.shapes.action), dtype)
-        self._begins = np.ones(environments, bool)  # no plan yet in this episode
+        self._queue = np.full((environments, planner.steps, *planner.action_shape), np.nan, dtype)
         self._position = np.full(environments, self.action_horizon)  # next action in the queue
-        self._generators: list[torch.Generator | None] = [None] * environments
+        self._episodes: list[tuple[int, int] | None] = [None] * environments
+        self._plans = np.zeros(environments, np.int64)  # made in this episode
 
-    def reset(self, mask: np.ndarray, generators: Sequence[torch.Generator]) -> None:
-        """Begin new episodes where `mask` (B,) is true, with one planning generator for each of those."""
+    def reset(self, mask: np.ndarray, episodes: Sequence[tuple[int, int]]) -> None:
+        """Begin new episodes where `mask` (B,) is true, with (seed, repeat) for each of those: the planning noise
+        derives from them."""
         mask = self._mask(mask)
         self._fresh[mask] = True
-        self._begins[mask] = True
+        self._queue[mask] = np.nan
         self._position[mask] = self.action_horizon
-        for environment, generator in zip(np.flatnonzero(mask), generators, strict=True):
-            self._generators[environment] = generator
+        self._plans[mask] = 0
+        for environment, episode in zip(np.flatnonzero(mask), episodes, strict=True):
+            self._episodes[environment] = episode
 
     def act(self, observations: Mapping[str, np.ndarray], active: np.ndarray | None = None) -> np.ndarray:
         """Observations of now {key: (B, ...)} → raw actions (B, A). Environments that are not `active` (B,) are left
@@ -121,34 +121,36 @@ class Controller:
 
     def _plan(self, rows: np.ndarray) -> None:
         """Fill the queues of some environments."""
-        padded = np.resize(rows, self._plan_batch)  # repeats rows; what the copies yield is dropped
-        observations = {key: torch.from_numpy(history[padded]) for key, history in self._history.items()}
-        generators = [self._generators[row] for row in rows]
-        if None in generators:
-            raise RuntimeError("reset the controller before it acts: each episode needs its planning generator")
-        spare = [torch.Generator() for _ in range(self._plan_batch - len(rows))]
-        sequences = self._policy.sample(observations, [*filter(None, generators), *spare], config=self._sampling)
-        config = self._policy.config
-        plans = sequences[: len(rows), 0, config.observation_horizon - 1 :].cpu().numpy()  # (rows, T - To + 1, A)
-        plans = plans.astype(self._queue.dtype)
+        executing = np.full_like(self._queue[rows], np.nan)
+        executing[:, : -self.action_horizon or None] = self._queue[rows, self.action_horizon :]
+        padded = np.resize(np.arange(len(rows)), self._plan_batch)  # repeats rows; what the copies yield is dropped
+        observations = {key: history[rows[padded]] for key, history in self._history.items()}
+        noise = np.zeros((self._plan_batch, *self._planner.noise_shape), np.float32)
+        for i, row in enumerate(rows):
+            episode = self._episodes[row]
+            if episode is None:
+                raise RuntimeError("reset the controller before it acts: each episode needs its seed and repeat")
+            seed, repeat = episode
+            rng = planning_rng(seed, repeat, int(self._plans[row]))
+            noise[i] = rng.standard_normal(noise.shape[1:], np.float32)
+        plans = self._planner.plan(observations, noise, executing[padded])[: len(rows)].astype(self._queue.dtype)
         if not np.isfinite(plans).all():
             raise FloatingPointError("the policy planned NaN or infinity; it is not trained, or its training diverged")
-        ready = plans[:, : self._queue.shape[1]]  # (rows, Ta + d, A)
-        running_on = np.concatenate([self._queue[rows, self.action_horizon :], ready[:, self._delay :]], axis=1)
-        self._queue[rows] = np.where(_expand(self._begins[rows], ready), ready, running_on)
-        self._begins[rows] = False
+        self._queue[rows] = self._chunking.join(executing, plans, self._delay)
         self._position[rows] = 0
+        self._plans[rows] += 1
         self.planned |= dict(zip(rows.tolist(), plans, strict=True))
 
 
-def require_delay(config: PolicyConfig, delay_steps: int) -> None:
-    """Raise ConfigError when the sequences of a policy are too short to bridge a delay of so many control steps."""
-    longest = config.prediction_horizon - config.observation_horizon + 1 - config.action_horizon
-    if not 0 <= delay_steps <= longest:
+def require_horizons(steps: int, action_horizon: int, delay_steps: int = 0) -> None:
+    """Raise ConfigError when plans of so many steps are too short to execute Ta of them and bridge a delay of so many
+    control steps."""
+    if not 1 <= action_horizon <= steps:
+        raise ConfigError(f"action-horizon must be from 1 to the {steps} steps of a plan; got {action_horizon}")
+    if not 0 <= delay_steps <= steps - action_horizon:
         raise ConfigError(
-            f"delay-steps must be from 0 to {longest} (prediction-horizon {config.prediction_horizon} - "
-            f"observation-horizon {config.observation_horizon} + 1 - action-horizon {config.action_horizon}); "
-            f"got {delay_steps}"
+            f"delay-steps must be from 0 to {steps - action_horizon} (prediction-horizon - observation-horizon + 1 - "
+            f"action-horizon = {steps} - {action_horizon}); got {delay_steps}"
         )
 
 

@@ -1,10 +1,10 @@
 """What ties a network to diffusion: a schedule, a prediction and its loss. Training and sampling read both from here.
 
-Knows tensors of any shape (B, ...) and a network (xt, level (B,), cond (B, C)) → output like xt. Knows no policy.
+Knows tensors of any shape (B, ...) and what a network promises. Knows no policy.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +14,38 @@ from diffusion_policy.diffusion.samplers import Denoise, Levels, Sampler, langev
 from diffusion_policy.diffusion.schedules import Schedule, choose_levels
 from diffusion_policy.diffusion.variance import LearnedVariance
 
-Network = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(xt (B, ..., A), level (B,), cond (B, C)) → output like xt, or (B, ..., 2 A) where a variance is learned."""
+
+class Films(Protocol):
+    """What noise levels and conditions say to the layers of a network: all that does not depend on xt."""
+
+    def at(self, level: int) -> Sequence[Tensor]:
+        """That of the i-th of the levels for every row, (B, features) a layer."""
+        ...
 
 
-class Part(NamedTuple):
-    """Where some rows stand in a batch that is computed in parts, on several processes or one after the other. Random
-    numbers are drawn for the whole batch, so that the division does not change them."""
+class Network(Protocol):
+    """Predicts from noised sequences. `network(xt, level, cond)`, with a level for each row (B,), is what it learns."""
 
-    first: int
-    whole: int
-    """Rows of the batch."""
+    def __call__(self, xt: Tensor, level: Tensor, cond: Tensor) -> Tensor:
+        """xt (B, ..., D), level (B,), cond (B, C) → like xt, or (B, ..., 2 D) where a variance is learned."""
+        ...
 
-    def of(self, drawn: Tensor, rows: int) -> Tensor:
-        """Of what was drawn for the batch, (whole, ...), that for these rows, (rows, ...)."""
-        return drawn[self.first : self.first + rows]
+    def condition(self, level: Tensor, cond: Tensor) -> Films:
+        """For levels (L,) that all rows share, and conditions (B, C); computed once a plan."""
+        ...
+
+    def denoise(self, xt: Tensor, films: Sequence[Tensor]) -> Tensor:
+        """As called, under `films.at` one level."""
+        ...
+
+
+class Noising(NamedTuple):
+    """What is drawn to noise some sequences, of a whole batch: so that a division of the batch does not change it."""
+
+    level: Tensor
+    """(B,) int64"""
+    eps: Tensor
+    """(B, ..., D)"""
 
 
 class Diffusion(nn.Module):
@@ -58,15 +75,15 @@ class Diffusion(nn.Module):
         shape = (-1, *[1] * (like.ndim - 1)) if alpha.ndim else ()
         return alpha.reshape(shape), sigma.reshape(shape)
 
-    def loss(
-        self, network: Network, x0: Tensor, cond: Tensor, generator: torch.Generator, part: Part | None = None
-    ) -> Tensor:
-        """Mean squared error of the prediction at random levels (Ho et al. 2020, eq. 14), with the bound where a
-        variance is learned, (); `generator` draws levels and noise, on the CPU, for the batch that these rows are
-        `part` of."""
-        part = part or Part(0, len(x0))
-        level = part.of(torch.randint(len(self.schedule), (part.whole,), generator=generator), len(x0)).to(x0.device)
-        eps = part.of(torch.randn((part.whole, *x0.shape[1:]), generator=generator), len(x0)).to(x0)
+    def draw(self, shape: Sequence[int], generator: torch.Generator) -> Noising:
+        """Levels and noise for sequences of this shape (B, ..., D), on the CPU."""
+        level = torch.randint(len(self.schedule), (shape[0],), generator=generator)
+        return Noising(level, torch.randn(*shape, generator=generator))
+
+    def loss(self, network: Network, x0: Tensor, cond: Tensor, noising: Noising) -> Tensor:
+        """Squared error of the prediction (Ho et al. 2020, eq. 14) for each row, with the bound where a variance is
+        learned, (B,)."""
+        level, eps = noising.level.to(x0.device), noising.eps.to(x0)
         alpha, sigma = self.tables(level, x0)
         xt = alpha * x0 + sigma * eps
         output, share = self._split(network(xt, level, cond))
@@ -75,7 +92,7 @@ class Diffusion(nn.Module):
         if self.variance is not None and share is not None:
             predicted_x0, _ = self.prediction.decode(output, xt, alpha, sigma)
             losses = losses + self.variance.hybrid_term(share, x0, predicted_x0, level)
-        return losses.mean()
+        return losses
 
     def _split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the network says: the prediction, and the share of the larger variance where that is learned."""
@@ -84,31 +101,42 @@ class Diffusion(nn.Module):
         prediction, raw = output.chunk(2, dim=-1)
         return prediction, (raw + 1) / 2
 
-    def denoiser(self, network: Network, cond: Tensor) -> Denoise:
-        """The network under these conditions, as a function (xt, level) → x0."""
-
+    def denoiser(self, network: Network, cond: Tensor, levels: Levels | None = None) -> Denoise:
+        """The network under these conditions (B, C), as a function (xt, level) → x0 for `levels`, by default all."""
+        output_at = self._conditioned(network, cond, levels)
         silent = len(self.schedule) - 1 if self.prediction.needs_signal and self.schedule.ends_silent else None
 
         def denoise(xt: Tensor, level: int) -> Tensor:
             if level == silent:
                 raise ValueError(f"level {level} holds no signal, so noise prediction cannot tell x0 there")
-            rows = torch.full(xt.shape[:1], level, device=xt.device)
-            output, _ = self._split(network(xt, rows, cond))
+            output, _ = self._split(output_at(xt, level))
             return self.prediction.decode(output, xt, *self.tables(level, xt))[0]
 
         return denoise
 
-    def learned_share(self, network: Network, cond: Tensor) -> Denoise | None:
+    def learned_share(self, network: Network, cond: Tensor, levels: Levels | None = None) -> Denoise | None:
         """What `ddpm` takes as `share`, which calls the network again; None where no variance is learned."""
         if self.variance is None:
             return None
+        output_at = self._conditioned(network, cond, levels)
 
         def share(xt: Tensor, level: int) -> Tensor:
-            found = self._split(network(xt, torch.full(xt.shape[:1], level, device=xt.device), cond))[1]
+            found = self._split(output_at(xt, level))[1]
             assert found is not None
             return found
 
         return share
+
+    def _conditioned(self, network: Network, cond: Tensor, levels: Levels | None) -> Denoise:
+        """The network's output, (xt, level) → like xt; what does not depend on xt is computed here, once."""
+        chosen = range(len(self.schedule)) if levels is None else levels
+        places = {level: place for place, level in enumerate(chosen)}
+        if levels is None:
+            rows = torch.arange(len(self.schedule), device=cond.device)
+        else:  # without waiting for the device
+            rows = torch.cat([torch.full((1,), level, device=cond.device) for level in levels])
+        films = network.condition(rows, cond)
+        return lambda xt, level: network.denoise(xt, films.at(places[level]))
 
     def most_steps(self, sampler: Sampler) -> int:
         """Levels that this sampler can start from: not a last one without signal where it or the prediction needs
@@ -138,11 +166,11 @@ class Diffusion(nn.Module):
         if len(noise) != draws:
             raise ValueError(f"this needs {draws} draws of noise; got {len(noise)}")
         own = noise[1 : 1 + len(levels)] if sampler.needs_noise else None
-        correct = None
+        hooks = []
         if corrector_steps:
             rows = noise[-corrector_steps * len(levels) :].unflatten(0, (corrector_steps, len(levels)))
-            correct = langevin(denoise, self.schedule, levels, rows, corrector_size)
-        return sampler.function(denoise, noise[0], self.schedule, levels, own, correct=correct)
+            hooks.append(langevin(denoise, self.schedule, levels, rows, corrector_size))
+        return sampler(denoise, noise[0], self.schedule, levels, own, hooks)
 
 
 def count_draws(sampler: Sampler, levels: Levels, corrector_steps: int = 0) -> int:

@@ -1,13 +1,14 @@
-"""Samplers: plain functions from noise to a clean sequence, all with one signature.
+"""Samplers: from noise to a clean sequence, level by level.
 
-    sampler(denoise, xT, schedule, levels, noise) -> x0
+The loop over the levels exists once, `run`. A sampler is its formula: a function of the path so far that gives xt at
+the next level.
 
-`denoise(xt, level) -> x0` hides prediction type, conditioning, guidance and clipping; `levels` is a decreasing list of
-distinct levels (`schedules.choose_levels`); `noise` (len(levels), *xT.shape) was drawn beforehand, or is None for a
-sampler that needs none. There is no state and no hidden random number. The noise in xt is always derived from x0, so it
-stays consistent where `denoise` clips. Every sampler ends with one step from the last level to the clean sequence
-(alpha 1, sigma 0), without noise, and takes `correct`, which may change xt at each level that is reached (`langevin`).
-An xT with NaN is refused on the CPU; on a GPU, and in a compiled graph, looking would mean waiting.
+    formula(path) -> xt at the next level
+
+`path.denoise(xt, level) -> x0` hides prediction type, conditioning, guidance and clipping. There is no state and no
+hidden random number: noise is drawn beforehand. The noise in xt is always derived from x0, so it stays consistent where
+`denoise` clips. Every sampler ends with one step from the last level to the clean sequence (alpha 1, sigma 0), without
+noise. An xT with NaN is refused on the CPU; on a GPU, and in a compiled graph, looking would mean waiting.
 
 In the formulas, "next" is the level after a step: the less noised one. λ = log(alpha / sigma), h = λ_next − λ.
 """
@@ -26,8 +27,9 @@ Denoise = Callable[[Tensor, int], Tensor]
 """(xt, level) → x0, for all rows at one level."""
 Levels = Sequence[int]
 Noise = Tensor | None
-Correct = Callable[[Tensor, int], Tensor] | None
-"""(xt, i) → xt, called when the i-th of the levels is reached, i ≥ 1; None changes nothing."""
+"""(len(levels), *xT.shape), drawn beforehand; None for a sampler that needs none."""
+Hook = Callable[[Tensor, int], Tensor]
+"""(xt, i) → xt, called when the i-th of the levels is reached, i ≥ 1: a corrector, inpainting."""
 
 
 class Step(NamedTuple):
@@ -44,7 +46,88 @@ class Step(NamedTuple):
     last: bool
 
 
-def _steps(schedule: Schedule, levels: Levels, xT: Tensor) -> list[Step]:
+class Path(NamedTuple):
+    """What a formula is given: all steps, and what has been on those up to the one to take now."""
+
+    denoise: Denoise
+    steps: list[Step]
+    noise: Noise
+    xts: list[Tensor]
+    """xt at each level that was reached, as it was denoised."""
+    x0s: list[Tensor]
+    """What it was denoised to."""
+
+    @property
+    def i(self) -> int:
+        """Number of the step to take."""
+        return len(self.x0s) - 1
+
+    @property
+    def now(self) -> tuple[Step, Tensor, Tensor]:
+        """The step to take, xt and x0 at its start."""
+        return self.steps[self.i], self.xts[-1], self.x0s[-1]
+
+    @property
+    def drawn(self) -> Tensor:
+        """The noise of this step, shape of xt."""
+        assert self.noise is not None
+        return self.noise[self.i]
+
+
+Formula = Callable[[Path], Tensor]
+
+
+class Sampler(NamedTuple):
+    """A formula and what it needs; called as `run`."""
+
+    formula: Formula
+    needs_noise: bool = False
+    needs_signal: bool = False
+    """Whether it cannot start from a level without signal."""
+
+    def __call__(
+        self,
+        denoise: Denoise,
+        xT: Tensor,
+        schedule: Schedule,
+        levels: Levels,
+        noise: Noise = None,
+        hooks: Sequence[Hook] = (),
+    ) -> Tensor:
+        """From xT at the first of the levels to the clean sequence, shape of xT; see `run`."""
+        return run(self, denoise, xT, schedule, levels, noise, hooks)
+
+
+def run(
+    sampler: Sampler,
+    denoise: Denoise,
+    xT: Tensor,
+    schedule: Schedule,
+    levels: Levels,
+    noise: Noise = None,
+    hooks: Sequence[Hook] = (),
+) -> Tensor:
+    """The loop over the levels, a decreasing list of distinct ones (`schedules.choose_levels`). Raises ValueError for
+    levels that cannot be, for missing noise, and for a first level without signal where the sampler needs some."""
+    steps = make_steps(schedule, levels, xT)
+    if sampler.needs_noise and noise is None:
+        raise ValueError("this sampler adds noise; give it noise (len(levels), *xT.shape), drawn beforehand")
+    if sampler.needs_signal and schedule.ends_silent and levels[0] == len(schedule) - 1:
+        raise ValueError(
+            f"level {levels[0]} holds no signal, so its log-SNR is infinite and this solver cannot start there; "
+            "start one level lower (choose_levels with_signal=True)"
+        )
+    path, xt = Path(denoise, steps, noise, [], []), xT
+    for i, step in enumerate(steps):
+        for hook in hooks if i else ():
+            xt = hook(xt, i)
+        path.xts.append(xt)
+        path.x0s.append(denoise(xt, step.level))
+        xt = sampler.formula(path)
+    return xt
+
+
+def make_steps(schedule: Schedule, levels: Levels, xT: Tensor) -> list[Step]:
     """One step from each level to the next, the last to the clean sequence (alpha 1, sigma 0)."""
     if not levels or any(a <= b for a, b in pairwise([len(schedule), *levels, -1])):
         raise ValueError(f"levels must decrease from at most {len(schedule) - 1} to at least 0; got {list(levels)}")
@@ -61,58 +144,32 @@ def _steps(schedule: Schedule, levels: Levels, xT: Tensor) -> list[Step]:
     ]
 
 
-def ddim(
-    denoise: Denoise,
-    xT: Tensor,
-    schedule: Schedule,
-    levels: Levels,
-    noise: Noise,
-    *,
-    correct: Correct = None,
-    eta: float = 0.0,
-) -> Tensor:
+def ddim(path: Path, *, eta: float = 0.0) -> Tensor:
     """DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16). eta = 0 is deterministic and needs no noise; eta = 1 is
     DDPM with the posterior variance on the same levels."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be from 0 to 1; got {eta}")
-    xt = xT
-    for i, step in enumerate(_steps(schedule, levels, xT)):
-        xt = correct(xt, i) if i and correct else xt
-        x0 = denoise(xt, step.level)
-        eps = (xt - step.alpha * x0) / step.sigma
-        spread = eta * _posterior_deviation(step)
-        xt = step.next_alpha * x0 + (step.next_sigma**2 - spread**2).sqrt() * eps
-        if eta > 0:
-            xt = xt + spread * _given(noise)[i]
-    return xt
+    step, xt, x0 = path.now
+    eps = (xt - step.alpha * x0) / step.sigma
+    spread = eta * _posterior_deviation(step)
+    xt = step.next_alpha * x0 + (step.next_sigma**2 - spread**2).sqrt() * eps
+    return xt + spread * path.drawn if eta > 0 else xt
 
 
-def ddpm(
-    denoise: Denoise,
-    xT: Tensor,
-    schedule: Schedule,
-    levels: Levels,
-    noise: Noise,
-    *,
-    correct: Correct = None,
-    large_variance: bool = False,
-    share: Denoise | None = None,
-) -> Tensor:
+def ddpm(path: Path, *, large_variance: bool = False, share: Denoise | None = None) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, algorithm 2) on any levels: x ~ q(x_next | x_t, x0), eq. 6 and 7. The
     variance is the posterior's, or the forward step's (`large_variance`), or lies between them at `share(xt, level)`,
     which a network has learned (`variance.py`); the last step adds no noise."""
-    xt = xT
-    for i, step in enumerate(_steps(schedule, levels, xT)):
-        xt = correct(xt, i) if i and correct else xt
-        x0 = denoise(xt, step.level)
-        ratio = step.alpha / step.next_alpha  # signal kept by the forward step
-        added = added_variance(step.alpha, step.sigma, step.next_alpha, step.next_sigma)
-        mean = (ratio * step.next_sigma**2 * xt + step.next_alpha * added * x0) / step.sigma**2
-        deviation = added.sqrt() if large_variance else _posterior_deviation(step)
-        if share is not None and not step.last:
-            deviation = interpolated_variance(share(xt, step.level), added, deviation**2).sqrt()
-        xt = mean if step.last else mean + deviation * _given(noise)[i]
-    return xt
+    step, xt, x0 = path.now
+    ratio = step.alpha / step.next_alpha  # signal kept by the forward step
+    added = added_variance(step.alpha, step.sigma, step.next_alpha, step.next_sigma)
+    mean = (ratio * step.next_sigma**2 * xt + step.next_alpha * added * x0) / step.sigma**2
+    if step.last:
+        return mean
+    deviation = added.sqrt() if large_variance else _posterior_deviation(step)
+    if share is not None:
+        deviation = interpolated_variance(share(xt, step.level), added, deviation**2).sqrt()
+    return mean + deviation * path.drawn
 
 
 def added_variance(alpha: Tensor, sigma: Tensor, next_alpha: Tensor, next_sigma: Tensor) -> Tensor:
@@ -131,17 +188,11 @@ def _posterior_deviation(step: Step) -> Tensor:
     return added.sqrt() * step.next_sigma / step.sigma
 
 
-def euler(
-    denoise: Denoise, xT: Tensor, schedule: Schedule, levels: Levels, noise: Noise, *, correct: Correct = None
-) -> Tensor:
+def euler(path: Path) -> Tensor:
     """Euler's method on the probability-flow ODE (Song et al. 2021, arXiv 2011.13456, eq. 13; Karras et al. 2022,
     algorithm 1 without the correction), and on the ODE of a flow. On straight lines it equals DDIM with eta = 0."""
-    xt = xT
-    for i, step in enumerate(_steps(schedule, levels, xT)):
-        xt = correct(xt, i) if i and correct else xt
-        x0 = denoise(xt, step.level)
-        xt = step.next_alpha * x0 + step.next_sigma * (xt - step.alpha * x0) / step.sigma
-    return xt
+    step, xt, x0 = path.now
+    return step.next_alpha * x0 + step.next_sigma * (xt - step.alpha * x0) / step.sigma
 
 
 def flow_scale(alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -154,116 +205,60 @@ def karras_scale(alpha: Tensor, sigma: Tensor) -> Tensor:
     return alpha
 
 
-def heun(
-    denoise: Denoise,
-    xT: Tensor,
-    schedule: Schedule,
-    levels: Levels,
-    noise: Noise,
-    *,
-    correct: Correct = None,
-    scale: Callable[[Tensor, Tensor], Tensor] = flow_scale,
-) -> Tensor:
+def heun(path: Path, *, scale: Callable[[Tensor, Tensor], Tensor] = flow_scale) -> Tensor:
     """Heun's second-order method on the same ODE (Karras et al. 2022, arXiv 2206.00364, algorithm 1): Euler's step,
     then half the change of slope that it met. Two denoisings a step, one in the last.
 
     x / scale moves along straight lines; its slope changes with x0 alone, since Euler's step keeps eps.
     """
-    xt = xT
-    for i, step in enumerate(_steps(schedule, levels, xT)):
-        xt = correct(xt, i) if i and correct else xt
-        x0 = denoise(xt, step.level)
-        xt = step.next_alpha * x0 + step.next_sigma * (xt - step.alpha * x0) / step.sigma
-        if not step.last:
-            x0_change = denoise(xt, levels[i + 1]) - x0
-            ratio = scale(step.next_alpha, step.next_sigma) / scale(step.alpha, step.sigma)
-            xt = xt + ratio * (step.sigma * step.next_alpha / step.next_sigma - step.alpha) * x0_change / 2
-    return xt
+    step, _, x0 = path.now
+    xt = euler(path)
+    if step.last:
+        return xt
+    x0_change = path.denoise(xt, path.steps[path.i + 1].level) - x0
+    ratio = scale(step.next_alpha, step.next_sigma) / scale(step.alpha, step.sigma)
+    return xt + ratio * (step.sigma * step.next_alpha / step.next_sigma - step.alpha) * x0_change / 2
 
 
-def dpm_solver_pp(
-    denoise: Denoise,
-    xT: Tensor,
-    schedule: Schedule,
-    levels: Levels,
-    noise: Noise,
-    *,
-    correct: Correct = None,
-    order: int = 2,
-) -> Tensor:
+def dpm_solver_pp(path: Path, *, order: int = 2) -> Tensor:
     """DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095): 2M (algorithm 2), or `order` = 1 (eq. 8), which equals DDIM.
     The first and the last step are of order 1."""
-    steps = _log_snr_steps(schedule, levels, xT)
-    xt, x0s = xT, []
-    for i, step in enumerate(steps):
-        xt = correct(xt, i) if i and correct else xt
-        x0s.append(denoise(xt, step.level))
-        xt = _exponential_step(step, xt, x0s[-1] + _slope(steps, x0s) / 2 if order == 2 else x0s[-1])
-    return xt
+    step, xt, x0 = path.now
+    return _exponential_step(step, xt, x0 + _slope(path, path.i) / 2 if order == 2 else x0)
 
 
-def dpm_solver_pp_sde(
-    denoise: Denoise,
-    xT: Tensor,
-    schedule: Schedule,
-    levels: Levels,
-    noise: Noise,
-    *,
-    correct: Correct = None,
-    order: int = 2,
-) -> Tensor:
+def dpm_solver_pp_sde(path: Path, *, order: int = 2) -> Tensor:
     """DPM-Solver++ for the diffusion SDE (Lu et al. 2022, arXiv 2211.01095, section 6): SDE-DPM-Solver++(2M), or
     `order` = 1, which equals DDPM with the posterior variance. Noise at every step but the last."""
-    steps = _log_snr_steps(schedule, levels, xT)
-    xt, x0s = xT, []
-    for i, step in enumerate(steps):
-        xt = correct(xt, i) if i and correct else xt
-        x0s.append(denoise(xt, step.level))
-        x0 = x0s[-1] + _slope(steps, x0s) / 2 if order == 2 else x0s[-1]
-        renewed = -torch.expm1(-2 * step.h)  # share of the noise's variance that is drawn anew
-        xt = step.next_sigma / step.sigma * torch.exp(-step.h) * xt + step.next_alpha * renewed * x0
-        xt = xt if step.last else xt + step.next_sigma * renewed.sqrt() * _given(noise)[i]
-    return xt
+    step, xt, x0 = path.now
+    x0 = x0 + _slope(path, path.i) / 2 if order == 2 else x0
+    renewed = -torch.expm1(-2 * step.h)  # share of the noise's variance that is drawn anew
+    xt = step.next_sigma / step.sigma * torch.exp(-step.h) * xt + step.next_alpha * renewed * x0
+    return xt if step.last else xt + step.next_sigma * renewed.sqrt() * path.drawn
 
 
-def unipc(
-    denoise: Denoise, xT: Tensor, schedule: Schedule, levels: Levels, noise: Noise, *, correct: Correct = None
-) -> Tensor:
+def unipc(path: Path) -> Tensor:
     """UniPC of order 2 with B(h) = e^h − 1 (Zhao et al. 2023, arXiv 2302.04867, algorithms 5 to 8): the step of 2M,
-    taken again once x0 at its end is known, which costs no further denoising (with `correct`, one more)."""
-    steps = _log_snr_steps(schedule, levels, xT)
-    xt, start, x0s = xT, xT, []
-    for i, step in enumerate(steps):
-        x0s.append(denoise(xt, step.level))
-        xt = _unipc_corrector(steps[:i], start, x0s) if i else xt
-        if i and correct:
-            xt = correct(xt, i)
-            x0s[-1] = denoise(xt, step.level)
-        start = xt
-        xt = _exponential_step(step, xt, x0s[-1] + _slope(steps, x0s) / 2)
-    return xt
+    whose start is corrected first, now that x0 is known there, which costs no further denoising."""
+    step, xt, x0 = path.now
+    if path.i:
+        before = path.steps[path.i - 1]
+        xt = xt - before.next_alpha * torch.expm1(-before.h) * _unipc_correction(path)
+    return _exponential_step(step, xt, x0 + _slope(path, path.i) / 2)
 
 
-def _unipc_corrector(steps: Sequence[Step], start: Tensor, x0s: Sequence[Tensor]) -> Tensor:
-    """UniC: the last of these steps again from its `start`; `x0s` end with x0 at its end."""
-    step, x0, rise = steps[-1], x0s[-2], x0s[-1] - x0s[-2]
-    if len(steps) == 1:
-        return _exponential_step(step, start, x0 + rise / 2)
+def _unipc_correction(path: Path) -> Tensor:
+    """UniC: by how much the x0 of the step before should have differed, from x0 at its end (eq. 9, two conditions)."""
+    i = path.i - 1
+    rise, slope = path.x0s[-1] - path.x0s[-2], _slope(path, i)
+    if i == 0:
+        return rise / 2
+    step = path.steps[i]
     renewed = -torch.expm1(-step.h)
-    b1 = 1 / renewed - 1 / step.h  # the two conditions of order (eq. 9)
+    b1 = 1 / renewed - 1 / step.h
     b2 = 1 / renewed - 2 * b1 / step.h
-    weight = (b1 - b2) / (1 + steps[-2].h / step.h)
-    return _exponential_step(step, start, x0 + weight * _slope(steps, x0s[:-1]) + (b1 - weight) * rise)
-
-
-def _log_snr_steps(schedule: Schedule, levels: Levels, xT: Tensor) -> list[Step]:
-    steps = _steps(schedule, levels, xT)
-    if schedule.ends_silent and levels[0] == len(schedule) - 1:
-        raise ValueError(
-            f"level {levels[0]} holds no signal, so its log-SNR is infinite and this solver cannot start there; "
-            "start one level lower (choose_levels with_signal=True)"
-        )
-    return steps
+    weight = (b1 - b2) / (1 + path.steps[i - 1].h / step.h)
+    return weight * slope + (b1 - weight) * rise - slope / 2
 
 
 def _exponential_step(step: Step, xt: Tensor, x0: Tensor) -> Tensor:
@@ -271,13 +266,11 @@ def _exponential_step(step: Step, xt: Tensor, x0: Tensor) -> Tensor:
     return step.next_sigma / step.sigma * xt - step.next_alpha * torch.expm1(-step.h) * x0
 
 
-def _slope(steps: Sequence[Step], x0s: Sequence[Tensor]) -> Tensor | float:
-    """Change of x0 to expect over the step that starts at the last of `x0s`, from its change over the step before; 0 in
-    the first and the last step."""
-    i = len(x0s) - 1
-    if i == 0 or steps[i].last:
+def _slope(path: Path, i: int) -> Tensor | float:
+    """Change of x0 to expect over the i-th step, from its change over the step before; 0 in the first and the last."""
+    if i == 0 or path.steps[i].last:
         return 0.0
-    return steps[i].h / steps[i - 1].h * (x0s[i] - x0s[i - 1])
+    return path.steps[i].h / path.steps[i - 1].h * (path.x0s[i] - path.x0s[i - 1])
 
 
 def langevin(
@@ -286,7 +279,7 @@ def langevin(
     levels: Levels,
     noise: Tensor,
     size: float = 0.05,
-) -> Callable[[Tensor, int], Tensor]:
+) -> Hook:
     """A corrector that follows the steps of any sampler (predictor–corrector, Song et al. 2021, arXiv 2011.13456,
     algorithms 4 and 5): Langevin steps at the level that was reached, towards the distribution of that level.
 
@@ -304,22 +297,6 @@ def langevin(
         return xt
 
     return correct
-
-
-def _given(noise: Noise) -> Tensor:
-    if noise is None:
-        raise ValueError("this sampler adds noise; give it noise (len(levels), *xT.shape), drawn beforehand")
-    return noise
-
-
-class Sampler(NamedTuple):
-    """A sampler by name."""
-
-    function: Callable[..., Tensor]
-    """Of the one signature, with `correct`."""
-    needs_noise: bool = False
-    needs_signal: bool = False
-    """Whether it cannot start from a level without signal."""
 
 
 SAMPLERS = {

@@ -16,7 +16,7 @@ import numpy as np
 
 from diffusion_policy.basics.lines import describe, message_of, one_line
 from diffusion_policy.basics.names import is_label
-from diffusion_policy.control.controller import Controller, planning_generator
+from diffusion_policy.control.controller import Controller
 from diffusion_policy.evaluation.engines import HANG_AFTER, Engine
 from diffusion_policy.evaluation.episode import Episode, FailedEpisode, Plan
 from diffusion_policy.evaluation.host import EnvFailure, StepsResult
@@ -163,8 +163,7 @@ class _EpisodeScheduler:
         begun = {slot: self.waiting.pop() for slot in free[: len(self.waiting)]}
         if not begun:
             return
-        generators = [planning_generator(seed, repeat) for seed, repeat in begun.values()]
-        self._controller.reset(_mask(begun, self._slots), generators)
+        self._controller.reset(_mask(begun, self._slots), list(begun.values()))
         for slot, answer in pool.reset({slot: seed for slot, (seed, _) in begun.items()}).items():
             if not isinstance(answer, EnvFailure):
                 answer = self._refuse({key: value[None] for key, value in answer.items()}) or answer

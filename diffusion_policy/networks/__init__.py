@@ -1,1 +1,14 @@
-"""Networks that predict noise, and encoders of what conditions them."""
+"""Networks and encoders by the `kind` of their options. A new one is a file here, its options in `config`, and a line.
+
+A network takes (target_dim, cond_dim, outputs=..., and its own options) and promises what `diffusion.process.Network`
+says; an encoder takes (shape, observation_horizon), and has `features`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from diffusion_policy.networks.encoders import StateEncoder
+from diffusion_policy.networks.unet import TemporalUnet
+
+NETWORKS: dict[str, Callable[..., Any]] = {"unet": TemporalUnet}
+ENCODERS: dict[str, Callable[..., Any]] = {"state": StateEncoder}

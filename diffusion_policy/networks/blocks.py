@@ -1,14 +1,17 @@
 """Building blocks of the temporal U-Net: level embedding, convolution block, residual block with FiLM."""
 
 import math
+from types import EllipsisType
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class LevelEmbedding(nn.Module):
-    """Sinusoids of the noise level (Vaswani et al. 2017, section 3.5), then a small MLP: (B,) → (B, dim)."""
+    """Sinusoids of the noise level (Vaswani et al. 2017, section 3.5), then a small MLP: (...) → (..., dim)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -17,8 +20,22 @@ class LevelEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.Mish(), nn.Linear(4 * dim, dim))
 
     def forward(self, level: Tensor) -> Tensor:
-        angles = level[:, None] * self.get_buffer("frequencies")  # (B, dim / 2)
+        angles = level[..., None] * self.get_buffer("frequencies")  # (..., dim / 2)
         return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
+
+
+class Films(NamedTuple):
+    """What noise levels and conditions say to layers that are linear in both, so that their parts add up."""
+
+    of_levels: tuple[Tensor, ...]
+    """A layer each: (L, features)."""
+    of_cond: tuple[Tensor, ...]
+    """A layer each: (B, features)."""
+
+    def at(self, level: int | EllipsisType) -> tuple[Tensor, ...]:
+        """The sums for the i-th level and all rows, (B, features) a layer; with `...`, where L = B, for the i-th
+        level and the i-th row."""
+        return tuple(one[level] + other for one, other in zip(self.of_levels, self.of_cond, strict=True))
 
 
 class ConvBlock(nn.Sequential):
@@ -36,26 +53,39 @@ class ResidualBlock(nn.Module):
     """Two convolution blocks with a residual connection; between them the condition scales and shifts each channel
     (FiLM, Perez et al. 2018, arXiv 1709.07871, eq. 2)."""
 
-    def __init__(self, channels_in: int, channels_out: int, cond_dim: int, kernel_size: int, groups: int) -> None:
+    def __init__(
+        self, channels_in: int, channels_out: int, level_dim: int, cond_dim: int, kernel_size: int, groups: int
+    ) -> None:
         super().__init__()
         self.first = ConvBlock(channels_in, channels_out, kernel_size, groups)
-        self.film = nn.Sequential(nn.Mish(), nn.Linear(cond_dim, 2 * channels_out))
+        self.film = nn.Sequential(nn.Mish(), nn.Linear(level_dim + cond_dim, 2 * channels_out))
         self.second = ConvBlock(channels_out, channels_out, kernel_size, groups)
         self.skip = nn.Conv1d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+        self._level_dim = level_dim
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """x: (B, C_in, T), cond: (B, C) → (B, C_out, T)."""
-        scale, shift = rearrange(self.film(cond), "b (two c) -> two b c 1", two=2)
+    def condition(self, level: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
+        """The parts of scale and shift that embedded levels (L, level_dim) and conditions (B, C) give, (L, 2 C_out) and
+        (B, 2 C_out): Linear([a; b]) = A a + B b + c, so each is computed once."""
+        mish, linear = self.film
+        assert isinstance(linear, nn.Linear)
+        of_level, of_cond = linear.weight.split([self._level_dim, cond.shape[-1]], dim=1)
+        return functional.linear(mish(level), of_level), functional.linear(mish(cond), of_cond, linear.bias)
+
+    def forward(self, x: Tensor, film: Tensor) -> Tensor:
+        """x: (B, C_in, T), film: (B, 2 C_out) → (B, C_out, T)."""
+        scale, shift = rearrange(film, "b (two c) -> two b c 1", two=2)
         return self.second(scale * self.first(x) + shift) + self.skip(x)
 
 
 class BlockPair(nn.Module):
-    """Two residual blocks: (B, C_in, T), cond (B, C) → (B, C_out, T)."""
+    """Two residual blocks, each with its film: (B, C_in, T) → (B, C_out, T)."""
 
-    def __init__(self, channels_in: int, channels_out: int, cond_dim: int, kernel_size: int, groups: int) -> None:
+    def __init__(
+        self, channels_in: int, channels_out: int, level_dim: int, cond_dim: int, kernel_size: int, groups: int
+    ) -> None:
         super().__init__()
-        self.first = ResidualBlock(channels_in, channels_out, cond_dim, kernel_size, groups)
-        self.second = ResidualBlock(channels_out, channels_out, cond_dim, kernel_size, groups)
+        self.first = ResidualBlock(channels_in, channels_out, level_dim, cond_dim, kernel_size, groups)
+        self.second = ResidualBlock(channels_out, channels_out, level_dim, cond_dim, kernel_size, groups)
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        return self.second(self.first(x, cond), cond)
+    def forward(self, x: Tensor, first_film: Tensor, second_film: Tensor) -> Tensor:
+        return self.second(self.first(x, first_film), second_film)

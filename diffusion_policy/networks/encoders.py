@@ -1,20 +1,18 @@
-"""Encoders: a dict of observations → one conditioning vector."""
+"""Encoders: the observed steps of one observation key → its features. What all keys give stands side by side in the
+condition."""
 
 import math
-from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 
 class StateEncoder(nn.Module):
-    """Lays all observed steps of all keys side by side: {key: (B, To, ...)} → (B, cond_dim). It learns nothing."""
+    """Lays the observed steps of a row of numbers side by side: (B, To, ...) → (B, features). It learns nothing."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], observation_horizon: int) -> None:
-        """`shapes`: shape of each key at one step."""
+    def __init__(self, shape: tuple[int, ...], observation_horizon: int) -> None:
+        """`shape`: of one step."""
         super().__init__()
-        self.keys = tuple(sorted(shapes))
-        self.cond_dim = observation_horizon * sum(math.prod(shape) for shape in shapes.values())
+        self.features = observation_horizon * math.prod(shape)
 
-    def forward(self, observations: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat([observations[key].flatten(1) for key in self.keys], dim=-1)
+    def forward(self, observed: Tensor) -> Tensor:
+        return observed.flatten(1)

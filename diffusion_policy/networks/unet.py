@@ -8,32 +8,33 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffusion_policy.networks.blocks import BlockPair, ConvBlock, LevelEmbedding
+from diffusion_policy.networks.blocks import BlockPair, ConvBlock, Films, LevelEmbedding
 
 
 class TemporalUnet(nn.Module):
-    """(xt (B, T, A), level (B,), cond (B, C)) → (B, T, outputs). T is a multiple of `stride`, 2^(resolutions − 1)."""
+    """(xt (B, T, D), level (B,), cond (B, C)) → (B, T, outputs). T is a multiple of `stride`, 2^(resolutions − 1)."""
 
     def __init__(
         self,
-        action_dim: int,
+        target_dim: int,
         cond_dim: int,
         widths: Sequence[int] = (64, 128, 256),
+        *,
         kernel_size: int = 5,
         groups: int = 8,
         level_dim: int = 128,
         outputs: int | None = None,
     ) -> None:
-        """`widths`: channels at each resolution; each is half as long in time as the one before. `outputs`: numbers for
-        each step, by default as many as an action has."""
+        """`target_dim`: D, numbers of a step of the sequence; `widths`: channels at each resolution; each is half as
+        long in time as the one before; `outputs`: numbers predicted for each step, by default D."""
         super().__init__()
         self.stride = 2 ** (len(widths) - 1)
         self.embed_level = LevelEmbedding(level_dim)
 
         def blocks(channels_in: int, channels_out: int) -> BlockPair:
-            return BlockPair(channels_in, channels_out, level_dim + cond_dim, kernel_size, groups)
+            return BlockPair(channels_in, channels_out, level_dim, cond_dim, kernel_size, groups)
 
-        self.down = nn.ModuleList(blocks(*widths_in_out) for widths_in_out in pairwise((action_dim, *widths)))
+        self.down = nn.ModuleList(blocks(*widths_in_out) for widths_in_out in pairwise((target_dim, *widths)))
         self.shorten = nn.ModuleList(nn.Conv1d(width, width, 3, stride=2, padding=1) for width in widths[:-1])
         self.middle = blocks(widths[-1], widths[-1])
         self.lengthen = nn.ModuleList(
@@ -41,22 +42,41 @@ class TemporalUnet(nn.Module):
         )
         self.up = nn.ModuleList(blocks(2 * width, width) for width in reversed(widths[:-1]))
         self.out = nn.Sequential(
-            ConvBlock(widths[0], widths[0], kernel_size, groups), nn.Conv1d(widths[0], outputs or action_dim, 1)
+            ConvBlock(widths[0], widths[0], kernel_size, groups), nn.Conv1d(widths[0], outputs or target_dim, 1)
         )
 
     def forward(self, xt: Tensor, level: Tensor, cond: Tensor) -> Tensor:
         """Raises ValueError when T is not a multiple of `stride`."""
+        return self.denoise(xt, self.condition(level, cond).at(...))
+
+    def condition(self, level: Tensor, cond: Tensor) -> Films:
+        """Levels (L,) and conditions (B, C) → scale and shift of each residual block."""
+        embedded = self.embed_level(level)  # (L, level_dim)
+        parts = [block.condition(embedded, cond) for pair in self._pairs() for block in (pair.first, pair.second)]
+        return Films(tuple(one for one, _ in parts), tuple(other for _, other in parts))
+
+    def denoise(self, xt: Tensor, films: Sequence[Tensor]) -> Tensor:
+        """Sequences (B, T, D) under `films.at` their levels, (B, 2 channels) a block → (B, T, outputs).
+        Raises ValueError when T is not a multiple of `stride`."""
         if xt.shape[1] % self.stride:
             raise ValueError(f"the prediction horizon must be a multiple of {self.stride}; got {xt.shape[1]}")
-        cond = torch.cat([self.embed_level(level), cond], dim=-1)
-        x = rearrange(xt, "b t a -> b a t")
+        pairs_of_films = iter(zip(films[::2], films[1::2], strict=True))
+        x = rearrange(xt, "b t d -> b d t")
         skips = []
         for i, pair in enumerate(self.down):
-            x = pair(x, cond)
+            x = pair(x, *next(pairs_of_films))
             if i < len(self.shorten):
                 skips.append(x)
                 x = self.shorten[i](x)
-        x = self.middle(x, cond)
+        x = self.middle(x, *next(pairs_of_films))
         for lengthen, pair in zip(self.lengthen, self.up, strict=True):
-            x = pair(torch.cat([lengthen(x), skips.pop()], dim=1), cond)
-        return rearrange(self.out(x), "b a t -> b t a")
+            x = pair(torch.cat([lengthen(x), skips.pop()], dim=1), *next(pairs_of_films))
+        return rearrange(self.out(x), "b d t -> b t d")
+
+    def decayed_parameters(self) -> list[nn.Parameter]:
+        """Those that take weight decay: all."""
+        return list(self.parameters())
+
+    def _pairs(self) -> list[BlockPair]:
+        """In the order in which a sequence passes them."""
+        return [*self.down, self.middle, *self.up]  # pyright: ignore[reportReturnType]

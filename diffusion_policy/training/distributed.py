@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from diffusion_policy.datasets.windows import WHOLE, Shard
+
 PATIENCE = timedelta(hours=6)
 """How long a process waits for the others: the main one validates and rolls out while they do."""
 
@@ -20,18 +22,23 @@ PATIENCE = timedelta(hours=6)
 class Distributed:
     """This process among those that train together. Alone, it is the main one, and sums are what they are."""
 
-    def __init__(self, index: int = 0, count: int = 1) -> None:
-        self.index = index
-        self.count = count
+    def __init__(self, shard: Shard = WHOLE) -> None:
+        """`shard`: what of every batch this process computes."""
+        self.shard = shard
 
     @property
     def is_main(self) -> bool:
         """Whether this is the one that writes."""
-        return self.index == 0
+        return self.shard.rank == 0
+
+    @property
+    def world_size(self) -> int:
+        """How many processes there are."""
+        return self.shard.world_size
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all processes: the same bits in each of them."""
-        if self.count == 1:
+        if self.world_size == 1:
             return
         together = torch.cat([tensor.flatten().float() for tensor in tensors])
         dist.all_reduce(together)
@@ -61,6 +68,6 @@ def join_processes(device: str) -> Iterator[tuple[Distributed, str]]:
         device = f"cuda:{local}"
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     try:
-        yield Distributed(dist.get_rank(), dist.get_world_size()), device
+        yield Distributed(Shard(dist.get_rank(), dist.get_world_size())), device
     finally:
         dist.destroy_process_group()

@@ -4,6 +4,7 @@ Each check is a function that returns a `Check`: pass, warn or fail, with the fi
 stated where they are used; those of trained policies were set beside healthy and broken ones. Knows no simulator.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -12,13 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_policy.config import PolicyConfig, SampleConfig
+from diffusion_policy.basics.streams import derive_rng
+from diffusion_policy.config import PolicyConfig, SampleConfig, TrainConfig
 from diffusion_policy.datasets.statistics import Statistics
 from diffusion_policy.datasets.windows import Batch, Windows
 from diffusion_policy.diffusion.likelihood import variational_bound
 from diffusion_policy.diffusion.schedules import Schedule, low_middle_high
 from diffusion_policy.normalizer import NORMALIZATIONS, describe_columns
-from diffusion_policy.policy import DiffusionPolicy, derive_generator
+from diffusion_policy.policy import DiffusionPolicy
+from diffusion_policy.training.losses import derive_generator
+from diffusion_policy.training.trainer import Progress, Trainer
 
 OVERFIT_WINDOWS = 32
 OVERFIT_LOSS = 0.02
@@ -168,25 +172,18 @@ def check_overfit(
     """Train this new policy on 32 windows: whatever cannot learn those by heart cannot learn. Its loss should weigh all
     levels alike and drop no condition, or the bound means nothing."""
     generator = derive_generator("doctor overfit", seed)
-    chosen = torch.randperm(len(windows), generator=generator)[:OVERFIT_WINDOWS].to(policy.device)
-    batch = windows.gather(chosen)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    last: list[Tensor] = []
-    policy.train()
-    for step in range(steps):
-        loss = policy.loss(batch.observations, batch.actions, generator, batch.modes)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        if step >= steps - max(1, steps // 20):
-            last.append(loss.detach())
-        on_step(step + 1)
-    found = float(torch.stack(last).mean())
+    few = windows.subset(torch.randperm(len(windows), generator=generator)[:OVERFIT_WINDOWS].numpy())
+    config = TrainConfig(steps, OVERFIT_WINDOWS, learning_rate=1e-3, weight_decay=0, warmup_steps=0, seed=seed)
+    found = math.inf
+
+    def hear(progress: Progress) -> None:
+        nonlocal found
+        found = progress.loss
+        on_step(progress.step)
+
+    Trainer.for_policy(policy, few, None, config).run(hear, report_every=max(1, steps // 20))
     return judge_number(
-        f"overfits {len(chosen)} windows",
+        f"overfits {len(few)} windows",
         found,
         f"loss {found:.4f} after {steps} steps; {OVERFIT_LOSS} is asked",
         "a wider network, or look at the data: two equal observations with different actions cannot be told apart",
@@ -215,7 +212,7 @@ class Probe(NamedTuple):
 
 def noised(policy: DiffusionPolicy, actions: Tensor, seed: int) -> list[tuple[int, np.ndarray]]:
     """One sequence of raw actions (T, A), normalized: noised to a low, a middle and a high level."""
-    x0 = policy.normalizer.normalize("action", actions)
+    x0 = policy.normalizer.normalize(policy.target.key, actions)
     eps = torch.randn(x0.shape, generator=derive_generator("doctor noised", seed)).to(x0)
     rows = []
     for level in low_middle_high(policy.diffusion.schedule):
@@ -228,10 +225,11 @@ def noised(policy: DiffusionPolicy, actions: Tensor, seed: int) -> list[tuple[in
 def probe(policy: DiffusionPolicy, batch: Batch, seed: int) -> list[Probe]:
     """The policy at some levels, from the lowest to the highest that holds signal."""
     generator = derive_generator("doctor probe", seed)
-    x0 = policy.normalizer.normalize("action", batch.actions)
-    denoise = policy.diffusion.denoiser(policy.network, policy.encode(batch.observations, batch.modes))
+    x0 = policy.normalizer.normalize(policy.target.key, batch.actions)
+    levels = _levels(policy.diffusion.schedule)
+    denoise = policy.diffusion.denoiser(policy.network, policy.encode(batch.observations, batch.modes), levels)
     probes = []
-    for level in _levels(policy.diffusion.schedule):
+    for level in levels:
         eps = torch.randn(x0.shape, generator=generator).to(x0)
         alpha, sigma = policy.diffusion.tables(level, x0)
         xt = alpha * x0 + sigma * eps
@@ -311,9 +309,9 @@ def check_copying(policy: DiffusionPolicy, batch: Batch, seed: int) -> Check:
 def _error(policy: DiffusionPolicy, batch: Batch, observations: Mapping[str, Tensor], seed: int) -> float:
     """Error of x0 under these observations, at the noisier half of the levels, where conditions count."""
     generator = derive_generator("doctor error", seed)
-    x0 = policy.normalizer.normalize("action", batch.actions)
-    denoise = policy.diffusion.denoiser(policy.network, policy.encode(observations, batch.modes))
+    x0 = policy.normalizer.normalize(policy.target.key, batch.actions)
     levels = _levels(policy.diffusion.schedule)
+    denoise = policy.diffusion.denoiser(policy.network, policy.encode(observations, batch.modes), levels)
     furthest = max(1.0, float(x0.abs().max()))
     total = 0.0
     for level in levels[len(levels) // 2 :]:
@@ -345,7 +343,7 @@ def check_clipping(normalized: Tensor, clip: str) -> Check:
 def check_jumps(policy: DiffusionPolicy, batch: Batch, largest: np.ndarray, sampling: SampleConfig, seed: int) -> Check:
     """Sampled actions should not jump from step to step further than the demonstrated ones ever do. `largest`: the
     largest demonstrated jump of each number of an action, (A,)."""
-    generators = [derive_generator("doctor plans", seed, row) for row in range(len(batch.actions))]
+    generators = [derive_rng("doctor plans", seed, row) for row in range(len(batch.actions))]
     plans = policy.sample(batch.observations, generators, config=sampling)[:, 0].cpu().numpy()  # (B, T, A)
     ratios = np.abs(np.diff(plans, axis=1)) / np.maximum(largest, 1e-6)
     share = float(np.mean(~(ratios <= 1.2)))
@@ -373,10 +371,10 @@ def check_bound(policy: DiffusionPolicy, batch: Batch, seed: int) -> Check:
     schedule = policy.diffusion.schedule
     highest = len(schedule) - 1 - schedule.ends_silent
     levels = np.linspace(highest, 0, min(highest + 1, BOUND_LEVELS)).round().astype(int).tolist()
-    x0 = policy.normalizer.normalize("action", batch.actions).cpu().double()
+    x0 = policy.normalizer.normalize(policy.target.key, batch.actions).cpu().double()
     generator = derive_generator("doctor bound", seed)
     noise = (torch.randn(x0.shape, generator=generator, dtype=torch.float64) for _ in levels)
-    network = policy.diffusion.denoiser(policy.network, policy.encode(batch.observations, batch.modes))
+    network = policy.diffusion.denoiser(policy.network, policy.encode(batch.observations, batch.modes), levels)
 
     def denoise(xt: Tensor, level: int) -> Tensor:
         return network(xt.float().to(policy.device), level).cpu().double()

@@ -3,22 +3,31 @@
 The same schedules, predictions, samplers and guidance as for robots, with nothing else around them. Knows no policy.
 """
 
+from __future__ import annotations
+
+import itertools
 import math
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from diffusion_policy.config import TrainConfig
+from diffusion_policy.datasets.windows import WHOLE, Shard
 from diffusion_policy.diffusion.guidance import classifier_free
 from diffusion_policy.diffusion.likelihood import variational_bound
 from diffusion_policy.diffusion.prediction import PREDICTIONS
 from diffusion_policy.diffusion.process import Diffusion, count_draws
-from diffusion_policy.diffusion.samplers import SAMPLERS, Denoise
+from diffusion_policy.diffusion.samplers import SAMPLERS, Denoise, Levels
 from diffusion_policy.diffusion.schedules import Schedule, linear, low_middle_high
-from diffusion_policy.networks.blocks import LevelEmbedding
+from diffusion_policy.networks.blocks import Films, LevelEmbedding
+from diffusion_policy.training.losses import Draws, derive_generator
+from diffusion_policy.training.trainer import Progress, Trainer
 
 COUNT = 2000
 """Points in each set of samples."""
@@ -45,6 +54,12 @@ class Points(NamedTuple):
     """(n, dimensions)"""
     label: Tensor
     """Class of each point, (n,) int64; 0 where there is one class."""
+    rows: None = None
+    """They come from no data."""
+
+    def part(self, first: int, last: int) -> Points:
+        """Some of the points."""
+        return Points(self.x[first:last], self.label[first:last])
 
 
 def draw_ring(count: int, generator: torch.Generator) -> Points:
@@ -103,15 +118,39 @@ class PointNetwork(nn.Module):
     def __init__(self, dimensions: int, classes: int, width: int = 128) -> None:
         super().__init__()
         self.embed_level = LevelEmbedding(32)
-        self.layers = nn.Sequential(
-            nn.Linear(dimensions + 32 + classes, width), nn.SiLU(),
-            nn.Linear(width, width), nn.SiLU(),
-            nn.Linear(width, width), nn.SiLU(),
+        self.first = nn.Linear(dimensions + 32 + classes, width)
+        self.others = nn.Sequential(
+            nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
             nn.Linear(width, dimensions),
         )  # fmt: skip
+        self._sizes = [dimensions, 32, classes]
 
     def forward(self, xt: Tensor, level: Tensor, cond: Tensor) -> Tensor:
-        return self.layers(torch.cat([xt, self.embed_level(level), cond], dim=-1))
+        return self.denoise(xt, self.condition(level, cond).at(...))
+
+    def condition(self, level: Tensor, cond: Tensor) -> Films:
+        """The parts of the first layer that levels (L,) and classes (B, classes) give."""
+        _, of_level, of_cond = self.first.weight.split(self._sizes, dim=1)
+        levels = functional.linear(self.embed_level(level), of_level)
+        return Films((levels,), (functional.linear(cond, of_cond, self.first.bias),))
+
+    def denoise(self, xt: Tensor, films: Sequence[Tensor]) -> Tensor:
+        of_xt, _, _ = self.first.weight.split(self._sizes, dim=1)
+        return self.others(functional.linear(xt, of_xt) + films[0])
+
+
+class FreshPoints(NamedTuple):
+    """New points of a problem in every batch."""
+
+    problem: Problem
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def batches(self, batch_size: int, seed: int, first_step: int = 0, shard: Shard = WHOLE) -> Iterator[Points]:
+        """As `Windows.batches`."""
+        for step in itertools.count(first_step):
+            yield self.problem.draw(batch_size, derive_generator("toy points", seed, step)).part(*shard.of(batch_size))
 
 
 class Fitted(NamedTuple):
@@ -137,39 +176,41 @@ def fit(
 ) -> Fitted:
     """Train on fresh points at every step; `schedule` and `training_steps` instead of the problem's own."""
     started = time.perf_counter()
-    generator = torch.Generator().manual_seed(seed)
     steps = training_steps or problem.training_steps
     dimensions = problem.draw(1, torch.Generator()).x.shape[1]
+    diffusion = Diffusion(schedule or problem.schedule, PREDICTIONS[prediction])
+    losses: list[float] = []
+
+    def draw(_: PointNetwork, rows: int, generator: torch.Generator) -> Draws:
+        dropped = torch.rand(rows, generator=generator) < (DROPOUT if problem.classes > 1 else 0)
+        return Draws(diffusion.draw((rows, dimensions), generator), dropped)
+
+    def loss(network: PointNetwork, points: Points, draws: Draws) -> Tensor:
+        cond = _one_hot(points.label, problem.classes) * ~draws.dropped[:, None]
+        return diffusion.loss(network, points.x, cond, draws.noising)
+
+    def hear(progress: Progress) -> None:
+        losses.append(progress.loss)
+        on_step(progress.step)
+
+    config = TrainConfig(steps, batch_size, learning_rate=2e-3, weight_decay=0, warmup_steps=0, seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = PointNetwork(dimensions, problem.classes)
-    diffusion = Diffusion(schedule or problem.schedule, PREDICTIONS[prediction])
-    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    losses = []
-    for step in range(steps):
-        points = problem.draw(batch_size, generator)
-        kept = torch.rand(batch_size, 1, generator=generator) >= (DROPOUT if problem.classes > 1 else 0)
-        loss = diffusion.loss(network, points.x, _one_hot(points.label, problem.classes) * kept, generator)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        losses.append(loss.item())
-        on_step(step + 1)
+        Trainer(network, FreshPoints(problem), config, loss, draw).run(hear, report_every=1)
     return Fitted(network.eval(), diffusion, problem.classes, dimensions, losses, time.perf_counter() - started)
 
 
 def _one_hot(label: Tensor, classes: int) -> Tensor:
-    return nn.functional.one_hot(label, classes).float()
+    return functional.one_hot(label, classes).float()
 
 
-def denoiser(fitted: Fitted, label: Tensor, weight: float = 0.0) -> Denoise:
-    """The network for points of these classes (B,), guided with this weight."""
+def denoiser(fitted: Fitted, label: Tensor, weight: float = 0.0, levels: Levels | None = None) -> Denoise:
+    """The network for points of these classes (B,), guided with this weight, for some levels or all."""
     cond = _one_hot(label, fitted.classes)
     if weight == 0:
-        return fitted.diffusion.denoiser(fitted.network, cond)
-    both = fitted.diffusion.denoiser(fitted.network, torch.cat([cond, torch.zeros_like(cond)]))
+        return fitted.diffusion.denoiser(fitted.network, cond, levels)
+    both = fitted.diffusion.denoiser(fitted.network, torch.cat([cond, torch.zeros_like(cond)]), levels)
     return classifier_free(both, torch.full((len(fitted.diffusion.schedule),), weight, dtype=torch.float64))
 
 
@@ -183,7 +224,7 @@ def sample(
     draws = count_draws(chosen, levels)
     noise = torch.randn(draws, count, fitted.dimensions, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(count) % fitted.classes if label is None else torch.full((count,), label)
-    return fitted.diffusion.sample(denoiser(fitted, labels, weight), noise, chosen, levels)
+    return fitted.diffusion.sample(denoiser(fitted, labels, weight, levels), noise, chosen, levels)
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:

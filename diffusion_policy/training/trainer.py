@@ -1,49 +1,47 @@
-"""The one training loop: AdamW, a cosine learning rate with warm-up, gradient clipping, EMA weights, validation.
+"""The one training loop: AdamW, a cosine learning rate with warm-up, gradient clipping, EMA weights.
 
 All that is random in a step derives from the seed and the step's number, and is drawn for the whole batch. So what goes
 on from a checkpoint, or is divided among processes or into parts of a batch, is the same training.
 
-Knows a policy and windows. Display, trackers, rollouts and checkpoints come in as callbacks.
+What is learned comes in: the model, its batches, the loss, what is drawn for it, validation and rollouts. Display,
+trackers and checkpoints come in as callbacks.
 """
+
+from __future__ import annotations
 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from diffusion_policy.config import PolicyConfig, SampleConfig, TrainConfig
-from diffusion_policy.datasets.windows import Batch, Share, StreamedWindows, Windows
-from diffusion_policy.diffusion.process import Part
-from diffusion_policy.diffusion.samplers import SAMPLERS
-from diffusion_policy.policy import DiffusionPolicy, derive_generator
+from diffusion_policy.basics.streams import derive_entropy
+from diffusion_policy.config import TrainConfig
+from diffusion_policy.datasets.windows import Shard, StreamedWindows, Windows
+from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.training.distributed import Distributed
+from diffusion_policy.training.losses import Loss, denoising_loss, derive_generator, draw
+from diffusion_policy.training.validation import Validation, make_validation
 
-VALIDATION_WINDOWS = 2048
-"""At most so many windows are looked at in a validation, ..."""
-SAMPLED_WINDOWS = 64
-"""... and actions are sampled for so many of them, ..."""
-SAMPLES = 4
-"""... so many sequences for each (N) ..."""
-SAMPLING_STEPS = 16
-"""... in at most so many steps of DDIM."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Validation(NamedTuple):
-    """What the EMA weights do on held-out windows, with the same noise each time."""
+class Batches(Protocol):
+    """Where batches come from, such as `Windows`."""
 
-    loss: float
-    action_error: float | None
-    """Distance of a sampled action from the demonstrated one, in raw units, a mean over the Ta executed steps and N
-    samples; None for a policy that must be told a mode."""
-    action_error_best: float | None
-    """The same of the best of N samples."""
+    def __len__(self) -> int:
+        """How many rows there are; a batch has no more."""
+        ...
+
+    def batches(self, batch_size: int, seed: int, first_step: int = 0, shard: Shard = ...) -> Iterator[Any]:
+        """Batches for ever, from that of step `first_step` on; of each the rows of `shard`. A batch has `part(first,
+        last)`, some of its rows, and `rows`, where in the data they come from, or None."""
+        ...
 
 
 class Progress(NamedTuple):
@@ -76,57 +74,75 @@ class Diverged(FloatingPointError):
 
 
 class Trainer:
-    """Trains a policy. `ema` holds the weights to act with."""
+    """Trains a model. `ema` holds the weights to act with."""
 
     def __init__(
         self,
+        model: nn.Module,
+        batches: Batches,
+        config: TrainConfig,
+        loss: Callable[[Any, Any, Any], Tensor],
+        draw: Callable[[Any, int, torch.Generator], Any],
+        *,
+        distributed: Distributed | None = None,
+        validate: Callable[[Any], Validation] | None = None,
+        roll_out: Callable[[Any], float | None] | None = None,
+    ) -> None:
+        """`draw(model, rows, generator)`: the random numbers of a batch, with `rows(first, last)`, those of some of its
+        rows; `loss(model, batch, draws)`: of each row, (B,); `distributed`: the processes that train this model
+        together; `validate`, `roll_out`: what the EMA weights do on held-out data, and their success rate, None where
+        it could not be measured. Raises ValueError for batches that cannot be divided so often."""
+        self.config = config
+        self._distributed = distributed or Distributed()
+        self._model, self._source = model, batches
+        self._loss, self._draw, self._validate, self._roll_out = loss, draw, validate, roll_out
+        self._device = next(model.parameters()).device
+        self._optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.95, 0.999)
+        )
+        self._ema_model = AveragedModel(model, avg_fn=self._average).eval()  # its buffers are those of the model
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=config.precision == "fp16")
+        self._batch_size = min(config.batch_size, len(batches))
+        if self._batch_size < config.accumulation * self._distributed.world_size:
+            raise ValueError(
+                f"a batch of {self._batch_size} windows cannot be divided among {self._distributed.world_size} "
+                f"processes in {config.accumulation} parts each"
+            )
+        self._batches = batches.batches(config.batch_size, config.seed, 0, self._distributed.shard)
+        self._unreported: list[Tensor] = []  # loss and gradient norm of each step since the last report, (2,)
+        self.step = 0
+
+    @classmethod
+    def for_policy(
+        cls,
         policy: DiffusionPolicy,
         windows: Windows | StreamedWindows,
         validation: Windows | None,
         config: TrainConfig,
-        processes: Distributed | None = None,
+        *,
+        loss: Loss = denoising_loss,
+        distributed: Distributed | None = None,
         roll_out: Callable[[DiffusionPolicy], float | None] | None = None,
-    ) -> None:
-        """`validation`: windows of held-out episodes, or None; `processes`: those that train this policy together;
-        `roll_out`: the success rate of a policy, None where it failed. Raises ValueError for windows that do not fit
-        the policy, and for batches that cannot be divided so often."""
+    ) -> Trainer:
+        """For a policy and its windows; `validation`: windows of held-out episodes, or None. Raises ValueError for
+        windows that do not fit the policy."""
         for some in (windows, validation):
             if some is not None:
                 _require_fit(policy, some)
-        self.config = config
-        self._processes = processes or Distributed()
-        self._policy = policy
-        self._windows, self._validation = windows, validation
-        self._roll_out = roll_out
-        self._optimizer = torch.optim.AdamW(
-            policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.95, 0.999)
-        )
-        self._ema_model = AveragedModel(policy, avg_fn=self._average).eval()  # its buffers are those of the policy
-        self._scaler = torch.amp.GradScaler(policy.device.type, enabled=config.precision == "fp16")
-        self._share = Share(self._processes.index, self._processes.count)
-        self._batch_size = min(config.batch_size, len(windows))
-        if self._batch_size < config.accumulation * self._processes.count:
-            raise ValueError(
-                f"a batch of {self._batch_size} windows cannot be divided among {self._processes.count} processes in "
-                f"{config.accumulation} parts each"
-            )
         if config.compile:
             policy.network.compile()
-        self._batches = windows.batches(config.batch_size, config.seed, 0, self._share)
-        self._unreported: list[Tensor] = []  # loss and gradient norm of each step since the last report, (2,)
-        self.step = 0
+        validate = None if validation is None else make_validation(validation, config, loss)
+        return cls(policy, windows, config, loss, draw, distributed=distributed, validate=validate, roll_out=roll_out)
 
     @property
     def is_main(self) -> bool:
         """Whether this process is the one that writes."""
-        return self._processes.is_main
+        return self._distributed.is_main
 
     @property
-    def ema(self) -> DiffusionPolicy:
-        """The policy with EMA weights."""
-        policy = self._ema_model.module
-        assert isinstance(policy, DiffusionPolicy)
-        return policy
+    def ema(self) -> Any:
+        """The model with EMA weights."""
+        return self._ema_model.module
 
     def run(
         self,
@@ -139,9 +155,9 @@ class Trainer:
         measured that would be without a stop. Of several processes, all stop when one should, at the next report.
         Raises Diverged when loss or gradient is not finite."""
         started, since = self.step, time.perf_counter()
-        votes = torch.zeros((), device=self._policy.device)
-        alone = self._processes.count == 1
-        self._policy.train()
+        votes = torch.zeros((), device=self._device)
+        alone = self._distributed.world_size == 1
+        self._model.train()
         while True:
             due = bool(self._unreported) and self._report_is_due(report_every)
             if due:
@@ -157,8 +173,8 @@ class Trainer:
     def state(self) -> dict[str, Tensor]:
         """What training holds beside the EMA policy and the number of steps, by name: raw weights, the optimizer's
         moments, the scale of fp16 and what the next report is to average."""
-        weights = {f"weights.{name}": weight.contiguous() for name, weight in self._policy.state_dict().items()}
-        names = [name for name, _ in self._policy.named_parameters()]
+        weights = {f"weights.{name}": weight.contiguous() for name, weight in self._model.state_dict().items()}
+        names = [name for name, _ in self._model.named_parameters()]
         moments = {
             f"optimizer.{names[index]}.{name}": torch.as_tensor(value).contiguous()
             for index, values in self._optimizer.state_dict()["state"].items()
@@ -174,7 +190,7 @@ class Trainer:
         for name, tensor in state.items():
             kind, _, rest = name.partition(".")
             groups.setdefault(kind, {})[rest] = tensor
-        names = [name for name, _ in self._policy.named_parameters()]
+        names = [name for name, _ in self._model.named_parameters()]
         moments = {
             index: {key: groups["optimizer"].get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
             for index, name in enumerate(names)
@@ -185,7 +201,7 @@ class Trainer:
         if bool(groups["scaler"]) != self._scaler.is_enabled():
             raise ValueError(f"the training's state is not that of the precision {self.config.precision}")
         try:
-            self._policy.load_state_dict(groups["weights"])
+            self._model.load_state_dict(groups["weights"])
             self.ema.load_state_dict(dict(averaged))
         except RuntimeError as error:
             raise ValueError(f"the training's state is not that of this policy: {error}") from error
@@ -195,8 +211,8 @@ class Trainer:
         if groups["scaler"]:
             self._scaler.load_state_dict({name: value.item() for name, value in groups["scaler"].items()})
         self._ema_model.n_averaged.fill_(step)
-        self._unreported = list(groups["unreported"].get("", torch.empty(0, 2)).to(self._policy.device))
-        self._batches = self._windows.batches(self.config.batch_size, self.config.seed, step, self._share)
+        self._unreported = list(groups["unreported"].get("", torch.empty(0, 2)).to(self._device))
+        self._batches = self._source.batches(self.config.batch_size, self.config.seed, step, self._distributed.shard)
         self.step = step
 
     def _train_step(self, votes: Tensor) -> None:
@@ -205,37 +221,43 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(self.step, config)
         self._optimizer.zero_grad()
-        loss = torch.zeros((), device=self._policy.device)
-        rows = len(batch.actions)
+        torch.manual_seed(
+            int(
+                derive_entropy(
+                    "layers in training", config.seed, self.step, self._distributed.shard.rank
+                ).generate_state(1)[0]
+            )
+        )
+        generator = derive_generator("training noise", config.seed, self.step)
+        draws = self._draw(self._model, self._batch_size, generator)
+        start, stop = self._distributed.shard.of(self._batch_size)
+        loss = torch.zeros((), device=self._device)
         for part in range(config.accumulation):
-            first, last = Share(part, config.accumulation).of(rows)
-            part_loss = self._part_of_loss(batch, first, last)
+            first, last = Shard(part, config.accumulation).of(stop - start)
+            with self._autocast():
+                losses = self._loss(self._model, batch.part(first, last), draws.rows(start + first, start + last))
+            part_loss = losses.sum() / self._batch_size
             self._scaler.scale(part_loss).backward()
             loss += part_loss.detach()
-        gradients = [weight.grad for weight in self._policy.parameters() if weight.grad is not None]
-        self._processes.all_reduce_sum([*gradients, loss, votes])
+        gradients = [weight.grad for weight in self._model.parameters() if weight.grad is not None]
+        self._distributed.all_reduce_sum([*gradients, loss, votes])
         self._scaler.unscale_(self._optimizer)
-        gradient_norm = torch.nn.utils.clip_grad_norm_(self._policy.parameters(), config.gradient_clip)
+        gradient_norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), config.gradient_clip)
         self._scaler.step(self._optimizer)
         self._scaler.update()
-        self._ema_model.update_parameters(self._policy)
+        self._ema_model.update_parameters(self._model)
         self.step += 1
         self._unreported.append(torch.stack([loss, gradient_norm]))
 
-    def _part_of_loss(self, batch: Batch, first: int, last: int) -> Tensor:
-        """What rows `first` to `last` of this process's share contribute to the mean loss of the whole batch, ()."""
-        observations = {key: values[first:last] for key, values in batch.observations.items()}
-        modes = None if batch.modes is None else batch.modes[first:last]
-        part = Part(self._share.of(self._batch_size)[0] + first, self._batch_size)
-        generator = derive_generator("training noise", self.config.seed, self.step)
-        with self._autocast():
-            loss = self._policy.loss(observations, batch.actions[first:last], generator, modes, part)
-        return loss * ((last - first) / self._batch_size)
+    def _seed_layers(self) -> None:
+        """Seed torch's own generator, which dropout and random crops draw from, by seed, step and process."""
+        entropy = derive_entropy("layers in training", self.config.seed, self.step, self._distributed.shard.rank)
+        torch.manual_seed(int(entropy.generate_state(1)[0]))
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         """The chosen precision."""
         dtype = DTYPES.get(self.config.precision)
-        return torch.autocast(self._policy.device.type, dtype) if dtype else contextlib.nullcontext()
+        return torch.autocast(self._device.type, dtype) if dtype else contextlib.nullcontext()
 
     def _report_is_due(self, report_every: int) -> bool:
         config = self.config
@@ -249,7 +271,8 @@ class Trainer:
         self._unreported = []
         if not self.is_main:
             return
-        seen = self.validate() if last or self.step % config.validate_every == 0 else None
+        due = last or self.step % config.validate_every == 0
+        seen = self._validate(self.ema) if self._validate and due else None
         roll_out = config.rollout_every and (last or self.step % config.rollout_every == 0)
         on_progress(
             Progress(
@@ -269,39 +292,9 @@ class Trainer:
         figures = torch.stack(self._unreported).tolist()
         for step, (loss, norm) in enumerate(figures, start=self.step - len(figures) + 1):
             if not math.isfinite(loss) or (not math.isfinite(norm) and not self._scaler.is_enabled()):
-                batch = next(self._windows.batches(self.config.batch_size, self.config.seed, step - 1))
+                batch = next(self._source.batches(self.config.batch_size, self.config.seed, step - 1))
                 raise Diverged(step, loss, norm, batch.rows)
         return figures
-
-    @torch.no_grad()
-    def validate(self) -> Validation | None:
-        """Look at held-out windows; None where there are none."""
-        if self._validation is None:
-            return None
-        generator = derive_generator("validation", self.config.seed)
-        chosen = torch.randperm(len(self._validation), generator=generator)[:VALIDATION_WINDOWS]
-        total = 0.0
-        for indices in chosen.split(self.config.batch_size):
-            batch = self._validation.gather(indices)
-            total += len(indices) * self.ema.loss(batch.observations, batch.actions, generator, batch.modes).item()
-        errors = self._action_errors(self._validation.gather(chosen[:SAMPLED_WINDOWS]))
-        mean, best = (None, None) if errors is None else (errors.mean().item(), errors.amin(dim=1).mean().item())
-        return Validation(total / len(chosen), mean, best)
-
-    def _action_errors(self, batch: Batch) -> Tensor | None:
-        """Distance of each sampled sequence from the demonstrated one, (B, N); see `Validation`."""
-        policy, config = self.ema, self.ema.config
-        if policy.modes and not config.condition_dropout:
-            return None
-        generators = [
-            derive_generator("validation samples", self.config.seed, row) for row in range(len(batch.actions))
-        ]
-        sampled = policy.sample(batch.observations, generators, SAMPLES, quick_sampling(policy))  # (B, N, T, A)
-        difference = sampled - batch.actions[:, None]
-        for column in policy.shapes.angles.get("action", ()):
-            difference[..., column] = torch.remainder(difference[..., column] + math.pi, 2 * math.pi) - math.pi
-        first = config.observation_horizon - 1
-        return difference[:, :, first : first + config.action_horizon].norm(dim=-1).mean(dim=-1)
 
     def _average(self, averaged: Tensor, current: Tensor, _count: Tensor | int) -> Tensor:
         """Exponential average whose memory grows with the steps done."""
@@ -313,22 +306,10 @@ def _require_fit(policy: DiffusionPolicy, windows: Windows | StreamedWindows) ->
     """Raise ValueError unless windows hold what a policy observes and does."""
     config, shapes = policy.config, policy.shapes
     needed = {key: (config.observation_horizon, *shape) for key, shape in shapes.observations.items()}
-    needed["action"] = (config.prediction_horizon, *shapes.action)
+    needed[policy.target.key] = (config.prediction_horizon, *shapes.action)
     found = {key: shape for key, shape in windows.shapes.items() if key in needed}
     if found != needed:
         raise ValueError(f"the policy needs windows of {needed}; got {windows.shapes}")
-
-
-def least_memory(config: PolicyConfig, windows: int) -> int:
-    """Bytes that so many windows take at least while the network learns from them: each resolution keeps its channels
-    some 16 times, for four residual blocks."""
-    steps = config.prediction_horizon
-    return 4 * 16 * windows * sum(width * (steps >> i) for i, width in enumerate(config.widths))
-
-
-def quick_sampling(policy: DiffusionPolicy) -> SampleConfig:
-    """How actions are sampled while a policy is trained: in 16 steps of DDIM, or as many as it has."""
-    return SampleConfig(sampling_steps=min(SAMPLING_STEPS, policy.diffusion.most_steps(SAMPLERS["ddim"])))
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:

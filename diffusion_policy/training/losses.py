@@ -1,0 +1,66 @@
+"""What a training step minimizes, and what is random in it.
+
+All that is random is drawn for the whole batch, on the CPU, from a generator that derives from the seed and the step's
+number; whoever computes some rows takes theirs. So a batch that is divided among processes, or into parts, is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_policy.basics.streams import derive_entropy
+from diffusion_policy.datasets.windows import Batch
+from diffusion_policy.diffusion.process import Noising
+from diffusion_policy.policy import DiffusionPolicy
+
+
+class Draws(NamedTuple):
+    """The random numbers of one batch."""
+
+    noising: Noising
+    dropped: Tensor
+    """Which rows lose their condition, (B,) bool."""
+
+    def rows(self, first: int, last: int) -> Draws:
+        """Those of some rows."""
+        return Draws(Noising(*(part[first:last] for part in self.noising)), self.dropped[first:last])
+
+
+Loss = Callable[[DiffusionPolicy, Batch, Draws], Tensor]
+"""The loss of each window, (B,)."""
+
+
+def draw(policy: DiffusionPolicy, rows: int, generator: torch.Generator, drop: bool = True) -> Draws:
+    """The random numbers for so many windows; with `drop`, conditions are dropped as the policy's options say."""
+    share = policy.config.condition_dropout if drop else 0.0
+    dropped = torch.rand(rows, generator=generator) < share if share else torch.zeros(rows, dtype=torch.bool)
+    shape = (rows, policy.config.prediction_horizon, *policy.normalizer.shapes[policy.target.key])
+    return Draws(policy.diffusion.draw(shape, generator), dropped)
+
+
+def denoising_loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Tensor:
+    """Squared error of the prediction at random levels, (B,); see `Diffusion.loss`. Raises ValueError where a policy
+    that is conditioned on modes gets none."""
+    if policy.modes and batch.modes is None:
+        raise ValueError("a policy with condition-on-mode is trained with the modes of its windows; got none")
+    cond = policy.encode(batch.observations, batch.modes)
+    if policy.config.condition_dropout:
+        cond = torch.where(draws.dropped[:, None].to(cond.device), policy.unconditional(cond), cond)
+    x0 = policy.normalizer.normalize(policy.target.key, batch.actions)
+    return policy.diffusion.loss(policy.network, x0, cond, draws.noising)
+
+
+def derive_generator(tag: str, *numbers: int) -> torch.Generator:
+    """A CPU generator of its own for each tag and sequence of numbers, such as ("planning", seed, repeat). All its
+    state is filled, since `manual_seed` takes 32 bits of a seed, by which some of 100,000 streams would be the same."""
+    generator = torch.Generator()
+    state = generator.manual_seed(0).get_state()
+    state[24 : 24 + 8 * 624].view(torch.int64).copy_(
+        torch.from_numpy(derive_entropy(tag, *numbers).generate_state(624).astype(np.int64))  # the Mersenne Twister's
+    )
+    return generator.set_state(state)
