@@ -13,19 +13,18 @@ import zarr
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.cli import main
 from diffusion_policy.commands.collect import Collect
-from diffusion_policy.commands.dataset import Inspect, Merge, Validate
-from diffusion_policy.commands.replay import Replay
+from diffusion_policy.commands.options.dataset import Inspect, Merge, Replay, Validate
 from diffusion_policy.commands.rollout import Rollout
 from diffusion_policy.commands.stores import parse_angles
 from diffusion_policy.commands.train import Train
-from diffusion_policy.config import ConfigError, PolicyConfig, SampleConfig, TrainConfig
+from diffusion_policy.config import ConfigError, PolicyConfig, SampleConfig, TrainConfig, with_options
 from diffusion_policy.datasets import durable, windows
 from diffusion_policy.datasets.recorder import Recorder
 from diffusion_policy.datasets.store import Demonstration, EpisodeStore
 from diffusion_policy.envs import experts
 from diffusion_policy.envs.adapters import EnvSpec
 
-TINY = PolicyConfig(widths=(16, 32), level_dim=16, noise_levels=10)
+TINY = with_options(PolicyConfig(), widths=(16, 32), level_dim=16, noise_levels=10)
 SHORT = TrainConfig(steps=4, batch_size=16, validate_every=2)
 
 
@@ -209,7 +208,7 @@ def test_keys_and_angles_are_chosen_on_the_command_line(tmp_path: Path, capsys) 
     Train(str(path), tmp_path / "run", policy=TINY, training=SHORT, device="cpu", **choice).run()
     loaded = checkpoint.load(tmp_path / "run")
     assert loaded.policy.shapes.angles == {"state": (4,)}
-    assert loaded.policy.encoder.cond_dim == 2 * 6
+    assert loaded.policy.features == 2 * 6
     assert loaded.dataset.action_key == "target"
     state = torch.zeros(1, 2, 5)
     turned = state + torch.tensor([0, 0, 0, 0, 2 * torch.pi])
@@ -237,7 +236,7 @@ def test_angles_that_a_store_declares_are_used_for_actions_too(tmp_path: Path) -
     policy = checkpoint.load(tmp_path / "run").policy
     assert policy.shapes.angles == {"state": (0,), "action": (1,)}
     actions = policy.sample(
-        {"state": torch.zeros(3, 2, 2)}, [torch.Generator()] * 3, config=SampleConfig(sampling_steps=4)
+        {"state": torch.zeros(3, 2, 2)}, [np.random.default_rng(0)] * 3, config=SampleConfig(sampling_steps=4)
     )
     assert actions.shape == (3, 1, 16, 2)
     assert actions[..., 1].abs().max() <= torch.pi

@@ -1,0 +1,119 @@
+"""diffusion-policy dataset inspect: what is in a dataset."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from diffusion_policy.commands.options.dataset import Inspect
+from diffusion_policy.commands.stores import open_store
+from diffusion_policy.commands.terminal import console, out
+from diffusion_policy.datasets.guard import codec_names
+from diffusion_policy.datasets.store import EpisodeStore, StoreError
+from diffusion_policy.evaluation.metrics import NONE
+
+ROLES = ("observation", "action", "other")
+
+
+def run(options: Inspect) -> dict[str, Any]:
+    """Print it; returns what --json prints."""
+    store = open_store(options.store)
+    with console.status("reading"):
+        found = inspect(store)
+    for key, why in found["left_out"].items():
+        if key not in store.left_out:  # those are said already
+            console.print(f"{options.store}: data/{key} is left out: it {why}")
+    if options.json:
+        out.print_lines(json.dumps(found, indent=2))
+    else:
+        print_tables(found)
+    return found
+
+
+def print_tables(found: Mapping[str, Any]) -> None:
+    """What `inspect` found, to read."""
+    roles = {role: [key for key in found["keys"] if found["keys"][key]["role"] == role] for role in ROLES}
+    out.print("; ".join(f"{role}: {', '.join(keys)}" for role, keys in roles.items() if keys))
+    out.print(tabulate_keys(found["keys"]))
+    packings = {" + ".join(part["codecs"]) for part in found["keys"].values()}
+    out.print(f"packed with {'; '.join(sorted(packings))}")
+    lengths = found["lengths"]
+    out.print(
+        f"{found['episodes']} episodes, {found['steps']} steps; lengths {lengths['shortest']} to "
+        f"{lengths['longest']}, median {lengths['median']:g}"
+    )
+    if found["modes"]:
+        out.print("modes: " + ", ".join(f"{mode} {count}" for mode, count in found["modes"].items()))
+    for name, value in found["attributes"].items():
+        out.print(f"{name}: {json.dumps(value)}")
+
+
+def tabulate_keys(keys: Mapping[str, Any]) -> Table:
+    """A row a key."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("key", "step", "type", "lowest", "highest", "chunk", "MB", "packed"):
+        table.add_column(name, no_wrap=True)
+    for key, part in keys.items():
+        size = ("-", "-") if part["bytes"] is None else (f"{part['bytes'] / 1e6:.2f}", f"{part['ratio']:.1f}x")
+        shape, limits = "x".join(map(str, part["shape"])), (min(part["min"]), max(part["max"]))
+        shape = shape if len(shape) <= 20 else f"{len(part['shape'])} axes"
+        table.add_row(key, shape, part["dtype"], *(f"{n:.4g}" for n in limits), str(part["chunk_rows"]), *size)
+    return table
+
+
+def inspect(store: EpisodeStore) -> dict[str, Any]:
+    """What `dataset inspect` says, as JSON."""
+    lengths = np.diff(store.episode_ends, prepend=0)
+    keys: dict[str, Any] = {}
+    left_out = dict(store.left_out)
+    for key in store.keys:
+        try:
+            keys[key] = describe_key(store, key)
+        except StoreError as error:  # what it holds cannot be used
+            left_out[key] = str(error).removeprefix(f"{store.location}: data/{key} ")
+    modes = Counter(mode or NONE for mode in store.episode_modes())
+    return {
+        "location": store.location,
+        "episodes": len(lengths),
+        "steps": int(lengths.sum()),
+        "lengths": {
+            "shortest": int(lengths.min()),
+            "longest": int(lengths.max()),
+            "median": float(np.median(lengths)),
+        },
+        "modes": {mode: modes[mode] for mode in (*store.modes, NONE) if mode in modes} if store.modes else {},
+        "keys": keys,
+        "left_out": left_out,
+        "attributes": {name: value for name, value in store.attributes.items() if name != "modes"},
+    }
+
+
+def describe_key(store: EpisodeStore, key: str) -> dict[str, Any]:
+    """What is in one array; raises StoreError where its rows cannot be used."""
+    lowest, highest = measure_limits(store, key)
+    size = store.stored_bytes(key)
+    raw = int(store.episode_ends[-1]) * int(np.prod(store.shape(key), dtype=np.int64)) * store.dtype(key).itemsize
+    return {
+        "role": ROLES[0 if key in store.observation_keys else 1 if key in store.parts(store.action_key) else 2],
+        "shape": store.shape(key),
+        "dtype": str(store.dtype(key)),
+        "min": lowest,
+        "max": highest,
+        "chunk_rows": store.chunk_rows(key),
+        "codecs": codec_names(store.raw_array(f"data/{key}")),
+        "bytes": size,
+        "ratio": raw / size if size else None,
+    }
+
+
+def measure_limits(store: EpisodeStore, key: str) -> tuple[list[float], list[float]]:
+    """Smallest and largest value of each column, in the order of memory."""
+    lowest, highest = np.inf, -np.inf
+    for _, rows in store.blocks(key):
+        flat = rows.reshape(len(rows), -1)
+        lowest, highest = np.minimum(lowest, flat.min(axis=0)), np.maximum(highest, flat.max(axis=0))
+    return np.asarray(lowest).tolist(), np.asarray(highest).tolist()

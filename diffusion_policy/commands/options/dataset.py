@@ -1,0 +1,170 @@
+"""What `diffusion-policy dataset` can be told: a class for each of its verbs."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import tyro
+
+from diffusion_policy.commands.options.acting import require_video
+from diffusion_policy.commands.options.command import Command
+from diffusion_policy.config import ConfigError, SuccessAndModes, require_at_least, require_seed
+
+FormatName = Literal["zarr", "robomimic", "lerobot", "minari", "npz", "aloha", "maniskill", "d4rl"]
+Store = tyro.conf.Positional[str]
+
+
+@dataclass(frozen=True)
+class Inspect(Command):
+    """What is in a dataset: keys, shapes, ranges, lengths, modes, compression."""
+
+    program: ClassVar[str] = "diffusion_policy.commands.dataset.inspect"
+
+    store: Store
+    """Path or URL of the dataset."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+
+@dataclass(frozen=True)
+class Validate(Command):
+    """Every problem of a dataset, with episode and row. Exit status 1 when there is one."""
+
+    program: ClassVar[str] = "diffusion_policy.commands.dataset.validate"
+
+    store: Store
+    """Path or URL of the dataset."""
+    json: bool = False
+    """Print JSON, a list of findings."""
+
+
+@dataclass(frozen=True)
+class Convert(Command):
+    """Copy a dataset into another format: zarr (and .zarr.zip), robomimic HDF5, LeRobot v3, Minari, npz. HDF5 of ALOHA
+    and ACT (a folder of episodes), of ManiSkill, and flat as of D4RL is only read."""
+
+    program: ClassVar[str] = "diffusion_policy.commands.dataset.convert"
+
+    store: Store
+    """Dataset to copy, of any of these formats; a zarr store may be a URL."""
+    output: tyro.conf.Positional[Path]
+    """Where the copy goes: NAME.zarr, .zarr.zip, .hdf5, .lerobot, .minari or .npz."""
+    source_format: FormatName | None = None
+    """Format of the dataset, if it cannot be told from its content."""
+    output_format: FormatName | None = None
+    """Format of the copy, if its name does not say."""
+    observation: tuple[str, ...] = ()
+    """Arrays that are observed; nothing else is copied but the action. By default everything is copied that can be, and
+    what the dataset names is observed."""
+    action: tuple[str, ...] = ()
+    """Array that is the action; by default the one that the dataset names. The columns of several are joined into an
+    action of their own."""
+    angles: tuple[str, ...] = ()
+    """Columns that the copy declares as angles [rad], as state:4."""
+
+
+@dataclass(frozen=True)
+class Merge(Command):
+    """Join stores into a new one, one after the other: those of several collectors, of recorded rollouts too."""
+
+    program: ClassVar[str] = "diffusion_policy.commands.dataset.merge"
+
+    stores: tyro.conf.Positional[tuple[str, ...]]
+    """Stores to join. They have the same keys, environment and rate; a type of numbers is the widest of all."""
+    output: Path
+    """Store to create."""
+
+
+@dataclass(frozen=True)
+class Split(Command):
+    """Cut a store into two new ones, by episode, at random."""
+
+    program: ClassVar[str] = "diffusion_policy.commands.dataset.split"
+
+    store: Store
+    """Path or URL of the dataset."""
+    output: tuple[Path, Path]
+    """The two stores to create."""
+    share: float = 0.9
+    """Share of the episodes that goes into the first."""
+    seed: int = 0
+    """Seed of the choice."""
+
+    def __post_init__(self) -> None:
+        require_seed(self)
+        if not 0 < self.share < 1:
+            raise ConfigError(f"share must be above 0 and below 1; got {self.share}")
+
+
+@dataclass(frozen=True)
+class Repair(Command):
+    """Mend what validate names, where it can be mended in place: rows behind the last complete episode, episodes
+    without rows, a stale consolidated copy of the metadata, files of killed writers. No episode is touched. Exit status
+    1 where a problem stays."""
+
+    program: ClassVar[str] = "diffusion_policy.commands.dataset.repair"
+
+    store: tyro.conf.Positional[Path]
+    """Store to mend, in place; nothing else may be writing to it."""
+
+
+@dataclass(frozen=True)
+class Plot(Command):
+    """Pictures of a dataset: trajectories.png by mode, actions.png and lengths.png."""
+
+    program: ClassVar[str] = "diffusion_policy.commands.dataset.plot"
+
+    store: Store
+    """Path or URL of the dataset."""
+    output: Path
+    """Folder for the pictures."""
+    plane: str | None = None
+    """Two columns of a key to draw trajectories in, as state:0,1; by default what the environment says, else the first
+    two of the first observation."""
+    action: tuple[str, ...] = ()
+    """Key of the actions, or several, whose columns stand side by side; by default the one that the store names, else
+    action."""
+
+
+@dataclass(frozen=True)
+class Replay(Command):
+    """Take the recorded actions again, from the recorded seeds, and compare what is observed with what was recorded;
+    film it if asked. Exit status 1 when the two differ.
+
+    Where the demonstrations were collected under noise on the executed action, the same noise is drawn again.
+    """
+
+    program: ClassVar[str] = "diffusion_policy.commands.dataset.replay"
+
+    store: Store
+    """Path or URL of the dataset."""
+    episodes: int | None = None
+    """Replay only so many episodes, the first ones; a video shows 4 unless this says otherwise."""
+    video: Path | None = None
+    """Film the episodes side by side into this .mp4 or .gif."""
+    tolerance: float = 1e-4
+    """Largest difference of an observation from its record, in its own units."""
+    env: str | None = None
+    """Gymnasium id, if not the environment that the store names."""
+    env_kwargs: str | None = None
+    """Arguments of the environment, as JSON, if not those that the store names."""
+    signals: Annotated[SuccessAndModes, tyro.conf.arg(name="")] = field(default_factory=SuccessAndModes)
+
+    def __post_init__(self) -> None:
+        if self.episodes is not None:
+            require_at_least(self, 1, ("episodes",))
+        require_at_least(self, 0, ("tolerance",))
+        require_video(self.video, self.episodes or 4)
+
+
+OF_DATASETS: dict[str, type[Command]] = {
+    "inspect": Inspect,
+    "validate": Validate,
+    "convert": Convert,
+    "merge": Merge,
+    "split": Split,
+    "repair": Repair,
+    "plot": Plot,
+    "replay": Replay,
+}
+"""The verbs behind `dataset`."""
