@@ -2,12 +2,15 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffusion_policy.basics.metric_table import METRICS, evaluated_metrics, lower_is_better
+from diffusion_policy.config import MetricName
 from diffusion_policy.evaluation.episode import Episode, Plan
 from diffusion_policy.evaluation.metrics import (
     Metric,
@@ -25,12 +28,12 @@ from diffusion_policy.evaluation.metrics import (
     mode_divergence,
     mode_entropy,
     percentiles,
-    scorecard,
     success_rate,
     successes_by_mode,
     time_to_success,
     wilson,
 )
+from diffusion_policy.evaluation.scorecard import FORMULAS, scorecard
 
 MODES = ("a", "b", "c", "d")
 
@@ -299,13 +302,13 @@ def evaluation(repeats: int = 2) -> list[Episode]:
 
 def test_the_scorecard_is_the_same_to_the_bit_in_any_order() -> None:
     episodes = evaluation()
-    first = scorecard(episodes, MODES, {"a": 3, "b": 4}, 0.1, None, side_at_the_row)
+    first = scorecard(episodes, MODES, {"a": 3, "b": 4}, 0.1, choice=side_at_the_row)
     order = np.random.default_rng(1).permutation(len(episodes))
-    assert scorecard([episodes[i] for i in order], MODES, {"a": 3, "b": 4}, 0.1, None, side_at_the_row) == first
+    assert scorecard([episodes[i] for i in order], MODES, {"a": 3, "b": 4}, 0.1, choice=side_at_the_row) == first
 
 
 def test_the_scorecard_is_json() -> None:
-    card = dataclasses.asdict(scorecard(evaluation(), MODES, {"a": 3, "b": 4}, 0.1, None, side_at_the_row))
+    card = scorecard(evaluation(), MODES, {"a": 3, "b": 4}, 0.1, choice=side_at_the_row).fields()
     assert json.loads(json.dumps(card, allow_nan=False)) == card
     assert set(card["mode_entropy"]) == {"value", "low", "high"}
     assert set(card["modes"]) == {*MODES, "none"}
@@ -315,12 +318,31 @@ def test_the_scorecard_is_json() -> None:
 
 def test_the_scorecard_of_failures_and_of_a_task_without_modes_says_what_is_undefined() -> None:
     failures = scorecard([episode(False, None, seed, steps=5) for seed in range(5)], MODES, {"a": 1}, 0.1)
-    assert failures.success_rate == wilson(0, 5)
-    for metric in (failures.mode_entropy, failures.mode_entropy_corrected, failures.mode_divergence):
-        assert metric == Metric(None)
-    assert failures.time_to_success == failures.conditional_entropy == failures.commitment == Metric(None)
-    assert failures.mode_coverage == Metric(0, 0, 1)
+    assert failures.metrics["success_rate"] == wilson(0, 5)
+    for name in ("mode_entropy", "mode_entropy_corrected", "mode_divergence"):
+        assert failures.metrics[name] == Metric(None)
+    for name in ("time_to_success", "conditional_entropy", "commitment"):
+        assert failures.metrics[name] == Metric(None)
+    assert failures.metrics["mode_coverage"] == Metric(0, 0, 1)
     without = scorecard([episode(True, None, seed, steps=5) for seed in range(5)], (), {}, 0.1)
-    assert without.mode_coverage == without.mode_entropy == without.mode_divergence == Metric(None)
+    for name in ("mode_coverage", "mode_entropy", "mode_divergence"):
+        assert without.metrics[name] == Metric(None)
     assert list(without.modes) == ["none"]
-    assert scorecard([], MODES, {}, 0.1).success_rate == Metric(None)
+    assert scorecard([], MODES, {}, 0.1).metrics["success_rate"] == Metric(None)
+
+
+def test_each_metric_of_the_table_has_a_formula_or_is_measured_of_fresh_plans() -> None:
+    of_results = [row.name for row in evaluated_metrics()]
+    assert [name for name in of_results if name in FORMULAS] == list(FORMULAS)
+    assert set(of_results) - set(FORMULAS) == {"diversity", "planning_latency_ms"}
+
+
+def test_the_table_says_which_value_is_the_best() -> None:
+    assert set(get_args(MetricName)) <= set(METRICS)
+    assert [name for name in METRICS if lower_is_better(name)] == [
+        "mode_divergence", "jerk", "time_to_success", "planning_latency_ms", "validation_loss", "action_error",
+        "action_error_best",
+    ]  # fmt: skip
+    assert lower_is_better("my_error")
+    assert lower_is_better("my_loss")
+    assert not lower_is_better("my_share")

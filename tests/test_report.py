@@ -338,7 +338,7 @@ def test_the_entropy_says_whose_modes_it_counts() -> None:
 
 
 def test_undefined_numbers_are_no_tiles() -> None:
-    shown = [line.name for line in tiles(scorecard_lines({**two_modes(), "commitment": UNDEFINED}), {"score": ...})]
+    shown = [line.name for line in tiles(scorecard_lines({**two_modes(), "commitment": UNDEFINED}))]
     assert shown[:4] == ["success", "score", "modes solved", "mode entropy"]
     assert shown[4:] == ["divergence from the demonstrations", "planning, p50"]
 

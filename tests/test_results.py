@@ -12,7 +12,7 @@ import pytest
 from diffusion_policy.basics.files import format_json
 from diffusion_policy.cli import main
 from diffusion_policy.commands.compare import Compare
-from diffusion_policy.evaluation.results import read_results
+from diffusion_policy.evaluation.results import FORMAT_VERSION, read_results
 
 MISSING = object()
 METRIC = {"value": 0.5, "low": 0.4, "high": None}
@@ -23,6 +23,7 @@ def whole(seeds: int = 3) -> dict[str, Any]:
     """As evaluate writes it."""
     names = "mode_coverage mode_entropy mode_entropy_corrected mode_divergence conditional_entropy commitment jerk"
     return {
+        "format_version": FORMAT_VERSION,
         "environment": "diffusion_policy/Avoid-v0",
         "env_kwargs": {"rows": 1},
         "signals": {"success": None, "fresh": False},
@@ -152,9 +153,25 @@ def test_results_of_many_episodes_are_read_and_more_than_anyone_runs_are_not(tmp
 
 
 def test_first_evaluations_are_still_read(tmp_path: Path) -> None:
-    younger = ("wrappers", "mode_failures", "capped_steps", "seeds_repeat", "of_a_younger_version")
+    younger = ("format_version", "wrappers", "mode_failures", "capped_steps", "seeds_repeat", "of_a_younger_version")
     path = write(tmp_path / "old.json", {name: value for name, value in whole().items() if name not in younger})
     assert main(["compare", str(path), str(path), "--output", str(tmp_path / "page")]) == 0
+
+
+def test_a_metric_that_is_younger_than_a_file_is_undefined(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "old.json", changed(changed(whole(), ("jerk",), MISSING), ("planning_latency_ms",), MISSING)
+    )
+    results = read_results(path)
+    assert (results["jerk"], results["planning_latency_ms"]) == (UNDEFINED, {})
+
+
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, -1, True, "1", None, 1.0])
+def test_a_newer_format_is_refused_in_one_line(tmp_path: Path, capsys, version: Any) -> None:
+    path = write(tmp_path / "new.json", whole() | {"format_version": version, "jerk": "of another kind"})
+    assert main(["compare", str(path), str(path)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"new.json has format version {version!r}; this package reads up to {FORMAT_VERSION}" in said
 
 
 def test_what_is_printed_as_json_is_json(tmp_path: Path, capsys) -> None:

@@ -9,7 +9,7 @@ import pytest
 from diffusion_policy.basics.files import WRITING
 from diffusion_policy.envs.avoid import AvoidEnv
 from diffusion_policy.report import video
-from diffusion_policy.report.video import Camera, Filmer, Script, VideoError, tile, write_video
+from diffusion_policy.report.video import Filmer, FrameRecorder, Script, VideoError, tile, write_video
 
 
 def film(length: int, shade: int) -> np.ndarray:
@@ -18,7 +18,7 @@ def film(length: int, shade: int) -> np.ndarray:
 
 def test_a_script_is_filmed_from_start_to_end(make_env: partial) -> None:
     actions = np.full((7, 2), [0.0, 0.01], np.float32)
-    frames = Camera(make_env, every=3)(Script(0, actions))
+    frames = FrameRecorder(make_env, every=3)(Script(0, actions))
     assert frames.shape == (4, 384, 480, 3)  # the start, steps 3 and 6, and the last
     assert np.abs(frames[0].astype(int) - frames[-1]).max() > 50  # the arm has moved
 
@@ -81,7 +81,7 @@ def test_a_picture_that_is_drawn_into_again_is_copied(make_env: partial, monkeyp
         return canvas
 
     monkeypatch.setattr(AvoidEnv, "render", draw)
-    assert Camera(make_env)(SHORT)[:, 0, 0, 0].tolist() == [50, 100, 150]
+    assert FrameRecorder(make_env)(SHORT)[:, 0, 0, 0].tolist() == [50, 100, 150]
 
 
 def test_films_of_different_sizes_are_no_tiles() -> None:

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from diffusion_policy import __version__
 from diffusion_policy.basics.files import WRITING, remove, sync
+from diffusion_policy.basics.metric_table import lower_is_better
 from diffusion_policy.checkpoints.safe_files import (
     CheckpointError,
     Recorded,
@@ -220,7 +221,7 @@ def _find_best(run: Path, metric: str) -> Path | None:
     for folder in steps_of(run):
         with contextlib.suppress(CheckpointError):
             values[folder] = read_contents(folder).metrics.get(metric, math.nan)
-    sign = -1 if metric.endswith(("loss", "error")) or metric.startswith("action_error") else 1
+    sign = -1 if lower_is_better(metric) else 1
     measured = [folder for folder, value in values.items() if not math.isnan(value)]
     return max(measured, key=lambda folder: (sign * values[folder], _number(folder)), default=None)
 

@@ -8,14 +8,11 @@ from rich.table import Table
 
 from diffusion_policy.basics.files import format_json, plain, write_whole
 from diffusion_policy.commands.afterwards import PAGE, RESULTS, Remarks, hold_output, require_same, waits_for_page
-from diffusion_policy.commands.environment import PolicyInEnv, load_with_environment
 from diffusion_policy.commands.episodes import (
     RolledOut,
-    choose_modes,
     describe_machine,
     measure_episodes,
     measure_latency,
-    refuse_seen_seeds,
     require_memory,
     run_episodes,
     sample_starts,
@@ -23,13 +20,20 @@ from diffusion_policy.commands.episodes import (
 from diffusion_policy.commands.interrupts import Failed, Interrupted
 from diffusion_policy.commands.options.evaluate import Evaluate
 from diffusion_policy.commands.pictures import gather_pictures, without_episodes
+from diffusion_policy.commands.policy_in_env import (
+    PolicyInEnv,
+    choose_modes,
+    load_with_environment,
+    refuse_seen_seeds,
+)
 from diffusion_policy.commands.terminal import console
-from diffusion_policy.control.controller import require_delay
+from diffusion_policy.control.controller import require_horizons
+from diffusion_policy.control.policy_planner import PolicyPlanner
 from diffusion_policy.envs.adapters import capped_steps
 from diffusion_policy.envs.protocols import repeats_by_seed
 from diffusion_policy.evaluation import metrics
-from diffusion_policy.evaluation.metrics import Episode
-from diffusion_policy.evaluation.results import read_results
+from diffusion_policy.evaluation.episode import Episode
+from diffusion_policy.evaluation.results import FORMAT_VERSION, read_results
 from diffusion_policy.report.page import NO_PICTURES, Pictures, write_report
 from diffusion_policy.report.text import caveats, scorecard_lines
 
@@ -53,9 +57,10 @@ def run(options: Evaluate) -> dict[str, Any]:
     cannot be run, or an output folder that holds something."""
     waits_for_page(options.output)
     loaded = load_with_environment(options, options.sampling)
-    policy = loaded.checkpoint.policy
+    policy = loaded.policy
+    planner = PolicyPlanner(policy, options.sampling)
     for delay in options.delay_steps:
-        require_delay(policy.config, delay)
+        require_horizons(planner.steps, planner.action_horizon, delay)
     require_memory(policy, options.sampling, options.parallel)
     refuse_seen_seeds(loaded, options.seeds)
     evaluation = Evaluation(options, loaded, tell_asked(options, loaded), Remarks())
@@ -80,7 +85,7 @@ def tell_asked(options: Evaluate, loaded: PolicyInEnv) -> dict[str, Any]:
         "repeats": options.repeats,
         "seeds": list(options.seeds),
         "sampling": dataclasses.asdict(options.sampling)
-        | {"clip": loaded.checkpoint.policy.choose_clip(options.sampling)},
+        | {"clip": loaded.policy.choose_clip(options.sampling)},
         "planning_batch": options.parallel,
     }
 
@@ -189,14 +194,15 @@ def write_page(evaluation: Evaluation, results: Mapping[str, Any], pictures: Pic
 def count_results(evaluation: Evaluation, rolled_out: Mapping[int, RolledOut]) -> dict[str, Any]:
     """Everything that the report shows as a number, but for what is measured of plans."""
     options, loaded, remarks = evaluation.options, evaluation.loaded, evaluation.remarks
-    policy, demonstrated = loaded.checkpoint.policy, loaded.checkpoint.dataset
+    policy, demonstrated = loaded.policy, loaded.checkpoint.dataset
     episodes, lost, mode_failures = rolled_out[options.delay_steps[0]]
     modes, base = choose_modes(loaded)
     period = 1 / loaded.frames_per_second
     undefined = dataclasses.asdict(metrics.Metric(None))
     return {
+        "format_version": FORMAT_VERSION,
         "episodes": len(episodes),
-        **dataclasses.asdict(measure_episodes(loaded, episodes, modes, period, remarks)),
+        **measure_episodes(loaded, episodes, modes, period, remarks).fields(),
         "diversity": undefined,
         "planning_latency_ms": dict.fromkeys(("p50", "p95", "p99"), undefined),
         "mode_base": base,
@@ -240,7 +246,7 @@ def count_under_delay(delay: int, episodes: Sequence[Episode], modes: Sequence[s
 
 def measure_plans(evaluation: Evaluation, episodes: Sequence[Episode]) -> dict[str, Any]:
     """Diversity and latency; where one cannot be measured it stays as it was."""
-    policy, sampling = evaluation.loaded.checkpoint.policy, evaluation.options.sampling
+    policy, sampling = evaluation.loaded.policy, evaluation.options.sampling
 
     def diversity() -> dict[str, Any]:
         return {"diversity": dataclasses.asdict(metrics.diversity(sample_starts(policy, episodes, sampling)))}

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self, get_args
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
@@ -27,7 +27,9 @@ from rich.text import Text
 
 from diffusion_policy.basics.digits import three_digits
 from diffusion_policy.basics.lines import printable
+from diffusion_policy.basics.metric_table import METRICS, lower_is_better
 from diffusion_policy.commands.terminal import console as shared_console
+from diffusion_policy.config import MetricName
 
 if TYPE_CHECKING:
     from diffusion_policy.training.trainer import Progress
@@ -40,12 +42,7 @@ REFRESHES = 4
 """How often the panel is drawn anew [1/s]."""
 SMOOTHING = 0.2
 """Weight of the newest report in a smoothed number."""
-MEASURED = {
-    "validation_loss": "validation loss",
-    "action_error": "action error",
-    "action_error_best": "best sample",
-    "success_rate": "success",
-}
+MEASURED = {name: METRICS[name].label for name in get_args(MetricName)}
 """Numbers that are measured from time to time, and what they are called."""
 BARS = "▁▂▃▄▅▆▇█"
 UNKNOWN = "–"  # noqa: RUF001
@@ -270,9 +267,9 @@ class Panel:
         return 1 / self._pace.seconds_per_step if self._pace.seconds_per_step else latest.steps_per_second
 
     def _with(self, name: str, value: float) -> Measured:
-        """What is known of a number after it was measured again. Success is best when high, all others when low."""
+        """What is known of a number after it was measured again."""
         before = self._measured.get(name)
-        if before is None or (value > before.best if name == "success_rate" else value < before.best):
+        if before is None or (value < before.best if lower_is_better(name) else value > before.best):
             return Measured(value, value, self._step)
         return before._replace(last=value)
 
@@ -304,7 +301,7 @@ def _number(value: float) -> str:
 
 def _show(name: str, value: float) -> str:
     """A number that is measured from time to time; a rate has two decimals."""
-    return f"{value:.2f}" if name == "success_rate" else _number(value)
+    return f"{value:.2f}" if METRICS[name].unit == "%" else _number(value)
 
 
 def _duration(seconds: float | None) -> str:

@@ -5,19 +5,21 @@ from functools import partial
 from pathlib import Path
 
 from diffusion_policy.commands.afterwards import explain
-from diffusion_policy.commands.environment import PolicyInEnv, describe_episodes, load_with_environment
+from diffusion_policy.commands.environment import describe_episodes
 from diffusion_policy.commands.episodes import require_memory, run_episodes
 from diffusion_policy.commands.interrupts import Failed
 from diffusion_policy.commands.options.acting import PLANNING_BATCH
 from diffusion_policy.commands.options.rollout import Rollout
 from diffusion_policy.commands.pictures import draw_plans, pixels_of
+from diffusion_policy.commands.policy_in_env import PolicyInEnv, load_with_environment
 from diffusion_policy.commands.terminal import console, out, progress_bar
 from diffusion_policy.config import ConfigError
-from diffusion_policy.datasets.store import Demonstration, EpisodeStore
+from diffusion_policy.datasets.demonstration import Demonstration
+from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs.protocols import as_multimodal, as_pictured, repeats_by_seed
 from diffusion_policy.evaluation.engines import imap
 from diffusion_policy.evaluation.episode import Episode
-from diffusion_policy.report.video import Camera, Script, tile, write_video
+from diffusion_policy.report.video import FrameRecorder, Script, tile, write_video
 
 DRAWN_PLANS = 12
 """Sequences drawn into a video at each re-planning."""
@@ -26,7 +28,7 @@ DRAWN_PLANS = 12
 def run(options: Rollout) -> None:
     """Roll out; raises ValueError for a checkpoint that does not fit the environment."""
     loaded = load_with_environment(options, options.sampling)
-    require_memory(loaded.checkpoint.policy, options.sampling, PLANNING_BATCH)
+    require_memory(loaded.policy, options.sampling, PLANNING_BATCH)
     require_pictures(options, loaded)
     if options.record and options.record.exists():
         raise ConfigError(f"{options.record} already exists; choose another --record or delete it first")
@@ -77,15 +79,15 @@ def film(options: Rollout, path: Path, loaded: PolicyInEnv, episodes: Sequence[E
     """Write the video."""
     if not repeats_by_seed(loaded.make_env, options.seed):
         raise Failed("a film replays episodes from their seeds, which do not repeat them here")
-    plane, policy = as_pictured(loaded.env), loaded.checkpoint.policy
+    plane, policy = as_pictured(loaded.env), loaded.policy
     scripts = []
     with progress_bar("episodes") as bar:
         for episode in bar.track(episodes, task_id=bar.add_task("planning", total=len(episodes), note="")):
             steps = [plan.step for plan in episode.plans]
             plans = draw_plans(policy, episode, plane, steps, DRAWN_PLANS, options.sampling) if plane else {}
             scripts.append(Script(episode.seed, episode.actions, plans))
-        make_camera = partial(Camera, loaded.make_env, pixels_of=pixels_of)
-        films = imap(make_camera, scripts, min(options.workers, len(scripts)))
+        make_recorder = partial(FrameRecorder, loaded.make_env, pixels_of=pixels_of)
+        films = imap(make_recorder, scripts, min(options.workers, len(scripts)))
         filmed = list(bar.track(films, task_id=bar.add_task("filming", total=len(scripts), note="")))
     write_video(path, tile(filmed, columns=2), loaded.frames_per_second)
 

@@ -33,50 +33,6 @@ class ModeCount:
     """Successes among the episodes that took this mode."""
 
 
-@dataclass(frozen=True)
-class Scorecard:
-    """Everything that episodes tell about a policy. A value is None where nothing is there to measure."""
-
-    success_rate: Metric
-    measures: dict[str, Metric]
-    modes: dict[str, ModeCount]
-    mode_coverage: Metric
-    mode_entropy: Metric
-    mode_entropy_corrected: Metric
-    mode_divergence: Metric
-    conditional_entropy: Metric
-    commitment: Metric
-    jerk: Metric
-    time_to_success: Metric
-
-
-def scorecard(
-    episodes: Sequence[Episode],
-    modes: Sequence[str],
-    demonstrated: Mapping[str, int],
-    period: float,
-    path: Callable[[Observations], np.ndarray] | None = None,
-    choice: Callable[[Observations, np.ndarray], tuple[str, str] | None] | None = None,
-) -> Scorecard:
-    """All metrics of episodes, which may come in any order. `modes`: all labels, `()` where unknown; `demonstrated`:
-    how many demonstrations took each; `period`: of control [s]; `path` as in `jerk`; `choice` as in `commitment`."""
-    episodes = sorted(episodes, key=lambda episode: (episode.seed, episode.repeat))
-    solved = effective_successes(episodes)
-    return Scorecard(
-        success_rate(episodes),
-        mean_measures(episodes),
-        count_modes(episodes, modes),
-        behaviour_coverage(solved, modes),
-        behaviour_entropy(solved, modes),
-        behaviour_entropy(solved, modes, corrected=True),
-        mode_divergence(solved, demonstrated, modes),
-        conditional_entropy(episodes, modes),
-        Metric(None) if choice is None else commitment(episodes, choice),
-        jerk(episodes, path, period),
-        time_to_success(episodes, period),
-    )
-
-
 # Success
 
 

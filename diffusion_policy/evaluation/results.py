@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_policy.basics.files import plain, read_json
+from diffusion_policy.basics.metric_table import evaluated_metrics
 from diffusion_policy.config import ConfigError, decode
 from diffusion_policy.evaluation.episode import FailedEpisode
 from diffusion_policy.evaluation.intervals import Metric
 
+FORMAT_VERSION = 1
+"""Of results.json; the first had none."""
 MAX_BYTES, MAX_BRACKETS = 2**25, 2**18
 """Of a results.json: some 100,000 episodes."""
 
@@ -80,7 +83,8 @@ Setting = str | int | float | bool | None
 
 @dataclass(frozen=True)
 class Results:
-    """results.json, field for field but for its LISTS; those with a default are younger than the first evaluations."""
+    """The fields of results.json beside its metrics and its LISTS; those with a default are younger than the first
+    evaluations."""
 
     environment: str
     env_kwargs: dict[str, Any]
@@ -89,19 +93,8 @@ class Results:
     training_steps: int
     episodes: int
     repeats: int
-    success_rate: Metric
     measures: dict[str, Metric]
     modes: dict[str, ModeResult]
-    mode_coverage: Metric
-    mode_entropy: Metric
-    mode_entropy_corrected: Metric
-    mode_divergence: Metric
-    conditional_entropy: Metric
-    commitment: Metric
-    jerk: Metric
-    time_to_success: Metric
-    diversity: Metric
-    planning_latency_ms: dict[str, Metric]
     mode_base: str | None
     demonstrations: Demonstrated
     delay: tuple[DelayRow, ...]
@@ -127,17 +120,28 @@ YOUNGER = {"mode_failures"}
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """What an evaluation's folder, or its results.json, holds, as plain JSON; raises ValueError for anything else.
-    Fields of a younger version are left as they are."""
+    """What an evaluation's folder, or its results.json, holds, as plain JSON; raises ValueError for anything else, and
+    for a newer format. Fields that are not known are left as they are; a metric that is younger than the file is
+    undefined."""
     file = path / "results.json" if path.is_dir() else path
     if not file.exists():
         raise ConfigError(f"there is no results.json of an evaluation at {path}")
     tree = plain(read_json(file, MAX_BYTES, MAX_BRACKETS))
+    if isinstance(tree, dict):
+        _refuse_newer(file, tree.get("format_version", 0))
+        undefined = {"value": None, "low": None, "high": None}
+        tree = {row.name: {} if row.parts else undefined for row in evaluated_metrics()} | tree
     try:
         _check(tree)
     except ConfigError as error:
         raise ConfigError(f"{file} holds no outcomes and numbers as evaluate writes them: {error}") from error
     return tree
+
+
+def _refuse_newer(file: Path, version: Any) -> None:
+    """Raise ConfigError for a format that this package does not know."""
+    if type(version) is not int or not 0 <= version <= FORMAT_VERSION:
+        raise ConfigError(f"{file} has format version {version!r:.40}; this package reads up to {FORMAT_VERSION}")
 
 
 def _check(tree: Any) -> None:
@@ -151,6 +155,8 @@ def _check(tree: Any) -> None:
             raise ConfigError(f"{name} must be a list; got {tree.get(name)!r:.100}")
         for i, item in enumerate(tree[name]):
             decode(item, kind, f"{name}[{i}]")
+    for row in evaluated_metrics():
+        decode(tree[row.name], dict[str, Metric] if row.parts else Metric, row.name)
     known = {field.name for field in fields(Results)}
     decode({name: value for name, value in tree.items() if name in known}, Results, "")
     if not {"sampler", "sampling_steps"} <= tree["sampling"].keys():

@@ -14,8 +14,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Polygon
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
+from diffusion_policy.basics.metric_table import METRICS
 from diffusion_policy.evaluation.metrics import NONE
-from diffusion_policy.report.svg import Scene
+from diffusion_policy.report.svg import SceneLike
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 MOST_BARS, LONGEST_NAMED = 40, 40
@@ -56,7 +57,7 @@ def mode_colors(modes: Sequence[str]) -> dict[str, str]:
 
 
 def draw_paths(
-    scene: Scene,
+    scene: SceneLike,
     demonstrated: Sequence[PlanePath],
     rolled_out: Sequence[PlanePath],
     plans: np.ndarray | None,
@@ -109,7 +110,7 @@ def shorten(label: str) -> str:
     return short.replace("$", r"\$")
 
 
-def draw_scene(axis: Axes, scene: Scene, title: str) -> None:
+def draw_scene(axis: Axes, scene: SceneLike, title: str) -> None:
     """Places, obstacles and finish line of a plane, in an axis of its ranges."""
     for corners, color in scene.places:
         axis.add_patch(Polygon(corners, facecolor=color, edgecolor="none", alpha=0.3))
@@ -173,7 +174,7 @@ def draw_delay(rows: Sequence[Mapping[str, Any]], control_period: float | None) 
     rows = sorted(rows, key=lambda row: row["steps"])
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axis = figure.subplots()
-    curves = {"success": [row["success_rate"] for row in rows], "mode entropy": [row["mode_entropy"] for row in rows]}
+    curves = {METRICS[name].label: [row[name] for row in rows] for name in ("success_rate", "mode_entropy")}
     for name in rows[0]["measures"]:
         metrics = [row["measures"][name] for row in rows]
         if all(0 <= (m["value"] or 0) <= 1 for m in metrics):

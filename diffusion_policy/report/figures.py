@@ -22,7 +22,7 @@ from diffusion_policy.report.evaluation_figures import (
     label_modes,
     mode_colors,
 )
-from diffusion_policy.report.svg import Scene
+from diffusion_policy.report.svg import SceneLike
 
 if TYPE_CHECKING:
     import numpy as np
@@ -185,7 +185,7 @@ COMPARABLE = 5
 """Two columns whose ranges differ by more are of different kinds, such as position and velocity."""
 
 
-def draw_trajectories(paths: Sequence[PlanePath], scene: Scene | None, labels: tuple[str, str]) -> Figure:
+def draw_trajectories(paths: Sequence[PlanePath], scene: SceneLike | None, labels: tuple[str, str]) -> Figure:
     """Episodes from above, coloured by mode where there are modes; `labels`: of the two axes."""
     modes = sorted({path.mode for path in paths if path.mode is not None})
     colors = mode_colors(modes) if modes else {NONE: FEW_COLORS[0]}

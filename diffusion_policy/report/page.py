@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from diffusion_policy.basics.files import write_whole
 from diffusion_policy.evaluation.metrics import NONE
-from diffusion_policy.report import text as wording
+from diffusion_policy.report import text
 from diffusion_policy.report.evaluation_figures import (
     FEW_COLORS,
     PlanePath,
@@ -28,7 +28,7 @@ from diffusion_policy.report.evaluation_figures import (
     mode_colors,
     to_png,
 )
-from diffusion_policy.report.svg import WIDTH, Plane, Scene, Tree, mode_tree
+from diffusion_policy.report.svg import WIDTH, Plane, SceneLike, Tree, mode_tree
 
 
 class Moment(NamedTuple):
@@ -64,7 +64,7 @@ class Video(NamedTuple):
 class Pictures(NamedTuple):
     """What the page shows beside numbers; a part that is empty or None is left out."""
 
-    scene: Scene | None
+    scene: SceneLike | None
     demonstrated: Sequence[PlanePath]
     rolled_out: Sequence[PlanePath]
     """With seed and repeat."""
@@ -82,11 +82,11 @@ NO_PICTURES = Pictures(None, (), (), (), (), ())
 def write_report(path: Path, results: Mapping[str, Any], pictures: Pictures) -> None:
     """Write the page of one evaluation, whole or not at all; `results` is what results.json holds."""
     colors = _colors(results)
-    lines = wording.scorecard_lines(results)
+    lines = text.scorecard_lines(results)
     tree = _tree(results)
     figures = {
         "paths": _draw_paths(pictures, pictures.scene, colors) if pictures.scene else None,
-        "modes": draw_modes(results, colors) if wording.known_modes(results) and not tree else None,
+        "modes": draw_modes(results, colors) if text.known_modes(results) and not tree else None,
         "training": draw_training(pictures.training) if pictures.training else None,
         "delay": draw_delay(results["delay"], results["control_period"]) if len(results["delay"]) > 1 else None,
     }
@@ -99,11 +99,11 @@ def write_report(path: Path, results: Mapping[str, Any], pictures: Pictures) -> 
         }
         for video in pictures.videos
     ]
-    page = templates().get_template("report.html.jinja")
-    text = page.render(
+    template = templates().get_template("report.html.jinja")
+    html = template.render(
         results=results,
         lines=lines,
-        tiles=wording.tiles(lines, results["measures"]),
+        tiles=text.tiles(lines),
         figures={name: embed(figure) for name, figure in figures.items() if figure},
         tree=tree,
         colors=colors,
@@ -111,9 +111,9 @@ def write_report(path: Path, results: Mapping[str, Any], pictures: Pictures) -> 
         plane=_plane(pictures.scene) if pictures.scene else None,
         videos=videos,
         data=_page_data(results, pictures, colors),
-        remarks=(*wording.caveats(results), *pictures.remarks),
+        remarks=(*text.caveats(results), *pictures.remarks),
     )
-    write_whole(path, text)
+    write_whole(path, html)
 
 
 def write_comparison(path: Path, a: Mapping[str, Any], b: Mapping[str, Any], comparison: Mapping[str, Any]) -> None:
@@ -122,25 +122,25 @@ def write_comparison(path: Path, a: Mapping[str, Any], b: Mapping[str, Any], com
     colors = _colors({"modes": {**a["modes"], **b["modes"]}})
     of_a, of_b = ({(one["seed"], one["repeat"]): one for one in results["outcomes"]} for results in (a, b))
     discordant = sorted(map(tuple, (*comparison["only_a_seeds"], *comparison["only_b_seeds"])))
-    by_name = {line.name: line for line in wording.scorecard_lines(b)}
-    page = templates().get_template("report_compare.html.jinja")
-    text = page.render(
+    by_name = {line.name: line for line in text.scorecard_lines(b)}
+    template = templates().get_template("report_compare.html.jinja")
+    html = template.render(
         a=_side(a, colors),
         b=_side(b, colors),
         comparison=comparison,
         discordant=[(of_a[name], of_b[name]) for name in discordant],
         differences=_differences(a, b),
-        lines=[(line, by_name[line.name]) for line in wording.scorecard_lines(a) if line.name in by_name],
+        lines=[(line, by_name[line.name]) for line in text.scorecard_lines(a) if line.name in by_name],
         colors=colors,
     )
-    write_whole(path, text)
+    write_whole(path, html)
 
 
 def _side(results: Mapping[str, Any], colors: Mapping[str, str]) -> dict[str, Any]:
     """One of two evaluations."""
     tree = _tree(results)
-    bars = embed(draw_modes(results, colors)) if wording.known_modes(results) and not tree else None
-    tiles = wording.tiles(wording.scorecard_lines(results), results["measures"])
+    bars = embed(draw_modes(results, colors)) if text.known_modes(results) and not tree else None
+    tiles = text.tiles(text.scorecard_lines(results))
     return {"results": results, "tiles": tiles, "tree": tree, "modes": bars}
 
 
@@ -167,28 +167,28 @@ def templates() -> jinja2.Environment:
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     environment.globals |= {
-        "share": wording.share,
-        "share_interval": wording.share_interval,
-        "number": wording.number,
-        "number_interval": wording.number_interval,
+        "share": text.share,
+        "share_interval": text.share_interval,
+        "number": text.number,
+        "number_interval": text.number_interval,
         "NONE": NONE,
-        "NOTHING": wording.NOTHING,
-        "SPACE": wording.SPACE,
+        "NOTHING": text.NOTHING,
+        "SPACE": text.SPACE,
     }
     return environment
 
 
 def _colors(results: Mapping[str, Any]) -> dict[str, str]:
     """A colour for every mode; paths of an environment without modes are not grey."""
-    return mode_colors(wording.known_modes(results)) if wording.known_modes(results) else {NONE: FEW_COLORS[0]}
+    return mode_colors(text.known_modes(results)) if text.known_modes(results) else {NONE: FEW_COLORS[0]}
 
 
 def _tree(results: Mapping[str, Any]) -> Tree | None:
     succeeded = {label: count["successes"] for label, count in results["modes"].items()}
-    return mode_tree(wording.known_modes(results), succeeded, results["demonstrations"]["modes"])
+    return mode_tree(text.known_modes(results), succeeded, results["demonstrations"]["modes"])
 
 
-def _draw_paths(pictures: Pictures, scene: Scene, colors: Mapping[str, str]) -> Figure:
+def _draw_paths(pictures: Pictures, scene: SceneLike, colors: Mapping[str, str]) -> Figure:
     """All paths, and the first fan at its first moment."""
     first = next((fan.moments[0].plans for fan in pictures.fans if fan.moments), None)
     return draw_paths(scene, pictures.demonstrated, pictures.rolled_out, first, colors)
@@ -202,14 +202,14 @@ def _episodes_of(results: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """What the gallery is filtered by, {"mode": {label: episodes}, "outcome": ...}; modes only where there are any."""
     outcomes = Counter(_outcome(outcome["success"]) for outcome in results["outcomes"])
     modes = Counter(outcome["mode"] or NONE for outcome in results["outcomes"])
-    order = dict.fromkeys((*wording.known_modes(results), *modes))
+    order = dict.fromkeys((*text.known_modes(results), *modes))
     return {
         "mode": {label: modes[label] for label in order} if set(order) - {NONE} else {},
         "outcome": {label: outcomes[label] for label in ("success", "failure")},
     }
 
 
-def _plane(scene: Scene) -> dict[str, Any]:
+def _plane(scene: SceneLike) -> dict[str, Any]:
     """The scene in SVG units."""
     plane = Plane(scene)
 

@@ -17,8 +17,9 @@ TREE_WIDTH, LABEL_WIDTH, BANDS, LEAF_HEIGHT, LEAF_GAP = 540, 170, 72, 28, 10
 demonstrations) side by side, the least height of a leaf, and the gap between the bands of two leaves."""
 
 
-class Scene(Protocol):
-    """The plane that paths are drawn in; y grows upwards, or downwards where `y_range` falls."""
+class SceneLike(Protocol):
+    """What is drawn of a scene (`envs.scene.Scene`): the plane that paths are drawn in; y grows upwards, or downwards
+    where `y_range` falls."""
 
     @property
     def x_range(self) -> tuple[float, float]: ...
@@ -37,7 +38,7 @@ class Scene(Protocol):
 class Plane:
     """A scene as a picture, WIDTH wide, `height` high, (0, 0) at its top left."""
 
-    def __init__(self, scene: Scene) -> None:
+    def __init__(self, scene: SceneLike) -> None:
         (left, right), (bottom, top) = scene.x_range, scene.y_range
         self.scale = WIDTH / (right - left)
         """SVG units for one unit of the scene."""

@@ -4,23 +4,16 @@ Knows results as plain data. Knows no figure and no page.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from diffusion_policy.basics.digits import three_digits
+from diffusion_policy.basics.metric_table import METRICS, MetricInfo, evaluated_metrics
 from diffusion_policy.evaluation.metrics import NONE
 
 NOTHING = "\N{EN DASH}"
 """Stands where there is no number."""
 SPACE = "\N{NO-BREAK SPACE}"
-
-KNOWN_MEASURES = {
-    "score": "mean over the episodes, the number that the literature reports",
-    "p1": "share of the episodes that did at least one part of the task",
-    "p2": "share of the episodes that did at least two parts of the task",
-}
-TILES = ("success", "modes solved", "mode entropy", "divergence from the demonstrations", "commitment", "planning, p50")
-"""Numbers shown large, besides every measure of the environment."""
 
 
 class Line(NamedTuple):
@@ -32,6 +25,11 @@ class Line(NamedTuple):
     """95 %, `NOTHING` without one."""
     note: str
     """What it means; where it is undefined, why."""
+    prominent: bool = False
+    """Whether it is shown large."""
+
+
+NO_MODES = Line("modes", NOTHING, NOTHING, "neither the environment nor the demonstrations name any")
 
 
 def number(value: float | None, unit: str = "") -> str:
@@ -66,40 +64,35 @@ def known_modes(results: Mapping[str, Any]) -> list[str]:
 
 
 def scorecard_lines(results: Mapping[str, Any]) -> list[Line]:
-    """Every number of `results` (what results.json holds), in the order in which it is read."""
-    none_measured = _why(results, "not measured")
-    lines = [_line("success", results["success_rate"], "%", "episodes that reached the goal", none_measured)]
+    """Every number of `results` (what results.json holds), in the order in which it is read: that of the table of
+    metrics."""
+    lines = []
+    for row in evaluated_metrics():
+        if row.group == "modes" and not _has_modes(results):
+            lines += [NO_MODES] if NO_MODES not in lines else []
+        elif row.parts:
+            for i, (part, metric) in enumerate(results[row.name].items()):
+                of_part = row._replace(label=f"{row.label}, {part}", prominent=row.prominent and i == 0)
+                lines.append(_line(results, of_part, metric))
+        elif row.name == "mode_coverage":
+            modes = known_modes(results)
+            solved = sum(results["modes"][mode]["successes"] > 0 for mode in modes)
+            lines.append(_line(results, row, results[row.name])._replace(value=f"{solved} of {len(modes)}"))
+        else:
+            lines.append(_line(results, row, results[row.name]))
+        if row.group == "success":
+            lines += _measure_lines(results)
+    return lines
+
+
+def _measure_lines(results: Mapping[str, Any]) -> list[Line]:
+    """What the environment measured; measures that the table does not know are shown large, too."""
+    lines = []
     for name, metric in results["measures"].items():
-        lines.append(_line(name, metric, "", KNOWN_MEASURES.get(name, "mean over the episodes"), none_measured))
-    lines += _mode_lines(results)
-    for name, key, unit, meaning, why in (
-        (
-            "commitment",
-            "commitment",
-            "%",
-            "re-plans that decide as the plan before",
-            "no two plans faced the same decision",
-        ),
-        (
-            "diversity",
-            "diversity",
-            "",
-            "mean distance of sequences sampled at one state; an action's range is 2",
-            "not measured",
-        ),
-        (
-            "jerk",
-            "jerk",
-            "",
-            "third derivative of the path, per s\N{SUPERSCRIPT THREE}: lower is smoother",
-            "no episode is long enough",
-        ),
-        ("time to success", "time_to_success", "s", "mean over the successes", "no successes"),
-    ):
-        lines.append(_line(name, results[key], unit, meaning, _why(results, why)))
-    for quantile, metric in results["planning_latency_ms"].items():
-        meaning = f"for one robot on {results['backend']['device']}"
-        lines.append(_line(f"planning, {quantile}", metric, "ms", meaning, "not measured"))
+        row = METRICS.get(name)
+        if row is None or row.group != "measure":
+            row = MetricInfo(name, name, "measure", meaning="mean over the episodes")
+        lines.append(_line(results, row._replace(prominent=True), metric))
     return lines
 
 
@@ -122,48 +115,39 @@ def caveats(results: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
-def tiles(lines: list[Line], measures: Mapping[str, Any]) -> list[Line]:
+def tiles(lines: Iterable[Line]) -> list[Line]:
     """The lines that are shown large; undefined ones only stand in the table."""
-    return [line for line in lines if (line.name in TILES or line.name in measures) and line.value != NOTHING]
+    return [line for line in lines if line.prominent and line.value != NOTHING]
 
 
-def _mode_lines(results: Mapping[str, Any]) -> list[Line]:
-    """What the modes of the successes tell; one line that says so where modes are unknown."""
-    modes = known_modes(results)
-    if not modes or results["mode_base"] is None:
-        return [Line("modes", NOTHING, NOTHING, "neither the environment nor the demonstrations name any")]
-    solved = sum(results["modes"][mode]["successes"] > 0 for mode in modes)
-    all_modes = "all modes" if results["mode_base"] == "environment" else "all modes of the demonstrations"
-    theirs = results["demonstrations"]["mode_entropy"]
-    beside = "" if theirs is None else f"; of the demonstrations {number(theirs)}"
-    few = _why(results, "needs at least two modes", of_successes=True)
-    unlabelled = _why(results, "the demonstrations carry no modes", of_successes=True)
-    once = "no initial state was solved twice" if results["repeats"] > 1 else "needs --repeats 2 or more"
-    return [
-        Line("modes solved", f"{solved} of {len(modes)}", share_interval(results["mode_coverage"]),
-             "at least one success each; the interval is of the share"),
-        _line("mode entropy", results["mode_entropy"], "", f"0: one mode, 1: {all_modes} equally often{beside}", few),
-        _line("mode entropy, corrected", results["mode_entropy_corrected"], "",
-              "Miller\N{EN DASH}Madow, as few episodes make entropy look small", few),
-        _line("divergence from the demonstrations", results["mode_divergence"], "",
-              "Jensen\N{EN DASH}Shannon, of the modes; 0: the same shares", unlabelled),
-        _line("entropy for one initial state", results["conditional_entropy"], "",
-              "mean over the initial states of the entropy of each", _why(results, once, of_successes=True)),
-    ]  # fmt: skip
+def _has_modes(results: Mapping[str, Any]) -> bool:
+    return bool(known_modes(results)) and results["mode_base"] is not None
 
 
-def _line(name: str, metric: Mapping[str, float | None], unit: str, meaning: str, why: str) -> Line:
+def _line(results: Mapping[str, Any], row: MetricInfo, metric: Mapping[str, float | None]) -> Line:
+    """The line of one metric."""
     if metric["value"] is None:
-        return Line(name, NOTHING, NOTHING, f"undefined: {why}")
-    if unit == "%":
-        return Line(name, share(metric["value"]), share_interval(metric), meaning)
-    return Line(name, number(metric["value"], unit), number_interval(metric, unit), meaning)
+        return Line(row.label, NOTHING, NOTHING, f"undefined: {_why(results, row)}", row.prominent)
+    meaning = row.meaning.format(**_facts(results))
+    if row.unit == "%":
+        return Line(row.label, share(metric["value"]), share_interval(metric), meaning, row.prominent)
+    return Line(row.label, number(metric["value"], row.unit), number_interval(metric, row.unit), meaning, row.prominent)
 
 
-def _why(results: Mapping[str, Any], otherwise: str = "not measured", of_successes: bool = False) -> str:
+def _facts(results: Mapping[str, Any]) -> dict[str, str]:
+    """What the meaning of a metric may name."""
+    theirs = results["demonstrations"]["mode_entropy"]
+    return {
+        "all_modes": "all modes" if results["mode_base"] == "environment" else "all modes of the demonstrations",
+        "demonstrated": "" if theirs is None else f"; of the demonstrations {number(theirs)}",
+        "device": results["backend"]["device"],
+    }
+
+
+def _why(results: Mapping[str, Any], row: MetricInfo) -> str:
     """Why a number is undefined: no episodes, no successes where only they count, or else its own reason."""
     if not results["outcomes"]:
         return "no episode was finished"
-    if of_successes and not any(outcome["success"] for outcome in results["outcomes"]):
+    if row.of_successes and not any(outcome["success"] for outcome in results["outcomes"]):
         return "no successes"
-    return otherwise
+    return "needs --repeats 2 or more" if row.needs_repeats and results["repeats"] <= 1 else row.undefined

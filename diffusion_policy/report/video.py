@@ -41,7 +41,7 @@ class Script(NamedTuple):
     environment's `pixels`."""
 
 
-class Camera:
+class FrameRecorder:
     """Films one script a call, in an environment that it keeps."""
 
     def __init__(
@@ -96,18 +96,18 @@ class Filmer:
         self._make_env = make_env
         self._every = every
         self._rate = frames_per_second / every
-        self._camera: Camera | None = None
+        self._recorder: FrameRecorder | None = None
 
     def __call__(self, script: Script) -> bytes | str:
         """The MP4, or what went wrong."""
         try:
-            self._camera = self._camera or Camera(self._make_env, self._every)
+            self._recorder = self._recorder or FrameRecorder(self._make_env, self._every)
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "film.mp4"
-                write_video(path, self._camera(script), self._rate)
+                write_video(path, self._recorder(script), self._rate)
                 return path.read_bytes()
         except (Exception, SystemExit) as error:
-            self._camera = None  # what has failed may be broken
+            self._recorder = None  # what has failed may be broken
             return str(error) if isinstance(error, VideoError) else describe(error)
 
 
