@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +44,9 @@ def rolled_out(run: Path) -> Iterator[None]:
     """Every evaluation here finds the same checkpoint and the same two episodes, run once."""
     loaded = evaluate.load_with_environment(Rollout(run, device="cpu"), QUICK)
     episodes = evaluate.run_episodes(loaded, range(100_000, 100_002), QUICK, parallel=2, workers=1)
+    first, second = episodes.episodes
+    ended = [replace(first, success=True, mode="left"), replace(second, success=False, mode=None)]  # both are shown
+    episodes = episodes._replace(episodes=ended)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "load_with_environment", lambda *_: loaded)
         patch.setattr(evaluate, "run_episodes", lambda *_, **__: episodes)

@@ -16,10 +16,9 @@ import zarr
 
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.cli import main, parse
-from diffusion_policy.commands.environment import load_with_environment
-from diffusion_policy.commands.episodes import refuse_seen_seeds
 from diffusion_policy.commands.evaluate import Evaluate
 from diffusion_policy.commands.options.acting import FIRST_ROLLOUT_SEED, FIRST_TEST_SEED
+from diffusion_policy.commands.policy_in_env import load_with_environment, refuse_seen_seeds
 from diffusion_policy.commands.rollout import Rollout
 from diffusion_policy.commands.train import Train
 from diffusion_policy.datasets.store import EpisodeStore

@@ -1,8 +1,6 @@
 """What stands around the results of an evaluation: the folder that they go into, and the work after them, which can
 fail without taking them along."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path

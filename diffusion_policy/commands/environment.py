@@ -1,32 +1,26 @@
-"""The environment that a program acts in: what the user asks for, completed by what a file says of its own, and a
-policy that fits it."""
+"""The environment that a program acts in: what the user asks for, completed by what a store or a checkpoint says of its
+own.
 
-from __future__ import annotations
+Knows options, and how environments are made. Knows neither a policy nor a store.
+"""
 
-import dataclasses
-import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from diffusion_policy.commands.options.acting import ActingCommand, parse_env_kwargs
+import gymnasium
+
+from diffusion_policy.commands.options.acting import parse_env_kwargs
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.commands.trust import refuse_modules
-from diffusion_policy.config import ConfigError, SampleConfig, SuccessAndModes, from_dict
-
-if TYPE_CHECKING:
-    import gymnasium
-
-    from diffusion_policy.checkpoints.checkpoint import Checkpoint
-    from diffusion_policy.envs.adapters import EnvSpec
-
-DEFAULT_ENV = "diffusion_policy/Avoid-v0"
+from diffusion_policy.config import ConfigError, SuccessAndModes, from_dict
+from diffusion_policy.envs.adapters import EnvSpec, capped_steps
+from diffusion_policy.envs.contract import control_rate
+from diffusion_policy.envs.wrappers import foreign, is_written, lost
 
 
 def describe_episodes(env: gymnasium.Env) -> dict[str, Any]:
-    """Attributes of a store of the episodes of an environment that a EnvSpec has made."""
-    from diffusion_policy.envs.contract import control_rate
-
+    """Attributes of a store of the episodes of an environment that an EnvSpec has made."""
     rate = control_rate(env)
     return {
         "environment": dict(env.described),  # pyright: ignore[reportAttributeAccessIssue]
@@ -77,8 +71,6 @@ def choose_wrappers(
     """The wrappers that a file says were around its environment. Where one of them cannot be put on again, or would be
     imported from a module that the user does not name with --env (`env`), raises ConfigError; but with --env the
     environment is made as it is registered, without any, which is said."""
-    from diffusion_policy.envs.wrappers import foreign, is_written, lost
-
     if not is_written(wrappers):
         raise ConfigError(f"{source} does not say its wrappers as a list of entry points and arguments")
     named = env.partition(":")[0] if env and ":" in env else None
@@ -102,8 +94,6 @@ def make_env_spec(
     env_id: str, arguments: Mapping[str, Any], signals: SuccessAndModes, wrappers: Sequence[Mapping[str, Any]] = ()
 ) -> EnvSpec:
     """An environment factory; raises ValueError for signals that contradict each other."""
-    from diffusion_policy.envs.adapters import EnvSpec
-
     return EnvSpec(
         env_id,
         dict(arguments),
@@ -117,78 +107,9 @@ def make_env_spec(
 
 def say_cap(env_id: str, env: gymnasium.Env) -> None:
     """Say after how many steps the episodes of an environment without a time limit end."""
-    from diffusion_policy.envs.adapters import capped_steps
-
     steps = capped_steps(env)
     if steps is not None:
         console.print(
             f"{env_id} has no time limit, so its episodes end after {steps} steps; choose another number with "
             "--env-kwargs '{\"max_episode_steps\": 5000}'"
         )
-
-
-class PolicyInEnv(NamedTuple):
-    """A checkpoint and the environment that it acts in."""
-
-    checkpoint: Checkpoint
-    env_id: str
-    env_kwargs: dict[str, Any]
-    signals: SuccessAndModes
-    make_env: Callable[..., gymnasium.Env]
-    """Picklable; takes `render_mode`."""
-    env: gymnasium.Env
-    """One instance, for modes and drawing."""
-    wrappers: tuple[Mapping[str, Any], ...] = ()
-    """Around the environment, as `envs.wrappers` writes them."""
-
-    @property
-    def frames_per_second(self) -> float:
-        """How many control steps the environment takes in a second; 30 where it does not say."""
-        from diffusion_policy.envs.contract import control_rate
-
-        return control_rate(self.env) or 30
-
-
-def load_with_environment(options: ActingCommand, sampling: SampleConfig | None = None) -> PolicyInEnv:
-    """Load the checkpoint and make its environment, or the one named instead.
-
-    Raises ValueError when there is no environment, when its spaces do not fit the policy, or when the policy cannot
-    sample as `sampling` says.
-    """
-    from diffusion_policy.checkpoints import checkpoint
-    from diffusion_policy.policy import choose_device
-
-    loaded = checkpoint.load(options.checkpoint, choose_device(options.device))
-    return join_environment(
-        options.checkpoint,
-        loaded,
-        env=options.env,
-        env_kwargs=options.env_kwargs,
-        sampling=sampling,
-        signals=options.signals,
-    )
-
-
-def join_environment(
-    path: object,
-    loaded: Checkpoint,
-    *,
-    env: str | None = None,
-    env_kwargs: str | None = None,
-    sampling: SampleConfig | None = None,
-    signals: SuccessAndModes = SuccessAndModes(),  # noqa: B008  (frozen)
-) -> PolicyInEnv:
-    """As `load_with_environment`, of a checkpoint that is loaded, or one without weights."""
-    if sampling is not None:
-        loaded.policy.resolve_sampling(sampling)
-    task, signals = choose_env_spec(path, dataclasses.asdict(loaded.environment), env, env_kwargs, signals)
-    instance = task()
-    offered = {key: part.shape for key, part in instance.observation_space.items()}  # pyright: ignore
-    needed = loaded.policy.shapes.observations
-    if any(offered.get(key) != shape for key, shape in needed.items()):
-        raise ConfigError(f"{path} observes {needed}; {task.env} offers {offered}")
-    action = loaded.policy.shapes.action
-    if math.prod(instance.action_space.shape or ()) != math.prod(action):
-        raise ConfigError(f"{path} acts with shape {action}; {task.env} takes {instance.action_space.shape}")
-    say_cap(task.env, instance)
-    return PolicyInEnv(loaded, task.env, task.arguments, signals, task, instance, task.wrappers)

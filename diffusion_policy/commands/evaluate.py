@@ -84,8 +84,7 @@ def tell_asked(options: Evaluate, loaded: PolicyInEnv) -> dict[str, Any]:
         "weights_sha256": loaded.checkpoint.weights_sha256,
         "repeats": options.repeats,
         "seeds": list(options.seeds),
-        "sampling": dataclasses.asdict(options.sampling)
-        | {"clip": loaded.policy.choose_clip(options.sampling)},
+        "sampling": dataclasses.asdict(options.sampling) | {"clip": loaded.policy.choose_clip(options.sampling)},
         "planning_batch": options.parallel,
     }
 

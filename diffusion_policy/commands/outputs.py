@@ -1,12 +1,11 @@
 """The folder that a program writes into: one that is empty, and that no other process writes into."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from diffusion_policy.config import ConfigError
+from diffusion_policy.datasets.storage import lock
 
 
 def require_fresh(path: Path) -> None:
@@ -18,8 +17,6 @@ def require_fresh(path: Path) -> None:
 @contextlib.contextmanager
 def holding(folder: Path) -> Iterator[None]:
     """Make an output folder, and keep other processes away from it; raises StoreError where one holds it."""
-    from diffusion_policy.datasets.storage import lock
-
     folder.mkdir(parents=True, exist_ok=True)
     unlock = lock(folder, "choose another --output")
     try:

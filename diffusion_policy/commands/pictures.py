@@ -1,37 +1,32 @@
 """What the report shows beside numbers, gathered from environment, dataset, policy and simulator."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 
 from diffusion_policy.basics.files import parse_json, read_bytes
 from diffusion_policy.basics.streams import derive_rng
 from diffusion_policy.checkpoints import checkpoint
+from diffusion_policy.commands.afterwards import Remarks
 from diffusion_policy.commands.environment import is_same_id
-from diffusion_policy.commands.episodes import choose_modes, draw_bytes, observe
+from diffusion_policy.commands.episodes import draw_bytes, observe
+from diffusion_policy.commands.policy_in_env import PolicyInEnv, choose_modes
 from diffusion_policy.commands.stores import open_recorded
 from diffusion_policy.config import SampleConfig
 from diffusion_policy.envs.protocols import Drawable, as_drawable, as_pictured
 from diffusion_policy.evaluation.engines import imap
 from diffusion_policy.evaluation.episode import Episode
+from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.report.evaluation_figures import choose_drawn
 from diffusion_policy.report.page import NO_PICTURES, Fan, Moment, Pictures, PlanePath, Video
 from diffusion_policy.report.video import Filmer, Pixels, Script
-
-if TYPE_CHECKING:
-    import gymnasium
-
-    from diffusion_policy.commands.afterwards import Remarks
-    from diffusion_policy.commands.environment import PolicyInEnv
-    from diffusion_policy.policy import DiffusionPolicy
 
 FANS, FAN_MOMENTS, FAN_PLANS = 6, 12, 24
 """Episodes whose plans are sampled again, re-plannings of each that are looked at, and sequences for each of those."""
@@ -76,7 +71,7 @@ def _drawn(
     loaded: PolicyInEnv, episodes: Sequence[Episode], fans: Sequence[Episode], sampling: SampleConfig, remarks: Remarks
 ) -> Pictures:
     """What lies in the plane of the environment, where it has one."""
-    plane, policy = as_drawable(loaded.env), loaded.checkpoint.policy
+    plane, policy = as_drawable(loaded.env), loaded.policy
     if plane is None:
         return NO_PICTURES
     return NO_PICTURES._replace(
@@ -161,7 +156,7 @@ def _demonstrated_paths(loaded: PolicyInEnv, plane: Drawable) -> list[PlanePath]
     environment, recorded = loaded.checkpoint.environment, loaded.checkpoint.dataset
     if not is_same_id(loaded.env_id, environment.id) or loaded.env_kwargs != environment.arguments:
         return []
-    keys = tuple(loaded.checkpoint.policy.shapes.observations)
+    keys = tuple(loaded.policy.shapes.observations)
     store = open_recorded("the checkpoint", recorded.location)
     if store.fingerprint(keys, recorded.action_key) != recorded.fingerprint:
         raise ValueError(f"{recorded.location} has changed since the training")

@@ -1,19 +1,16 @@
 """What is read of a dataset: where it lies, which keys, which columns are angles."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from diffusion_policy.commands.options.train import join_actions
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.commands.trust import recorded_location
 from diffusion_policy.config import ConfigError
-
-if TYPE_CHECKING:
-    from diffusion_policy.datasets.store import EpisodeStore
+from diffusion_policy.datasets.store import EpisodeStore
 
 
 class Keys(NamedTuple):
@@ -30,8 +27,6 @@ class Keys(NamedTuple):
 
 def open_store(location: str | Path) -> EpisodeStore:
     """Open a dataset to read, saying what in it is not read; raises StoreError."""
-    from diffusion_policy.datasets.store import EpisodeStore
-
     store = EpisodeStore.open(location)
     for remark in store.remarks():
         console.print(f"{location}: {remark}")
@@ -42,11 +37,6 @@ def open_recorded(source: object, location: str) -> EpisodeStore:
     """Open the dataset that only a checkpoint or a run (`source`) names: a local one, said; ConfigError for a URL, and
     StoreError as `open_store`."""
     return open_store(recorded_location(source, location))
-
-
-def join_actions(names: str | Sequence[str]) -> str:
-    """The one key of actions that lie in several arrays, side by side: `a+b`; empty for none."""
-    return names if isinstance(names, str) else "+".join(names)
 
 
 def choose_keys(store: EpisodeStore, observations: Sequence[str] = (), action: str | Sequence[str] = ()) -> Keys:

@@ -7,12 +7,9 @@ from typing import Any
 from diffusion_policy.basics.files import format_json, write_whole
 from diffusion_policy.basics.lines import one_line
 from diffusion_policy.commands.afterwards import Remarks
-from diffusion_policy.commands.environment import PolicyInEnv, load_with_environment
 from diffusion_policy.commands.episodes import (
-    choose_modes,
     describe_machine,
     measure_latency,
-    refuse_seen_seeds,
     require_memory,
     run_episodes,
 )
@@ -20,6 +17,12 @@ from diffusion_policy.commands.interrupts import Interrupted
 from diffusion_policy.commands.options.acting import PLANNING_BATCH
 from diffusion_policy.commands.options.study import Study
 from diffusion_policy.commands.outputs import require_fresh
+from diffusion_policy.commands.policy_in_env import (
+    PolicyInEnv,
+    choose_modes,
+    load_with_environment,
+    refuse_seen_seeds,
+)
 from diffusion_policy.commands.terminal import console, print_by_steps
 from diffusion_policy.config import SampleConfig, SamplerName
 from diffusion_policy.diffusion.samplers import SAMPLERS
@@ -60,7 +63,7 @@ def run(options: Study) -> dict[str, Any]:
 
 def tell_asked(options: Study, loaded: PolicyInEnv) -> dict[str, Any]:
     """What is studied, and where: the first fields of results.json."""
-    policy = loaded.checkpoint.policy
+    policy = loaded.policy
     return {
         "environment": loaded.env_id,
         "env_kwargs": loaded.env_kwargs,
@@ -79,13 +82,13 @@ def tell_asked(options: Study, loaded: PolicyInEnv) -> dict[str, Any]:
 
 def choose_steps(options: Study, loaded: PolicyInEnv, name: SamplerName) -> Sequence[int]:
     """The numbers of steps at which a sampler is tried."""
-    most = loaded.checkpoint.policy.diffusion.most_steps(SAMPLERS[name])
+    most = loaded.policy.diffusion.most_steps(SAMPLERS[name])
     return options.steps or (*(n for n in STEPS if n < most), most)
 
 
 def measure(options: Study, loaded: PolicyInEnv, sampling: SampleConfig) -> dict[str, Any]:
     """What one sampler does at one number of steps; why not, where it cannot."""
-    policy = loaded.checkpoint.policy
+    policy = loaded.policy
     try:
         policy.resolve_sampling(sampling)
         require_memory(policy, sampling, PLANNING_BATCH)
