@@ -52,8 +52,14 @@ def blocks(page: str) -> list[Block]:
     return [Block(language, text) for language, text in found]
 
 
-def all_commands() -> list[str]:
-    return [line for page in PAGES for block in blocks(page) if block.language == "sh" for line in block.commands]
+def commands_of(page: str) -> list[str]:
+    return [line for block in blocks(page) if block.language == "sh" for line in block.commands]
+
+
+def has_code(page: str) -> bool:
+    return any(block.language == "python" for block in blocks(page)) or any(
+        command.startswith("diffusion-policy ") for command in commands_of(page)
+    )
 
 
 SMALL = "--widths 16 32 --groups 4 --level-dim 16 --noise-levels 20 --steps 2 --batch-size 16 --device cpu"
@@ -85,7 +91,7 @@ FEW = {
 """What is put in the place of numbers of the Python blocks, so that they take seconds."""
 
 
-def run_page(page: str, folder: Path, capsys: pytest.CaptureFixture[str], *, only_long: bool = False) -> None:
+def run_page(page: str, folder: Path, *, only_long: bool = False) -> None:
     """Run what a page shows, in the folder; `only_long`: of its commands, the long ones alone; else all others."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -95,11 +101,15 @@ def run_page(page: str, folder: Path, capsys: pytest.CaptureFixture[str], *, onl
             if block.language == "python" and not only_long:
                 exec(in_miniature(block.text), {"observation": observation()})
             for command in block.commands if block.language == "sh" else []:
-                if command.startswith("diffusion-policy ") and (command.split()[1] in LONG) == only_long:
-                    run_command(command, capsys)
+                if command.startswith("diffusion-policy ") and is_long(command) == only_long:
+                    run_command(command)
 
 
-def run_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def is_long(command: str) -> bool:
+    return command.startswith("diffusion-policy ") and command.split()[1] in LONG
+
+
+def run_command(command: str) -> None:
     command = command.removeprefix("diffusion-policy ").replace(
         "--dataset D ", "--dataset runs/demo/demonstrations.zarr "
     )
@@ -110,7 +120,7 @@ def run_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     if "--resume" not in words:
         words += shlex.split(MINIATURE[verb])
     status = main(words)
-    assert status in ((0, 1) if verb == "doctor" else (0,)), f"{command}\n{capsys.readouterr().err}"
+    assert status in ((0, 1) if verb == "doctor" else (0,)), command
 
 
 def in_miniature(code: str) -> str:
@@ -126,40 +136,33 @@ def observation() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def after_readme(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for what the README's blocks leave; its first test fills it."""
-    return tmp_path_factory.mktemp("session")
-
-
-SHOWN = [page for page in PAGES if any(block.language in ("sh", "python") for block in blocks(page))]
-assert SHOWN[0] == "README.md"
+    """A folder in which the README's blocks have run, but for the long commands."""
+    folder = tmp_path_factory.mktemp("session")
+    run_page("README.md", folder)
+    return folder
 
 
 @pytest.fixture
-def session(after_readme: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    """A folder in which the README's blocks have run, but for the long commands."""
-    if not any(after_readme.iterdir()):
-        run_page("README.md", after_readme, capsys)
+def session(after_readme: Path, tmp_path: Path) -> Path:
+    """A copy of that folder, in which another page's blocks run."""
     return Path(shutil.copytree(after_readme, tmp_path / "session"))
 
 
-@pytest.mark.parametrize("page", SHOWN)
-def test_what_a_page_shows_runs_as_it_stands_there(
-    page: str, session: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if page == "README.md":  # has run
-        assert (session / "runs/demo/evaluation/report.html").is_file()
-        assert (session / "runs/avoid/evaluation/results.json").is_file()
-    else:
-        run_page(page, session, capsys)
+def test_what_the_readme_shows_runs_as_it_stands_there(after_readme: Path) -> None:
+    for left in ("avoid/evaluation/results.json", "demo/evaluation/report.html", "demo/rollout.mp4", "demo/doctor"):
+        assert (after_readme / "runs" / left).exists()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md" and has_code(page)])
+def test_what_a_page_shows_runs_after_that(page: str, session: Path) -> None:
+    run_page(page, session)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "page", [page for page in SHOWN if any(f"diffusion-policy {verb} " in PAGES[page] for verb in LONG)]
-)
-def test_the_long_commands_of_a_page_run_too(page: str, session: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("page", [page for page in PAGES if any(map(is_long, commands_of(page)))])
+def test_the_long_commands_of_a_page_run_too(page: str, session: Path) -> None:
     shutil.rmtree(session / "runs/other")
-    run_page(page, session, capsys, only_long=True)
+    run_page(page, session, only_long=True)
 
 
 @pytest.mark.slow
@@ -193,8 +196,9 @@ def run_python(code: str, folder: Path) -> str:
 
 
 def test_every_line_of_a_shell_block_is_run_or_understood() -> None:
-    assert len(all_commands()) >= 30
-    for command in all_commands():
+    commands = [command for page in PAGES for command in commands_of(page)]
+    assert len(commands) >= 30
+    for command in commands:
         first, *rest = shlex.split(command)
         if first == "make":
             assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
