@@ -4,7 +4,7 @@ chunk of them is whole.
 Knows bytes. Knows no store.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import google_crc32c
 import numpy as np
@@ -45,3 +45,19 @@ class RowChecksums:
                 yield self._episode, self._value
                 self._episode += 1
                 self._value = checksum(self._name, self._episode)
+
+
+def checksums_of_episode(episode: int, columns: Mapping[str, np.ndarray], end: int) -> list[int]:
+    """The checksums of an episode's rows in each array of data/, sorted by name, and of what is known of it."""
+    of_rows = [checksum(path[5:], episode, columns[path]) for path in sorted(columns) if path.startswith("data/")]
+    return [*of_rows, checksum_of_meta(episode, end, {path: columns[path] for path in columns if path[:5] == "meta/"})]
+
+
+def checksum_of_meta(episode: int, end: int, known: Mapping[str, np.ndarray]) -> int:
+    """The checksum of what is known of an episode, by path of its array, and of where it ends."""
+    return checksum("meta", episode, np.array(end, np.int64), *(known[path] for path in sorted(known)))
+
+
+def exchanged(episode: int) -> str:
+    """What a checksum says that does not fit, in words."""
+    return f"rows of episode {episode} are not those that were written (damage, or exchanged files)"

@@ -17,7 +17,8 @@ import numpy as np
 
 from diffusion_policy.basics.bounds import MOST_SEED, MOST_STEPS
 from diffusion_policy.basics.lines import describe_with_place, message_of
-from diffusion_policy.datasets.store import Demonstration, EpisodeStore
+from diffusion_policy.datasets.demonstration import Demonstration
+from diffusion_policy.datasets.store import EpisodeStore
 
 
 class DemonstratorError(ValueError):

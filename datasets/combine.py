@@ -11,7 +11,9 @@ import numpy as np
 
 from diffusion_policy.basics.streams import derive_rng
 from diffusion_policy.datasets.convert import read, refuse_existing, write
-from diffusion_policy.datasets.store import Demonstration, EpisodeStore, StoreError
+from diffusion_policy.datasets.demonstration import Demonstration
+from diffusion_policy.datasets.storage import StoreError
+from diffusion_policy.datasets.store import EpisodeStore
 
 
 class Merged(NamedTuple):

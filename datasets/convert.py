@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 from diffusion_policy.basics.files import FileError, refuse_irregular, sync_folder
+from diffusion_policy.datasets.demonstration import Demonstration
 from diffusion_policy.datasets.durable import make_parents, sync_tree, unfinished_path
 from diffusion_policy.datasets.formats import FORMATS
 from diffusion_policy.datasets.formats.choice import choose, with_angles_of
@@ -20,7 +21,6 @@ from diffusion_policy.datasets.formats.format import Format, Source, Unusable
 from diffusion_policy.datasets.formats.hdf5 import refuse_layout
 from diffusion_policy.datasets.formats.reading import file_errors, store_errors
 from diffusion_policy.datasets.storage import StoreError
-from diffusion_policy.datasets.store import Demonstration
 
 
 def convert(

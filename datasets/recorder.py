@@ -13,7 +13,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from diffusion_policy.datasets.store import SEEDS, Demonstration, EpisodeStore, is_seed
+from diffusion_policy.datasets.demonstration import SEEDS, Demonstration, is_seed
+from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs.contract import control_rate, guard, name_of_env, to_truth
 from diffusion_policy.envs.protocols import as_multimodal, layers
 from diffusion_policy.envs.spaces import EnvSpecError, action_box, action_row, observe, observed_parts

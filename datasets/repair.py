@@ -11,10 +11,12 @@ from typing import NamedTuple
 import numpy as np
 import zarr
 
+from diffusion_policy.datasets.arrays import ENDS, older
 from diffusion_policy.datasets.consolidated import consolidated_is_stale
 from diffusion_policy.datasets.durable import remove_leftovers
 from diffusion_policy.datasets.guard import trust
 from diffusion_policy.datasets.storage import (
+    StoreError,
     drop_consolidated,
     list_names,
     lock,
@@ -23,7 +25,7 @@ from diffusion_policy.datasets.storage import (
     say,
     unfinished_files,
 )
-from diffusion_policy.datasets.store import ENDS, EpisodeStore, StoreError, older
+from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.datasets.validate import Finding, validate
 
 
@@ -44,7 +46,7 @@ def repair(path: Path | str) -> Repaired:
         raise StoreError(f"{path} is no folder; a store elsewhere is mended in a copy: dataset convert {path} NEW.zarr")
     lengthened = _lengthen(path)
     store = EpisodeStore.open(path)
-    if store.is_ours and len(store.empty_episodes) == 0:
+    if store.arrays.is_ours and len(store.arrays.empty_episodes) == 0:
         with EpisodeStore.append_to(path) as ours:
             dropped = (f"{array}: dropped {rows} uncommitted rows" for array, rows in ours.dropped.items())
             mended = (*ours.mended, *dropped)
@@ -66,7 +68,7 @@ def repair(path: Path | str) -> Repaired:
 def _lengthen(path: Path) -> tuple[str, ...]:
     """Give meta/episode_ends of a store of ours the length of what is stored there, where its metadata are older; says
     what was done. Raises StoreError where the other arrays have not the rows that these episodes need."""
-    if not len(EpisodeStore(open_group(str(path), "r"), str(path)).ends_beyond()):
+    if not len(EpisodeStore(open_group(str(path), "r"), str(path)).arrays.ends_beyond()):
         return ()
     refuse_links(path)
     unlock = lock(path)
@@ -74,11 +76,13 @@ def _lengthen(path: Path) -> tuple[str, ...]:
         group = open_group(str(path), "r+")
         store = EpisodeStore(group, str(path))
         array = _array(group, ENDS)
-        beyond = store.ends_beyond()
+        beyond = store.arrays.ends_beyond()
         ends = np.concatenate([np.asarray(array[:]), beyond])
         needed = {"data": int(ends[-1]), "meta": len(ends)}
-        paths = (f"{folder}/{name}" for folder in needed for name in store.names(folder))
-        short = [each for each in paths if each != ENDS and (store.raw_array(each).shape or (0,))[0] < needed[each[:4]]]
+        paths = (f"{folder}/{name}" for folder in needed for name in store.arrays.names(folder))
+        short = [
+            each for each in paths if each != ENDS and (store.arrays.raw(each).shape or (0,))[0] < needed[each[:4]]
+        ]
         if short or (np.diff(ends, prepend=0) <= 0).any():
             why = f"{short[0]} has not their rows" if short else "the ends do not increase"
             raise StoreError(f"{path}: {ENDS} {older(len(beyond))}, and {why}; put all newest files back")
@@ -91,7 +95,7 @@ def _lengthen(path: Path) -> tuple[str, ...]:
 def _mend(group: zarr.Group, path: Path) -> Iterator[str]:
     """Mend a store that another tool wrote, or of ours that another tool changed; says what was done."""
     store = EpisodeStore(group, str(path))
-    ends, empty, beyond = _array(group, "meta/episode_ends"), store.empty_episodes, _tail(store)
+    ends, empty, beyond = _array(group, "meta/episode_ends"), store.arrays.empty_episodes, _tail(store)
     others = [name for name in list_names(group, "meta") if name != "episode_ends"]
     in_one_chunk = ends.shards is None and ends.chunks[0] >= ends.shape[0]
     together = len(empty) > 0 and in_one_chunk and not others
@@ -121,8 +125,8 @@ def _mend(group: zarr.Group, path: Path) -> Iterator[str]:
 
 def _tail(store: EpisodeStore) -> dict[str, int]:
     """Rows beyond the last episode, by array, where all arrays have as many: others may mean something else."""
-    beyond = {path: rows for path, rows in store.uncommitted().items() if path.startswith("data/")}
-    whole = len(beyond) == len(store.names("data")) and len(set(beyond.values())) == 1
+    beyond = {path: rows for path, rows in store.arrays.uncommitted().items() if path.startswith("data/")}
+    whole = len(beyond) == len(store.arrays.names("data")) and len(set(beyond.values())) == 1
     return beyond if whole else {}
 
 

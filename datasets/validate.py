@@ -11,21 +11,13 @@ from typing import NamedTuple
 import numpy as np
 import zarr
 
-from diffusion_policy.datasets.checksums import RowChecksums
+from diffusion_policy.datasets.arrays import CHECKSUMS, ENDS, NO_CHECKSUMS, older
+from diffusion_policy.datasets.checksums import RowChecksums, checksum_of_meta, exchanged
 from diffusion_policy.datasets.consolidated import consolidated_is_stale
+from diffusion_policy.datasets.demonstration import nonfinite_rows
 from diffusion_policy.datasets.guard import codec_names, missing_chunks, read_rows
-from diffusion_policy.datasets.storage import list_names, open_group, say, unfinished_files
-from diffusion_policy.datasets.store import (
-    CHECKSUMS,
-    ENDS,
-    NO_CHECKSUMS,
-    EpisodeStore,
-    StoreError,
-    checksum_of_meta,
-    exchanged,
-    nonfinite_rows,
-    older,
-)
+from diffusion_policy.datasets.storage import StoreError, list_names, open_group, say, unfinished_files
+from diffusion_policy.datasets.store import EpisodeStore
 
 MOST_FINDINGS = 1000
 """Missing chunks of one array that are listed."""
@@ -55,8 +47,8 @@ def validate(location: Path | str) -> list[Finding]:
 
 def _findings(store: EpisodeStore) -> Iterator[Finding]:
     yield from _check_files(store)
-    ends, beyond = store.episode_ends, len(store.ends_beyond())
-    uncommitted = {} if beyond else store.uncommitted()
+    ends, beyond = store.episode_ends, len(store.arrays.ends_beyond())
+    uncommitted = {} if beyond else store.arrays.uncommitted()
     if beyond:
         yield Finding(True, ENDS, f"{older(beyond)}; put the newest file back, or mend it with: dataset repair")
     if len(ends) == 0:
@@ -73,7 +65,7 @@ def _findings(store: EpisodeStore) -> Iterator[Finding]:
             yield Finding(True, f"data/{key}", f"should hold {role}, but is not there; there are {', '.join(keys)}")
     for path, rows in uncommitted.items():
         yield Finding(False, path, f"has {rows} rows beyond the last complete episode; drop them with: dataset repair")
-    for name in store.passed_over:
+    for name in store.arrays.passed_over:
         yield Finding(False, name, "is an attribute of another meaning than ours, or no printable text; passed over")
     for key, why in store.left_out.items():
         yield Finding(True, f"data/{key}", f"{why}; it is left out")
@@ -89,7 +81,7 @@ def _findings(store: EpisodeStore) -> Iterator[Finding]:
 
 def _check_files(store: EpisodeStore) -> Iterator[Finding]:
     """What other readers are misled by, and what killed writers have left."""
-    stale = consolidated_is_stale(store.group)
+    stale = consolidated_is_stale(store.arrays.group)
     if stale:
         what = f"the consolidated copy of the metadata is stale ({', '.join(stale[:3])}): other tools read too much or "
         yield Finding(True, "consolidated metadata", what + "too little; drop it with: dataset repair")
@@ -102,7 +94,7 @@ def _check_files(store: EpisodeStore) -> Iterator[Finding]:
 def _check_ends(store: EpisodeStore) -> Iterator[Finding]:
     path, ends = "meta/episode_ends", store.episode_ends
     starts = np.concatenate([[0], ends[:-1]])
-    for place in store.empty_episodes:
+    for place in store.arrays.empty_episodes:
         what = f"episode {place} has no rows and is left out; drop it with: dataset repair"
         yield Finding(False, path, what, int(place))
     for episode in np.flatnonzero(ends <= starts):
@@ -125,13 +117,13 @@ def _check_array(store: EpisodeStore, key: str) -> Iterator[Finding]:
     """Missing chunks, then chunk by chunk damage, numbers that are not finite, and rows that are not those that were
     written."""
     ends = np.maximum.accumulate(store.episode_ends)
-    path, array, rows = f"data/{key}", store.readable_array(f"data/{key}"), int(ends[-1])
+    path, array, rows = f"data/{key}", store.arrays.readable(f"data/{key}"), int(ends[-1])
 
     def place(row: int) -> tuple[int, int]:
         return int(np.searchsorted(ends, row, side="right")), row
 
     chunk_rows = (array.shards or array.chunks)[0]
-    if store.is_ours:
+    if store.arrays.is_ours:
         for chunk in islice(missing_chunks(array, rows), MOST_FINDINGS):
             first = chunk[0] * chunk_rows
             what = (
@@ -173,7 +165,8 @@ def _written(store: EpisodeStore) -> Mapping[str, np.ndarray]:
 def _check_meta(store: EpisodeStore) -> Iterator[Finding]:
     """What is known of each episode."""
     known: dict[str, np.ndarray] = {}
-    names = [name for name in list_names(store.group, "meta") if name.startswith("episode_") and name != "episode_ends"]
+    inside = list_names(store.arrays.group, "meta")
+    names = [name for name in inside if name.startswith("episode_") and name != "episode_ends"]
     for name in names:
         try:
             rows = store.read_meta(name.removeprefix("episode_"))
@@ -200,9 +193,9 @@ def _check_meta(store: EpisodeStore) -> Iterator[Finding]:
 
 def _check_checksums(store: EpisodeStore, known: Mapping[str, np.ndarray]) -> Iterator[Finding]:
     """Whether the checksums of episodes are there, and what is known of episodes is what was written."""
-    if not store.is_ours:
+    if not store.arrays.is_ours:
         return
-    if not store.has_checksums:
+    if not store.arrays.has_checksums:
         what = "format version 1 has no checksums of episodes, so exchanged files cannot be told; a copy has them"
         yield Finding(False, CHECKSUMS, f"{what}: dataset convert")
         return
@@ -224,7 +217,7 @@ def _check_checksums(store: EpisodeStore, known: Mapping[str, np.ndarray]) -> It
 
 def _has_checksum(store: EpisodeStore, path: str) -> bool:
     try:
-        array: zarr.Array = store.raw_array(path)
+        array: zarr.Array = store.arrays.raw(path)
     except StoreError:
         return True  # it has worse problems
     return bool({"crc32c", "crc32", "fletcher32"} & set(codec_names(array)))

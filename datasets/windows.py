@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from diffusion_policy.basics.streams import derive_rng
+from diffusion_policy.datasets.demonstration import nonfinite_rows
 from diffusion_policy.datasets.statistics import as_rows
-from diffusion_policy.datasets.store import EpisodeStore, nonfinite_rows
+from diffusion_policy.datasets.store import EpisodeStore
 
 POOL_BYTES = 2**26
 """Memory of the rows that a stream shuffles at a time; the next ones are read meanwhile into as much again."""

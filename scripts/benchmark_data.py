@@ -27,7 +27,8 @@ import zarr
 from diffusion_policy import envs
 from diffusion_policy.config import PolicyConfig, TrainConfig, with_options
 from diffusion_policy.datasets.collect import Demonstrator, collect
-from diffusion_policy.datasets.store import Demonstration, EpisodeStore
+from diffusion_policy.datasets.demonstration import Demonstration
+from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.datasets.summary import summarize
 from diffusion_policy.datasets.windows import Windows, hold_windows, load_windows
 from diffusion_policy.envs.experts import EXPERTS

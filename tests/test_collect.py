@@ -18,7 +18,8 @@ from gymnasium.wrappers import TimeLimit
 from diffusion_policy.basics.bounds import MOST_STEPS
 from diffusion_policy.cli import main
 from diffusion_policy.datasets.collect import Demonstrator, DemonstratorError, collect
-from diffusion_policy.datasets.store import Demonstration, EpisodeStore
+from diffusion_policy.datasets.demonstration import Demonstration
+from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs.experts import AvoidExpert
 from diffusion_policy.evaluation.engines import imap
 

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from diffusion_policy.datasets.combine import merge, split
-from diffusion_policy.datasets.store import Demonstration, EpisodeStore, StoreError
+from diffusion_policy.datasets.demonstration import Demonstration
+from diffusion_policy.datasets.storage import StoreError
+from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.datasets.validate import validate
 
 

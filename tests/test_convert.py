@@ -15,7 +15,9 @@ from zarr.storage import ZipStore
 
 from diffusion_policy.datasets import convert as conversion
 from diffusion_policy.datasets.convert import FORMATS, convert
-from diffusion_policy.datasets.store import Demonstration, EpisodeStore, StoreError
+from diffusion_policy.datasets.demonstration import Demonstration
+from diffusion_policy.datasets.storage import StoreError
+from diffusion_policy.datasets.store import EpisodeStore
 
 LIBRARIES = {"zarr": "zarr", "robomimic": "h5py", "lerobot": "pyarrow", "minari": "minari", "npz": "numpy"}
 NAMES = {"zarr": "x.zarr", "robomimic": "x.hdf5", "lerobot": "x.lerobot", "minari": "x-v0", "npz": "x.npz"}

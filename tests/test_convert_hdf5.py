@@ -16,8 +16,10 @@ import pytest
 
 from diffusion_policy.datasets import convert as conversion
 from diffusion_policy.datasets.convert import convert, detect, read, write
+from diffusion_policy.datasets.demonstration import Demonstration
 from diffusion_policy.datasets.durable import place_of_processes
-from diffusion_policy.datasets.store import Demonstration, EpisodeStore, StoreError
+from diffusion_policy.datasets.storage import StoreError
+from diffusion_policy.datasets.store import EpisodeStore
 
 h5py = pytest.importorskip("h5py")
 RNG = np.random.default_rng(0)
@@ -349,7 +351,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(name: str, tmp_path: Path) -
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
         "from diffusion_policy.datasets.convert import convert\n"
-        "from diffusion_policy.datasets.store import StoreError\n"
+        "from diffusion_policy.datasets.storage import StoreError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"  # a write beyond the limit then fails, as on a full disk
         "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
         "try:\n    convert(sys.argv[1], Path(sys.argv[2]))\nexcept StoreError as error:\n    print(error)\n"
@@ -493,7 +495,7 @@ def test_what_would_unpack_without_end_is_refused(make: Callable[[Path], Path], 
         "import sys\n"
         "from pathlib import Path\n"
         "from diffusion_policy.datasets.convert import convert\n"
-        "from diffusion_policy.datasets.store import StoreError\n"
+        "from diffusion_policy.datasets.storage import StoreError\n"
         "try:\n    convert(sys.argv[1], Path(sys.argv[2]))\nexcept StoreError as error:\n    print(error)\n"
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])\n"
     )

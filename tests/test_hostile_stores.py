@@ -26,7 +26,9 @@ from zarr.core.sync import sync
 
 from diffusion_policy.cli import main
 from diffusion_policy.datasets import guarded_store
-from diffusion_policy.datasets.store import Demonstration, EpisodeStore, StoreError
+from diffusion_policy.datasets.demonstration import Demonstration
+from diffusion_policy.datasets.storage import StoreError
+from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.datasets.validate import validate
 
 LENGTHS = (40, 7, 60, 93)
@@ -40,7 +42,8 @@ import json, signal, sys, time
 from pathlib import Path
 from diffusion_policy.datasets.convert import convert
 from diffusion_policy.cli import main
-from diffusion_policy.datasets.store import EpisodeStore, StoreError
+from diffusion_policy.datasets.storage import StoreError
+from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.datasets.validate import validate
 
 def peak():  # of this process alone [KB]; getrusage counts what its parent had, too

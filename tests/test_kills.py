@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from diffusion_policy.commands.collect import Collect
-from diffusion_policy.datasets.store import EpisodeStore, StoreError
+from diffusion_policy.datasets.storage import StoreError
+from diffusion_policy.datasets.store import EpisodeStore
 
 EPISODES = 120
 FORKING = """

@@ -7,9 +7,10 @@ import pytest
 
 from diffusion_policy import envs
 from diffusion_policy.commands.train import Train
-from diffusion_policy.config import PolicyConfig, TrainConfig
+from diffusion_policy.config import PolicyConfig, TrainConfig, with_options
 from diffusion_policy.datasets.recorder import Recorder
-from diffusion_policy.datasets.store import EpisodeStore, StoreError
+from diffusion_policy.datasets.storage import StoreError
+from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs.experts import AvoidExpert
 
 
@@ -39,7 +40,7 @@ def test_what_a_loop_does_is_recorded_and_can_be_trained_on(tmp_path: Path) -> N
         np.testing.assert_array_equal(episode.final["observation"], observations[-1])
         assert episode.data["action"].shape == (200, 1)
     training = TrainConfig(steps=3, batch_size=16)
-    policy = PolicyConfig(widths=(16, 32), level_dim=16, noise_levels=10)
+    policy = with_options(PolicyConfig(), widths=(16, 32), level_dim=16, noise_levels=10)
     Train(str(tmp_path / "mine.zarr"), tmp_path / "run", policy=policy, training=training, device="cpu").run()
     assert (tmp_path / "run" / "step-000003" / "config.json").exists()
 

@@ -12,9 +12,10 @@ import pytest
 import zarr
 
 from diffusion_policy.datasets import durable
+from diffusion_policy.datasets.demonstration import Demonstration
 from diffusion_policy.datasets.repair import repair
-from diffusion_policy.datasets.storage import lock
-from diffusion_policy.datasets.store import Demonstration, EpisodeStore, StoreError
+from diffusion_policy.datasets.storage import StoreError, lock
+from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.datasets.validate import validate
 
 pytestmark = pytest.mark.filterwarnings("ignore:Consolidated metadata")

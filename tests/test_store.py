@@ -15,9 +15,12 @@ import pytest
 import zarr
 
 from diffusion_policy.datasets import durable
+from diffusion_policy.datasets.appending import Appender
 from diffusion_policy.datasets.convert import convert
+from diffusion_policy.datasets.demonstration import Demonstration
 from diffusion_policy.datasets.repair import repair
-from diffusion_policy.datasets.store import Demonstration, EpisodeStore, StoreError
+from diffusion_policy.datasets.storage import StoreError
+from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.datasets.validate import validate
 
 PUSHT = Path(__file__).parents[2] / "shared" / "data" / "pusht_cchi_v7_replay.zarr"
@@ -144,7 +147,7 @@ def test_episodes_without_rows_are_left_out_and_said(path: Path, ends: list[int]
     store = EpisodeStore.open(path)
     assert store.episode_ends.tolist() == sorted(set(ends) - {0})
     assert [episode.seed for episode in store.episodes()] == seeds
-    assert store.uncommitted() == {}
+    assert store.arrays.uncommitted() == {}
     assert f"{3 - len(seeds)} of 3 episodes have no rows and are left out" in store.remarks()[-1]
     with pytest.raises(StoreError, match=r"have no rows .*; make a copy to append to with: dataset convert"):
         EpisodeStore.append_to(path)
@@ -263,7 +266,7 @@ def test_whichever_write_fails_what_was_committed_stays_and_the_rest_can_follow(
         assert store.episode_ends[-1] == committed
         np.testing.assert_array_equal(store.read("state"), whole.read("state")[:committed])
         with EpisodeStore.append_to(path, sync=False) as store:
-            assert EpisodeStore.open(path).uncommitted() == {}
+            assert EpisodeStore.open(path).arrays.uncommitted() == {}
             store.append(third if done else second + third)
         assert files_of(path) == files_of(tmp_path / "whole.zarr")
         if done:
@@ -708,7 +711,7 @@ def test_attributes_of_another_meaning_are_passed_over_and_named(tmp_path: Path)
     zarr.open_group(path, mode="r+").attrs.update({"modes": labels, "angles": 7, "fps": 10})
     store = EpisodeStore.open(path)
     assert store.modes == ()
-    assert store.passed_over == ("modes", "angles")
+    assert store.arrays.passed_over == ("modes", "angles")
     assert "attributes of another meaning are passed over: modes, angles" in store.remarks()
     assert {"modes", "angles"} <= {finding.path for finding in validate(path)}
     for wrong in (labels, ["x" * 201], ["\x1b[31m"], [""]):
@@ -880,18 +883,18 @@ def test_an_older_length_of_another_array_is_refused_and_drops_nothing(
 def test_after_an_append_that_was_interrupted_at_its_end_a_shorter_one_leaves_nothing_behind(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = EpisodeStore._write
+    real = Appender._write
 
-    def write(store: EpisodeStore, name: str, *rest) -> None:
-        real(store, name, *rest)
+    def write(appender: Appender, name: str, *rest) -> None:
+        real(appender, name, *rest)
         if name == "meta/episode_ends":
             raise KeyboardInterrupt
 
     with EpisodeStore.append_to(path) as store:
-        monkeypatch.setattr(EpisodeStore, "_write", write)
+        monkeypatch.setattr(Appender, "_write", write)
         with pytest.raises(KeyboardInterrupt):
             store.append([episode(9, 3), episode(4, 4)])
-        monkeypatch.setattr(EpisodeStore, "_write", real)
+        monkeypatch.setattr(Appender, "_write", real)
         store.append([episode(6, 5)])
     with EpisodeStore.append_to(path) as store:
         assert store.episode_ends.tolist() == [5, 6, 13, 19]

@@ -20,7 +20,9 @@ import zarr
 
 from diffusion_policy.datasets import storage
 from diffusion_policy.datasets.consolidated import consolidated_is_stale
-from diffusion_policy.datasets.store import Demonstration, EpisodeStore, StoreError
+from diffusion_policy.datasets.demonstration import Demonstration
+from diffusion_policy.datasets.storage import StoreError
+from diffusion_policy.datasets.store import EpisodeStore
 
 web = pytest.importorskip("diffusion_policy.datasets.web", exc_type=ImportError)
 
@@ -366,11 +368,11 @@ def test_a_stale_copy_of_metadata_is_not_believed_where_the_files_can_be_seen(
         store = EpisodeStore.open(place)
         assert store.episode_ends.tolist() == [20, 50, 70, 90]
         assert store.keys == ("action", "new", "state")
-        stale = consolidated_is_stale(store.group)
+        stale = consolidated_is_stale(store.arrays.group)
         assert stale == ["data/action", "data/new", "data/state", "meta/episode_ends"]
     unseen = EpisodeStore.open(f"{serve()}/store.zarr")  # a server that lists nothing: the copy is all there is
     assert unseen.keys == ("action", "state")
-    assert consolidated_is_stale(unseen.group) == []
+    assert consolidated_is_stale(unseen.arrays.group) == []
 
 
 def test_a_server_that_lists_nothing_is_asked_for_no_more_than_it_takes(path: Path, serve) -> None:

@@ -17,10 +17,11 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from diffusion_policy.datasets.demonstration import Demonstration
 from diffusion_policy.datasets.formats.format import Contents, Format, foreign
 from diffusion_policy.datasets.formats.hdf5 import File, detector, opened
 from diffusion_policy.datasets.formats.survey import Survey
-from diffusion_policy.datasets.store import Demonstration, StoreError
+from diffusion_policy.datasets.storage import StoreError
 
 NAME = re.compile(r"episode_(\d+)\.hdf5")
 MOST_FILES = 10**5

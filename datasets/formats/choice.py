@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_policy.basics.names import join_names
+from diffusion_policy.datasets.demonstration import Demonstration, nonfinite_rows
 from diffusion_policy.datasets.formats.format import Contents, Source, Unusable
 from diffusion_policy.datasets.formats.reading import store_errors
 from diffusion_policy.datasets.storage import KEY, StoreError, say_names
-from diffusion_policy.datasets.store import Demonstration, nonfinite_rows
 
 
 class _Choice(NamedTuple):

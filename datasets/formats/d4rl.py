@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_policy.datasets.demonstration import Demonstration
 from diffusion_policy.datasets.formats.format import Contents, Format, foreign
 from diffusion_policy.datasets.formats.hdf5 import File, detector, opened
 from diffusion_policy.datasets.formats.survey import Survey
-from diffusion_policy.datasets.store import Demonstration, StoreError
+from diffusion_policy.datasets.storage import StoreError
 
 ENDS = ("terminals", "timeouts")
 FOLLOWING = "next_observations"

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffusion_policy.datasets.demonstration import Demonstration
 from diffusion_policy.datasets.storage import StoreError
-from diffusion_policy.datasets.store import Demonstration
 
 
 class Contents(NamedTuple):

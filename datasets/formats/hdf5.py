@@ -26,7 +26,7 @@ from diffusion_policy.datasets.formats.reading import (
     starts_with,
     stored_bytes,
 )
-from diffusion_policy.datasets.store import StoreError
+from diffusion_policy.datasets.storage import StoreError
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
 FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}

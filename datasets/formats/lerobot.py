@@ -26,11 +26,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_policy.basics.files import read_json
+from diffusion_policy.datasets.demonstration import Demonstration
 from diffusion_policy.datasets.formats.format import Contents, Format, Source, Unusable, foreign, from_header, header
 from diffusion_policy.datasets.formats.parquet import TableReader, arrow_libraries, opened, to_arrow, to_numpy
 from diffusion_policy.datasets.formats.reading import check_sizes
 from diffusion_policy.datasets.statistics import Measuring
-from diffusion_policy.datasets.store import Demonstration, StoreError
+from diffusion_policy.datasets.storage import StoreError
 
 VERSION = "v3.0"
 DEFAULTS = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64", "index": "int64"} | {

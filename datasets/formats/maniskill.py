@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_policy.basics.files import read_json
+from diffusion_policy.datasets.demonstration import Demonstration
 from diffusion_policy.datasets.formats.format import Contents, Format, foreign
 from diffusion_policy.datasets.formats.hdf5 import File, detector, numbered, opened
 from diffusion_policy.datasets.formats.survey import Survey
-from diffusion_policy.datasets.store import Demonstration
 
 JSON_BYTES = 2**26
 

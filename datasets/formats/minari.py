@@ -33,12 +33,13 @@ from typing import Any
 import numpy as np
 
 from diffusion_policy.basics.files import parse_json, read_bytes
+from diffusion_policy.datasets.demonstration import Demonstration, is_seed
 from diffusion_policy.datasets.formats.format import Contents, Format, Source, foreign, from_header, header
 from diffusion_policy.datasets.formats.hdf5 import File, created, numbered, opened
 from diffusion_policy.datasets.formats.minari_spaces import Leaf, leaves_of, to_gymnasium, unbounded
 from diffusion_policy.datasets.formats.reading import library
 from diffusion_policy.datasets.formats.survey import Survey
-from diffusion_policy.datasets.store import Demonstration, StoreError, is_seed
+from diffusion_policy.datasets.storage import StoreError
 
 DATA = "data/main_data.hdf5"
 HEADER = "diffusion_policy"

@@ -21,10 +21,11 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from diffusion_policy.basics.files import parse_json
+from diffusion_policy.datasets.demonstration import Demonstration
 from diffusion_policy.datasets.formats.format import Contents, Format, Source, foreign, from_header, header
 from diffusion_policy.datasets.formats.reading import check_sizes, most_bytes, say_too_large
 from diffusion_policy.datasets.formats.zips import names_in_zip, opened_zip
-from diffusion_policy.datasets.store import Demonstration, StoreError
+from diffusion_policy.datasets.storage import StoreError
 
 ENDS = "meta/episode_ends"
 HEADER = "meta/attributes"

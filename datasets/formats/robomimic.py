@@ -26,10 +26,11 @@ from typing import Any
 import numpy as np
 
 from diffusion_policy.basics.files import parse_json
+from diffusion_policy.datasets.demonstration import Demonstration
 from diffusion_policy.datasets.formats.format import Contents, Format, Source, foreign, from_header, header
 from diffusion_policy.datasets.formats.hdf5 import File, created, detector, numbered, opened
 from diffusion_policy.datasets.formats.survey import Survey
-from diffusion_policy.datasets.store import Demonstration, StoreError
+from diffusion_policy.datasets.storage import StoreError
 
 HEADER = "diffusion_policy"
 GYM_TYPE = 2

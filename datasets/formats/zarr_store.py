@@ -7,10 +7,11 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from diffusion_policy.datasets.demonstration import Demonstration
 from diffusion_policy.datasets.formats.format import Contents, Format, Source, Unusable
 from diffusion_policy.datasets.formats.zips import names_in_zip
 from diffusion_policy.datasets.storage import StoreError
-from diffusion_policy.datasets.store import Demonstration, EpisodeStore
+from diffusion_policy.datasets.store import EpisodeStore
 
 APPEND_BYTES = 2**26
 """About so many bytes of episodes are held before they are appended to a store."""

@@ -19,7 +19,8 @@ from diffusion_policy.commands.terminal import console, progress_bar
 from diffusion_policy.commands.trust import refuse_modules
 from diffusion_policy.config import ConfigError, SuccessAndModes, from_dict
 from diffusion_policy.datasets.collect import Demonstrator, collect, uninterrupted
-from diffusion_policy.datasets.store import Demonstration, EpisodeStore
+from diffusion_policy.datasets.demonstration import Demonstration
+from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs.experts import EXPERTS
 from diffusion_policy.envs.modules import load
 from diffusion_policy.evaluation.engines import GivenUp, imap

@@ -6,7 +6,7 @@ from diffusion_policy.commands.options.dataset import Convert
 from diffusion_policy.commands.stores import parse_angles
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.datasets.convert import read, write
-from diffusion_policy.datasets.store import Demonstration
+from diffusion_policy.datasets.demonstration import Demonstration
 
 MOST_LINES = 50
 """So many things that are left out have a line each."""

@@ -13,7 +13,8 @@ from diffusion_policy.commands.options.dataset import Inspect
 from diffusion_policy.commands.stores import open_store
 from diffusion_policy.commands.terminal import console, out
 from diffusion_policy.datasets.guard import codec_names
-from diffusion_policy.datasets.store import EpisodeStore, StoreError
+from diffusion_policy.datasets.storage import StoreError
+from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.evaluation.metrics import NONE
 
 ROLES = ("observation", "action", "other")
@@ -104,7 +105,7 @@ def describe_key(store: EpisodeStore, key: str) -> dict[str, Any]:
         "min": lowest,
         "max": highest,
         "chunk_rows": store.chunk_rows(key),
-        "codecs": codec_names(store.raw_array(f"data/{key}")),
+        "codecs": codec_names(store.arrays.raw(f"data/{key}")),
         "bytes": size,
         "ratio": raw / size if size else None,
     }

@@ -10,7 +10,8 @@ from diffusion_policy.commands.stores import choose_keys, open_store
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError
 from diffusion_policy.datasets.statistics import Measuring
-from diffusion_policy.datasets.store import EpisodeStore, StoreError
+from diffusion_policy.datasets.storage import StoreError
+from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs.protocols import Drawable, as_drawable
 from diffusion_policy.envs.scene import Scene
 from diffusion_policy.report.evaluation_figures import PlanePath, choose_drawn

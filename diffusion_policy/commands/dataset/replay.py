@@ -18,7 +18,8 @@ from diffusion_policy.commands.stores import open_store
 from diffusion_policy.commands.terminal import console, out
 from diffusion_policy.config import ConfigError
 from diffusion_policy.datasets.collect import disturb, disturbance_generator
-from diffusion_policy.datasets.store import Demonstration, EpisodeStore
+from diffusion_policy.datasets.demonstration import Demonstration
+from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs import ENV_IDS
 from diffusion_policy.envs.adapters import EnvSpec
 from diffusion_policy.envs.contract import control_rate
