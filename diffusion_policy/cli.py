@@ -6,36 +6,69 @@ import io
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Union
 
 import tyro
 
 from diffusion_policy import __version__
 from diffusion_policy.basics.lines import one_line
-from diffusion_policy.commands.collect import Collect
-from diffusion_policy.commands.compare import Compare
-from diffusion_policy.commands.dataset import Dataset
-from diffusion_policy.commands.demo import Demo
-from diffusion_policy.commands.doctor import Doctor
-from diffusion_policy.commands.evaluate import Evaluate
 from diffusion_policy.commands.interrupts import Failed, Interrupted
-from diffusion_policy.commands.rollout import Rollout
-from diffusion_policy.commands.runs import read_options, to_fields
-from diffusion_policy.commands.study import Study
-from diffusion_policy.commands.sweep import Sweep
+from diffusion_policy.commands.options.collect import Collect
+from diffusion_policy.commands.options.command import Command
+from diffusion_policy.commands.options.compare import Compare
+from diffusion_policy.commands.options.dataset import (
+    Convert,
+    Inspect,
+    Merge,
+    Plot,
+    Repair,
+    Replay,
+    Split,
+    Validate,
+)
+from diffusion_policy.commands.options.demo import Demo
+from diffusion_policy.commands.options.doctor import Doctor
+from diffusion_policy.commands.options.evaluate import Evaluate
+from diffusion_policy.commands.options.flags import fill_in, make_form
+from diffusion_policy.commands.options.report import Report
+from diffusion_policy.commands.options.rollout import Rollout
+from diffusion_policy.commands.options.study import Study
+from diffusion_policy.commands.options.sweep import OF_A_TRAINING, Sweep
+from diffusion_policy.commands.options.toy import Toy
+from diffusion_policy.commands.options.train import Train, read_options, to_fields
 from diffusion_policy.commands.terminal import console, open_standard_streams, out
-from diffusion_policy.commands.toy import Toy
-from diffusion_policy.commands.train import Train
 from diffusion_policy.config import ConfigError
 
 DESCRIPTION = """Learn multimodal robot behaviour from demonstrations, and measure success per mode.
 
 Start with `diffusion-policy demo`. Each command explains itself: `diffusion-policy train --help`.
 A mistake is answered with one line and exit status 2; --debug, anywhere, shows where it came from."""
-
-
+VERBS: dict[str, type[Command]] = {
+    "collect": Collect,
+    "train": Train,
+    "sweep": Sweep,
+    "dataset inspect": Inspect,
+    "dataset validate": Validate,
+    "dataset convert": Convert,
+    "dataset merge": Merge,
+    "dataset split": Split,
+    "dataset repair": Repair,
+    "dataset plot": Plot,
+    "dataset replay": Replay,
+    "evaluate": Evaluate,
+    "report": Report,
+    "compare": Compare,
+    "rollout": Rollout,
+    "study": Study,
+    "doctor": Doctor,
+    "toy": Toy,
+    "demo": Demo,
+}
+"""What a user can ask for, in one word or two."""
+FAMILIES = {"dataset": "Look at demonstrations, check them, bring them in and out, join, cut and mend them."}
+"""What the verbs of two words are about."""
 LONGEST = 2000
 """Characters of an error: a stranger's names may be of any length."""
 
@@ -72,32 +105,37 @@ def _say(text: object) -> None:
     console.print(str(text), soft_wrap=True)
 
 
-Command = Collect | Train | Sweep | Dataset | Evaluate | Compare | Rollout | Study | Doctor | Toy | Demo
-
-
 def parse(arguments: Sequence[str]) -> Command:
     """The command that arguments mean; raises ConfigError when they mean none."""
-    commands: Any = (
-        Annotated[Collect, tyro.conf.subcommand("collect")]
-        | Annotated[Train, tyro.conf.subcommand("train", default=_train_defaults(arguments))]
-        | Annotated[Sweep, tyro.conf.subcommand("sweep", default=_sweep_defaults(arguments))]
-        | Annotated[Dataset, tyro.conf.subcommand("dataset")]
-        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-        | Annotated[Compare, tyro.conf.subcommand("compare")]
-        | Annotated[Rollout, tyro.conf.subcommand("rollout")]
-        | Annotated[Study, tyro.conf.subcommand("study")]
-        | Annotated[Doctor, tyro.conf.subcommand("doctor")]
-        | Annotated[Toy, tyro.conf.subcommand("toy")]
-        | Annotated[Demo, tyro.conf.subcommand("demo")]
-    )
+    defaults = _defaults_from_files(arguments)
+    forms = {verb: make_form(kind, defaults.get(verb)) for verb, kind in VERBS.items()}
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(commands, prog="diffusion-policy", description=DESCRIPTION, args=arguments)
+            form = tyro.cli(_choice(forms), prog="diffusion-policy", description=DESCRIPTION, args=arguments)
     except SystemExit as leaving:
         if leaving.code:
             raise ConfigError(_one_line(said.getvalue())) from leaving
         raise
+    form = getattr(form, "verb", form)
+    verb = next(verb for verb, kind in forms.items() if type(form) is kind)
+    return fill_in(VERBS[verb], form, defaults.get(verb))
+
+
+def _choice(forms: Mapping[str, type]) -> Any:
+    """A choice between verbs for tyro; those of two words are a choice within the choice."""
+    families: dict[str, dict[str, type]] = {}
+    for verb, form in forms.items():
+        first, _, second = verb.partition(" ")
+        families.setdefault(first, {})[second] = form
+    options = []
+    for first, members in families.items():
+        form = members.get("")
+        if form is None:
+            inner = Annotated[tyro.conf.OmitSubcommandPrefixes[_choice(members)], tyro.conf.arg(name="")]
+            form = dataclasses.make_dataclass(first, [("verb", inner)], namespace={"__doc__": FAMILIES[first]})
+        options.append(Annotated[form, tyro.conf.subcommand(first)])
+    return Union[tuple(options)]  # noqa: UP007  (they are known only now)
 
 
 def _one_line(box: str) -> str:
@@ -107,34 +145,34 @@ def _one_line(box: str) -> str:
     return "; ".join(part for part in parts if part and not part.startswith("For full helptext"))
 
 
-def _train_defaults(arguments: Sequence[str]) -> Train:
-    """Options of `train --resume RUN` or `train --config FILE`, so that the other flags override them; plain defaults
-    without."""
-    defaults = Train(dataset=tyro.MISSING, output=tyro.MISSING)
-    if not arguments or arguments[0] != "train":
-        return defaults
+def _defaults_from_files(arguments: Sequence[str]) -> dict[str, Command]:
+    """{verb: its options} as the file of `train --resume RUN`, `train --config FILE` or `sweep --config FILE` says
+    them, so that the other flags override them; nothing without."""
+    verb = arguments[0] if arguments else ""
+    values = _values_of_flags(arguments)
+    if verb == "train" and "--resume" in values:
+        if "--config" in values:
+            raise ConfigError("--resume takes the options of the run itself, so --config cannot be given too")
+        run, trust = Path(values["--resume"]), "--env" in values
+        return {verb: Train.to_resume(run, values.get("--dataset"), trust=trust)}
+    if verb not in ("train", "sweep") or "--config" not in values:
+        return {}
+    path = Path(values["--config"])
+    fields = to_fields(read_options(path), path)
+    if verb == "train":
+        return {verb: Train(tyro.MISSING, tyro.MISSING, config=path, **fields)}
+    fields = {name: value for name, value in fields.items() if name in OF_A_TRAINING}
+    return {verb: Sweep(tyro.MISSING, tyro.MISSING, config=path, **fields)}
+
+
+def _values_of_flags(arguments: Sequence[str]) -> dict[str, str]:
+    """{flag: what stands behind it}, of --flag=text and --flag text alike."""
     flags = [argument.partition("=") for argument in arguments]
-    values = {
+    return {
         flag: value if equals else arguments[i + 1]
         for i, (flag, equals, value) in enumerate(flags)
         if equals or i + 1 < len(arguments)
     }
-    if "--resume" in values:
-        if "--config" in values:
-            raise ConfigError("--resume takes the options of the run itself, so --config cannot be given too")
-        return Train.to_resume(Path(values["--resume"]), values.get("--dataset"), trust="--env" in values)
-    if "--config" in values:
-        path = Path(values["--config"])
-        return dataclasses.replace(defaults, config=path, **to_fields(read_options(path), path))
-    return defaults
-
-
-def _sweep_defaults(arguments: Sequence[str]) -> Sweep:
-    """Options of `sweep --config FILE`, as for train."""
-    others = [argument for argument in arguments[1:] if argument != "--resume"]  # which is train's too
-    base = _train_defaults(["train" if "sweep" in arguments[:1] else "", *others])
-    names = ("config", "observation", "action", "angles", "policy", "training")
-    return Sweep(dataset=tyro.MISSING, output=tyro.MISSING, **{name: getattr(base, name) for name in names})
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ import pytest
 
 from diffusion_policy.cli import parse
 from diffusion_policy.commands import runs
+from diffusion_policy.commands.options.flags import is_options
+from diffusion_policy.commands.options.train import KEPT, read_run, to_options
 from diffusion_policy.commands.points import read_grid
-from diffusion_policy.commands.sweep import flags, vary
 from diffusion_policy.commands.train import Train
+from diffusion_policy.commands.trials import to_flags, vary
 from diffusion_policy.config import (
     ClipName,
     ConfigError,
@@ -22,8 +24,10 @@ from diffusion_policy.config import (
     SpacingName,
     SuccessAndModes,
     TrainConfig,
+    UnetConfig,
     decode,
     from_dict,
+    with_options,
 )
 from diffusion_policy.diffusion.guidance import CLIPS, GUIDANCE_SCHEDULES
 from diffusion_policy.diffusion.prediction import PREDICTIONS
@@ -38,13 +42,13 @@ from diffusion_policy.diffusion.schedules import SCHEDULES, SPACINGS
         (PolicyConfig, {"action_horizon": 16}, r"action-horizon must be at most 15 .*got 16"),
         (PolicyConfig, {"observation_horizon": 0}, "observation-horizon must be at least 1; got 0"),
         (PolicyConfig, {"observation_horizon": 20}, "prediction-horizon must be at least the observation-horizon 20"),
-        (PolicyConfig, {"kernel_size": -1}, "kernel-size must be odd; got -1"),
+        (UnetConfig, {"kernel_size": -1}, "kernel-size must be odd; got -1"),
         (TrainConfig, {"seed": -1}, r"seed must be from 0 to below 2\^32; got -1"),
         (TrainConfig, {"seed": 2**32}, r"seed must be from 0 to below 2\^32"),
-        (PolicyConfig, {"widths": ()}, "widths must be positive numbers"),
-        (PolicyConfig, {"widths": (12, 24)}, r"widths must be multiples of the 8 groups; got \[12\]"),
-        (PolicyConfig, {"kernel_size": 4}, "kernel-size must be odd; got 4"),
-        (PolicyConfig, {"level_dim": 7}, "level-dim must be even"),
+        (UnetConfig, {"widths": ()}, "widths must be positive numbers"),
+        (UnetConfig, {"widths": (12, 24)}, r"widths must be multiples of the 8 groups; got \[12\]"),
+        (UnetConfig, {"kernel_size": 4}, "kernel-size must be odd; got 4"),
+        (UnetConfig, {"level_dim": 7}, "level-dim must be even"),
         (PolicyConfig, {"schedule": "cubic"}, "unknown schedule 'cubic'; choose from cosine, linear"),
         (TrainConfig, {"steps": 0}, "steps must be at least 1; got 0"),
         (TrainConfig, {"learning_rate": 0.0}, "learning-rate must be above 0"),
@@ -70,17 +74,19 @@ def test_impossible_options_are_refused_in_one_sentence(kind, options, message) 
 
 @pytest.mark.parametrize("widths, horizon", [((64,), 1), ((64,), 7), ((64, 128), 6), ((64, 128, 256), 12)])
 def test_only_the_real_down_samplings_bind_the_horizon(widths, horizon) -> None:
-    config = PolicyConfig(widths=widths, prediction_horizon=horizon, observation_horizon=1, action_horizon=1)
-    assert (config.widths, config.prediction_horizon) == (widths, horizon)
+    config = with_options(
+        PolicyConfig(), widths=widths, prediction_horizon=horizon, observation_horizon=1, action_horizon=1
+    )
+    assert (config.network.widths, config.prediction_horizon) == (widths, horizon)
 
 
 OTHERS: dict[type, dict[str, Any]] = {
     PolicyConfig: {
-        "observation_horizon": 3, "prediction_horizon": 32, "action_horizon": 4, "widths": (16, 32), "kernel_size": 3,
-        "groups": 4, "level_dim": 16, "schedule": "linear", "noise_levels": 20, "schedule_options": (0.001, 0.3),
-        "prediction": "velocity", "snr_gamma": 5.0, "learn_variance": True, "condition_dropout": 0.2,
-        "normalization": "quantiles", "condition_on_mode": True,
+        "observation_horizon": 3, "prediction_horizon": 32, "action_horizon": 4, "schedule": "linear",
+        "noise_levels": 20, "schedule_options": (0.001, 0.3), "prediction": "velocity", "snr_gamma": 5.0,
+        "learn_variance": True, "condition_dropout": 0.2, "normalization": "quantiles", "condition_on_mode": True,
     },
+    UnetConfig: {"widths": (16, 32), "kernel_size": 3, "groups": 4, "level_dim": 16},
     TrainConfig: {
         "steps": 4, "batch_size": 8, "learning_rate": 1e-05, "weight_decay": 0.0, "warmup_steps": 1,
         "gradient_clip": 0.5, "ema_power": 0.6, "ema_max_decay": 0.0, "validation_share": 0.25, "max_episodes": 3,
@@ -115,14 +121,15 @@ def told(**given: Any) -> Train:
         "data.zarr",
         Path("run"),
         **{**RUN, "action": ("a+b",), **given},
-        policy=PolicyConfig(**OTHERS[PolicyConfig]),
+        policy=PolicyConfig(**OTHERS[PolicyConfig], network=UnetConfig(**OTHERS[UnetConfig])),
         training=TrainConfig(**OTHERS[TrainConfig]),
     )
 
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_each_option_has_another_value_to_be_tried_with(kind: type) -> None:
-    assert {field.name for field in dataclasses.fields(kind)} == OTHERS[kind].keys()
+    of_its_own = {field.name for field in dataclasses.fields(kind) if not is_options(getattr(kind(), field.name))}
+    assert of_its_own == OTHERS[kind].keys()
     assert {name for name, value in OTHERS[kind].items() if value == getattr(kind(), name)} == set()
 
 
@@ -131,7 +138,7 @@ def test_an_option_survives_json_and_can_be_varied(kind: type, name: str) -> Non
     value = OTHERS[kind][name]
     config = dataclasses.replace(kind(), **{name: value})
     assert from_dict(kind, as_json(dataclasses.asdict(config))) == config
-    if kind in (PolicyConfig, TrainConfig):
+    if kind in (PolicyConfig, UnetConfig, TrainConfig):
         text = ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
         (point,) = read_grid([f"{name.replace('_', '-')}={text}"])
         assert vary(kind(), as_json(point)) == config
@@ -144,10 +151,10 @@ def test_an_option_survives_json_and_can_be_varied(kind: type, name: str) -> Non
 def test_a_run_remembers_all_that_it_was_told(tmp_path: Path) -> None:
     train = told()
     names = {field.name for field in dataclasses.fields(Train)} - {"dataset", "output", "resume", "config"}
-    assert names == runs.TAKEN.keys() == RUN.keys() | {"policy", "training"}
-    options = runs.to_options(train, "abc")
+    assert names == KEPT.keys() == RUN.keys() | {"policy", "training"}
+    options = to_options(train, "abc")
     runs.write_options(tmp_path, options)
-    assert runs.read_run(tmp_path) == as_json(options)
+    assert read_run(tmp_path) == as_json(options)
     resumed = parse(["train", "--resume", str(tmp_path)])
     assert resumed == dataclasses.replace(train, output=tmp_path, resume=tmp_path)
     runs.require_same(tmp_path, as_json(options), options)
@@ -155,7 +162,7 @@ def test_a_run_remembers_all_that_it_was_told(tmp_path: Path) -> None:
 
 def test_a_file_of_options_says_all_that_flags_can(tmp_path: Path) -> None:
     train, file = told(), tmp_path / "options.json"
-    file.write_text(json.dumps(runs.to_options(train, "abc")))
+    file.write_text(json.dumps(to_options(train, "abc")))
     assert parse(["train", "--dataset", "data.zarr", "--output", "run", "--config", str(file)]) == dataclasses.replace(
         train, config=file
     )
@@ -163,10 +170,10 @@ def test_a_file_of_options_says_all_that_flags_can(tmp_path: Path) -> None:
 
 def test_the_command_of_a_trial_says_all_that_it_was_told() -> None:
     train = told()
-    again = parse(["train", *flags(train)])
+    again = parse(["train", *to_flags(train)])
     assert again == dataclasses.replace(train, output=Path("run-again"))
     plain = Train("data.zarr", Path("run"))
-    assert parse(["train", *flags(plain)]) == dataclasses.replace(plain, output=Path("run-again"))
+    assert parse(["train", *to_flags(plain)]) == dataclasses.replace(plain, output=Path("run-again"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +258,7 @@ def test_options_that_are_no_object_or_hold_no_numbers_are_refused() -> None:
     with pytest.raises(ConfigError, match="the options of TrainConfig must be a JSON object; got 3"):
         from_dict(TrainConfig, 3)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match=r"widths\[0\] must be a whole number; got 'a'"):
-        from_dict(PolicyConfig, {"widths": ["a"]})
+        from_dict(UnetConfig, {"widths": ["a"]})
 
 
 def test_the_names_that_options_allow_are_those_that_exist() -> None:

@@ -29,9 +29,9 @@ from diffusion_policy.basics.files import MAX_JSON_BYTES
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.checkpoints.checkpoint import Checkpoint, CheckpointError, Dataset, Environment
 from diffusion_policy.checkpoints.safe_files import MAX_HEADER_BYTES, describe
-from diffusion_policy.commands.sweep import Sweep
-from diffusion_policy.commands.sweep import describe as describe_trial
-from diffusion_policy.config import PolicyConfig, TrainConfig
+from diffusion_policy.commands.sweep import Sweep, make_trials, write_results
+from diffusion_policy.commands.trials import describe_trial
+from diffusion_policy.config import PolicyConfig, TrainConfig, with_options
 from diffusion_policy.policy import DiffusionPolicy
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +59,7 @@ def act(policy):
     rows = {key: torch.zeros(1, policy.config.observation_horizon, *shape)
             for key, shape in policy.shapes.observations.items()}
     config = SampleConfig(sampling_steps=1, mode=policy.modes[0] if policy.modes else None)
-    return list(policy.sample(rows, [torch.Generator().manual_seed(0)], config=config).shape)
+    return list(policy.sample(rows, [np.random.default_rng(0)], config=config).shape)
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGALRM, late)
@@ -86,7 +86,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     data = {"action": rng.normal(size=(30, 2)), "pose": rng.normal(size=(30, 3))}
-    config = PolicyConfig(widths=(16, 32), level_dim=16, noise_levels=20, kernel_size=3)
+    config = with_options(PolicyConfig(), widths=(16, 32), level_dim=16, noise_levels=20, kernel_size=3)
     policy = DiffusionPolicy.for_data(config, data, angles={"pose": (2,)})
     environment = Environment(
         "a/B-v0", {"rows": 1}, ("left", "right"), wrappers=({"entry_point": "a:B", "kwargs": {}},)
@@ -683,7 +683,7 @@ def handed(run: Path, demonstrations: Path, tmp_path_factory: pytest.TempPathFac
     shutil.copy(checkpoint.find(run) / "config.json", folder / "config.json")
     sweep = Sweep("d.zarr", folder / "sweep", ("seed=1,2",))
     sweep.output.mkdir()
-    sweep._write([describe_trial(trial) for trial in sweep.trials()])
+    write_results(sweep, [describe_trial(trial) for trial in make_trials(sweep)])
     return Handed(folder)
 
 

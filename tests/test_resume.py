@@ -21,11 +21,12 @@ from diffusion_policy.commands import runs
 from diffusion_policy.commands.collect import Collect
 from diffusion_policy.commands.interrupts import Interrupted
 from diffusion_policy.commands.train import Train
-from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig
+from diffusion_policy.commands.training_plan import require_batch_memory
+from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, with_options
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.training.trainer import Trainer
 
-TINY = PolicyConfig(widths=(16, 32), level_dim=32, noise_levels=20)
+TINY = with_options(PolicyConfig(), widths=(16, 32), level_dim=32, noise_levels=20)
 TRAINING = TrainConfig(
     steps=60,
     batch_size=32,
@@ -62,7 +63,7 @@ def left_by(run: Path) -> tuple[bytes, bytes, list[dict]]:
 def press(monkeypatch: pytest.MonkeyPatch):
     """Sends this process a signal in chosen steps."""
 
-    def at(chosen: dict[int, signal.SuccessAndModes]) -> None:
+    def at(chosen: dict[int, signal.Signals]) -> None:
         original = Trainer._train_step
 
         def train_step(self, stop):
@@ -77,7 +78,7 @@ def press(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_says_how_to_go_on_and_becomes_the_same(
-    demonstrations: Path, whole: Path, tmp_path: Path, press, number: signal.SuccessAndModes
+    demonstrations: Path, whole: Path, tmp_path: Path, press, number: signal.Signals
 ) -> None:
     run = tmp_path / "run"
     press({17: number, 44: number})
@@ -153,10 +154,7 @@ DRIVER = """
 import os, sys, warnings
 warnings.simplefilter("ignore")
 from pathlib import Path
-from diffusion_policy import checkpoint
-from diffusion_policy.commands import panel
 from diffusion_policy.commands.train import Train
-import diffusion_policy.training.trainer, diffusion_policy.datasets.statistics, diffusion_policy.training.trackers
 for line in sys.stdin:  # one attempt a line, each in a fork, since imports take longest
     child = os.fork()
     if child == 0:
@@ -245,7 +243,7 @@ def test_another_training_is_refused_with_all_differences(whole: Path, demonstra
     other = replace(
         asked,
         observation=("actual_xy",),
-        policy=replace(TINY, widths=(16, 64), noise_levels=25),
+        policy=with_options(TINY, widths=(16, 64), noise_levels=25),
         training=replace(asked.training, batch_size=16, keep_checkpoints=3),
     )
     with pytest.raises(ConfigError) as caught:
@@ -412,9 +410,9 @@ def test_what_cannot_be_measured_is_refused_before_training(demonstrations: Path
 
 def test_a_batch_that_no_memory_holds_is_refused_before_training(tmp_path: Path) -> None:
     start = train(tmp_path, tmp_path / "run", batch_size=1000, accumulation=1000)
-    start._require_memory(10**6, 4, torch.device("cpu"))
+    require_batch_memory(start, 10**6, 4, torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"of 100000000000 windows takes at least \d+ GB, and cpu has \d+ GB; lower"):
-        start._require_memory(10**11, 1, torch.device("cpu"))
+        require_batch_memory(start, 10**11, 1, torch.device("cpu"))
 
 
 def test_rollouts_on_seeds_of_demonstrations_are_refused_before_training(tmp_path: Path) -> None:

@@ -17,11 +17,13 @@ from diffusion_policy.cli import main, parse
 from diffusion_policy.commands import sweep
 from diffusion_policy.commands.interrupts import Failed, Interrupted
 from diffusion_policy.commands.points import draw_points, read_grid
-from diffusion_policy.commands.sweep import Sweep, Trial, open_log
+from diffusion_policy.commands.sweep import Sweep, conclude, make_trials, write_results
 from diffusion_policy.commands.train import Train
-from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig
+from diffusion_policy.commands.trials import CURVE, Trial, describe_trial, open_log
+from diffusion_policy.commands.trials_table import OTHER_LOSS
+from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, with_options
 
-TINY = PolicyConfig(widths=(16, 32), level_dim=32, noise_levels=20)
+TINY = with_options(PolicyConfig(), widths=(16, 32), level_dim=32, noise_levels=20)
 TRAINING = TrainConfig(steps=4, batch_size=16, validate_every=2, validation_share=0.2)
 GRID = ("learning-rate=1e-3,1e30", "widths=16:32,32:32")
 """The second learning rate ends in numbers that are not finite."""
@@ -65,7 +67,7 @@ def test_the_best_trial_comes_with_the_command_that_repeats_it(finished: tuple[S
     assert program == "diffusion-policy"
     again = parse(arguments)
     assert isinstance(again, Train)
-    trial = next(trial for trial in asked.trials() if trial.name == results["best"])
+    trial = next(trial for trial in make_trials(asked) if trial.name == results["best"])
     assert replace(again, output=trial.train.output) == trial.train
 
 
@@ -276,19 +278,19 @@ single precision and with the condition."""
 
 def test_of_each_option_it_is_known_whether_losses_compare() -> None:
     options = {option.name for kind in (PolicyConfig, TrainConfig) for option in fields(kind)}
-    assert sweep.OTHER_LOSS.keys() | SAME_LOSS == options
-    assert not sweep.OTHER_LOSS.keys() & SAME_LOSS
+    assert OTHER_LOSS.keys() | SAME_LOSS == options
+    assert not OTHER_LOSS.keys() & SAME_LOSS
 
 
 def judged(asked: Sweep) -> str | None:
     """Which of its trials a sweep calls the best, where the last one has the lowest loss."""
     asked.output.mkdir()
-    trials = asked.trials()
+    trials = make_trials(asked)
     rows = [
-        {**sweep.describe(trial), "status": "finished", "validation_loss": 1 / (i + 1), "success_rate": {"value": 0.5}}
+        {**describe_trial(trial), "status": "finished", "validation_loss": 1 / (i + 1), "success_rate": {"value": 0.5}}
         for i, trial in enumerate(trials)
     ]
-    return asked._write(rows)["best"]
+    return write_results(asked, rows)["best"]
 
 
 def test_no_trial_is_the_best_where_losses_do_not_compare(tmp_path: Path, capsys) -> None:
@@ -297,7 +299,7 @@ def test_no_trial_is_the_best_where_losses_do_not_compare(tmp_path: Path, capsys
     of_levels = replace(of_rates, output=tmp_path / "b", grid=("learning-rate=1e-3,1e-4", "noise-levels=50,100"))
     assert judged(of_levels) is None
     assert judged(replace(of_levels, output=tmp_path / "c", metric="success_rate")) == "trial-003"
-    of_levels._conclude(json.loads((tmp_path / "b" / "sweep.json").read_text()))
+    conclude(of_levels, json.loads((tmp_path / "b" / "sweep.json").read_text()))
     said = capsys.readouterr().err
     assert "validation losses cannot be compared where noise-levels differs: other noise is taken away" in said
     assert "best:" not in said
@@ -338,13 +340,13 @@ def test_two_sweeps_never_share_a_folder(demonstrations: Path, tmp_path: Path) -
 
 def test_a_long_curve_is_thinned_and_keeps_its_end(tmp_path: Path) -> None:
     asked = Sweep("none.zarr", tmp_path / "a [b] c", ("seed=0",), episodes=0)
-    (trial,) = asked.trials()
+    (trial,) = make_trials(asked)
     trial.train.output.mkdir(parents=True)
     lines = [json.dumps({"step": step, "validation_loss": 1 / step}) for step in range(1, 1002)]
     (trial.train.output / "metrics.jsonl").write_text("\n".join([*lines, "torn", '{"step": "x"}', "[" * 1000]) + "\n")
-    row = sweep.describe(trial, None)
+    row = describe_trial(trial, None)
     assert row["curve"][-1] == (1001, 1 / 1001)
-    assert 50 < len(row["curve"]) <= sweep.CURVE
+    assert 50 < len(row["curve"]) <= CURVE
     assert row["validation_loss"] == 1 / 1001
 
 

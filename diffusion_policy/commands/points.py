@@ -1,20 +1,22 @@
 """What a sweep varies: the points of a grid, or random ones, from texts such as learning-rate=1e-4,3e-4."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
+
+import numpy as np
 
 from diffusion_policy.basics.files import parse_json
+from diffusion_policy.basics.streams import derive_rng
+from diffusion_policy.commands.options.flags import list_types
+from diffusion_policy.commands.options.sweep import MAX_TRIALS
 from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, did_you_mean
 
-HINTS = {kind: get_type_hints(kind) for kind in (PolicyConfig, TrainConfig)}
+TYPES = list_types(PolicyConfig()) | list_types(TrainConfig())
 """The options that can be varied, and what they are."""
 DISTRIBUTIONS = ("log:1e-5:1e-3", "uniform:0:0.2", "int:100:200", "choice:64,128")
 """What --random can draw from."""
-MAX_TRIALS = 1000
 
 
 def read_grid(texts: Iterable[str]) -> list[dict[str, Any]]:
@@ -29,14 +31,12 @@ def read_grid(texts: Iterable[str]) -> list[dict[str, Any]]:
 
 def draw_points(texts: Iterable[str], count: int, seed: int) -> list[dict[str, Any]]:
     """So many random points of options such as learning-rate=log:1e-5:1e-3, {field: value as JSON}."""
-    from diffusion_policy.basics.streams import derive_rng
-
     asked = split(texts, "random")
     generators = [derive_rng("sweep point", seed, i) for i in range(count)]
     return [{name: draw(name, text, rng) for name, text in asked} for rng in generators]
 
 
-def draw(name: str, text: str, rng: Any) -> Any:
+def draw(name: str, text: str, rng: np.random.Generator) -> Any:
     """One value of an option, as JSON, from `kind:...`; real numbers are rounded to four digits."""
     kind, _, rest = text.partition(":")
     if kind == "choice" and rest:
@@ -54,7 +54,7 @@ def draw(name: str, text: str, rng: Any) -> Any:
     if kind == "int":
         return int(rng.integers(int(low), int(high), endpoint=True))
     value = math.exp(rng.uniform(math.log(low), math.log(high))) if kind == "log" else rng.uniform(low, high)
-    return round(value) if int in (hint := hint_of(name), *get_args(hint)) else float(f"{value:.4g}")
+    return round(value) if int in (hint := type_of(name), *get_args(hint)) else float(f"{value:.4g}")
 
 
 def split(texts: Iterable[str], flag: str) -> list[tuple[str, str]]:
@@ -65,24 +65,23 @@ def split(texts: Iterable[str], flag: str) -> list[tuple[str, str]]:
         name = option.replace("-", "_")
         if not equals or not values:
             raise ConfigError(f"--{flag} takes options with values, as in learning-rate=...; got {text!r}")
-        hint_of(name)
+        type_of(name)
         if name in found:
             raise ConfigError(f"--{flag} names {option} twice")
         found[name] = values
     return list(found.items())
 
 
-def hint_of(name: str) -> Any:
+def type_of(name: str) -> Any:
     """The type of an option; raises ConfigError for an unknown one, with the nearest."""
-    known = {key: hint for hints in HINTS.values() for key, hint in hints.items()}
-    if name not in known:
-        raise ConfigError(f"unknown option {name!r}; {did_you_mean(name, known)}".replace("_", "-"))
-    return known[name]
+    if name not in TYPES:
+        raise ConfigError(f"unknown option {name!r}; {did_you_mean(name, TYPES)}".replace("_", "-"))
+    return TYPES[name]
 
 
 def read_value(name: str, text: str) -> Any:
     """A value as JSON; a:b:c for several numbers, none for no number."""
-    if get_origin(hint_of(name)) is tuple:
+    if get_origin(type_of(name)) is tuple:
         return [] if text.lower() == "none" else [read_scalar(part) for part in text.split(":") if part]
     return read_scalar(text)
 

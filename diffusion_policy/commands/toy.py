@@ -1,88 +1,65 @@
 """diffusion-policy toy: diffusion on problems small enough to see."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import tyro
+import torch
 
 from diffusion_policy import __version__
 from diffusion_policy.basics.files import format_json, write_whole
+from diffusion_policy.commands.options.toy import Toy
 from diffusion_policy.commands.outputs import require_fresh
 from diffusion_policy.commands.terminal import console, print_by_steps, progress_bar
-from diffusion_policy.config import PredictionName, require_seed
+from diffusion_policy.report.evaluation_figures import to_png
+from diffusion_policy.report.figures import draw_toy
+from diffusion_policy.training import toy
+from diffusion_policy.training.doctor import check_last_level
 
 
-@dataclass(frozen=True)
-class Toy:
-    """Train a small network on a toy problem, within a minute; write results.json and toy.png.
+def run(options: Toy) -> dict[str, Any]:
+    """Train and measure; returns what results.json holds. Raises ConfigError when the output holds something."""
+    require_fresh(options.output)
+    options.output.mkdir(parents=True, exist_ok=True)
+    problem = toy.PROBLEMS[options.problem]
+    with progress_bar("steps") as bar:
+        task = bar.add_task("training", total=problem.training_steps, note="")
+        fitted = toy.fit(
+            problem, options.prediction, seed=options.seed, on_step=lambda step: bar.update(task, completed=step)
+        )
+    results = {
+        "problem": options.problem,
+        "prediction": options.prediction,
+        "seed": options.seed,
+        "package_version": __version__,
+        "noise_levels": len(problem.schedule),
+        "training": {
+            "steps": len(fitted.losses),
+            "seconds": fitted.seconds,
+            "loss_of_first_50_steps": sum(fitted.losses[:50]) / 50,
+            "loss_of_last_500_steps": sum(fitted.losses[-500:]) / 500,
+        },
+        "variational_bound": toy.measure_bound(fitted, problem.draw(500, torch.Generator().manual_seed(6))),
+        "energy_distance_of_data_to_data": toy.noise_floor(problem),
+        **_measure(options, problem, fitted),
+    }
+    write_whole(options.output / "results.json", format_json(results))
+    print_results(results)
+    write_whole(options.output / "toy.png", to_png(draw_toy(results, toy.show(fitted, problem)), 150))
+    console.print(f"results in {options.output}/results.json, picture in {options.output}/toy.png", soft_wrap=True)
+    return results
 
-    ring: a circle; mixture: two modes of weights 0.3 and 0.7 on a line, also with too little noise and fewer levels;
-    moons: two half circles; two-class: overlapping classes, with guidance.
-    """
 
-    problem: tyro.conf.Positional[Literal["ring", "mixture", "moons", "two-class"]]
-    """Which problem."""
-    output: Path
-    """Folder for results.json and toy.png."""
-    prediction: PredictionName = "noise"
-    """What the network predicts."""
-    seed: int = 0
-    """Seed of the weights, the points and the noise."""
-
-    def __post_init__(self) -> None:
-        require_seed(self)
-
-    def run(self) -> dict[str, Any]:
-        """Train and measure; returns what results.json holds. Raises ConfigError when the output holds something."""
-        import torch
-
-        from diffusion_policy.report.evaluation_figures import to_png
-        from diffusion_policy.report.figures import draw_toy
-        from diffusion_policy.training import toy
-        from diffusion_policy.training.doctor import check_last_level
-
-        require_fresh(self.output)
-        self.output.mkdir(parents=True, exist_ok=True)
-        problem = toy.PROBLEMS[self.problem]
-        with progress_bar("steps") as bar:
-            task = bar.add_task("training", total=problem.training_steps, note="")
-            fitted = toy.fit(
-                problem, self.prediction, seed=self.seed, on_step=lambda step: bar.update(task, completed=step)
-            )
-        data = problem.draw(toy.COUNT, torch.Generator().manual_seed(4))
-        with console.status("sampling"):
-            samplers = toy.compare_samplers(fitted, data.x)
-            measures = toy.MEASURES[self.problem](fitted) if self.problem in toy.MEASURES else {}
-        if "too_little_noise" in measures:
-            spread = float(data.x.square().mean().sqrt())
-            measures["too_little_noise"]["doctor"] = dataclasses.asdict(check_last_level(toy.TOO_CLEAN, spread))
-        results = {
-            "problem": self.problem,
-            "prediction": self.prediction,
-            "seed": self.seed,
-            "package_version": __version__,
-            "noise_levels": len(problem.schedule),
-            "training": {
-                "steps": len(fitted.losses),
-                "seconds": fitted.seconds,
-                "loss_of_first_50_steps": sum(fitted.losses[:50]) / 50,
-                "loss_of_last_500_steps": sum(fitted.losses[-500:]) / 500,
-            },
-            "variational_bound": toy.measure_bound(fitted, problem.draw(500, torch.Generator().manual_seed(6))),
-            "energy_distance_of_data_to_data": toy.noise_floor(problem),
-            "samplers": samplers,
-            **measures,
-        }
-        write_whole(self.output / "results.json", format_json(results))
-        print_results(results)
-        write_whole(self.output / "toy.png", to_png(draw_toy(results, toy.show(fitted, problem)), 150))
-        console.print(f"results in {self.output}/results.json, picture in {self.output}/toy.png", soft_wrap=True)
-        return results
+def _measure(options: Toy, problem: toy.Problem, fitted: toy.Fitted) -> dict[str, Any]:
+    """How well each sampler draws, and what is particular to the problem."""
+    data = problem.draw(toy.COUNT, torch.Generator().manual_seed(4))
+    with console.status("sampling"):
+        samplers = toy.compare_samplers(fitted, data.x)
+        measures = toy.MEASURES[options.problem](fitted) if options.problem in toy.MEASURES else {}
+    if "too_little_noise" in measures:
+        spread = float(data.x.square().mean().sqrt())
+        measures["too_little_noise"]["doctor"] = dataclasses.asdict(check_last_level(toy.TOO_CLEAN, spread))
+    return {"samplers": samplers, **measures}
 
 
 def print_results(results: Mapping[str, Any]) -> None:
