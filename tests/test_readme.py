@@ -23,7 +23,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from diffusion_policy import envs
-from diffusion_policy.cli import main, parse
+from diffusion_policy.cli import VERBS, main, parse
 from diffusion_policy.commands import demo
 from diffusion_policy.diffusion.samplers import SAMPLERS
 
@@ -241,9 +241,7 @@ def understand_launch(words: list[str]) -> None:
 @pytest.fixture(scope="module")
 def flags() -> set[str]:
     """Every flag of every command, and of the launchers that docs/cluster.md names."""
-    datasets = ("inspect", "validate", "convert", "merge", "split", "repair", "plot", "replay")
-    texts = [help_of(verb) for verb in MINIATURE if verb != "dataset"]
-    texts += [help_of("dataset", verb) for verb in datasets]
+    texts = [help_of(*verb.split()) for verb in VERBS]
     launchers = [
         line for line in PAGES["docs/cluster.md"].splitlines() if "torchrun" in line or "accelerate launch" in line
     ]
