@@ -12,6 +12,7 @@ import zarr
 
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.cli import main
+from diffusion_policy.commands import training_plan
 from diffusion_policy.commands.collect import Collect
 from diffusion_policy.commands.options.dataset import Inspect, Merge, Replay, Validate
 from diffusion_policy.commands.rollout import Rollout
@@ -435,11 +436,12 @@ def test_held_out_windows_stay_within_the_memory_too(tmp_path: Path, monkeypatch
     kept: list[int] = []
     real = windows.hold_windows
 
-    def counted(store, keys, episodes, *arguments):
+    def counted(store, keys, episodes, *arguments, **options):
         kept.append(len(episodes))
-        return real(store, keys, episodes, *arguments)
+        return real(store, keys, episodes, *arguments, **options)
 
     monkeypatch.setattr(windows, "hold_windows", counted)
+    monkeypatch.setattr(training_plan, "hold_windows", counted)
     budget = 130 * (4 * (5 + 1 + 2) + 32) / 1e9  # one episode
     training = TrainConfig(steps=2, batch_size=16, validation_share=0.7, max_episodes=1, memory_gb=budget)
     Train(str(path), tmp_path / "run", policy=TINY, training=training, device="cpu").run()

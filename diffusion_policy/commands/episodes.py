@@ -6,7 +6,7 @@ Knows what an episode and a policy are. Writes nothing.
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -108,37 +108,37 @@ def run_episodes(
     engine: Engine = "local",
 ) -> RolledOut:
     """The episodes of these seeds, behind a progress bar; raises Interrupted on Ctrl-C."""
-    lost: list[FailedEpisode] = []
-    failures: list[FailedEpisode] = []
+    rolled_out = RolledOut([], [], [])
     task = as_multimodal(loaded.env)
-    controllers = partial(
-        Controller,
-        PolicyPlanner(loaded.policy, sampling),
-        plan_batch=parallel,
-        delay_steps=delay_steps,
-        dtype=loaded.env.action_space.dtype,
-    )
     bar = progress_bar("episodes")
     counter = _Counter(bar, len(seeds) * repeats)
     try:
         with bar:
             episodes = rollout(
                 loaded.make_env,
-                controllers,
+                make_controllers(loaded, sampling, parallel, delay_steps),
                 seeds,
                 task.mode if task else lambda _: None,
                 parallel,
                 workers=workers,
                 on_episode=counter.add,
                 repeats=repeats,
-                on_lost=lost.append,
+                on_lost=rolled_out.lost.append,
                 hang_after=hang_after,
                 engine=engine,
-                on_mode_failure=failures.append,
+                on_mode_failure=rolled_out.mode_failures.append,
             )
     except KeyboardInterrupt:
         raise Interrupted(f"stopped after {counter.finished} episodes; nothing was written") from None
-    return RolledOut(episodes, lost, failures)
+    return rolled_out._replace(episodes=episodes)
+
+
+def make_controllers(
+    loaded: PolicyInEnv, sampling: SampleConfig, plan_batch: int, delay_steps: int
+) -> Callable[[int], Controller]:
+    """What makes a controller of the policy for so many environments."""
+    planner, dtype = PolicyPlanner(loaded.policy, sampling), loaded.env.action_space.dtype
+    return partial(Controller, planner, plan_batch=plan_batch, delay_steps=delay_steps, dtype=dtype)
 
 
 def measure_episodes(
