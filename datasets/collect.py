@@ -175,6 +175,7 @@ def collect(
     episodes: int,
     first_seed: int,
     imap: OrderedMap = in_this_process,
+    *,
     on_episode: Callable[[Demonstration], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
     writing_share: float = 0.03,
@@ -187,50 +188,60 @@ def collect(
     an error or Ctrl-C keeps what has finished. Raises ValueError, before an episode is begun, for what cannot be, and
     when, after a hundred attempts, fewer than one in ten has succeeded.
     """
-    _require_whole("episodes", episodes, 1, math.inf)
-    _require_whole("first_seed", first_seed, 0, MOST_SEED)
-    if not 0 < writing_share <= 1:
-        raise ValueError(f"writing_share must be above 0 and at most 1; got {writing_share!r}")
+    _check_arguments(episodes, first_seed, writing_share)
     missing = episodes - len(store.episode_ends)
     if missing <= 0:
         return
     _require_fit(make_demonstrator, store)
-    finished: list[Demonstration] = []
-    successes, due = 0, monotonic()
-    folder, seeds = Path.cwd(), itertools.count(first_seed)
-    with (
-        contextlib.chdir(folder),  # an environment may change it
-        contextlib.closing(imap(make_demonstrator, seeds)) as demonstrations,
-    ):
+    finished, successes = _Finished(store, writing_share), 0
+    folder, seeds = Path.cwd(), itertools.count(first_seed)  # an environment may change the folder
+    with contextlib.chdir(folder), contextlib.closing(imap(make_demonstrator, seeds)) as demonstrations:
         try:
             for attempts, demonstration in enumerate(demonstrations, start=1):
                 if demonstration.success:
-                    finished.append(demonstration)
+                    finished.add(demonstration)
                     successes += 1
                 on_episode(demonstration)
                 if successes == missing or should_stop():
                     break
                 if attempts >= 100 and successes < attempts / 10:
                     raise ValueError(f"only {successes} of {attempts} episodes succeeded; lower the noise")
-                if finished and monotonic() >= due:
-                    started = monotonic()
-                    _commit(store, finished, folder)
-                    due = monotonic() + (monotonic() - started) / writing_share
+                finished.commit_if_due()
         finally:
-            _commit(store, finished, folder)
+            finished.commit()
 
 
-def _commit(store: EpisodeStore, finished: list[Demonstration], folder: Path) -> None:
-    """Add the episodes to the store, which lies where it did in `folder`, and take them off the list; where one of them
-    cannot be stored, those before it."""
-    with uninterrupted(), contextlib.chdir(folder):
-        try:
-            store.append(finished)
-            finished.clear()
-        except ValueError:
-            while finished:
-                store.append(finished[:1])
-                del finished[0]
+class _Finished:
+    """Finished episodes on their way to a store, which lies where it did when this was made."""
+
+    def __init__(self, store: EpisodeStore, writing_share: float) -> None:
+        self._store = store
+        self._writing_share = writing_share
+        self._folder = Path.cwd()
+        self._episodes: list[Demonstration] = []
+        self._due = monotonic()
+
+    def add(self, episode: Demonstration) -> None:
+        """Hold an episode."""
+        self._episodes.append(episode)
+
+    def commit_if_due(self) -> None:
+        """Commit, where the time spent on writing stays at about its share of all."""
+        started = monotonic()
+        if self._episodes and started >= self._due:
+            self.commit()
+            self._due = monotonic() + (monotonic() - started) / self._writing_share
+
+    def commit(self) -> None:
+        """Add the episodes to the store and let go of them; where one of them cannot be stored, those before it."""
+        with uninterrupted(), contextlib.chdir(self._folder):
+            try:
+                self._store.append(self._episodes)
+                self._episodes.clear()
+            except ValueError:
+                while self._episodes:
+                    self._store.append(self._episodes[:1])
+                    del self._episodes[0]
 
 
 def _require_fit(make_demonstrator: Callable[[], Callable[[int], Demonstration]], store: EpisodeStore) -> None:
@@ -240,6 +251,13 @@ def _require_fit(make_demonstrator: Callable[[], Callable[[int], Demonstration]]
             demonstrator.require_fit(store)
         finally:
             demonstrator.close()
+
+
+def _check_arguments(episodes: int, first_seed: int, writing_share: float) -> None:
+    _require_whole("episodes", episodes, 1, math.inf)
+    _require_whole("first_seed", first_seed, 0, MOST_SEED)
+    if not 0 < writing_share <= 1:
+        raise ValueError(f"writing_share must be above 0 and at most 1; got {writing_share!r}")
 
 
 def _require_whole(name: str, value: Any, lowest: int, highest: float) -> None:

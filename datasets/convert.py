@@ -56,7 +56,7 @@ def read(
         if "://" not in str(location) and not Path(location).is_dir():
             refuse_irregular(location)
         contents = form.read(location if "://" in str(location) else Path(location))
-        return choose(contents, tuple(observation), tuple(action), {}, location, form.description)
+        return choose(contents, tuple(observation), tuple(action), {}, location=location, description=form.description)
 
 
 def write(

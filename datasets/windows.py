@@ -80,6 +80,7 @@ class Windows:
         episodes: Sequence[int] | np.ndarray,
         observation_horizon: int,
         prediction_horizon: int,
+        *,
         device: torch.device | str = "cpu",
         modes: np.ndarray | None = None,
         rows: np.ndarray | None = None,
@@ -159,6 +160,7 @@ class StreamedWindows:
         episodes: Sequence[int] | np.ndarray,
         observation_horizon: int,
         prediction_horizon: int,
+        *,
         device: torch.device | str = "cpu",
         modes: np.ndarray | None = None,
         pool_bytes: int = POOL_BYTES,
@@ -260,7 +262,9 @@ class StreamedWindows:
             indices.append(np.flatnonzero(self._usable(start, stop)) + start - first + offset)
         modes = None if self._modes is None else self._modes[np.concatenate(episodes)]
         joined = np.concatenate(ends)
-        windows = Windows(data, joined, np.arange(len(joined)), *self._horizons, self._device, modes, rows)
+        windows = Windows(
+            data, joined, np.arange(len(joined)), *self._horizons, device=self._device, modes=modes, rows=rows
+        )
         return windows, np.concatenate(indices)
 
     def _usable(self, start: int, stop: int) -> np.ndarray:
@@ -274,6 +278,7 @@ def load_windows(
     episodes: Sequence[int] | np.ndarray,
     observation_horizon: int,
     prediction_horizon: int,
+    *,
     device: torch.device | str,
     modes: np.ndarray | None,
     memory_bytes: float,
@@ -282,8 +287,8 @@ def load_windows(
     `StreamedWindows`."""
     horizons = observation_horizon, prediction_horizon
     if memory_needed(store, keys, episodes) > memory_bytes:
-        return StreamedWindows(store, keys, episodes, *horizons, device, modes)
-    return hold_windows(store, keys, episodes, *horizons, device, modes)
+        return StreamedWindows(store, keys, episodes, *horizons, device=device, modes=modes)
+    return hold_windows(store, keys, episodes, *horizons, device=device, modes=modes)
 
 
 def hold_windows(
@@ -292,6 +297,7 @@ def hold_windows(
     episodes: Sequence[int] | np.ndarray,
     observation_horizon: int,
     prediction_horizon: int,
+    *,
     device: torch.device | str = "cpu",
     modes: np.ndarray | None = None,
 ) -> Windows:
@@ -301,7 +307,9 @@ def hold_windows(
     modes = None if modes is None else modes[episodes]
     starts, stops = np.concatenate([[0], store.episode_ends[:-1]])[episodes], store.episode_ends[episodes]
     rows = np.concatenate([np.arange(start, stop) for start, stop in zip(starts, stops, strict=True)])
-    return Windows(data, ends, np.arange(len(ends)), observation_horizon, prediction_horizon, device, modes, rows)
+    return Windows(
+        data, ends, np.arange(len(ends)), observation_horizon, prediction_horizon, device=device, modes=modes, rows=rows
+    )
 
 
 def memory_needed(store: EpisodeStore, keys: Iterable[str], episodes: Sequence[int] | np.ndarray) -> int:

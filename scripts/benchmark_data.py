@@ -142,7 +142,9 @@ def one_training(args: Args) -> None:
     episodes = np.arange(len(store.episode_ends))
     summary = summarize(store, ["state"], "action", episodes)
     policy = DiffusionPolicy.for_statistics(NARROW_NETWORK, summary.statistics)
-    windows = load_windows(store, WIDE, episodes, *HORIZONS, "cpu", None, args.memory_gb * 1e9)
+    windows = load_windows(
+        store, WIDE, episodes, *HORIZONS, device="cpu", modes=None, memory_bytes=args.memory_gb * 1e9
+    )
     trainer = Trainer.for_policy(policy, windows, None, TrainConfig(steps=args.steps, batch_size=BATCH))
     started = time.perf_counter()
     trainer.run()

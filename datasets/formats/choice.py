@@ -7,7 +7,7 @@ Knows names and arrays. Knows no files and no format.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +40,7 @@ def choose(
     observation: tuple[str, ...],
     action: tuple[str, ...],
     left_out: dict[str, str],
+    *,
     location: str | Path,
     description: str,
 ) -> Source:
@@ -47,39 +48,23 @@ def choose(
     useless = {name: why for name, why in contents.arrays.items() if why is not None} | left_out
     names = _allowed_names(contents.arrays, useless)
     left_out |= {**contents.left_out, **useless}
-
-    def find(name: str) -> str:
-        found = name if name in contents.arrays else next((raw for raw in names if names[raw] == name), None)
-        if found is None:
-            hint = "" if observation or action else "; name the actions with --action"
-            raise StoreError(f"there is no {name}; there is {say_names(sorted(contents.arrays))}{hint}")
-        if found in useless:
-            raise StoreError(f"{name} cannot be used: {useless[found]}")
-        return found
-
-    def without(key: str, why: str) -> Source:
-        left_out[key] = why
-        return choose(contents, observation, action, left_out, location, description)
-
-    known = {*contents.arrays, *names.values()}
-    parts = [
-        part for name in action or (contents.action_key,) for part in ([name] if name in known else name.split("+"))
-    ]
-    done = tuple(dict.fromkeys(find(part) for part in parts))
-    observed = tuple(dict.fromkeys(map(find, observation)))
+    find = _Finder(contents, names, useless, "" if observation or action else "; name the actions with --action")
+    done = find.all(find.split(action or (contents.action_key,)))
+    observed = find.all(observation)
     if not observation:
         left_out |= {name: "it is not there" for name in contents.observation_keys if name not in contents.arrays}
         observed = tuple(name for name in contents.observation_keys if name in names and name not in done)
     if not observed:
-        why = "; ".join(f"{name}: {useless[name]}" for name in contents.observation_keys if name in useless)
-        hint = f"name some with --observation of: {say_names(sorted({*names} - {*done}))}"
-        raise StoreError(
-            "; ".join([f"there is nothing to observe{f' ({why})' if why else ''}", *contents.remarks, hint])
-        )
-    choice = _combine(names, observed, done, bool(observation), left_out, frozenset({*map(find, observation), *done}))
-    chosen = _attributes(contents.attributes, choice, bool(observation or action))
+        raise StoreError(_nothing_to_observe(contents, useless, sorted({*names} - {*done})))
+    asked = frozenset({*(observed if observation else ()), *done})
+    choice = _combine(names, observed, done, only=bool(observation), left_out=left_out, asked=asked)
+
+    def without(key: str, why: str) -> Source:
+        left_out[key] = why
+        return choose(contents, observation, action, left_out, location=location, description=description)
+
     return Source(
-        chosen,
+        _attributes(contents.attributes, choice, bool(observation or action)),
         contents.modes,
         tuple(choice.names[name] for name in observed),
         choice.action_name,
@@ -90,10 +75,46 @@ def choose(
     )
 
 
+class _Finder(NamedTuple):
+    """Finds arrays by their names in the file or in the copy."""
+
+    contents: Contents
+    names: dict[str, str]
+    useless: dict[str, str]
+    hint: str
+    """The end of the message that there is no such array."""
+
+    def split(self, keys: Iterable[str]) -> list[str]:
+        """The parts of keys that are sums of arrays, `a+b`, unless an array has that name."""
+        known = {*self.contents.arrays, *self.names.values()}
+        return [part for key in keys for part in ([key] if key in known else key.split("+"))]
+
+    def all(self, keys: Iterable[str]) -> tuple[str, ...]:
+        """Names in the file, each once; raises StoreError for arrays that are not there or cannot be used."""
+        return tuple(dict.fromkeys(map(self._one, keys)))
+
+    def _one(self, name: str) -> str:
+        arrays, names = self.contents.arrays, self.names
+        found = name if name in arrays else next((raw for raw in names if names[raw] == name), None)
+        if found is None:
+            raise StoreError(f"there is no {name}; there is {say_names(sorted(arrays))}{self.hint}")
+        if found in self.useless:
+            raise StoreError(f"{name} cannot be used: {self.useless[found]}")
+        return found
+
+
+def _nothing_to_observe(contents: Contents, useless: Mapping[str, str], others: Sequence[str]) -> str:
+    """Why, and what else could be observed."""
+    why = "; ".join(f"{name}: {useless[name]}" for name in contents.observation_keys if name in useless)
+    hint = f"name some with --observation of: {say_names(others)}"
+    return "; ".join([f"there is nothing to observe{f' ({why})' if why else ''}", *contents.remarks, hint])
+
+
 def _combine(
     names: dict[str, str],
     observed: tuple[str, ...],
     done: tuple[str, ...],
+    *,
     only: bool,
     left_out: dict[str, str],
     asked: frozenset[str],

@@ -46,7 +46,9 @@ def read(path: Path) -> Contents:
         ends, remarks = _ends(file, len(actions))
         left_out = survey.left_out | ({"metadata": "it is not carried"} if "metadata" in file.names(file.root) else {})
     observed = sorted(key for key, array in survey.arrays.items() if array.path[0] == "observations")
-    return foreign({}, observed, survey.whys(), lambda keys: _episodes(path, survey, ends, keys), left_out, remarks)
+    return foreign(
+        {}, observed, survey.whys(), lambda keys: _episodes(path, survey, ends, keys), left_out, remarks=remarks
+    )
 
 
 def _key(place: tuple[str, ...]) -> str:

@@ -106,6 +106,7 @@ def foreign(
     arrays: Mapping[str, str | None],
     episodes: Callable[[Sequence[str]], Iterable[Demonstration]],
     left_out: Mapping[str, str],
+    *,
     remarks: tuple[str, ...] = (),
 ) -> Contents:
     """The contents of a file that another tool wrote: no modes, and the action is called `action`."""

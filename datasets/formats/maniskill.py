@@ -51,7 +51,7 @@ def read(path: Path) -> Contents:
     remarks = (
         () if observed else ("there is no obs: replay the file with mani_skill.trajectory.replay_trajectory -o state",)
     )
-    return foreign(_attributes(described), observed, survey.whys(), episodes, left_out, remarks)
+    return foreign(_attributes(described), observed, survey.whys(), episodes, left_out, remarks=remarks)
 
 
 def _add(file: File, survey: Survey, name: str) -> None:

@@ -28,7 +28,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,6 +58,19 @@ WHAT = "Minari datasets"
 # Reading
 
 
+class _Described(NamedTuple):
+    """What data/metadata.json says of the episodes."""
+
+    observed: Any
+    """Space of observations, and ..."""
+    done: Any
+    """... of actions."""
+    head: Any
+    """What we wrote beside the data; None in datasets of others."""
+    jpeg: bool
+    """Whether pictures are packed."""
+
+
 def read(path: Path) -> Contents:
     """What is in the folder; raises StoreError, or what h5py raises."""
     metadata = parse_json(LONG_LIST.sub(_shortened, read_bytes(path / "data/metadata.json", METADATA_BYTES)))
@@ -66,10 +79,11 @@ def read(path: Path) -> Contents:
     observed, done = (_space_of(metadata, name) for name in ("observation_space", "action_space"))
     head = metadata.get(HEADER)
     survey, leaves, left_out = Survey(), {}, {}
+    described = _Described(observed, done, head, bool(metadata.get("jpeg_encoding", True)))
     with opened(path / DATA, WHAT) as file:
-        pictures = bool(metadata.get("jpeg_encoding", True))
         for name in _episode_names(file):
-            _add(file, survey, name, observed, done, head, leaves, pictures)
+            leaves |= _add(file, survey, name, described)
+        survey.refuse_empty("episode")
         groups = [file.member(file.root, name) for name in survey.steps]
         seeds = [file.attribute(group, "seed") for group in groups]
         left_out |= survey.left_out
@@ -77,7 +91,7 @@ def read(path: Path) -> Contents:
             left_out["infos"] = "those of other tools are not carried"
 
     def episodes(keys: Sequence[str]) -> Iterator[Demonstration]:
-        return _episodes(path, survey, leaves, keys, head, seeds if None not in seeds else None)
+        return _episodes(path, survey, leaves, keys, head=head, seeds=seeds if None not in seeds else None)
 
     if head is not None:
         return from_header(head, survey.whys(), episodes, left_out)
@@ -123,47 +137,50 @@ def _episode_names(file: File) -> list[str]:
     return names
 
 
-def _add(
-    file: File, survey: Survey, name: str, observed: Any, done: Any, head: Any, leaves: dict[str, Leaf], pictures: bool
-) -> None:
-    """Survey an episode."""
-    group = file.member(file.root, name)
-    actions = [leaf._replace(place=("actions", *leaf.place)) for leaf in leaves_of(done, "")]
+def _add(file: File, survey: Survey, name: str, described: _Described) -> dict[str, Leaf]:
+    """Survey an episode; returns the spaces of which rows are observed otherwise than they are stored, by key."""
+    group, head = file.member(file.root, name), described.head
     rewards = file.member(group, "rewards")
     if not file.is_array(rewards) or file.why_not(rewards) is not None or len(rewards) == 0:
         survey.left_out[name] = "it has no steps"
-        return
+        return {}
     survey.begin(name, len(rewards))
     action_key = str(head["action_key"]) if head else "action"
-    for leaf in actions:
+    for leaf in _within("actions", described.done, ""):
         key = f"{action_key}.{leaf.key}" if leaf.key else action_key
         node = file.member(group, *leaf.place)
         wrong = None if leaf.kind == "Box" else f"actions must be a Box; they are {leaf.kind}"
         survey.add(file, key, leaf.place, wrong or ("it is missing" if node is None else node))
-    for leaf in leaves_of(observed, "observation"):
-        _add_observed(file, survey, group, leaf._replace(place=("observations", *leaf.place)), leaves, pictures)
+    observed = _within("observations", described.observed, "observation")
+    decoded = {leaf.key: leaf for leaf in observed if _add_observed(file, survey, group, leaf, described.jpeg)}
     for key in OUTCOMES:
         if not head or key not in head["made_up"]:
             survey.add(file, key, (key,), file.member(group, key) or "it is missing")
     for key in head["in_infos"] if head else ():
         survey.add(file, key, ("infos", key), file.member(group, "infos", key) or "it is missing", longer=True)
+    return decoded
 
 
-def _add_observed(file: File, survey: Survey, group: Any, leaf: Leaf, leaves: dict[str, Leaf], pictures: bool) -> None:
+def _within(folder: str, space: Any, name: str) -> list[Leaf]:
+    """The spaces within a space that lies in a folder of an episode's group."""
+    return [leaf._replace(place=(folder, *leaf.place)) for leaf in leaves_of(space, name)]
+
+
+def _add_observed(file: File, survey: Survey, group: Any, leaf: Leaf, jpeg: bool) -> bool:
+    """Survey what is observed of a space; returns whether its rows have to be decoded."""
     node = file.member(group, *leaf.place)
     why = leaf.why_not() or (None if node is not None else "it is missing")
-    packed = why is None and pictures and leaf.is_picture
+    packed = why is None and jpeg and leaf.is_picture
     why = why or (None if packed else file.why_not(node))
     decoded = (leaf.shape, np.dtype(np.uint8)) if packed else None
     if why is None and leaf.kind != "Box":
         decoded = leaf.shape, np.dtype(np.float32)
-    if decoded is not None:
-        leaves[leaf.key] = leaf
     survey.add(file, leaf.key, leaf.place, why or node, longer=True, decoded=decoded)
+    return decoded is not None
 
 
 def _episodes(
-    path: Path, survey: Survey, leaves: dict[str, Leaf], keys: Sequence[str], head: Any, seeds: list[Any] | None
+    path: Path, survey: Survey, leaves: dict[str, Leaf], keys: Sequence[str], *, head: Any, seeds: list[Any] | None
 ) -> Iterator[Demonstration]:
     with opened(path / DATA, WHAT) as file:
 

@@ -81,7 +81,7 @@ def read(path: Path) -> Contents:
         return _episodes(path, found, ends, known, modes)
 
     if head is None:
-        return foreign({}, sorted({*arrays} - {"action"}), arrays, episodes, left_out, remarks)
+        return foreign({}, sorted({*arrays} - {"action"}), arrays, episodes, left_out, remarks=remarks)
     return from_header(head, arrays, episodes, left_out)
 
 

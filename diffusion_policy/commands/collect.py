@@ -91,7 +91,15 @@ def fill(
             bar.advance(task, bool(demonstration.success))
 
         try:
-            collect(store, make_demonstrator, settings.episodes, first_seed, spread, show, should_stop)
+            collect(
+                store,
+                make_demonstrator,
+                settings.episodes,
+                first_seed,
+                spread,
+                on_episode=show,
+                should_stop=should_stop,
+            )
         except ValueError as error:
             if options.output and len(store.episode_ends) == 0:
                 shutil.rmtree(options.output)  # so that the same command can be given again, with less noise

@@ -253,7 +253,7 @@ def _windows(
         labels = store.episode_modes()[: len(episode_ends)]
         modes = np.array([policy.modes.index(label) if label in policy.modes else -1 for label in labels])
     horizons = policy.config.observation_horizon, policy.config.prediction_horizon
-    return Windows(data, episode_ends, range(len(episode_ends)), *horizons, policy.device, modes)
+    return Windows(data, episode_ends, range(len(episode_ends)), *horizons, device=policy.device, modes=modes)
 
 
 def _read(store: EpisodeStore, keys: Keys) -> tuple[dict[str, np.ndarray], np.ndarray, list[Check]]:

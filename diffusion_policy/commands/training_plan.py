@@ -16,9 +16,10 @@ import torch
 
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.checkpoints.checkpoint import Checkpoint, Dataset, Environment
-from diffusion_policy.commands.environment import is_same_id, join_environment
+from diffusion_policy.commands.environment import is_same_id
 from diffusion_policy.commands.options.acting import FIRST_ROLLOUT_SEED
 from diffusion_policy.commands.options.train import Train
+from diffusion_policy.commands.policy_in_env import join_environment
 from diffusion_policy.commands.stores import Keys, choose_angles, choose_keys
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError, decode
@@ -149,11 +150,11 @@ def cut_windows(
     horizons = options.policy.observation_horizon, options.policy.prediction_horizon
     modes = store.mode_indices() if options.policy.condition_on_mode else None
     memory = options.training.memory_gb * 1e9
-    windows = load_windows(store, names, plan.chosen, *horizons, device, modes, memory)
+    windows = load_windows(store, names, plan.chosen, *horizons, device=device, modes=modes, memory_bytes=memory)
     if len(plan.held_out) == 0:
         return windows, None
     few = episodes_within(store, names, plan.held_out, memory if isinstance(windows, Windows) else VALIDATION_BYTES)
-    return windows, hold_windows(store, names, few, *horizons, device, modes)
+    return windows, hold_windows(store, names, few, *horizons, device=device, modes=modes)
 
 
 def make_rollouts(options: Train, store: EpisodeStore, point: Checkpoint) -> Callable[[DiffusionPolicy], float | None]:
