@@ -13,21 +13,12 @@ from typing import Annotated, Any, Union
 import tyro
 
 from diffusion_policy import __version__
-from diffusion_policy.basics.lines import one_line
+from diffusion_policy.basics.text import one_line
 from diffusion_policy.commands.interrupts import Failed, Interrupted
 from diffusion_policy.commands.options.collect import Collect
 from diffusion_policy.commands.options.command import Command
 from diffusion_policy.commands.options.compare import Compare
-from diffusion_policy.commands.options.dataset import (
-    Convert,
-    Inspect,
-    Merge,
-    Plot,
-    Repair,
-    Replay,
-    Split,
-    Validate,
-)
+from diffusion_policy.commands.options.dataset import OF_DATASETS
 from diffusion_policy.commands.options.demo import Demo
 from diffusion_policy.commands.options.doctor import Doctor
 from diffusion_policy.commands.options.evaluate import Evaluate
@@ -49,14 +40,7 @@ VERBS: dict[str, type[Command]] = {
     "collect": Collect,
     "train": Train,
     "sweep": Sweep,
-    "dataset inspect": Inspect,
-    "dataset validate": Validate,
-    "dataset convert": Convert,
-    "dataset merge": Merge,
-    "dataset split": Split,
-    "dataset repair": Repair,
-    "dataset plot": Plot,
-    "dataset replay": Replay,
+    **{f"dataset {verb}": kind for verb, kind in OF_DATASETS.items()},
     "evaluate": Evaluate,
     "report": Report,
     "compare": Compare,

@@ -13,7 +13,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from diffusion_policy.basics.bounds import MOST_CHARACTERS, MOST_SEED
+from diffusion_policy.basics.bounds import MOST_SEED
+from diffusion_policy.basics.names import MOST_CHARACTERS
 
 # Names of what the registries of the diffusion core hold; written here since those need torch.
 ScheduleName = Literal["cosine", "linear", "sigmoid", "constant", "flow"]
@@ -156,8 +157,8 @@ class PolicyConfig:
     noise_levels: int = 100
     """Noise levels of the schedule (K)."""
     schedule_options: tuple[float, ...] = ()
-    """Numbers of the noise schedule instead of its own: first and last beta (linear, sigmoid), beta (constant), offset s
-    (cosine)."""
+    """Numbers of the noise schedule instead of its own: first and last beta (linear, sigmoid), beta (constant), offset
+    s (cosine)."""
     prediction: PredictionName = "noise"
     """What the network predicts: the noise, the clean sample, the velocity alpha eps - sigma x0, or that of a flow,
     eps - x0."""
@@ -343,8 +344,8 @@ class SuccessAndModes:
     """What success is, if not info["is_success"] or info["success"]: 'return>=90', a threshold on the sum of an
     episode's rewards, module:function of (observation, info), or none, where nothing is a success."""
     mode_function: str | None = None
-    """module:function that gives the mode of an episode from its observations {key: (steps + 1, ...)}, None for no
-    mode. The module may lie in the working directory."""
+    """Function, as module:function, that gives the mode of an episode from its observations {key: (steps + 1, ...)},
+    None for no mode. The module may lie in the working directory."""
     mode_labels: tuple[str, ...] = ()
     """All labels that the mode function can give."""
     fresh: bool = False

@@ -6,15 +6,13 @@ import itertools
 import json
 import shlex
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
 
 import pytest
 import tyro
 
-from diffusion_policy import cli
-from diffusion_policy.cli import main
-from diffusion_policy.commands.dataset import Convert, Dataset, Inspect, Merge, Plot, Repair, Replay, Split, Validate
-from diffusion_policy.config import PolicyConfig, SampleConfig, SuccessAndModes, TrainConfig
+from diffusion_policy.cli import VERBS, main
+from diffusion_policy.commands.options.flags import list_flags
+from diffusion_policy.config import PolicyConfig, SampleConfig, SuccessAndModes, TrainConfig, UnetConfig
 
 SMALL = "--widths 16 32 --groups 4 --level-dim 16 --noise-levels 20 --steps 4 --batch-size 32 --device cpu"
 SESSION = f"""
@@ -52,6 +50,7 @@ evaluate --checkpoint r --output ev --episodes 2 --seed 100500 --repeats 2 --del
     --corrector-steps 1 --corrector-size 0.02 --parallel 2 --workers 1 --hang-after 30 --videos 1 --device cpu
 evaluate --checkpoint r --output ew --episodes 2 --seed 100500 --repeats 2 --success none --fresh --eta 0.5 \
     --sampling-steps 2 --workers 1 --videos 0 --mode-function {{module}}:label --mode-labels up down
+report ev --output again.html
 compare ev ev --output cmp --json
 rollout --checkpoint r --episodes 1 --seed 100600 --video v.gif --record rec.zarr --env diffusion_policy/Avoid-v0 \
     --env-kwargs '{{"rows":1}}' --success none --fresh --mode-function {{module}}:label --mode-labels up down \
@@ -114,8 +113,6 @@ def label(observations):
 """
 
 NEEDS_GPU = {"gpus"}
-LEAVES = (Inspect, Validate, Convert, Merge, Split, Repair, Plot, Replay)
-"""The verbs of `dataset`."""
 UNTRIED = {"demo": "test_demo.py", "toy": "test_toy.py"}
 """Commands that have tests of their own and no smaller size."""
 
@@ -144,20 +141,18 @@ def test_every_command_of_a_session_finds_what_the_one_before_has_left(
 
 
 def test_the_session_gives_every_option_a_value_other_than_its_default() -> None:
-    for command in get_args(cli.Command):
-        for leaf in LEAVES if command is Dataset else [command]:
-            name = leaf.__name__.lower()
-            if name not in UNTRIED:
-                require_all(leaf, given_to(name), name)
-    for config in (PolicyConfig, TrainConfig, SampleConfig, SuccessAndModes):  # which several commands take alike
+    for verb, kind in VERBS.items():
+        if verb not in UNTRIED:
+            require_all(kind, given_to(verb), verb)
+    for config in (PolicyConfig, UnetConfig, TrainConfig, SampleConfig, SuccessAndModes):  # which several verbs share
         require_all(config, given_to(), config.__name__)
 
 
-def given_to(command: str | None = None) -> dict[str, set[str]]:
-    """{flag: texts that the session gives it}, of one command or of all."""
+def given_to(verb: str | None = None) -> dict[str, set[str]]:
+    """{flag: texts that the session gives it}, of one verb or of all."""
     given: dict[str, set[str]] = {}
     for line in lines(SESSION) + lines(LONG):
-        if command in (None, line[1] if line[0] == "dataset" else line[0]):
+        if verb in (None, " ".join(line[:2]) if line[0] == "dataset" else line[0]):
             for i, part in enumerate(line):
                 if part.startswith("--"):
                     values = itertools.takewhile(lambda text: not text.startswith("--"), line[i + 1 :])
@@ -165,15 +160,13 @@ def given_to(command: str | None = None) -> dict[str, set[str]]:
     return given
 
 
-def require_all(kind: Any, given: dict[str, set[str]], name: str) -> None:
-    """Every field of a dataclass that is a flag is given what is not its default."""
-    hints = get_type_hints(kind, include_extras=True)
-    for field in dataclasses.fields(kind):
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        nested = dataclasses.is_dataclass(default) and not isinstance(default, type)
-        positional = tyro.conf.Positional in getattr(hints[field.name], "__metadata__", ())
-        if nested or positional or field.name in NEEDS_GPU:
+def require_all(kind: type, given: dict[str, set[str]], name: str) -> None:
+    """Every field of a dataclass that is a flag of its own is given what is not its default."""
+    own = {option.name for option in dataclasses.fields(kind)}
+    for flag in list_flags(kind):
+        positional = tyro.conf.Positional in getattr(flag.hint, "__metadata__", ())
+        if positional or flag.name not in own or flag.name in NEEDS_GPU:
             continue
-        flag = field.name.replace("_", "-")
-        usual = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        assert given.get(flag, set()) - {usual}, f"no test gives {name} another --{flag} than {usual}"
+        option = flag.name.replace("_", "-")
+        usual = " ".join(map(str, flag.default)) if isinstance(flag.default, tuple) else str(flag.default)
+        assert given.get(option, set()) - {usual}, f"no test gives {name} another --{option} than {usual}"

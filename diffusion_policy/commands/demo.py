@@ -1,12 +1,12 @@
 """diffusion-policy demo: the whole job in some minutes."""
 
-from diffusion_policy.commands.collect import Collect
-from diffusion_policy.commands.evaluate import Evaluate
 from diffusion_policy.commands.options.acting import FIRST_TEST_SEED
+from diffusion_policy.commands.options.collect import Collect
 from diffusion_policy.commands.options.demo import EPISODES, Demo
+from diffusion_policy.commands.options.evaluate import Evaluate
+from diffusion_policy.commands.options.train import Train
 from diffusion_policy.commands.outputs import require_fresh
 from diffusion_policy.commands.terminal import console
-from diffusion_policy.commands.train import Train
 from diffusion_policy.config import PolicyConfig, TrainConfig, with_options
 
 STEPS = 5000

@@ -16,9 +16,9 @@ from typing import IO, Any, NamedTuple
 
 from diffusion_policy.basics.files import FileError, read_json, remove
 from diffusion_policy.commands.episodes import require_memory
-from diffusion_policy.commands.evaluate import Evaluate
 from diffusion_policy.commands.interrupts import Failed, Interrupted
 from diffusion_policy.commands.options.acting import FIRST_TEST_SEED, PLANNING_BATCH
+from diffusion_policy.commands.options.evaluate import Evaluate
 from diffusion_policy.commands.options.train import RUN_FILE, Train, join_actions
 from diffusion_policy.commands.points import type_of
 from diffusion_policy.commands.policy_in_env import join_environment, refuse_seen_seeds

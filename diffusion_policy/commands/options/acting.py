@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
-
 from diffusion_policy.basics.files import once_each, parse_json
 from diffusion_policy.commands.options.command import Command
-from diffusion_policy.config import MAX_EPISODES, ConfigError, SuccessAndModes
+from diffusion_policy.config import MAX_EPISODES, ConfigError, Group, SuccessAndModes
 from diffusion_policy.evaluation.engines import available_cores
 
 FIRST_TEST_SEED, FIRST_ROLLOUT_SEED = 100_000, 200_000
@@ -33,15 +31,15 @@ class ActingCommand(Command):
 
     checkpoint: Path
     """Folder of a run (its newest checkpoint) or of one checkpoint."""
-    env: str | None = field(default=None, kw_only=True)
+    env: Annotated[str | None, Group("environment")] = field(default=None, kw_only=True)
     """Gymnasium id, if not the environment that the policy was trained for."""
     env_kwargs: str | None = field(default=None, kw_only=True)
-    """Arguments of the environment, as JSON, if not those it was trained with."""
-    signals: Annotated[SuccessAndModes, tyro.conf.arg(name="")] = field(default_factory=SuccessAndModes, kw_only=True)
-    workers: int = field(default_factory=available_cores, kw_only=True)
+    """Arguments of the environment, as JSON, if not those that the policy was trained with."""
+    signals: Annotated[SuccessAndModes, Group("environment")] = field(default_factory=SuccessAndModes, kw_only=True)
+    workers: Annotated[int, Group("simulation")] = field(default_factory=available_cores, kw_only=True)
     """Processes that simulate; the result is the same for any number."""
-    device: str = field(default="auto", kw_only=True)
-    """auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1, mps."""
+    device: Annotated[str, Group("")] = field(default="auto", kw_only=True)
+    """Device that plans: auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1 or mps."""
 
 
 def anchor(command: object) -> None:

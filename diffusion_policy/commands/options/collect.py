@@ -4,11 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-import tyro
-
 from diffusion_policy.commands.options.acting import parse_env_kwargs
 from diffusion_policy.commands.options.command import Command
-from diffusion_policy.config import ConfigError, SuccessAndModes, require_at_least, require_numbers, require_seed
+from diffusion_policy.config import ConfigError, Group, SuccessAndModes, require_at_least, require_numbers, require_seed
 from diffusion_policy.evaluation.engines import Engine, available_cores, require_engine
 
 
@@ -27,28 +25,28 @@ class Collect(Command):
     """Store to create, such as demonstrations.zarr."""
     resume: Path | None = None
     """Store of an interrupted collection to go on with, instead of --output."""
-    env: str | None = None
+    env: Annotated[str | None, Group("environment")] = None
     """Gymnasium id of the environment; by default diffusion_policy/Avoid-v0."""
     env_kwargs: str | None = None
     """Arguments of the environment, as JSON: '{"rows": 3}'."""
     expert: str | None = None
-    """module:Class of the expert, called with a mode's label (None where the environment lists no modes), if not ours
+    """Expert, module:Class, called with a mode's label (None where the environment lists no modes), if not ours
     for this environment. The module may lie in the working directory."""
-    signals: Annotated[SuccessAndModes, tyro.conf.arg(name="")] = field(default_factory=SuccessAndModes)
-    episodes: int | None = None
+    signals: Annotated[SuccessAndModes, Group("environment")] = field(default_factory=SuccessAndModes)
+    episodes: Annotated[int | None, Group("episode")] = None
     """Successful episodes to store; by default 240, or what the interrupted collection was asked for."""
     seed: int | None = None
     """Seed of the first episode, by default 0; the next episode has the next seed."""
     noise: float | None = None
     """Standard deviation of the noise on each executed action, as a share of its length; by default 0.4. The clean
     action is recorded, so the policy learns to come back from where the noise leads."""
-    workers: int = field(default_factory=available_cores)
+    workers: Annotated[int, Group("simulation")] = field(default_factory=available_cores)
     """Worker processes; the result is the same for any number. An episode whose process dies is begun again in a fresh
     one; with 1 worker it runs in the command's own process, which dies with it."""
     engine: Engine = "local"
-    """Where they run: on this machine, or on the Ray cluster of the environment variable RAY_ADDRESS (without it, one
-    is started here). The result is the same."""
-    sync: bool = True
+    """Where the episodes run: on this machine, or on the Ray cluster of the environment variable RAY_ADDRESS (without
+    it, one is started here). The result is the same."""
+    sync: Annotated[bool, Group("")] = True
     """Put each commit on the disk before going on, so that a loss of power takes no committed episode. Without it the
     system writes when it sees fit, some seconds later, and short episodes are collected faster."""
 

@@ -12,14 +12,16 @@ from diffusion_policy.commands.options.command import Command
 @dataclass(frozen=True)
 class Compare(Command):
     """Compare two evaluations of the same task, seed by seed: McNemar's test for success, a paired bootstrap for the
-    score, and a sentence that says whether the difference is real."""
+    score, and a sentence that says whether the difference is real.
+
+    Where both have kept their episodes, the page also draws the paths of those in which only one succeeds."""
 
     program: ClassVar[str] = "diffusion_policy.commands.compare"
 
     a: tyro.conf.Positional[Path]
     """Folder of an evaluation, or its results.json."""
     b: tyro.conf.Positional[Path]
-    """The other one."""
+    """Folder of the other evaluation, or its results.json."""
     output: Path | None = None
     """Folder to write comparison.json and comparison.html into."""
     json: bool = False

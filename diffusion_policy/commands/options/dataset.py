@@ -8,7 +8,7 @@ import tyro
 
 from diffusion_policy.commands.options.acting import require_video
 from diffusion_policy.commands.options.command import Command
-from diffusion_policy.config import ConfigError, SuccessAndModes, require_at_least, require_seed
+from diffusion_policy.config import ConfigError, Group, SuccessAndModes, require_at_least, require_seed
 
 FormatName = Literal["zarr", "robomimic", "lerobot", "minari", "npz", "aloha", "maniskill", "d4rl"]
 Store = tyro.conf.Positional[str]
@@ -138,17 +138,17 @@ class Replay(Command):
 
     store: Store
     """Path or URL of the dataset."""
-    episodes: int | None = None
+    episodes: Annotated[int | None, Group("episode")] = None
     """Replay only so many episodes, the first ones; a video shows 4 unless this says otherwise."""
-    video: Path | None = None
+    video: Annotated[Path | None, Group("")] = None
     """Film the episodes side by side into this .mp4 or .gif."""
     tolerance: float = 1e-4
     """Largest difference of an observation from its record, in its own units."""
-    env: str | None = None
+    env: Annotated[str | None, Group("environment")] = None
     """Gymnasium id, if not the environment that the store names."""
     env_kwargs: str | None = None
     """Arguments of the environment, as JSON, if not those that the store names."""
-    signals: Annotated[SuccessAndModes, tyro.conf.arg(name="")] = field(default_factory=SuccessAndModes)
+    signals: Annotated[SuccessAndModes, Group("environment")] = field(default_factory=SuccessAndModes)
 
     def __post_init__(self) -> None:
         if self.episodes is not None:

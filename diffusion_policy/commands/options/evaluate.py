@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-import tyro
-
 from diffusion_policy.commands.options.acting import (
     FIRST_TEST_SEED,
     PLANNING_BATCH,
@@ -13,7 +11,7 @@ from diffusion_policy.commands.options.acting import (
     anchor,
     require_episodes,
 )
-from diffusion_policy.config import ConfigError, SampleConfig, require_at_least, require_seed
+from diffusion_policy.config import ConfigError, Group, SampleConfig, require_at_least, require_seed
 from diffusion_policy.evaluation.engines import HANG_AFTER, Engine, require_engine
 
 MOST_VIDEOS = 200
@@ -22,19 +20,20 @@ MOST_VIDEOS = 200
 
 @dataclass(frozen=True)
 class Evaluate(ActingCommand):
-    """Roll a policy out on unseen seeds; write results.json and report.html into a new folder.
+    """Roll a policy out on unseen seeds; write results.json, episodes.zarr and report.html into a new folder.
 
     Everything in results.json but the times is the same for any number of workers. An episode whose simulator raises an
     error, crashes or hangs is begun again; if that happens twice it is listed under `errors` and counts nowhere else.
-    The results are kept before anything is filmed or drawn; where that fails or is stopped, the same command does not
-    run the episodes again, but writes the page.
+    Results and episodes are kept before anything is filmed or drawn; where that fails or is stopped, the same command
+    does not run the episodes again, but writes the page. episodes.zarr is a dataset of the first delay's episodes, of
+    the first of them where all would take more than 512 MB; `report` and `compare` draw their paths from it.
     """
 
     program: ClassVar[str] = "diffusion_policy.commands.evaluate"
 
     output: Path
     """Folder of this evaluation."""
-    episodes: int = 100
+    episodes: Annotated[int, Group("episode")] = 100
     """Seeds, one after another; each gives an episode, or several with --repeats."""
     seed: int = FIRST_TEST_SEED
     """Seed of the first episode; seeds of the demonstrations are refused."""
@@ -44,19 +43,19 @@ class Evaluate(ActingCommand):
     delay_steps: tuple[int, ...] = (0,)
     """Control steps that planning takes, while the plan before runs on. Several, as in 0 2 4, give curves of success
     and entropy against delay; the scorecard is that of the first."""
-    sampling: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
-    parallel: int = PLANNING_BATCH
+    sampling: Annotated[SampleConfig, Group("sampling")] = field(default_factory=SampleConfig)
+    parallel: Annotated[int, Group("simulation")] = PLANNING_BATCH
     """Environments that run at once, and observations in one planning batch. It is part of the result: another number
     can change the last digits of a plan."""
     engine: Engine = "local"
-    """Where they run: on this machine, or on the Ray cluster of the environment variable RAY_ADDRESS (without it, one
-    is started here). The result is the same."""
+    """Where the episodes run: on this machine, or on the Ray cluster of the environment variable RAY_ADDRESS (without
+    it, one is started here). The result is the same."""
     hang_after: float = HANG_AFTER
     """A simulator that does not answer within this time [s] hangs: its episode is begun again. Needs two workers, or
     Ray."""
-    videos: int = 6
+    videos: Annotated[int, Group("")] = 6
     """Episodes to film for the page: one of each mode, then failures."""
-    backend: Literal["eager", "compile"] = "eager"
+    backend: Annotated[Literal["eager", "compile"], Group("sampling")] = "eager"
     """How the sampling loop runs: step by step, or compiled by torch.compile, which can change the last digits."""
 
     def __post_init__(self) -> None:

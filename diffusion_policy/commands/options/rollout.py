@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-import tyro
-
 from diffusion_policy.commands.options.acting import (
     FIRST_TEST_SEED,
     ActingCommand,
@@ -13,7 +11,7 @@ from diffusion_policy.commands.options.acting import (
     require_episodes,
     require_video,
 )
-from diffusion_policy.config import SampleConfig, require_at_least, require_seed
+from diffusion_policy.config import Group, SampleConfig, require_at_least, require_seed
 
 
 @dataclass(frozen=True)
@@ -22,18 +20,18 @@ class Rollout(ActingCommand):
 
     program: ClassVar[str] = "diffusion_policy.commands.rollout"
 
-    episodes: int = 4
-    """Episodes, one a seed."""
+    episodes: Annotated[int, Group("episode")] = 4
+    """Episodes to run, one a seed."""
     seed: int = FIRST_TEST_SEED
     """Seed of the first episode."""
-    video: Path | None = None
+    video: Annotated[Path | None, Group("")] = None
     """Film the episodes side by side into this .mp4 or .gif, with sampled sequences drawn in at every re-planning where
     the environment says where they would lead."""
     render: Literal["human"] | None = None
-    """human opens the simulator's window; the episodes then run one after another, in real time."""
+    """Where to show the episodes: human opens the simulator's window, and they run one after another, in real time."""
     record: Path | None = None
     """Store to create with these episodes, observations and actions as they were; failures are stored too."""
-    sampling: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
+    sampling: Annotated[SampleConfig, Group("sampling")] = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:
         anchor(self)

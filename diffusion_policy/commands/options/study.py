@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 import tyro
 
 from diffusion_policy.commands.options.acting import FIRST_TEST_SEED, ActingCommand, anchor, require_episodes
-from diffusion_policy.config import ConfigError, SampleConfig, SamplerName, require_at_least, require_seed
+from diffusion_policy.config import ConfigError, Group, SampleConfig, SamplerName, require_at_least, require_seed
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Study(ActingCommand):
     output: Path
     """Folder of this study."""
     what: tyro.conf.Positional[Literal["samplers"]] = field(kw_only=True)
-    """What is varied."""
-    samplers: tuple[SamplerName, ...] = get_args(SamplerName)
+    """What the study varies."""
+    samplers: Annotated[tuple[SamplerName, ...], Group("sampling")] = get_args(SamplerName)
     """Samplers to try; by default all."""
     steps: tuple[int, ...] = ()
     """Numbers of sampling steps to try; by default 1, 2, 4, 8, 16, 32 and all noise levels that a sampler can use."""
@@ -30,7 +30,7 @@ class Study(ActingCommand):
     """Steer a policy that was trained with --condition-on-mode to this mode."""
     guidance: float = 0.0
     """Weight of classifier-free guidance, as in evaluate."""
-    episodes: int = 100
+    episodes: Annotated[int, Group("episode")] = 100
     """Episodes for each sampler and number of steps, the same seeds each time."""
     seed: int = FIRST_TEST_SEED
     """Seed of the first episode; seeds of the demonstrations are refused."""

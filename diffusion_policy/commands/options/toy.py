@@ -21,7 +21,7 @@ class Toy(Command):
     program: ClassVar[str] = "diffusion_policy.commands.toy"
 
     problem: tyro.conf.Positional[Literal["ring", "mixture", "moons", "two-class"]]
-    """Which problem."""
+    """Toy problem to learn."""
     output: Path
     """Folder for results.json and toy.png."""
     prediction: PredictionName = "noise"
