@@ -27,7 +27,7 @@ from diffusion_policy.datasets.storage import (
     KEY,
     StoreError,
     create_array,
-    remove,
+    remove_begun,
     settle,
     unfinished_files,
 )
@@ -58,7 +58,7 @@ def create_folder(path: Path, attributes: Mapping[str, Any], modes: Sequence[str
             sync_tree(unfinished)
         unfinished.rename(path)
     except BaseException:
-        remove(unfinished)
+        remove_begun(unfinished)
         raise
     if sync:
         sync_folder(path.parent)

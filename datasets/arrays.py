@@ -14,7 +14,7 @@ import zarr
 from diffusion_policy.basics.names import is_label
 from diffusion_policy.datasets.attributes import check_attributes, fits
 from diffusion_policy.datasets.guard import read_rows, refuse_unsafe
-from diffusion_policy.datasets.storage import NAME, StoreError, list_names, rows_beyond, say, say_names
+from diffusion_policy.datasets.storage import NAME, StoreError, error_text, list_names, rows_beyond, say_names
 
 FORMAT = "diffusion-policy episodes"
 FORMAT_VERSION = 2
@@ -149,7 +149,7 @@ class StoredArrays:
         except StoreError:
             raise
         except Exception as error:
-            raise StoreError(f"{self.location}: {path}{what} {say(error)}") from error
+            raise StoreError(f"{self.location}: {path}{what} {error_text(error)}") from error
 
     def check_episodes(self) -> None:
         """Raise StoreError for episodes that cannot be, and for a store that a later version of ours has written."""

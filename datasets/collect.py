@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from diffusion_policy.basics.bounds import MOST_SEED, MOST_STEPS
-from diffusion_policy.basics.lines import describe_with_place, message_of
+from diffusion_policy.basics.text import error_line_with_place, error_message
 from diffusion_policy.datasets.demonstration import Demonstration
 from diffusion_policy.datasets.store import EpisodeStore
 
@@ -52,7 +52,7 @@ class Demonstrator:
         try:
             self._env = make_env()
         except (Exception, SystemExit) as error:
-            reason = message_of(error) if isinstance(error, ValueError) else describe_with_place(error)
+            reason = error_message(error) if isinstance(error, ValueError) else error_line_with_place(error)
             raise DemonstratorError(f"the environment cannot be made: {reason}") from error
         self._make_expert = make_expert
         self._noise = noise
@@ -76,7 +76,7 @@ class Demonstrator:
         try:
             return self._run(seed)
         except (Exception, SystemExit) as error:
-            reason = message_of(error) if getattr(error, "hopeless", False) else describe_with_place(error)
+            reason = error_message(error) if getattr(error, "hopeless", False) else error_line_with_place(error)
             raise DemonstratorError(f"the episode of seed {seed} failed: {reason}") from error
 
     def require_fit(self, store: EpisodeStore) -> None:

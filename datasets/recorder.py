@@ -18,7 +18,7 @@ from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs.contract import control_rate, guard, name_of_env, to_truth
 from diffusion_policy.envs.protocols import as_multimodal, layers
 from diffusion_policy.envs.spaces import EnvSpecError, action_box, action_row, observe, observed_parts
-from diffusion_policy.envs.wrappers import describe, lost
+from diffusion_policy.envs.wrappers import describe_env, lost
 
 
 class Recorder(gymnasium.Wrapper):
@@ -141,7 +141,7 @@ class Recorder(gymnasium.Wrapper):
     def _describe(self) -> dict[str, Any]:
         """Attributes of a store of this environment's episodes."""
         attributes: dict[str, Any] = {"observation_keys": sorted(self._parts), "action_key": "action"}
-        environment, rate = describe(self.env), control_rate(self.env)
+        environment, rate = describe_env(self.env), control_rate(self.env)
         if environment is not None:
             attributes["environment"] = environment
         return attributes | ({"control_frequency": rate} if rate else {})

@@ -18,11 +18,11 @@ from diffusion_policy.datasets.guard import trust
 from diffusion_policy.datasets.storage import (
     StoreError,
     drop_consolidated,
+    error_text,
     list_names,
     lock,
     open_group,
     refuse_links,
-    say,
     unfinished_files,
 )
 from diffusion_policy.datasets.store import EpisodeStore
@@ -58,7 +58,7 @@ def repair(path: Path | str) -> Repaired:
         except StoreError:
             raise
         except ValueError as error:  # of a file that nobody can read
-            raise StoreError(f"{path} cannot be mended: {say(error)}") from error
+            raise StoreError(f"{path} cannot be mended: {error_text(error)}") from error
         finally:
             unlock()
     leftovers = (f"{left.name}: dropped what a killed process had begun" for left in remove_leftovers(path))

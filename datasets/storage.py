@@ -29,7 +29,7 @@ from zarr.errors import ContainsArrayError, GroupNotFoundError
 from zarr.storage import FsspecStore, ZipStore
 
 from diffusion_policy.basics.files import open_regular
-from diffusion_policy.basics.lines import one_line
+from diffusion_policy.basics.text import one_line
 from diffusion_policy.datasets.durable import DurableFolder
 from diffusion_policy.datasets.guard import collect_async
 from diffusion_policy.datasets.guarded_store import GuardedStore, Listing, gather
@@ -89,7 +89,7 @@ def open_group(location: str, mode: Literal["r", "r+"], sync: bool = True) -> za
     except StoreError:
         raise
     except Exception as error:
-        raise StoreError(f"cannot open {location}: {say(error)}") from error
+        raise StoreError(f"cannot open {location}: {error_text(error)}") from error
 
 
 def _find(location: str, mode: Literal["r", "r+"], sync: bool) -> tuple[Store, str]:
@@ -314,7 +314,7 @@ def say_names(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMES_SAID]) + more or "nothing"
 
 
-def say(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """An error of a library, in one line."""
     text = " ".join(str(error).split())
     return text if isinstance(error, (ValueError, OSError)) and text else f"{type(error).__name__}: {text}"
@@ -331,7 +331,7 @@ def settle() -> None:
     sync(wait(), timeout=20)
 
 
-def remove(folder: Path) -> None:
+def remove_begun(folder: Path) -> None:
     """Delete what was begun and failed. Threads of zarr may go on writing for a moment, and make it anew."""
     absent = 0
     for _ in range(40):

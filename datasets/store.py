@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from diffusion_policy.basics.lines import one_line
+from diffusion_policy.basics.text import one_line
 from diffusion_policy.datasets.appending import Appender, create_folder, refuse_to_append
 from diffusion_policy.datasets.arrays import CHECKSUMS, NO_CHECKSUMS, StoredArrays
 from diffusion_policy.datasets.checksums import RowChecksums, checksum, exchanged

@@ -16,7 +16,7 @@ from diffusion_policy.datasets.checksums import RowChecksums, checksum_of_meta, 
 from diffusion_policy.datasets.consolidated import consolidated_is_stale
 from diffusion_policy.datasets.demonstration import nonfinite_rows
 from diffusion_policy.datasets.guard import codec_names, missing_chunks, read_rows
-from diffusion_policy.datasets.storage import StoreError, list_names, open_group, say, unfinished_files
+from diffusion_policy.datasets.storage import StoreError, error_text, list_names, open_group, unfinished_files
 from diffusion_policy.datasets.store import EpisodeStore
 
 MOST_FINDINGS = 1000
@@ -137,7 +137,7 @@ def _check_array(store: EpisodeStore, key: str) -> Iterator[Finding]:
         try:
             found = read_rows(array, first, stop)
         except Exception as error:  # whatever a damaged file makes zarr raise
-            yield Finding(True, path, f"rows {first} to {stop - 1} are damaged: {say(error)}", *place(first))
+            yield Finding(True, path, f"rows {first} to {stop - 1} are damaged: {error_text(error)}", *place(first))
             found = np.zeros((stop - first, *array.shape[1:]), array.dtype)
             whole[place(first)[0] : place(stop - 1)[0] + 1] = False
         bad = first + nonfinite_rows(found)

@@ -20,7 +20,7 @@ from typing import Any
 
 import gymnasium
 
-from diffusion_policy.basics import lines
+from diffusion_policy.basics.text import error_line
 
 _TASKS = {  # entry point, control steps after which Gymnasium's time limit ends an episode
     "diffusion_policy/Avoid-v0": ("diffusion_policy.envs.avoid:AvoidEnv", 250),
@@ -50,4 +50,4 @@ def make(env_id: str, /, **arguments: Any) -> gymnasium.Env:
         if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
             given = {name: value for name, value in arguments.items() if name != "disable_env_checker"}
             raise ValueError(f"{env_id} does not take the arguments {given}: {error}") from error
-        raise ValueError(f"{env_id} could not be made: {lines.describe(error)}") from error
+        raise ValueError(f"{env_id} could not be made: {error_line(error)}") from error

@@ -11,7 +11,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from diffusion_policy.basics.lines import one_line
+from diffusion_policy.basics.text import one_line
 from diffusion_policy.envs.spaces import EnvSpecError
 from diffusion_policy.envs.task import TaskEnv
 

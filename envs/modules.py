@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from diffusion_policy.basics import lines
+from diffusion_policy.basics.text import error_line
 from diffusion_policy.envs.spaces import EnvSpecError
 
 
@@ -40,7 +40,7 @@ def import_module(name: str) -> Any:
     except (Exception, SystemExit) as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is None or not f"{name}.".startswith(f"{missing}."):
-            raise EnvSpecError(f"importing {name} failed: {lines.describe(error)}") from error
+            raise EnvSpecError(f"importing {name} failed: {error_line(error)}") from error
         parent, _, last = missing.rpartition(".")
         beside = pkgutil.iter_modules(getattr(sys.modules.get(parent), "__path__", []) if parent else None)
         raise EnvSpecError(f"there is no module {missing!r}{nearest(last, [each.name for each in beside])}") from error
@@ -57,7 +57,7 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except Exception as error:
-        raise EnvSpecError(f"{name_of(function)} failed: {lines.describe(error)}") from error
+        raise EnvSpecError(f"{name_of(function)} failed: {error_line(error)}") from error
 
 
 def name_of(function: Callable[..., Any]) -> str:

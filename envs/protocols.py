@@ -15,8 +15,7 @@ from typing import Any, Protocol, cast
 import gymnasium
 import numpy as np
 
-from diffusion_policy.basics.bounds import MOST_CHARACTERS
-from diffusion_policy.basics.names import is_label
+from diffusion_policy.basics.names import MOST_CHARACTERS, is_label
 from diffusion_policy.envs.scene import Scene
 from diffusion_policy.envs.spaces import EnvSpecError, observed_space
 

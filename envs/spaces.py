@@ -18,9 +18,8 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 
-from diffusion_policy.basics.bounds import MOST_CHARACTERS
-from diffusion_policy.basics.lines import describe, one_line
-from diffusion_policy.basics.names import join_names
+from diffusion_policy.basics.names import MOST_CHARACTERS, join_names
+from diffusion_policy.basics.text import error_line, one_line
 
 Observation = dict[str, np.ndarray]
 KEPT = (np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64, np.float32, np.float64)
@@ -59,7 +58,7 @@ def observed_parts(space: gymnasium.Space, who: str) -> dict[str, Part]:
         parts[name] = Part(path, leaf, _box(leaf, name, who))
     if not parts or "action" in parts:
         raise EnvSpecError(
-            f"{who} must observe something, and not under the name `action`, where the actions are; got {_say(space)}"
+            f"{who} must observe something, and not under the name `action`, where the actions are; got {_short(space)}"
         )
     for name in parts:
         if len(name) > MOST_CHARACTERS or not re.match(r"\w", name) or name == "zarr.json":
@@ -86,7 +85,7 @@ def action_box(space: gymnasium.Space, who: str) -> Box:
     """Actions as rows (A,) of float32 or float64, from a Box of floats of any shape; raises EnvSpecError for others."""
     if not isinstance(space, Box) or not np.issubdtype(space.dtype, np.floating):
         raise EnvSpecError(
-            f"{who} takes actions of {_say(space)}; a policy can only give those of a Box of floats: wrap it in an "
+            f"{who} takes actions of {_short(space)}; a policy can only give those of a Box of floats: wrap it in an "
             "ActionWrapper that takes such and makes of them what it needs"
         )
     dtype = np.float32 if space.dtype.itemsize <= 4 else np.float64
@@ -100,11 +99,11 @@ def action_row(box: Box, action: Any, who: str) -> np.ndarray:
     except (TypeError, ValueError):
         row = np.empty(0)
     if row.shape != box.shape or not np.isfinite(row).all():
-        raise EnvSpecError(f"an action of {who} is {box.shape[0]} finite numbers; got {_say(action)}")
+        raise EnvSpecError(f"an action of {who} is {box.shape[0]} finite numbers; got {_short(action)}")
     return row
 
 
-def _say(thing: object) -> str:
+def _short(thing: object) -> str:
     return one_line(str(thing), 200)
 
 
@@ -126,12 +125,12 @@ def _box(space: gymnasium.Space, name: str, who: str) -> Box:
         return Box(0, 1, (gymnasium.spaces.flatdim(space),), np.float32)
     if not isinstance(space, Box):
         raise EnvSpecError(
-            f"{who} observes {name}: {_say(space)}; allowed are Box, Discrete, MultiDiscrete and MultiBinary, and Dict "
-            "and Tuple of them"
+            f"{who} observes {name}: {_short(space)}; allowed are Box, Discrete, MultiDiscrete and MultiBinary, and "
+            "Dict and Tuple of them"
         )
     if 0 in space.shape:
         raise EnvSpecError(
-            f"{who} observes {name}: {_say(space)}, which holds no numbers; leave it out with FilterObservation"
+            f"{who} observes {name}: {_short(space)}, which holds no numbers; leave it out with FilterObservation"
         )
     longer = np.float64 if space.dtype.kind == "f" and space.dtype.itemsize > 8 else np.float32
     dtype = space.dtype if space.dtype in KEPT else np.dtype(longer)
@@ -148,12 +147,13 @@ def _take(name: str, part: Part, observation: Any, who: str) -> np.ndarray:
         array = np.array(value)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise EnvSpecError(
-            f"{who} gives no {name} as its observation space has it, {_say(part.space)}: {describe(error)}"
+            f"{who} gives no {name} as its observation space has it, {_short(part.space)}: {error_line(error)}"
         ) from error
     fits = array.shape in (part.space.shape, box.shape) or array.size == math.prod(box.shape) == 1
     if array.dtype.kind not in "biuf" or not fits or (array.dtype.kind == "f" and box.dtype.kind in "iu"):
         raise EnvSpecError(
-            f"{who} gives {name} as {array.dtype} of shape {array.shape}; its observation space says {_say(part.space)}"
+            f"{who} gives {name} as {array.dtype} of shape {array.shape}; "
+            f"its observation space says {_short(part.space)}"
         )
     if array.dtype == box.dtype:
         return array.reshape(box.shape)

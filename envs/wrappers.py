@@ -20,7 +20,7 @@ import numpy as np
 from gymnasium.envs.registration import WrapperSpec
 from gymnasium.wrappers import AddRenderObservation, AddWhiteNoise, ObstructView
 
-from diffusion_policy.basics import lines
+from diffusion_policy.basics.text import error_line
 from diffusion_policy.envs.contract import Contract, name_of_env
 from diffusion_policy.envs.modules import load
 from diffusion_policy.envs.protocols import layers
@@ -50,7 +50,7 @@ MOST = 4096
 """Largest whole number in the arguments of a wrapper, but a limit of steps: what is allocated grows with it."""
 
 
-def describe(env: gymnasium.Env) -> dict[str, Any] | None:
+def describe_env(env: gymnasium.Env) -> dict[str, Any] | None:
     """The environment with its wrappers, as it is written; None where Gymnasium does not know how it was made."""
     spec = env.unwrapped.spec
     found = layers(env)
@@ -111,7 +111,7 @@ def wrap(env: gymnasium.Env, wrapped: Wrapped) -> gymnasium.Env:
         raise
     except Exception as error:
         raise EnvSpecError(
-            f"the wrapper {point} cannot be put around {name_of_env(env)}: {lines.describe(error)}"
+            f"the wrapper {point} cannot be put around {name_of_env(env)}: {error_line(error)}"
         ) from error
 
 

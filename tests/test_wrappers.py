@@ -39,7 +39,7 @@ from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs.adapters import EnvSpec
 from diffusion_policy.envs.protocols import layers
 from diffusion_policy.envs.spaces import EnvSpecError
-from diffusion_policy.envs.wrappers import KEPT, UNSEEN, describe, lost
+from diffusion_policy.envs.wrappers import KEPT, UNSEEN, describe_env, lost
 
 MINE = """
 import gymnasium
@@ -135,12 +135,15 @@ def test_an_environment_is_made_again_as_it_was_recorded(
 
 
 def test_a_limit_as_it_is_registered_is_not_written_and_none_is() -> None:
-    assert describe(gymnasium.make("Pendulum-v1")) == {"id": "Pendulum-v1", "arguments": {}}
-    assert describe(gymnasium.make("Pendulum-v1", max_episode_steps=-1)) == {
+    assert describe_env(gymnasium.make("Pendulum-v1")) == {"id": "Pendulum-v1", "arguments": {}}
+    assert describe_env(gymnasium.make("Pendulum-v1", max_episode_steps=-1)) == {
         "id": "Pendulum-v1",
         "arguments": {"max_episode_steps": -1},
     }
-    assert describe(pendulum(render_mode="rgb_array")) == {"id": "Pendulum-v1", "arguments": {"max_episode_steps": 6}}
+    assert describe_env(pendulum(render_mode="rgb_array")) == {
+        "id": "Pendulum-v1",
+        "arguments": {"max_episode_steps": 6},
+    }
 
 
 class Unknown(gymnasium.Wrapper):
@@ -276,7 +279,7 @@ def test_wrappers_that_a_registration_lists_are_not_put_on_twice(
     gymnasium.register("Listed-v0", PENDULUM, max_episode_steps=limit, additional_wrappers=listed)
     try:
         env = wrap(gymnasium.make("Listed-v0"))
-        task = choose(describe(env) or {})
+        task = choose(describe_env(env) or {})
         again, count = task(), 6
         assert names(again) == names(env)
         observed, _ = env.reset(seed=3)
@@ -304,7 +307,7 @@ def test_a_change_to_the_wrappers_that_a_registration_lists_is_named(listed: Any
     gymnasium.register("Listed-v0", PENDULUM, max_episode_steps=4, additional_wrappers=wrappers)
     try:
         spec = replace(gymnasium.registry["Listed-v0"], additional_wrappers=listed)
-        environment = describe(gymnasium.make(spec)) or {}
+        environment = describe_env(gymnasium.make(spec)) or {}
         assert environment["arguments"] == {}
         assert lost(environment["wrappers"]) == ["a change to the registered RepeatAction"]
     finally:
@@ -319,8 +322,8 @@ def test_a_wrapper_that_has_not_saved_all_its_arguments_is_lost(
     (tmp_path / "my_gains.py").write_text(MINE)
     monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module("my_gains")
-    assert (describe(getattr(module, kind)(pendulum())) or {})["wrappers"] == [{"entry_point": None, "name": kind}]
-    (same,) = (describe(module.Same(pendulum(), -1.0, 1.0)) or {})["wrappers"]
+    assert (describe_env(getattr(module, kind)(pendulum())) or {})["wrappers"] == [{"entry_point": None, "name": kind}]
+    (same,) = (describe_env(module.Same(pendulum(), -1.0, 1.0)) or {})["wrappers"]
     assert same == {"entry_point": "my_gains:Same", "kwargs": {"min_action": -1.0, "max_action": 1.0}}
 
 
@@ -356,8 +359,8 @@ def test_what_changes_pictures_is_kept_where_they_are_observed(
         again = [row["observation"] for row in play(task())]
         np.testing.assert_array_equal(again[:-1], episode.data["observation"])
         assert len(np.unique(again[0])) > 1  # there is something to see
-        assert describe(wrap(grey)) == {"id": "Grey-v0", "arguments": {}}
-        (kept,) = (describe(wrap(AddRenderObservation(grey))) or {})["wrappers"]
+        assert describe_env(wrap(grey)) == {"id": "Grey-v0", "arguments": {}}
+        (kept,) = (describe_env(wrap(AddRenderObservation(grey))) or {})["wrappers"]
         assert kept["entry_point"].endswith(":AddRenderObservation")
     finally:
         gymnasium.registry.pop("Grey-v0")

@@ -4,5 +4,3 @@ MOST_STEPS = 1000
 """Steps after which an episode ends where the environment has no time limit."""
 MOST_SEED = 2**32 - 1
 """A larger one would not fit every generator that it feeds."""
-MOST_CHARACTERS = 200
-"""In a key or in the label of a mode."""

@@ -6,8 +6,8 @@ Knows text. Knows no arrays and no files.
 import re
 from collections.abc import Iterable
 
-from diffusion_policy.basics.bounds import MOST_CHARACTERS
-
+MOST_CHARACTERS = 200
+"""In a key or in the label of a mode."""
 _OTHERS = re.compile(r"[^A-Za-z0-9_.-]")
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from diffusion_policy.basics.files import WRITING, plain
-from diffusion_policy.basics.lines import describe, one_line
+from diffusion_policy.basics.files import WRITING, plain, remove
+from diffusion_policy.basics.text import error_line, one_line
 from diffusion_policy.commands.interrupts import Failed
 from diffusion_policy.commands.outputs import holding, require_fresh
 from diffusion_policy.commands.terminal import console
@@ -15,8 +15,8 @@ from diffusion_policy.config import ConfigError
 
 T = TypeVar("T")
 
-RESULTS, PAGE = "results.json", "report.html"
-LEFTOVERS = {f"{WRITING}{name}" for name in (RESULTS, PAGE)}
+RESULTS, EPISODES, PAGE = "results.json", "episodes.zarr", "report.html"
+LEFTOVERS = {f"{WRITING}{name}" for name in (RESULTS, EPISODES, PAGE)}
 """What a killed evaluation can leave beside them."""
 
 
@@ -44,7 +44,7 @@ class Remarks:
 
 def explain(error: BaseException) -> str:
     """What went wrong; with its type where the message may not speak for itself."""
-    return str(error) if isinstance(error, ValueError | Failed) and str(error) else describe(error)
+    return str(error) if isinstance(error, ValueError | Failed) and str(error) else error_line(error)
 
 
 @contextlib.contextmanager
@@ -56,7 +56,7 @@ def hold_output(output: Path) -> Iterator[bool]:
     with holding(output):
         waits = waits_for_page(output)  # another may have been quicker
         for name in LEFTOVERS:
-            (output / name).unlink(missing_ok=True)
+            remove(output / name)
         probe = output / f"{WRITING}{RESULTS}"
         probe.touch()  # a folder that cannot be written to is no late surprise
         probe.unlink()

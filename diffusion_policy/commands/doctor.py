@@ -17,7 +17,7 @@ import torch
 from rich.text import Text
 
 from diffusion_policy import __version__
-from diffusion_policy.basics.lines import printable
+from diffusion_policy.basics.text import printable
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.checkpoints.checkpoint import Checkpoint, count_weights, without_memory
 from diffusion_policy.commands.interrupts import Failed

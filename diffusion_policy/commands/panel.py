@@ -25,9 +25,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from diffusion_policy.basics.digits import three_digits
-from diffusion_policy.basics.lines import printable
 from diffusion_policy.basics.metric_table import METRICS, lower_is_better
+from diffusion_policy.basics.text import printable, three_digits
 from diffusion_policy.commands.terminal import console as shared_console
 from diffusion_policy.config import MetricName
 

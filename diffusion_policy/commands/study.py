@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusion_policy.basics.files import format_json, write_whole
-from diffusion_policy.basics.lines import one_line
+from diffusion_policy.basics.text import one_line
 from diffusion_policy.commands.afterwards import Remarks
 from diffusion_policy.commands.episodes import (
     describe_machine,

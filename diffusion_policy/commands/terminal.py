@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from diffusion_policy.basics.lines import printable
+from diffusion_policy.basics.text import printable
 
 
 class Terminal(Console):

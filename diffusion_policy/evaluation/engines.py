@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from numbers import Integral
 from typing import Any, Generic, Literal, TypeVar
 
-from diffusion_policy.basics.lines import describe
+from diffusion_policy.basics.text import error_line
 from diffusion_policy.evaluation.spawned import Spawned, WorkerDied, end_all, reply, require_picklable, sendable
 
 T = TypeVar("T")
@@ -201,7 +201,7 @@ def _run_isolated(
                 worker, item = running[ready]  # pyright: ignore[reportArgumentType]
                 try:
                     has_result, said = worker.receive()
-                    said = said if has_result else describe(said)
+                    said = said if has_result else error_line(said)
                     worker.process.join()
                 except WorkerDied as death:
                     said = f"its process died (exit status {death.status})"

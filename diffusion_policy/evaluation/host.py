@@ -14,7 +14,7 @@ import gymnasium
 import numpy as np
 
 from diffusion_policy.basics.bounds import MOST_STEPS
-from diffusion_policy.basics.lines import describe_with_place, message_of
+from diffusion_policy.basics.text import error_line_with_place, error_message
 
 
 class UnfitError(ValueError):
@@ -82,8 +82,8 @@ class EnvironmentHost:
                 raise  # the user's: workers do not hear Ctrl-C
             self._close(slot)
             if getattr(error, "hopeless", False):
-                return EnvFailure(message_of(error), blamed=True, hopeless=True)
-            return EnvFailure(describe_with_place(error), blamed=True)
+                return EnvFailure(error_message(error), blamed=True, hopeless=True)
+            return EnvFailure(error_line_with_place(error), blamed=True)
 
     def _close(self, slot: int) -> None:
         env = self._envs.pop(slot, None)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 import numpy as np
 
-from diffusion_policy.basics.lines import message_of
+from diffusion_policy.basics.text import error_message
 from diffusion_policy.evaluation.engines import HANG_AFTER, Engine, cluster, require_workers
 from diffusion_policy.evaluation.host import EnvFailure, EnvironmentHost, StepsResult
 from diffusion_policy.evaluation.spawned import Spawned, WorkerDied, end_all, reply, require_picklable
@@ -60,7 +60,7 @@ class Worker:
             has_result, answer = self.spawned.receive()
         except WorkerDied as death:
             return str(death)
-        return answer if has_result else message_of(answer)
+        return answer if has_result else error_message(answer)
 
     def end(self, patience: float) -> None:
         """Have the process close its environments and end, then kill it; `patience` [s] in between."""

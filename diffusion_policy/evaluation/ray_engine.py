@@ -26,7 +26,7 @@ import ray
 from ray._private import ray_constants
 from ray.exceptions import RayError, RayTaskError
 
-from diffusion_policy.basics.lines import describe, one_line
+from diffusion_policy.basics.text import error_line, one_line
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -153,7 +153,7 @@ def run_isolated(
             try:
                 said = ray.get(done)
             except RayTaskError as error:
-                said = describe(error.cause or error)
+                said = error_line(error.cause or error)
             except RayError:
                 said = "its worker process died"
             yield item, said

@@ -14,8 +14,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from diffusion_policy.basics.lines import describe, message_of, one_line
 from diffusion_policy.basics.names import is_label
+from diffusion_policy.basics.text import error_line, error_message, one_line
 from diffusion_policy.control.controller import Controller
 from diffusion_policy.evaluation.engines import HANG_AFTER, Engine
 from diffusion_policy.evaluation.episode import Episode, FailedEpisode, Plan
@@ -62,7 +62,7 @@ class _Recording:
         except Exception as error:
             mode = None
             hopeless = getattr(error, "hopeless", False)  # its message says all
-            reason = message_of(error) if hopeless else f"the mode function failed: {describe(error)}"
+            reason = error_message(error) if hopeless else f"the mode function failed: {error_line(error)}"
             on_mode_failure(FailedEpisode(seed, repeat, reason))
         actions = np.stack(self.actions)
         return Episode(seed, self.success, mode, observations, actions, repeat, measures, tuple(self.plans))

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
-from diffusion_policy.basics.lines import describe, describe_with_place
+from diffusion_policy.basics.text import error_line, error_line_with_place
 
 UNGUARDED = 97
 """Exit status of a worker that was about to start workers while it imported the script that had started it."""
@@ -117,7 +117,7 @@ def require_picklable(name: str, value: object) -> None:
     except Exception as error:
         raise SpawnError(
             f"{name} must be picklable to run in a worker process: use functools.partial or a function of a module; "
-            f"{describe(error)}"
+            f"{error_line(error)}"
         ) from error
 
 
@@ -176,7 +176,7 @@ def reply(connection: Connection, answer: Any) -> None:
     try:
         content = ForkingPickler.dumps(answer)
     except Exception as error:
-        content = ForkingPickler.dumps((False, RuntimeError(f"a worker's result cannot be sent: {describe(error)}")))
+        content = ForkingPickler.dumps((False, RuntimeError(f"a worker's result cannot be sent: {error_line(error)}")))
     with contextlib.suppress(OSError):  # nobody waits for it
         connection.send_bytes(content)
 
@@ -192,7 +192,7 @@ def sendable(error: BaseException) -> Exception:
                 return error
         except Exception:  # it is described instead
             pass
-    return RuntimeError(describe_with_place(error))
+    return RuntimeError(error_line_with_place(error))
 
 
 def _begin(serve: Callable[..., None], connection: Connection, begun: Any, shared: tuple[Any, ...]) -> None:
@@ -203,7 +203,7 @@ def _begin(serve: Callable[..., None], connection: Connection, begun: Any, share
     except (EOFError, OSError):
         return
     except Exception as error:
-        reply(connection, _Unreadable(describe(error)))
+        reply(connection, _Unreadable(error_line(error)))
         return
     begun.value = 1
     serve(connection, *shared, *arguments)

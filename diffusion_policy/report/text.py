@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from diffusion_policy.basics.digits import three_digits
 from diffusion_policy.basics.metric_table import METRICS, MetricInfo, evaluated_metrics
+from diffusion_policy.basics.text import three_digits
 from diffusion_policy.evaluation.metrics import NONE
 
 NOTHING = "\N{EN DASH}"

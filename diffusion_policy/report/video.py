@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from diffusion_policy.basics.files import WRITING
-from diffusion_policy.basics.lines import describe
+from diffusion_policy.basics.text import error_line
 
 PLAN_COLOR = (0, 90, 200, 130)
 MOST_PICTURE_BYTES, MOST_FILM_BYTES = 2**26, 2**29
@@ -108,7 +108,7 @@ class Filmer:
                 return path.read_bytes()
         except (Exception, SystemExit) as error:
             self._recorder = None  # what has failed may be broken
-            return str(error) if isinstance(error, VideoError) else describe(error)
+            return str(error) if isinstance(error, VideoError) else error_line(error)
 
 
 def check_picture(frame: Any) -> np.ndarray:

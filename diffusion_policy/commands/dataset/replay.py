@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
-from diffusion_policy.basics import lines
+from diffusion_policy.basics.text import error_line
 from diffusion_policy.commands.environment import choose_env_spec
 from diffusion_policy.commands.interrupts import Failed
 from diffusion_policy.commands.options.dataset import Replay
@@ -132,7 +132,7 @@ def film(path: Path, spec: EnvSpec, scripts: Sequence[Script], rate: float) -> N
         path.parent.mkdir(parents=True, exist_ok=True)
         write_video(path, tile(films, columns=2), rate)
     except Exception as error:  # somebody else's simulator draws
-        raise Failed(f"no video: {lines.describe(error)}") from error
+        raise Failed(f"no video: {error_line(error)}") from error
     console.print(f"video in {path}")
 
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from diffusion_policy.basics.digits import three_digits
+from diffusion_policy.basics.text import three_digits
 
 
 @pytest.mark.parametrize(
