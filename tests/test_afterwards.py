@@ -21,7 +21,8 @@ import torch
 from diffusion_policy.basics.files import WRITING, FileError
 from diffusion_policy.checkpoints.checkpoint import find
 from diffusion_policy.checkpoints.safe_files import describe
-from diffusion_policy.commands import afterwards, evaluate, pictures
+from diffusion_policy.commands import afterwards, evaluate, losses, pictures
+from diffusion_policy.commands.afterwards import RESULTS
 from diffusion_policy.commands.episodes import observe
 from diffusion_policy.commands.evaluate import Evaluate
 from diffusion_policy.commands.interrupts import Failed, Interrupted
@@ -31,8 +32,7 @@ from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs import protocols
 from diffusion_policy.envs.avoid import AvoidEnv
 from diffusion_policy.evaluation.episode import Episode
-from diffusion_policy.report import page as report
-from diffusion_policy.report import video
+from diffusion_policy.report import page, video
 
 NO_OPTIONS: Any = ()
 """Of what `rolled_out` puts in the place of functions."""
@@ -52,7 +52,7 @@ def rolled_out(run: Path) -> Iterator[None]:
         patch.setattr(evaluate, "run_episodes", lambda *_, **__: episodes)
         patch.setattr(evaluate, "repeats_by_seed", lambda *_: True)
         patch.setattr(evaluate, "LATENCY_PLANS", 6)
-        patch.setattr(report, "to_png", lambda _: b"")
+        patch.setattr(page, "to_png", lambda _: b"")
         yield
 
 
@@ -72,6 +72,10 @@ def fail(error: BaseException) -> Callable[..., Any]:
     return raise_it
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(each.name for each in folder.iterdir())
+
+
 def kept(command: Evaluate) -> dict[str, Any]:
     results = json.loads((command.output / "results.json").read_text())
     assert [one["seed"] for one in results["outcomes"]] == [100_000, 100_001]
@@ -84,9 +88,9 @@ def test_whatever_render_does_costs_films_only(command: Evaluate, monkeypatch: p
     assert filmed.run() == kept(filmed)
     said = " ".join(capsys.readouterr().err.split())
     assert len(re.findall(r"no film of seeds \d+, \d+: RuntimeError: no display \[/dev/null\]", said)) == 1
-    page = (filmed.output / "report.html").read_text()
-    assert "no film of seeds" in page
-    assert "<video" not in page
+    html = (filmed.output / "report.html").read_text()
+    assert "no film of seeds" in html
+    assert "<video" not in html
 
 
 AFTER = [
@@ -101,9 +105,9 @@ AFTER = [
     (AvoidEnv, "choice", lambda env, row, actions: 1 / 0, "jerk and commitment are not measured: ZeroDivisionError"),
     (evaluate, "measure_latency", fail(MemoryError()), "the time of planning could not be measured: MemoryError"),
     (evaluate, "sample_starts", fail(RuntimeError("CUDA out of memory")), "diversity could not be measured: RuntimeE"),
-    (pictures, "_one_of_each_mode", fail(ValueError("odd")), "no episodes could be chosen to show: odd"),
+    (pictures, "choose_shown", fail(ValueError("odd")), "no episodes could be chosen to show: odd"),
     (pictures, "open_recorded", fail(OSError(5, "Input/output error")), "no demonstrations are drawn: OSError"),
-    (report, "draw_training", fail(ValueError("image too large")), "could not be written with its pictures: image too"),
+    (page, "draw_training", fail(ValueError("image too large")), "could not be written with its pictures: image too"),
 ]
 
 
@@ -131,15 +135,17 @@ def test_a_page_that_no_disk_holds_leaves_the_results_and_is_written_by_the_same
     command: Evaluate, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     with pytest.MonkeyPatch.context() as full:
-        full.setattr(report, "write_whole", fail(FileError("cannot write the page: No space left on device")))
+        full.setattr(page, "write_whole", fail(FileError("cannot write the page: No space left on device")))
         results = command.run()
     assert "the same command tries the page again" in " ".join(capsys.readouterr().err.split())
-    assert [each.name for each in command.output.iterdir()] == ["results.json"]
+    assert names(command.output) == ["episodes.zarr", "results.json"]
     monkeypatch.setattr(evaluate, "run_episodes", no_rollouts)
     assert command.run() == results == kept(command)
     said = " ".join(capsys.readouterr().err.split())
-    assert "was there already: no episode was run again, and its page is without paths, plans and films" in said
+    assert f"{RESULTS} was there already: no episode was run again" in said
+    assert "without paths" not in said
     assert "was there already" in (command.output / "report.html").read_text()
+    assert "What might have been planned" in (command.output / "report.html").read_text()
     with pytest.raises(ValueError, match="already holds something"):
         command.run()
 
@@ -203,7 +209,7 @@ def test_results_of_another_evaluation_are_never_taken_for_these(
     command: Evaluate, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], name: str
 ) -> None:
     with pytest.MonkeyPatch.context() as full:
-        full.setattr(report, "write_whole", fail(FileError("full")))
+        full.setattr(page, "write_whole", fail(FileError("full")))
         command.run()
     before = (command.output / "results.json").read_bytes()
     monkeypatch.setattr(evaluate, "run_episodes", no_rollouts)
@@ -219,7 +225,7 @@ def test_what_a_killed_evaluation_left_is_removed_and_nothing_else(command: Eval
     command.output.mkdir()
     (command.output / f"{WRITING}results.json").write_text('{"half')
     command.run()
-    assert sorted(each.name for each in command.output.iterdir()) == ["report.html", "results.json"]
+    assert names(command.output) == ["episodes.zarr", "report.html", "results.json"]
     for name in ("notes.txt", "report.html", f"{WRITING}notes.txt"):
         shutil.rmtree(command.output)
         command.output.mkdir()
@@ -253,10 +259,10 @@ def test_where_a_seed_repeats_no_episode_that_is_said_and_nothing_is_filmed(
     results = Evaluate(**{**vars(command), "videos": 2}).run()
     assert results["seeds_repeat"] is False
     said = " ".join(capsys.readouterr().err.split())
-    page = " ".join((command.output / "report.html").read_text().split())
+    html = " ".join((command.output / "report.html").read_text().split())
     for words in ("does not repeat an episode by its seed", "no films: they replay episodes from their seeds"):
         assert words in said
-        assert words in page
+        assert words in html
 
 
 def test_only_a_metrics_file_of_losses_is_drawn(command: Evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,15 +279,15 @@ def test_only_a_metrics_file_of_losses_is_drawn(command: Evaluate, monkeypatch: 
         b'{"step": 5, "lo',
     ]
     drawn = [{"step": 1, "loss": 0.5, "validation_loss": None}, {"step": 4, "loss": 0.25, "validation_loss": 0.5}]
-    assert pictures.parse_losses(b"\n".join(lines)) == drawn
-    assert pictures.parse_losses(b"") == []
-    assert len(pictures.parse_losses(b'{"step": 1, "loss": 1}\n' * 50_000)) <= pictures.MOST_LOSSES
+    assert losses.parse_losses(b"\n".join(lines)) == drawn
+    assert losses.parse_losses(b"") == []
+    assert len(losses.parse_losses(b'{"step": 1, "loss": 1}\n' * 50_000)) <= losses.MOST_LOSSES
 
 
 def test_a_metrics_file_that_is_a_pipe_is_not_waited_for(run: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "metrics.jsonl")
     remarks = afterwards.Remarks()
-    assert pictures._training(tmp_path, remarks) == []
+    assert losses.read_losses(tmp_path, remarks) == []
     assert "is no regular file" in remarks.sentences[0]
 
 
@@ -345,7 +351,7 @@ def test_a_full_disk_costs_the_page_only(run: Path, tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "No space left on device" in done.stderr
-        assert [each.name for each in (disk / "e").iterdir()] == ["results.json"]
+        assert names(disk / "e") == ["results.json"]
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
         assert subprocess.run(command, check=False, capture_output=True).returncode == 0
         assert (disk / "e" / "report.html").exists()

@@ -12,8 +12,9 @@ import pytest
 
 from diffusion_policy.envs.scene import Scene
 from diffusion_policy.evaluation.comparison import compare
+from diffusion_policy.report.comparison_page import write_comparison
 from diffusion_policy.report.evaluation_figures import draw_delay, mode_colors
-from diffusion_policy.report.page import Fan, Moment, Pictures, PlanePath, Video, write_comparison, write_report
+from diffusion_policy.report.page import Fan, Moment, Pictures, PlanePath, Video, write_report
 from diffusion_policy.report.svg import LEAF_HEIGHT, MOST_POINTS, Plane, Tree, mode_tree
 from diffusion_policy.report.text import Line, number, number_interval, scorecard_lines, share, share_interval, tiles
 

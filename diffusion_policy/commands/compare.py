@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusion_policy.basics.files import format_json, write_whole
+from diffusion_policy.commands.kept_episodes import has_kept, read_paths
 from diffusion_policy.commands.options.compare import Compare
 from diffusion_policy.commands.outputs import require_fresh
 from diffusion_policy.commands.terminal import console, out
 from diffusion_policy.config import ConfigError
 from diffusion_policy.evaluation.comparison import Comparison, compare
 from diffusion_policy.evaluation.results import read_results
-from diffusion_policy.report.page import write_comparison
+from diffusion_policy.report.comparison_page import PathPairs, write_comparison
 from diffusion_policy.report.text import share, share_interval
 
 
@@ -38,9 +39,25 @@ def run(options: Compare) -> Comparison:
         out.print(f"A is {options.a}, B is {options.b}")
         out.print(comparison.sentence)
     if options.output is not None:
-        write_comparison(options.output / "comparison.html", first, second, result)
+        pairs = read_pairs(options, first, second)
+        write_comparison(options.output / "comparison.html", first, second, result, pairs)
         console.print(f"page in {options.output}/comparison.html", soft_wrap=True)
     return comparison
+
+
+def read_pairs(options: Compare, a: Mapping[str, Any], b: Mapping[str, Any]) -> PathPairs | None:
+    """The paths of the episodes that both evaluations have kept; None, with a word on it, where one has none that can
+    be drawn."""
+    if not (has_kept(options.a) and has_kept(options.b)):
+        return None
+    try:
+        (scene, of_a), (scene_b, of_b) = read_paths(options.a, a), read_paths(options.b, b)
+    except ValueError as error:
+        console.print(f"the page is without paths: {error}", soft_wrap=True)
+        return None
+    if scene is None or scene_b is None:
+        return None
+    return PathPairs(scene, {name: (of_a[name], of_b[name]) for name in of_a.keys() & of_b.keys()})
 
 
 def tell_task(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """diffusion-policy evaluate: success per mode, as results.json and a page."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.table import Table
@@ -18,6 +19,7 @@ from diffusion_policy.commands.episodes import (
     sample_starts,
 )
 from diffusion_policy.commands.interrupts import Failed, Interrupted
+from diffusion_policy.commands.kept_episodes import choose_kept, has_kept, keep_episodes, read_kept, trace
 from diffusion_policy.commands.options.evaluate import Evaluate
 from diffusion_policy.commands.pictures import gather_pictures, without_episodes
 from diffusion_policy.commands.policy_in_env import (
@@ -30,9 +32,10 @@ from diffusion_policy.commands.terminal import console
 from diffusion_policy.control.controller import require_horizons
 from diffusion_policy.control.policy_planner import PolicyPlanner
 from diffusion_policy.envs.adapters import capped_steps
-from diffusion_policy.envs.protocols import repeats_by_seed
+from diffusion_policy.envs.protocols import as_drawable, repeats_by_seed
+from diffusion_policy.envs.scene import Scene
 from diffusion_policy.evaluation import metrics
-from diffusion_policy.evaluation.episode import Episode
+from diffusion_policy.evaluation.episode import Episode, Trace
 from diffusion_policy.evaluation.results import FORMAT_VERSION, read_results
 from diffusion_policy.report.page import NO_PICTURES, Pictures, write_report
 from diffusion_policy.report.text import caveats, scorecard_lines
@@ -90,24 +93,36 @@ def tell_asked(options: Evaluate, loaded: PolicyInEnv) -> dict[str, Any]:
 
 
 def evaluate(evaluation: Evaluation) -> dict[str, Any]:
-    """Roll out under each delay, keep the results, then do what may fail."""
-    options, remarks = evaluation.options, evaluation.remarks
+    """Roll out under each delay, keep results and episodes, then do what may fail."""
     rolled_out, results = roll_out_each_delay(evaluation)
-    try:
-        episodes = rolled_out[options.delay_steps[0]].episodes
-        results["seeds_repeat"] = tell_seeds_repeat(evaluation)
-        with console.status("measuring diversity and latency"):
-            results |= plain(measure_plans(evaluation, episodes))
-        remarks.attempt("what was measured after the rollouts is not kept", lambda: keep(options, results), None)
+    return finish(evaluation, results, rolled_out[evaluation.options.delay_steps[0]].episodes)
+
+
+def finish(evaluation: Evaluation, results: dict[str, Any], episodes: Sequence[Episode]) -> dict[str, Any]:
+    """Measure what is not measured yet, and write the page; returns all results."""
+    options, remarks = evaluation.options, evaluation.remarks
+    with telling_what_is_kept(options):
+        if "seeds_repeat" not in results:
+            results = {**results, "seeds_repeat": tell_seeds_repeat(evaluation)}
+            with console.status("measuring diversity and latency"):
+                results |= plain(measure_plans(evaluation, episodes))
+            remarks.attempt("what was measured after the rollouts is not kept", lambda: keep(options, results), None)
         print_scorecard(results)
         with console.status("filming and drawing"):
             pictures = take_pictures(evaluation, results, episodes)
         write_page(evaluation, results, pictures)
+    return results
+
+
+@contextlib.contextmanager
+def telling_what_is_kept(options: Evaluate) -> Iterator[None]:
+    """Ctrl-C within is Interrupted, with what can be done with the results."""
+    try:
+        yield
     except KeyboardInterrupt:
         raise Interrupted(
             f"stopped; the results are in {options.output}/{RESULTS}, and the same command writes their page"
         ) from None
-    return results
 
 
 def roll_out_each_delay(evaluation: Evaluation) -> tuple[dict[int, RolledOut], dict[str, Any]]:
@@ -130,7 +145,24 @@ def roll_out_each_delay(evaluation: Evaluation) -> tuple[dict[int, RolledOut], d
         with console.status("counting"):
             results = plain({**evaluation.asked, **count_results(evaluation, rolled_out)})
         keep(options, results)
+        if len(rolled_out) == 1:
+            with telling_what_is_kept(options), console.status("keeping the episodes"):
+                keep_first(evaluation, results, rolled_out[delay].episodes)
     return rolled_out, results
+
+
+def keep_first(evaluation: Evaluation, results: Mapping[str, Any], episodes: Sequence[Episode]) -> None:
+    """Write episodes.zarr, those under the first delay; where that fails it is a remark."""
+    output, remarks, plane = evaluation.options.output, evaluation.remarks, as_drawable(evaluation.loaded.env)
+    kept = choose_kept(episodes)
+    if kept and len(kept) < len(episodes):
+        remarks.say(f"only the first {len(kept)} of {len(episodes)} episodes are kept, which are large")
+
+    def trace_all() -> tuple[Scene, list[Trace]] | None:
+        return (plane.scene, [trace(episode, plane) for episode in kept]) if plane is not None else None
+
+    traced = remarks.attempt("the episodes are kept without their paths", trace_all, None) or (None, [])
+    remarks.attempt("the episodes are not kept", lambda: keep_episodes(output, results, kept, *traced), None)
 
 
 def roll_out(evaluation: Evaluation, delay: int) -> RolledOut:
@@ -162,10 +194,15 @@ def go_on(evaluation: Evaluation) -> dict[str, Any]:
     delays = tuple(row.get("steps") for row in results["delay"])
     if delays != options.delay_steps:
         console.print(f"the results are of --delay-steps {' '.join(map(str, delays))} only")
-    remarks.say(
-        f"{options.output}/{RESULTS} was there already: no episode was run again, and its page is without paths, "
-        "plans and films"
-    )
+    there = f"{options.output}/{RESULTS} was there already: no episode was run again"
+    without = f"{there}, and its page is without paths, plans and films"
+    if not has_kept(options.output):
+        remarks.say(without)
+    elif kept := remarks.attempt(without, lambda: read_kept(options.output, results), None):
+        remarks.say(there)
+        if len(kept.episodes) < len(results["outcomes"]):
+            remarks.say(f"paths, plans and films are of the first {len(kept.episodes)} episodes, which were kept")
+        return finish(evaluation, results, kept.episodes)
     print_scorecard(results)
     write_page(evaluation, results, without_episodes(options.checkpoint, remarks))
     return results

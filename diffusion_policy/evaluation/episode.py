@@ -50,3 +50,12 @@ class FailedEpisode:
     seed: int
     repeat: int
     reason: str
+
+
+class Trace(NamedTuple):
+    """One episode in the plane of its environment."""
+
+    path: np.ndarray
+    """Where it went, (steps + 1, 2)."""
+    plans: dict[int, np.ndarray]
+    """Where each plan would have led, (H + 1, 2), by the step at which it was made."""

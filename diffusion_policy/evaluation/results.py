@@ -3,6 +3,9 @@
 Knows its fields and their types. Knows no page and no policy.
 """
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -113,6 +116,11 @@ class Results:
     """Steps after which the toolkit ended the episodes, where the environment has no time limit."""
 
 
+ASKED = (
+    "environment", "env_kwargs", "wrappers", "signals", "checkpoint", "training_steps", "weights_sha256", "repeats",
+    "seeds", "sampling", "planning_batch",
+)  # fmt: skip
+"""The fields that say what was asked, and so decide the outcomes."""
 LISTS = {"seeds": int, "errors": FailedEpisode, "outcomes": Outcome, "mode_failures": FailedEpisode}
 """What else it holds, as many as there are episodes."""
 YOUNGER = {"mode_failures"}
@@ -136,6 +144,13 @@ def read_results(path: Path) -> dict[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"{file} holds no outcomes and numbers as evaluate writes them: {error}") from error
     return tree
+
+
+def fingerprint(results: Mapping[str, Any]) -> str:
+    """SHA-256 of what was evaluated and how each episode ended, which no later measurement changes: by it a page and
+    kept episodes know their evaluation."""
+    tree = {name: results.get(name) for name in (*ASKED, "outcomes")}
+    return hashlib.sha256(json.dumps(plain(tree), sort_keys=True).encode()).hexdigest()
 
 
 def _refuse_newer(file: Path, version: Any) -> None:

@@ -1,10 +1,11 @@
-"""Figures and pages of evaluations: one HTML file each that works offline.
+"""The page of an evaluation: one HTML file that works offline; and what all pages share.
 
 Knows results and pictures as plain data. Knows no simulator, no policy and no dataset.
 """
 
 import base64
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ import matplotlib.colors
 import numpy as np
 from matplotlib.figure import Figure
 
-from diffusion_policy.basics.files import write_whole
+from diffusion_policy.basics.files import open_regular, write_whole
 from diffusion_policy.evaluation.metrics import NONE
+from diffusion_policy.evaluation.results import fingerprint
 from diffusion_policy.report import text
 from diffusion_policy.report.evaluation_figures import (
     FEW_COLORS,
@@ -61,6 +63,15 @@ class Video(NamedTuple):
     mp4: bytes
 
 
+class PageMark(NamedTuple):
+    """What a page says of itself."""
+
+    evaluation: str
+    """`results.fingerprint` of its results."""
+    shows: tuple[str, ...]
+    """What only checkpoint and simulator give: films, demonstrations, sampled plans."""
+
+
 class Pictures(NamedTuple):
     """What the page shows beside numbers; a part that is empty or None is left out."""
 
@@ -76,14 +87,16 @@ class Pictures(NamedTuple):
     """What could not be shown, and why, a sentence each."""
 
 
+MARK_WITHIN = 2**17
+"""A page says in its first bytes what it is."""
 NO_PICTURES = Pictures(None, (), (), (), (), ())
 
 
 def write_report(path: Path, results: Mapping[str, Any], pictures: Pictures) -> None:
     """Write the page of one evaluation, whole or not at all; `results` is what results.json holds."""
-    colors = _colors(results)
+    colors = choose_colors(results)
     lines = text.scorecard_lines(results)
-    tree = _tree(results)
+    tree = make_tree(results)
     figures = {
         "paths": _draw_paths(pictures, pictures.scene, colors) if pictures.scene else None,
         "modes": draw_modes(results, colors) if text.known_modes(results) and not tree else None,
@@ -108,53 +121,36 @@ def write_report(path: Path, results: Mapping[str, Any], pictures: Pictures) -> 
         tree=tree,
         colors=colors,
         episodes_of=_episodes_of(results),
-        plane=_plane(pictures.scene) if pictures.scene else None,
+        plane=to_svg_units(pictures.scene) if pictures.scene else None,
         videos=videos,
         data=_page_data(results, pictures, colors),
         remarks=(*text.caveats(results), *pictures.remarks),
+        mark=_mark(results, pictures),
+        sampled=_are_sampled(pictures),
     )
     write_whole(path, html)
 
 
-def write_comparison(path: Path, a: Mapping[str, Any], b: Mapping[str, Any], comparison: Mapping[str, Any]) -> None:
-    """Write the page of two evaluations side by side: `a` and `b` are what their results.json hold, `comparison` is a
-    `comparison.Comparison` as a dictionary."""
-    colors = _colors({"modes": {**a["modes"], **b["modes"]}})
-    of_a, of_b = ({(one["seed"], one["repeat"]): one for one in results["outcomes"]} for results in (a, b))
-    discordant = sorted(map(tuple, (*comparison["only_a_seeds"], *comparison["only_b_seeds"])))
-    by_name = {line.name: line for line in text.scorecard_lines(b)}
-    template = templates().get_template("report_compare.html.jinja")
-    html = template.render(
-        a=_side(a, colors),
-        b=_side(b, colors),
-        comparison=comparison,
-        discordant=[(of_a[name], of_b[name]) for name in discordant],
-        differences=_differences(a, b),
-        lines=[(line, by_name[line.name]) for line in text.scorecard_lines(a) if line.name in by_name],
-        colors=colors,
-    )
-    write_whole(path, html)
+def read_mark(path: Path) -> PageMark | None:
+    """What a page says of itself; None for a page of another kind. Raises FileError for no regular file."""
+    with open_regular(path) as file:
+        head = file.read(MARK_WITHIN).decode(errors="replace")
+    found = re.search(r'<meta name="evaluation" content="([0-9a-f]{64})" data-shows="([a-z, ]*)">', head)
+    return PageMark(found[1], tuple(filter(None, found[2].split(", ")))) if found else None
 
 
-def _side(results: Mapping[str, Any], colors: Mapping[str, str]) -> dict[str, Any]:
-    """One of two evaluations."""
-    tree = _tree(results)
-    bars = embed(draw_modes(results, colors)) if text.known_modes(results) and not tree else None
-    tiles = text.tiles(text.scorecard_lines(results))
-    return {"results": results, "tiles": tiles, "tree": tree, "modes": bars}
+def _mark(results: Mapping[str, Any], pictures: Pictures) -> PageMark:
+    shows = {
+        "films": pictures.videos,
+        "demonstrations": pictures.demonstrated,
+        "sampled plans": _are_sampled(pictures),
+    }
+    return PageMark(fingerprint(results), tuple(name for name, there in shows.items() if there))
 
 
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Settings in which two evaluations differ: name, that of A, that of B."""
-    settings_a, settings_b = (
-        {name: results[name] for name in ("checkpoint", "training_steps", "repeats", "planning_batch")}
-        | results["sampling"]
-        | results["backend"]
-        for results in (a, b)
-    )
-    names = dict.fromkeys((*settings_a, *settings_b))
-    both = [(name, settings_a.get(name), settings_b.get(name)) for name in names]
-    return [(name, one, other) for name, one, other in both if one != other]
+def _are_sampled(pictures: Pictures) -> bool:
+    """Whether several plans are shown for a moment: what might have been planned, not what was."""
+    return any(len(moment.plans) > 1 for fan in pictures.fans for moment in fan.moments)
 
 
 def templates() -> jinja2.Environment:
@@ -178,19 +174,19 @@ def templates() -> jinja2.Environment:
     return environment
 
 
-def _colors(results: Mapping[str, Any]) -> dict[str, str]:
+def choose_colors(results: Mapping[str, Any]) -> dict[str, str]:
     """A colour for every mode; paths of an environment without modes are not grey."""
     return mode_colors(text.known_modes(results)) if text.known_modes(results) else {NONE: FEW_COLORS[0]}
 
 
-def _tree(results: Mapping[str, Any]) -> Tree | None:
+def make_tree(results: Mapping[str, Any]) -> Tree | None:
     succeeded = {label: count["successes"] for label, count in results["modes"].items()}
     return mode_tree(text.known_modes(results), succeeded, results["demonstrations"]["modes"])
 
 
 def _draw_paths(pictures: Pictures, scene: SceneLike, colors: Mapping[str, str]) -> Figure:
     """All paths, and the first fan at its first moment."""
-    first = next((fan.moments[0].plans for fan in pictures.fans if fan.moments), None)
+    first = next((fan.moments[0].plans for fan in pictures.fans if fan.moments and _are_sampled(pictures)), None)
     return draw_paths(scene, pictures.demonstrated, pictures.rolled_out, first, colors)
 
 
@@ -209,7 +205,7 @@ def _episodes_of(results: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     }
 
 
-def _plane(scene: SceneLike) -> dict[str, Any]:
+def to_svg_units(scene: SceneLike) -> dict[str, Any]:
     """The scene in SVG units."""
     plane = Plane(scene)
 
