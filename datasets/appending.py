@@ -1,7 +1,7 @@
-"""Appending to a store: rows, then what is known of each episode, then the commit, put on the disk in this order.
+"""Appends episodes to a store and commits them: first the rows, then what is known of each episode, then the ends.
 
-A writer killed at any moment, or without power, loses only what it had not committed: `drop_uncommitted` makes the
-store as if that had never been written.
+Each part is on the disk before the next is written. A writer that is killed loses only what it had not committed;
+`drop_uncommitted` removes the rest of an interrupted append.
 Knows zarr, arrays and files. Knows no environment and no policy.
 """
 

@@ -1,6 +1,6 @@
-"""The arrays of a store as zarr has them: which there are, whether they can be decoded, and where episodes end.
+"""The zarr arrays of a store: which exist, whether they can be decoded safely, and where episodes end.
 
-What a stranger's files make zarr raise becomes a StoreError that names the store and the array.
+An exception that a file of unknown origin makes zarr raise becomes a StoreError that names the store and the array.
 Knows zarr and files. Knows no observation and no policy.
 """
 
@@ -143,7 +143,7 @@ class StoredArrays:
 
     @contextlib.contextmanager
     def foreign(self, path: str, what: str = "") -> Iterator[None]:
-        """Whatever a stranger's files make zarr raise becomes a StoreError; nothing else does."""
+        """Turn whatever zarr raises about a file into a StoreError that names the array."""
         try:
             yield
         except StoreError:

@@ -1,4 +1,4 @@
-"""What the attributes of a store must be that we read.
+"""Checks the attributes of a store.
 
 Knows plain JSON. Knows no arrays and no files.
 """

@@ -1,5 +1,5 @@
-"""Checksums of episodes that know their array and their place, so that rows which were exchanged are found, though each
-chunk of them is whole.
+"""Checksums of episodes. They cover the name of the array and the index of the episode, so that they detect exchanged
+rows even where every chunk is intact.
 
 Knows bytes. Knows no store.
 """

@@ -1,4 +1,4 @@
-"""Environment + expert → store. Both are passed in; so is the map that spreads the work over processes.
+"""Collects demonstrations: environment and expert → store. Both are passed in, and so is the map over processes.
 
 Knows seeds, modes and noise. Knows no simulator.
 """
@@ -44,7 +44,7 @@ class Demonstrator:
     """
 
     def __init__(self, make_env: Callable[[], Any], make_expert: Callable[[Any], Expert], noise: float) -> None:
-        """`make_env` makes an environment as `envs.adapters.Task` does; `make_expert` is called with the label of a
+        """`make_env` makes an environment as `envs.adapters.EnvSpec` does; `make_expert` is called with the label of a
         mode, with None where the environment lists none; `noise`: standard deviation, as a share of the length of the
         expert's action. Raises DemonstratorError for what cannot be."""
         if not (isinstance(noise, int | float) and 0 <= noise < math.inf):
@@ -61,13 +61,13 @@ class Demonstrator:
         if not isinstance(getattr(space, "spaces", None), Mapping):
             raise DemonstratorError(
                 f"the environment must observe a dict of arrays; got {space}; make it with "
-                "diffusion_policy.envs.adapters.Task"
+                "diffusion_policy.envs.adapters.EnvSpec"
             )
         known = [name for name in ("modes", "mode") if self._env.has_wrapper_attr(name)]
         if len(known) < 2 or not callable(self._env.get_wrapper_attr("mode")):
             raise DemonstratorError(
                 "the environment must have modes and mode(observations); make it with "
-                "diffusion_policy.envs.adapters.Task"
+                "diffusion_policy.envs.adapters.EnvSpec"
             )
 
     def __call__(self, seed: int) -> Demonstration:

@@ -1,4 +1,4 @@
-"""Stores joined, and a store cut in two, episode by episode.
+"""Merges stores, and splits a store into two, episode by episode.
 
 Knows stores and conversion. Knows no environment and no policy.
 """

@@ -1,5 +1,5 @@
-"""Consolidated metadata: the copy of all metadata of a group that other tools make, and that grows stale where a writer
-does not know of it.
+"""Consolidated metadata: a copy of all metadata of a group, made by other tools. It becomes stale where a writer does
+not update it.
 
 Knows zarr groups. Knows no episodes.
 """

@@ -1,7 +1,7 @@
-"""Other tools' datasets ↔ the store: `convert`, `read`, `write`, for all formats of `formats.FORMATS`.
+"""Converts datasets between the store and other formats: `convert`, `read`, `write`, `detect`.
 
-Every format is read as the same thing, `Contents`; of them is chosen, once for all, what a copy takes, a `Source`. A
-format that can be written has a function that writes a `Source`. Nothing is ever unpickled.
+A format's reader returns `Contents`; `choice` selects from them what a copy takes, a `Source`; a format's writer takes
+a `Source`. Nothing is ever unpickled.
 
 Knows files. Knows no environment and no policy.
 """

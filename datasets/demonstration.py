@@ -1,4 +1,4 @@
-"""What an episode is while it is recorded, read, copied or joined: rows by name, and what is known of it.
+"""One episode as it is recorded, read, copied or merged: rows by name, and what is known of it.
 
 Knows arrays. Knows no files.
 """

@@ -1,4 +1,4 @@
-"""Files that are on the disk before they take their names, so that a loss of power takes nothing that was committed.
+"""Writes files that survive a loss of power: a file is on the disk before it gets its final name.
 
 Knows files, and zarr's store of a folder. Knows no arrays and no episodes.
 """

@@ -1,6 +1,6 @@
-"""What a stranger's array must be before one of its bytes is decoded: numbers, known codecs, chunks of a sane size that
-are there and that do not unpack into more than they should. So nothing is unpickled, and neither metadata nor a small
-file can make anything large.
+"""Checks an array of unknown origin before any of its bytes is decoded: it must hold numbers, use known codecs, and
+have chunks that are stored, of limited size, and that do not unpack into more. So nothing is unpickled, and neither
+metadata nor a small file can fill the memory.
 
 Knows zarr arrays. Knows no episodes.
 """

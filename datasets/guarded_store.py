@@ -1,5 +1,5 @@
-"""The files of a store that a stranger may have made, read within bounds: wherever they lie (folder, zip, web server,
-any file system of fsspec), none is read that is no regular file, larger than it may be, or would unpack into more.
+"""Reads the files of a store of unknown origin within bounds, from a folder, a zip, a web server or any fsspec file
+system: only regular files, none larger than allowed, none that would unpack into more than allowed.
 
 Knows zarr's stores. Knows neither arrays nor episodes.
 """

@@ -1,4 +1,4 @@
-"""What a packed chunk would unpack into, told from its first bytes before it does.
+"""Computes from the first bytes of a compressed chunk what it would unpack into.
 
 Knows bytes. Knows neither stores nor arrays.
 """

@@ -1,5 +1,5 @@
-"""Mends in place what `validate` names, as far as no episode is touched and a kill at any moment leaves the store as it
-was or mended.
+"""Repairs in place what `validate` finds. No episode changes, and a kill at any moment leaves the store as it was or
+repaired.
 
 Knows stores. Knows no policy.
 """

@@ -1,4 +1,4 @@
-"""What a normalizer needs to know of rows, in one pass over blocks of any size: limits, moments, quantiles.
+"""Statistics that a normalizer needs, in one pass over blocks of any size: limits, moments, quantiles.
 
 Knows arrays. Knows no file.
 """

@@ -1,4 +1,4 @@
-"""Where a store lies and how its arrays are laid out: zarr groups in folders, zips and behind URLs; a lock; new arrays.
+"""Opens the zarr group of a store in a folder, a zip or behind a URL; locks it; creates its arrays.
 
 Knows zarr and files. Knows no episodes.
 """

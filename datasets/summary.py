@@ -1,4 +1,7 @@
-"""What one pass over a store finds: the fingerprint of its rows, and statistics of the episodes to learn from."""
+"""One pass over a store: the fingerprint of its rows, and statistics of the chosen episodes.
+
+Knows stores. Knows no policy.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Every problem of a store, in one pass that reads each chunk once.
+"""Finds every problem of a store in one pass that reads each chunk once.
 
 Knows stores. Knows no policy.
 """

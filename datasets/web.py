@@ -1,7 +1,7 @@
-"""Stores on web servers, of whose answers none is larger, slower or from elsewhere than it may be.
+"""Reads stores on web servers. No answer may be larger, slower or from another server than allowed.
 
-Only the server that the user named is asked: no redirect leads to another. An answer is read in pieces and counted,
-never unpacked, and given up where it is silent or drips. Needs aiohttp, which is an extra.
+Only the server that the user named is asked; no redirect leads to another. An answer is read in pieces and counted,
+never decompressed, and given up when it stalls or is too slow. Needs aiohttp, which is an extra.
 """
 
 import asyncio

@@ -1,5 +1,5 @@
-"""Windows of To observations and T actions, cut from episodes and gathered a batch at a time: from arrays in memory (or
-on the GPU), or streamed from a store in shuffled blocks with bounded memory.
+"""Windows of To observations and T actions, cut from episodes and gathered in batches: from arrays in memory (or on the
+GPU), or streamed from a store in shuffled blocks with bounded memory.
 
 Knows arrays and stores. Knows no policy.
 """

@@ -1,9 +1,9 @@
-"""Any other Gymnasium environment made a task of ours: flat observations, rows of actions, success, modes, an end.
+"""Makes any other Gymnasium environment a task: flat observations, rows of actions, success, modes, a time limit.
 
-    task = EnvSpec("panda_gym:PandaReach-v3")                                      # it says info["is_success"] itself
-    task = EnvSpec("MountainCarContinuous-v0", success="return>=90",
-                mode="diffusion_policy.envs.examples:mountain_car_mode", modes=("left", "right"))
-    env = task()
+    spec = EnvSpec("panda_gym:PandaReach-v3")                                   # it says info["is_success"] itself
+    spec = EnvSpec("MountainCarContinuous-v0", success="return>=90",
+                   mode="diffusion_policy.envs.examples:mountain_car_mode", modes=("left", "right"))
+    env = spec()
 
 Knows Gymnasium's environments and the user's functions. Knows no task.
 """
@@ -111,7 +111,7 @@ class Capped(gymnasium.wrappers.TimeLimit):
 
 
 def capped_steps(env: gymnasium.Env) -> int | None:
-    """Steps after which a EnvSpec ends the episodes of an environment that has no time limit; None where it has one."""
+    """Steps after which an EnvSpec ends the episodes of an environment without a time limit; None where it has one."""
     return MOST_STEPS if any(isinstance(layer, Capped) for layer in layers(env)) else None
 
 

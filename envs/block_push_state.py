@@ -1,5 +1,4 @@
-"""What a state of BlockPush means: where blocks and targets lie, whether they are where they shall be, and in which
-mode.
+"""What a state of BlockPush means: places of blocks and targets, success, mode.
 
 Functions of states (..., 16): red block x, y [m], yaw [rad]; blue block likewise; effector x, y; commanded effector x,
 y; green target x, y, yaw; yellow target likewise. Knows no simulator.

@@ -1,6 +1,7 @@
-"""Gymnasium's contract, as somebody else's environment may keep it or break it.
+"""Checks that an environment of others keeps Gymnasium's contract.
 
-Knows Gymnasium. What is broken is said in one line that says what to do, before an answer is taken for another.
+An error says in one line what the environment does wrong and how to correct it.
+Knows Gymnasium. Knows no task.
 """
 
 import inspect

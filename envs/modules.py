@@ -1,6 +1,6 @@
-"""The user's own modules: functions and classes that are named `module:function`.
+"""Imports functions and classes of the user, named `module:function`, also from the working directory.
 
-Knows how to import, also from the working directory. Whoever calls it has made sure that the user named the module.
+The caller must make sure that the user named the module.
 """
 
 import contextlib

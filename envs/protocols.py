@@ -1,7 +1,7 @@
 """What an environment may offer beside Gymnasium's own: modes, drawing, choices; and whether a seed repeats an episode.
 
-An environment of somebody else's can have a `path` (of a file), a `scene` (of a simulator), a `mode` ("train") or a
-`choice` by chance. So nobody asks for attributes: the functions here say whether they are what is meant.
+An environment of others may have a `path` (of a file), a `scene` (of a simulator), a `mode` ("train") or a `choice`
+by chance. So no caller looks for attributes: the functions here check whether they are what is meant.
 
     task = as_drawable(env)
     if task is not None:

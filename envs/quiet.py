@@ -1,4 +1,4 @@
-"""Hiding what simulators print while they start."""
+"""Hides what simulators print when they start. Knows file descriptors. Knows no simulator."""
 
 import contextlib
 import ctypes

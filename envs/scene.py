@@ -1,4 +1,4 @@
-"""The plane in which a task is solved, described for whoever draws paths in it."""
+"""The plane of a task, for drawing. Knows shapes. Knows no simulator."""
 
 from typing import NamedTuple
 

@@ -1,7 +1,6 @@
-"""What every simulated task has: a checked render mode, a checked action, a paced step, pictures, and an end.
+"""The base of simulated tasks: it checks the render mode and actions, paces steps, renders and closes.
 
-Also the few formulas on planned paths and spaces that several tasks use. Knows Gymnasium. Knows no simulator and no
-task.
+Also formulas on planned paths and spaces that several tasks use. Knows Gymnasium. Knows no simulator and no task.
 """
 
 import os

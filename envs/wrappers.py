@@ -56,7 +56,7 @@ def describe_env(env: gymnasium.Env) -> dict[str, Any] | None:
     found = layers(env)
     for i, layer in enumerate(found):
         described = getattr(layer, "described", None)
-        if isinstance(layer, gymnasium.Wrapper) and described is not None:  # a EnvSpec has made it
+        if isinstance(layer, gymnasium.Wrapper) and described is not None:  # an EnvSpec has made it
             wrappers = [*described.get("wrappers", ()), *(_outside(one) for one in _wrappers(found[:i]))]
             return {**described, "wrappers": wrappers} if wrappers else dict(described)
     if spec is None:
@@ -185,7 +185,7 @@ def _wrappers(found: Sequence[gymnasium.Env]) -> list[dict[str, Any]]:
 
 
 def _outside(wrapped: dict[str, Any]) -> dict[str, Any]:
-    """A wrapper around an Adapter, which a EnvSpec would put within it: there observations have other names."""
+    """A wrapper around an Adapter, which an EnvSpec would put within it: there observations have other names."""
     _, _, name = str(wrapped["entry_point"]).partition(":")
     return {"entry_point": None, "name": name} if "Observation" in name else wrapped
 

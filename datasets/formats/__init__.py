@@ -1,9 +1,9 @@
-"""Formats in which demonstrations lie on disk, each a module of its own with the constant FORMAT.
+"""Formats of datasets. Each is a module with the constant FORMAT; FORMATS lists them.
 
-To add a format: write a module with `read(path) -> Contents`, `write(source, path)` where it can be written, and
-FORMAT; add it to FORMATS here. `format` says what these are, `reading`, `hdf5` and `zips` open files of strangers
-within bounds, `survey` finds what the episodes of an HDF5 file have in common. What is checked of every episode is
-checked in `choice`.
+To add a format: write a module with `read(path) -> Contents`, with `write(source, path)` if it can be written, and with
+FORMAT; add it to FORMATS here. `format` defines these types. `reading`, `hdf5`, `parquet` and `zips` open files of
+unknown origin within bounds. `survey` finds what the episodes of an HDF5 file have in common. `choice` checks every
+episode, whatever its format.
 """
 
 from diffusion_policy.datasets.formats import aloha, d4rl, lerobot, maniskill, minari, npz, robomimic, zarr_store

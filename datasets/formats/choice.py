@@ -1,7 +1,7 @@
-"""What is chosen of a dataset, and what is checked of its episodes, once for all formats.
+"""Selects what a copy takes of a dataset, and checks each of its episodes, for all formats alike.
 
-What cannot be used is left out and named, and so is what holds NaN or infinity, unless it was asked for. In the copy an
-array has the name that `join_names` gives it, and one number a step is a row (1,).
+Arrays that cannot be used, or that hold NaN or infinity, are left out and named, unless they were asked for. In the
+copy an array has the name that `join_names` gives it, and one number a step is a row (1,).
 
 Knows names and arrays. Knows no files and no format.
 """

@@ -1,4 +1,4 @@
-"""What a format is, what its reader finds in a dataset, and what its writer is given of that.
+"""Types of a format: `Contents`, which its reader returns; `Source`, which its writer takes; `Format` itself.
 
 Knows arrays. Knows no files and no particular format.
 """

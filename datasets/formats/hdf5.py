@@ -1,8 +1,8 @@
-"""HDF5 files of strangers, read within bounds, and files of ours, written so that a full disk is one error.
+"""Reads HDF5 files of unknown origin within bounds, and writes HDF5 files so that a full disk is one error.
 
-A file is walked over its hard links alone, each group once: links, external files and virtual arrays lead out of it.
-What the rows of an array would unpack into is known before they are read. Filters are those that are part of HDF5 and
-h5py, so that no plugin is looked for.
+Only hard links are followed, each group once: soft links, external files and virtual arrays lead out of the file. The
+unpacked size of rows is known before they are read. Only filters that are part of HDF5 and h5py are used, so that no
+plugin is loaded.
 
 Knows h5py. Knows no layout of groups.
 """
@@ -49,7 +49,7 @@ def numbered(names: Iterable[str], prefix: str) -> list[str]:
 
 
 class File:
-    """An open file of a stranger."""
+    """An open file of unknown origin."""
 
     def __init__(self, path: Path, file: Any) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""Spaces as Minari writes them, in JSON: what lies within, how its rows are observed, and which of Gymnasium's it is.
+"""Spaces of Gymnasium as Minari writes them in JSON: the spaces within a space, and their rows as observations.
 
 Knows Gymnasium's spaces by name. Knows no files.
 """

@@ -1,4 +1,4 @@
-"""Parquet files of strangers, read within bounds, row after row; columns of arrays as LeRobot keeps them.
+"""Reads parquet files of unknown origin within bounds, row by row; converts columns of arrays as LeRobot stores them.
 
 Knows pyarrow. Knows no layout of a dataset.
 """

@@ -1,4 +1,4 @@
-"""What all readers of strangers' files need: libraries that may be absent, sizes that are sane, errors of one line.
+"""What readers of files of unknown origin share: optional libraries, limits of size, errors of one line.
 
 Knows files. Knows no format.
 """

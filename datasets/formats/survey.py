@@ -1,4 +1,4 @@
-"""What the episodes of HDF5 files have in common, gathered without reading a row, and the rows of each.
+"""Finds what the episodes of HDF5 files have in common without reading a row; then reads the rows of an episode.
 
 Knows arrays of HDF5. Knows no layout of groups.
 """

@@ -1,4 +1,4 @@
-"""The store itself ↔ source: a copy of what is committed, written anew; as a folder, or in a zip.
+"""The store ↔ source: a copy of the committed episodes, as a folder or in a zip.
 
 Knows stores of episodes.
 """

@@ -1,4 +1,4 @@
-"""Zip archives of strangers, opened within bounds.
+"""Opens zip archives of unknown origin within bounds.
 
 Knows zips. Knows no format.
 """

@@ -1,8 +1,8 @@
-"""Files and JSON: those that a stranger may have made, read within bounds and never waited for; ours, written whole.
+"""Files and JSON: reads files of unknown origin within bounds, without waiting; writes ours whole or not at all.
 
 Only regular files, or what a link to one leads to, are opened: devices, pipes, sockets and folders are refused at once.
-A file is as large as it says and no larger than the reader allows; JSON is bounded before anything is built of it. What
-is wrong is a FileError of one line. Imports nothing of ours, and only the standard library.
+A file must not be larger than the reader allows; JSON is bounded before it is parsed. An error is a FileError of one
+line. Imports nothing of ours, and only the standard library.
 """
 
 import contextlib

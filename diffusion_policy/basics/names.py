@@ -1,4 +1,4 @@
-"""What keys and labels may be called, so that each can be a file's name, a word of a page and a line of a terminal.
+"""Valid names of keys and labels, so that each can be a file name, a word of a page and a line of a terminal.
 
 Knows text. Knows no arrays and no files.
 """

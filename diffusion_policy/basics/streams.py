@@ -1,7 +1,7 @@
-"""Streams of random numbers by name: a tag says what they are for, numbers (seed, step, ...) which of them it is.
+"""Random generators by name: a tag says what a generator is for, numbers (seed, step, ...) which of them it is.
 
-No two names give the same numbers, as (seed), (seed, 0) and (seed, 0, 0) do where numbers alone are the entropy of
-NumPy, which fills them up with zeros. Knows NumPy alone.
+Different names give different random numbers. With numbers alone as entropy, NumPy gives the same ones for (seed),
+(seed, 0) and (seed, 0, 0), as it fills up with zeros. Knows NumPy alone.
 """
 
 import hashlib

@@ -1,5 +1,4 @@
-"""Text as people read it: what strangers say (a file, a simulator, an error) as one line that a terminal shows and does
-not obey, and numbers with the three digits that count.
+"""Text of unknown origin (a file, a simulator, an error) as one line, safe for a terminal; numbers with three digits.
 
 Imports only the standard library.
 """
