@@ -18,7 +18,7 @@ from diffusion_policy.envs.block_push_state import (
     EFFECTOR,
     MODES,
     TARGETS,
-    TOLERANCE,
+    Progress,
     block_xy,
     chosen_block,
     distances,
@@ -57,10 +57,6 @@ BLOCK_SIZE = 0.04
 BLOCK_MASS = 0.01
 TABLE_FRICTION = 1.0
 TARGET_SIZE = 0.12
-MOVED = 1e-3
-"""A block has been reached when it has moved this far [m]."""
-FIRST_REWARD = 0.49
-FINAL_REWARD = 0.51
 
 TIME_STEP = 1 / 240
 SUBSTEPS = 24
@@ -89,11 +85,8 @@ class Saved(NamedTuple):
 
     physics: int
     command: np.ndarray
-    started_at: np.ndarray
     target_poses: np.ndarray
-    steps: int
-    rewards: frozenset[float]
-    events: dict[str, int]
+    progress: Progress
 
 
 class BlockPushEnv(TaskEnv):
@@ -132,10 +125,7 @@ class BlockPushEnv(TaskEnv):
         self._pristine = self._simulation.save()
         self._command = np.array(START_XY)
         self._target_poses = np.zeros((2, 3))
-        self._started_at = np.zeros((2, 2))
-        self._steps = 0
-        self._rewards: frozenset[float] = frozenset()
-        self._events: dict[str, int] = {}
+        self._progress = Progress(np.zeros((2, 2)))
 
     def _build_scene(self) -> None:
         simulation = self._simulation
@@ -168,11 +158,8 @@ class BlockPushEnv(TaskEnv):
         self._place_targets()
         self._arm.glide_to((*self._command, TOOL_Z), CONTROL_PERIOD)
         self._simulation.step(SETTLE_STEPS)
-        self._steps = 0
-        self._rewards = frozenset()
-        self._events = {}
         state = self._state()
-        self._started_at = block_xy(state)
+        self._progress = Progress(block_xy(state))
         return self._observation(state), self._info(distances(state))
 
     def _draw_blocks(self) -> np.ndarray:
@@ -202,33 +189,15 @@ class BlockPushEnv(TaskEnv):
         self._command = np.clip(action, *_BOUNDS)
         self._arm.glide_to((*self._command, TOOL_Z), CONTROL_PERIOD)
         self._simulation.step(SUBSTEPS)
-        self._steps += 1
         state = self._state()
         away = distances(state)
-        reward = self._judge(state, away)
+        self._progress, reward = self._progress.after(state, away)
         info = self._info(away)
         return Advance(self._observation(state), reward, info["is_success"], info)
 
-    def _judge(self, state: np.ndarray, away: np.ndarray) -> float:
-        """Note the events of this step; returns its reward."""
-        for i, (x, y) in enumerate((block_xy(state) - self._started_at).tolist()):
-            if math.hypot(x, y) > MOVED:
-                self._events.setdefault(f"REACH_{i}", self._steps)
-        reward = 0.0
-        for i, j in np.argwhere(away <= TOLERANCE):
-            event = f"TARGET_{i}_{j}"
-            if event not in self._events:
-                self._events[event] = self._steps
-                reward = FIRST_REWARD
-        if solved(away):
-            reward = FINAL_REWARD
-        self._rewards |= {reward}
-        return reward
-
     def _info(self, away: np.ndarray) -> dict[str, Any]:
-        score = sum(self._rewards)
-        measures = {"score": score, "p1": float(score > 0.4), "p2": float(score > 0.9)}
-        return {"is_success": bool(solved(away)), "measures": measures, "events": dict(self._events)}
+        progress = self._progress
+        return {"is_success": bool(solved(away)), "measures": progress.measures, "events": dict(progress.events)}
 
     def _state(self) -> np.ndarray:
         """The observation `state`, float32, on which all judgement rests."""
@@ -243,26 +212,13 @@ class BlockPushEnv(TaskEnv):
 
     def save_state(self) -> Saved:
         """The full state of the episode, for `restore_state` of this environment."""
-        return Saved(
-            self._simulation.save(),
-            self._command,
-            self._started_at,
-            self._target_poses,
-            self._steps,
-            self._rewards,
-            dict(self._events),
-        )
+        return Saved(self._simulation.save(), self._command, self._target_poses, self._progress)
 
     def restore_state(self, saved: Saved) -> None:
         """Return to a saved state; what follows is what followed then."""
         self._simulation.restore(saved.physics)
-        self._command = saved.command
-        self._started_at = saved.started_at
-        self._target_poses = saved.target_poses
+        self._command, self._target_poses, self._progress = saved.command, saved.target_poses, saved.progress
         self._place_targets()
-        self._steps = saved.steps
-        self._rewards = saved.rewards
-        self._events = dict(saved.events)
 
     # What a trajectory means, without a simulator
 

@@ -4,6 +4,10 @@ Functions of states (..., 16): red block x, y [m], yaw [rad]; blue block likewis
 y; green target x, y, yaw; yellow target likewise. Knows no simulator.
 """
 
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import numpy as np
 
 BLOCKS = ("red", "blue")
@@ -14,6 +18,10 @@ MODES = tuple(f"{block}-{target}" for block in BLOCKS for target in TARGETS)
 """The block that comes first, then the target in which it ends: `red-green`."""
 TOLERANCE = 0.05
 """A block is in a target when their centres are at most this far apart [m]."""
+MOVED = 1e-3
+"""A block has been reached when it has moved this far [m]."""
+FIRST_REWARD = 0.49
+FINAL_REWARD = 0.51
 NEAR = 0.06
 """A planned path that comes as near as this to a block [m] chooses it."""
 
@@ -66,6 +74,39 @@ def relative_features(state: np.ndarray) -> np.ndarray:
         pairs.reshape(*rest, 8),
     ]
     return np.concatenate(parts, axis=-1).astype(np.float32)
+
+
+class Progress(NamedTuple):
+    """What an episode has achieved so far."""
+
+    started_at: np.ndarray
+    """Where the blocks lay at the start, (2 blocks, 2) [m]."""
+    steps: int = 0
+    rewards: frozenset[float] = frozenset()
+    """The different rewards so far."""
+    events: Mapping[str, int] = {}
+    """The step at which each event was first seen."""
+
+    def after(self, state: np.ndarray, away: np.ndarray) -> tuple["Progress", float]:
+        """The progress after a step that led to a state (16,), and the step's reward; `away`: its `distances`."""
+        steps, events, reward = self.steps + 1, dict(self.events), 0.0
+        for i, (x, y) in enumerate((block_xy(state) - self.started_at).tolist()):
+            if math.hypot(x, y) > MOVED:
+                events.setdefault(f"REACH_{i}", steps)
+        for i, j in np.argwhere(away <= TOLERANCE):
+            event = f"TARGET_{i}_{j}"
+            if event not in events:
+                events[event] = steps
+                reward = FIRST_REWARD
+        if solved(away):
+            reward = FINAL_REWARD
+        return Progress(self.started_at, steps, self.rewards | {reward}, events), reward
+
+    @property
+    def measures(self) -> dict[str, float]:
+        """`score`, the sum of the different rewards; `p1` and `p2`, whether it passes 0.4 and 0.9."""
+        score = sum(self.rewards)
+        return {"score": score, "p1": float(score > 0.4), "p2": float(score > 0.9)}
 
 
 def mode_of(states: np.ndarray) -> str | None:

@@ -1,8 +1,9 @@
 """Names and shapes of observations: one definition for recorder, adapter, converters and policies.
 
 An observation is a flat dict of named arrays. A Box is called `observation`; a space within a Dict or Tuple has the
-name of its path, `camera.depth` or `joints.0`. A Box keeps its type (float64 stays float64, pictures stay uint8); Discrete and
-MultiDiscrete are one-hot, MultiBinary is 0 and 1, float32; a single number is a row (1,). An action is a row (A,).
+name of its path, `camera.depth` or `joints.0`. A Box keeps its type (float64 stays float64, pictures stay uint8);
+Discrete and MultiDiscrete are one-hot, MultiBinary is 0 and 1, float32; a single number is a row (1,). An action is a
+row (A,).
 
 Knows Gymnasium's spaces. Knows no environment.
 """

@@ -96,7 +96,7 @@ def rate(batches: Iterator, count: int, repeats: int) -> list[float]:
     return sorted(rates)
 
 
-def say(name: str, rates: list[float], unit: str = "windows/s") -> float:
+def print_rates(name: str, rates: list[float], unit: str = "windows/s") -> float:
     """Print median and spread; returns the median."""
     median = statistics.median(rates)
     print(f"{name}: {median:,.0f} {unit} ({rates[0]:,.0f} to {rates[-1]:,.0f})", flush=True)
@@ -109,8 +109,8 @@ def measure_windows(args: Args) -> None:
     windows = hold_windows(store, WIDE, range(len(store.episode_ends)), *HORIZONS)
     data = {key: store.read(key).astype(np.float32) for key in WIDE}
     loader = torch.utils.data.DataLoader(PerItem(data, store.episode_ends), BATCH, shuffle=True, drop_last=True)
-    gathered = say("gathered batches", rate(windows.batches(BATCH, 0), 500, args.repeats))
-    one_by_one = say("one item at a time", rate(iter(loader), 15, args.repeats))
+    gathered = print_rates("gathered batches", rate(windows.batches(BATCH, 0), 500, args.repeats))
+    one_by_one = print_rates("one item at a time", rate(iter(loader), 15, args.repeats))
     policy = DiffusionPolicy.for_data(PolicyConfig(), data)
     trainer = Trainer.for_policy(policy, windows, None, TrainConfig(steps=10**6))
     seconds = []
@@ -175,7 +175,7 @@ def measure_stream(args: Args) -> None:
     small, large = results
     assert small["held"]
     assert not large["held"]
-    medians = [say(name, result["rates"]) for name, result in (("in memory", small), ("streamed", large))]
+    medians = [print_rates(name, result["rates"]) for name, result in (("in memory", small), ("streamed", large))]
     print(f"ratio of window rates: {medians[1] / medians[0]:.2f}")
     print(f"training: {small['steps']:.1f} steps/s in memory, {large['steps']:.1f} streamed")
     more = large["resident"] - small["resident"]
