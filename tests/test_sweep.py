@@ -5,7 +5,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from diffusion_policy.commands.sweep import Sweep, conclude, make_trials, write_
 from diffusion_policy.commands.train import Train
 from diffusion_policy.commands.trials import CURVE, Trial, describe_trial, open_log
 from diffusion_policy.commands.trials_table import OTHER_LOSS
-from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, with_options
+from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, flat_options, with_options
 
 TINY = with_options(PolicyConfig(), widths=(16, 32), level_dim=32, noise_levels=20)
 TRAINING = TrainConfig(steps=4, batch_size=16, validate_every=2, validation_share=0.2)
@@ -45,7 +45,7 @@ def test_every_point_of_the_grid_is_a_trial(finished: tuple[Sweep, dict[str, Any
     assert json.loads((asked.output / "sweep.json").read_text()) == json.loads(json.dumps(results))
     for row in results["trials"][:2]:
         config = json.loads((asked.output / row["name"] / "step-000004" / "config.json").read_text())
-        assert config["policy"]["widths"] == row["options"]["widths"]
+        assert config["policy"]["network"]["widths"] == row["options"]["widths"]
         assert [step for step, _ in row["curve"]] == [2, 4]
         assert row["validation_loss"] == row["curve"][-1][1] > 0
 
@@ -150,7 +150,7 @@ def test_each_policy_is_evaluated_on_unseen_seeds(demonstrations: Path, tmp_path
     ]
     assert main(command) == 0
     (row,) = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["trials"]
-    assert (row["policy"]["widths"], row["policy"]["noise_levels"]) == ([16, 32], 20)
+    assert (row["policy"]["network"]["widths"], row["policy"]["noise_levels"]) == ([16, 32], 20)
     assert 1e-4 <= row["options"]["learning_rate"] == row["training"]["learning_rate"] <= 1e-3
     assert 0 <= row["success_rate"]["low"] <= row["success_rate"]["value"] <= row["success_rate"]["high"] <= 1
     assert 'href="trial-000/evaluation/report.html"' in (tmp_path / "sweep" / "sweep.html").read_text()
@@ -277,7 +277,7 @@ single precision and with the condition."""
 
 
 def test_of_each_option_it_is_known_whether_losses_compare() -> None:
-    options = {option.name for kind in (PolicyConfig, TrainConfig) for option in fields(kind)}
+    options = flat_options(PolicyConfig()).keys() | flat_options(TrainConfig()).keys()
     assert OTHER_LOSS.keys() | SAME_LOSS == options
     assert not OTHER_LOSS.keys() & SAME_LOSS
 

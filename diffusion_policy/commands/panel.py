@@ -3,8 +3,6 @@
 Knows numbers and a console; asks torch only for the memory of a GPU.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
@@ -15,8 +13,9 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self, get_args
+from typing import NamedTuple, Self, get_args
 
+import torch
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.measure import Measurement
@@ -29,9 +28,7 @@ from diffusion_policy.basics.metric_table import METRICS, lower_is_better
 from diffusion_policy.basics.text import printable, three_digits
 from diffusion_policy.commands.terminal import console as shared_console
 from diffusion_policy.config import MetricName
-
-if TYPE_CHECKING:
-    from diffusion_policy.training.trainer import Progress
+from diffusion_policy.training.trainer import Progress
 
 TREND = 60
 """So many of the last reports are drawn as the trend of the loss."""
@@ -238,8 +235,6 @@ class Panel:
         if self._checkpoint:
             facts["checkpoint"] = self._checkpoint.name
         if self._device.startswith("cuda"):
-            import torch
-
             facts["GPU memory"] = f"{torch.cuda.memory_allocated(self._device) / 1e9:.2f} GB"
         return facts
 
