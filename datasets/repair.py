@@ -15,13 +15,13 @@ from diffusion_policy.datasets.arrays import ENDS, older
 from diffusion_policy.datasets.consolidated import consolidated_is_stale
 from diffusion_policy.datasets.durable import remove_leftovers
 from diffusion_policy.datasets.guard import trust
+from diffusion_policy.datasets.locations import open_group
 from diffusion_policy.datasets.storage import (
     StoreError,
     drop_consolidated,
     error_text,
     list_names,
     lock,
-    open_group,
     refuse_links,
     unfinished_files,
 )

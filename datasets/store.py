@@ -26,11 +26,11 @@ from diffusion_policy.datasets.arrays import CHECKSUMS, NO_CHECKSUMS, StoredArra
 from diffusion_policy.datasets.checksums import RowChecksums, checksum, exchanged
 from diffusion_policy.datasets.demonstration import Demonstration, nonfinite_rows
 from diffusion_policy.datasets.guard import read_rows
+from diffusion_policy.datasets.locations import open_group
 from diffusion_policy.datasets.storage import (
     StoreError,
     drop_consolidated,
     lock,
-    open_group,
     refuse_links,
     row_bytes,
     say_names,

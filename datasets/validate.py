@@ -16,7 +16,8 @@ from diffusion_policy.datasets.checksums import RowChecksums, checksum_of_meta, 
 from diffusion_policy.datasets.consolidated import consolidated_is_stale
 from diffusion_policy.datasets.demonstration import nonfinite_rows
 from diffusion_policy.datasets.guard import codec_names, missing_chunks, read_rows
-from diffusion_policy.datasets.storage import StoreError, error_text, list_names, open_group, unfinished_files
+from diffusion_policy.datasets.locations import open_group
+from diffusion_policy.datasets.storage import StoreError, error_text, list_names, unfinished_files
 from diffusion_policy.datasets.store import EpisodeStore
 
 MOST_FINDINGS = 1000

@@ -6,13 +6,14 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import zarr
 from zarr.storage import ZipStore
 
+from diffusion_policy.commands.options.dataset import FormatName
 from diffusion_policy.datasets import convert as conversion
 from diffusion_policy.datasets.convert import FORMATS, convert
 from diffusion_policy.datasets.demonstration import Demonstration
@@ -1124,3 +1125,7 @@ def test_names_of_bad_will_stay_within_one_printable_line(tmp_path: Path) -> Non
         with pytest.raises(StoreError) as error:
             conversion.read(tmp_path / "x.npz", **chosen)  # pyright: ignore[reportArgumentType]
         assert str(error.value).isprintable()
+
+
+def test_the_command_line_names_every_format() -> None:
+    assert {*get_args(FormatName)} == FORMATS.keys()

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import zarr
 
-from diffusion_policy.datasets import storage
+from diffusion_policy.datasets import locations
 from diffusion_policy.datasets.consolidated import consolidated_is_stale
 from diffusion_policy.datasets.demonstration import Demonstration
 from diffusion_policy.datasets.storage import StoreError
@@ -124,7 +124,7 @@ def of(name: str, deed: Callable[[Handler], object]) -> Callable[[Handler], bool
 
 @pytest.mark.parametrize("name", ["/.zgroup", "/.zarray", "/state/1.0", ".zip"])
 def test_an_answer_without_end_is_given_up(path: Path, serve, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "LARGEST_FETCHED", 2**23)
+    monkeypatch.setattr(locations, "LARGEST_FETCHED", 2**23)
     url = serve(of(name, Handler.send_endlessly))
     before = set(os.listdir(tempfile.gettempdir()))
     with pytest.raises(StoreError, match=r"has no end: more than \d+ bytes came"):
@@ -305,7 +305,7 @@ def test_a_zip_behind_a_url_that_is_a_bomb_is_not_unpacked(tmp_path: Path, path:
 
 
 def test_a_zip_larger_than_is_fetched_says_what_to_do(path: Path, serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "LARGEST_FETCHED", 10)
+    monkeypatch.setattr(locations, "LARGEST_FETCHED", 10)
     (path.parent / "s.zip").write_bytes(bytes(20))
     with pytest.raises(StoreError, match=r"s\.zip has 20 bytes; at most 10 are read"):
         EpisodeStore.open(f"{serve()}/s.zip")
@@ -349,7 +349,7 @@ def test_a_stale_copy_of_metadata_is_not_believed_where_the_files_can_be_seen(
     group.create_array("meta/episode_ends", data=np.array([20, 50]), chunks=(10,))
     zarr.consolidate_metadata(path, zarr_format=version)
     group = zarr.open_group(path, mode="r+", zarr_format=version, use_consolidated=False)
-    assert consolidated_is_stale(storage.open_group(str(path), "r")) == []
+    assert consolidated_is_stale(locations.open_group(str(path), "r")) == []
     for key in ("state", "action"):
         array = group[f"data/{key}"]
         assert isinstance(array, zarr.Array)

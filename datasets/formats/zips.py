@@ -10,7 +10,8 @@ from pathlib import Path
 
 from diffusion_policy.basics.files import FileError, open_regular
 from diffusion_policy.datasets.formats.reading import starts_with
-from diffusion_policy.datasets.storage import StoreError, refuse_large_directory
+from diffusion_policy.datasets.locations import refuse_large_directory
+from diffusion_policy.datasets.storage import StoreError
 
 
 @contextlib.contextmanager
