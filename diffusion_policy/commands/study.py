@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusion_policy.basics.files import format_json, write_whole
+from diffusion_policy.basics.metric_table import METRICS
 from diffusion_policy.basics.text import one_line
 from diffusion_policy.commands.afterwards import Remarks
 from diffusion_policy.commands.episodes import (
@@ -116,8 +117,8 @@ def measure(options: Study, loaded: PolicyInEnv, sampling: SampleConfig) -> dict
 
 def print_tables(cells: Cells) -> None:
     """A table a figure: a row a sampler, a column a number of steps."""
-    print_by_steps("success rate", cells, "success_rate", "{:.2f}")
-    print_by_steps("mode entropy", cells, "mode_entropy", "{:.2f}")
+    for name in ("success_rate", "mode_entropy"):
+        print_by_steps(METRICS[name].label, cells, name, "{:.2f}")
     print_by_steps("milliseconds of one plan", cells, "milliseconds", "{:.0f}")
     if any(cell.get("lost") for of_sampler in cells.values() for cell in of_sampler.values()):
         print_by_steps("episodes lost", cells, "lost", "{:.0f}")

@@ -12,11 +12,14 @@ from typing import Any
 from rich.table import Table
 
 from diffusion_policy.basics.files import write_whole
+from diffusion_policy.basics.metric_table import METRICS, lower_is_better
 from diffusion_policy.commands.runs import say
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.report import page, text
 from diffusion_policy.report.evaluation_figures import draw_curves
 
+LABELS = {name: METRICS[name].label for name in ("validation_loss", "success_rate")}
+"""Of the numbers by which trials are compared."""
 OTHER_LOSS = {
     **dict.fromkeys(("observation_horizon", "prediction_horizon"), "other steps are predicted"),
     **dict.fromkeys(("schedule", "schedule_options", "noise_levels"), "other noise is taken away"),
@@ -61,7 +64,8 @@ def find_best(rows: Sequence[Mapping[str, Any]], metric: str) -> str | None:
 def _merit(row: Mapping[str, Any], metric: str) -> tuple[float, float]:
     """What is smallest for the best trial; of equally successful ones that with the lower loss."""
     loss = math.inf if row["validation_loss"] is None else row["validation_loss"]
-    return (-row["success_rate"]["value"] if metric == "success_rate" else 0.0), loss
+    value = row[metric]["value"] if isinstance(row[metric], Mapping) else row[metric]
+    return (value if lower_is_better(metric) else -value), loss
 
 
 def say_options(options: Mapping[str, Any]) -> str:
@@ -72,14 +76,14 @@ def say_options(options: Mapping[str, Any]) -> str:
 def say_numbers(row: Mapping[str, Any]) -> str:
     """What came of a trial, in words."""
     success = row["success_rate"]
-    loss = f"validation loss {text.number(row['validation_loss'])}"
-    return loss + (f", success {text.share(success['value'])}" if success else "")
+    loss = f"{LABELS['validation_loss']} {text.number(row['validation_loss'])}"
+    return loss + (f", {LABELS['success_rate']} {text.share(success['value'])}" if success else "")
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """A row a trial."""
     names = list(rows[0]["options"])
-    table = Table("trial", *(name.replace("_", "-") for name in names), "validation loss", "success", "", box=None)
+    table = Table("trial", *(name.replace("_", "-") for name in names), *LABELS.values(), "", box=None)
     for row in rows:
         success = row["success_rate"]
         table.add_row(
@@ -94,7 +98,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def write_page(path: Path, results: Mapping[str, Any]) -> None:
     """The sweep as one page that works offline; `results` is what sweep.json holds."""
-    rows = results["trials"]
+    rows, metric = results["trials"], results["metric"]
     pages = {row["name"]: f"{row['name']}/evaluation/report.html" for row in rows}
     curves = any(row["curve"] for row in rows)
     html = (
@@ -104,10 +108,12 @@ def write_page(path: Path, results: Mapping[str, Any]) -> None:
             results=results,
             best=next((row for row in rows if row["name"] == results["best"]), None),
             names=list(rows[0]["options"]),
+            labels=list(LABELS.values()),
+            best_by=f"{'lowest' if lower_is_better(metric) else 'highest'} {METRICS[metric].label}",
             pages={name: file for name, file in pages.items() if (path.parent / file).is_file()},
             picture=page.embed(draw_curves(rows, results["best"])) if curves else None,
             say=say,
-            incomparable=results["metric"] == "validation_loss" and bool(incomparable(rows)),
+            incomparable=metric == "validation_loss" and bool(incomparable(rows)),
         )
     )
     write_whole(path, html)

@@ -118,7 +118,15 @@ def rollout(
         raise ValueError(f"mode_of must be a function of an episode's observations; got {mode_of!r:.60}")
     names = list(itertools.product(seeds, range(repeats)))
     slots = min(parallel, len(names))
-    scheduler = _EpisodeScheduler(names, make_controller(slots), slots, mode_of, on_episode, on_lost, on_mode_failure)
+    scheduler = _EpisodeScheduler(
+        names,
+        make_controller(slots),
+        slots,
+        mode_of,
+        on_episode=on_episode,
+        on_lost=on_lost,
+        on_mode_failure=on_mode_failure,
+    )
     with EnvironmentPool(make_env, min(workers, slots), hang_after, engine) as pool:
         while scheduler.running or scheduler.waiting:
             scheduler.begin_episodes(pool)
@@ -142,6 +150,7 @@ class _EpisodeScheduler:
         controller: Controller,
         slots: int,
         mode_of: ModeOf,
+        *,
         on_episode: Callable[[Episode], None],
         on_lost: Callable[[FailedEpisode], None],
         on_mode_failure: Callable[[FailedEpisode], None],
