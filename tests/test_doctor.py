@@ -13,15 +13,16 @@ import zarr
 from torch import Tensor
 
 from diffusion_policy.cli import main
-from diffusion_policy.config import PolicyConfig, SampleConfig
+from diffusion_policy.config import PolicyConfig, SampleConfig, with_options
+from diffusion_policy.datasets.demonstration import Demonstration
 from diffusion_policy.datasets.statistics import measure
-from diffusion_policy.datasets.store import Demonstration, EpisodeStore
+from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.datasets.windows import Batch, Windows
 from diffusion_policy.diffusion.schedules import SCHEDULES, constant, linear, make_schedule
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.training import doctor
 
-CONFIG = PolicyConfig(widths=(16, 32), level_dim=32, noise_levels=20)
+CONFIG = with_options(PolicyConfig(), widths=(16, 32), level_dim=32, noise_levels=20)
 ENDS = np.array([60, 130, 200])
 
 
@@ -42,7 +43,7 @@ def batch() -> Batch:
 def policy_that_says(answer: Callable[[Tensor, Tensor, int], Tensor], config: PolicyConfig = CONFIG) -> DiffusionPolicy:
     """A policy whose denoiser is `answer(cond, xt, level) -> x0`."""
     policy = DiffusionPolicy.for_data(config, walk())
-    policy.diffusion.denoiser = lambda network, cond: lambda xt, level: answer(cond, xt, level)  # pyright: ignore
+    policy.diffusion.denoiser = lambda network, cond, levels: lambda xt, level: answer(cond, xt, level)  # pyright: ignore
     return policy
 
 
@@ -107,7 +108,7 @@ def test_episodes_shorter_than_the_prediction_are_counted() -> None:
 
 
 def test_the_timeline_is_drawn() -> None:
-    config = PolicyConfig(widths=(16, 32), prediction_horizon=4, action_horizon=2)
+    config = with_options(PolicyConfig(), widths=(16, 32), prediction_horizon=4, action_horizon=2)
     assert doctor.draw_timeline(config).splitlines() == [
         "step         -1   0   1   2",
         "observed      x   x",
@@ -247,7 +248,7 @@ def test_overfitting_needs_a_network_that_learns() -> None:
 def test_a_healthy_network_overfits_32_windows() -> None:
     torch.manual_seed(0)
     windows = Windows(walk(), ENDS, range(3), 2, 16)
-    policy = DiffusionPolicy.for_data(PolicyConfig(widths=(32, 64, 128)), walk())
+    policy = DiffusionPolicy.for_data(with_options(PolicyConfig(), widths=(32, 64, 128)), walk())
     assert doctor.check_overfit(policy, windows, 2000, 0).status == "pass"
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diffusion_policy.networks.blocks import LevelEmbedding
+from diffusion_policy.networks.blocks import LevelEmbedding, ResidualBlock
 from diffusion_policy.networks.encoders import StateEncoder
 from diffusion_policy.networks.unet import TemporalUnet
 
@@ -51,9 +51,25 @@ def test_level_embeddings_differ_between_levels() -> None:
     assert distances.min() > 1e-4
 
 
-def test_the_encoder_lays_keys_side_by_side_in_the_order_of_their_names() -> None:
-    encoder = StateEncoder({"b": (2,), "a": (3, 2)}, observation_horizon=2)
-    observations = {"b": torch.full((1, 2, 2), 2.0), "a": torch.full((1, 2, 3, 2), 1.0)}
-    encoded = encoder(observations)
-    assert encoded.shape == (1, encoder.cond_dim) == (1, 16)
-    assert encoded[0].tolist() == [1.0] * 12 + [2.0] * 4
+def test_the_encoder_lays_the_observed_steps_side_by_side() -> None:
+    encoder = StateEncoder((3, 2), observation_horizon=2)
+    encoded = encoder(torch.arange(12.0).reshape(1, 2, 3, 2))
+    assert encoded.shape == (1, encoder.features) == (1, 12)
+    assert encoded[0].tolist() == list(range(12))
+
+
+def test_what_does_not_depend_on_the_sequence_is_computed_once_and_gives_the_same() -> None:
+    network = TemporalUnet(2, 4, (8, 16), groups=4, level_dim=16).double()
+    xt, cond = torch.randn(3, 8, 2).double(), torch.randn(3, 4).double()
+    levels = torch.tensor([9.0, 5.0, 0.0]).double()
+    films = network.condition(levels, cond)
+    for i, level in enumerate(levels):
+        expected = network(xt, level.expand(3), cond)
+        torch.testing.assert_close(network.denoise(xt, films.at(i)), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_linear_layer_of_two_vectors_is_the_sum_of_one_of_each() -> None:
+    block = ResidualBlock(4, 8, 6, 5, kernel_size=3, groups=2).double()
+    level, cond = torch.randn(3, 6).double(), torch.randn(3, 5).double()
+    of_level, of_cond = block.condition(level, cond)
+    torch.testing.assert_close(of_level + of_cond, block.film(torch.cat([level, cond], dim=-1)))

@@ -10,7 +10,7 @@ from diffusion_policy.control.planner import planning_rng
 from diffusion_policy.datasets.windows import Batch
 from diffusion_policy.diffusion.prediction import PREDICTIONS
 from diffusion_policy.diffusion.process import count_draws
-from diffusion_policy.diffusion.samplers import SAMPLERS
+from diffusion_policy.diffusion.samplers import SAMPLERS, Denoise
 from diffusion_policy.diffusion.schedules import SCHEDULES
 from diffusion_policy.policy import DiffusionPolicy, Shapes, choose_device
 from diffusion_policy.training.losses import denoising_loss, draw
@@ -48,7 +48,7 @@ def loss_of(policy: DiffusionPolicy, rows: int) -> torch.Tensor:
 @pytest.mark.parametrize("sampler, steps", [("ddim", 4), ("ddim", 20), ("ddpm", 1), ("ddpm", 7), ("unipc", 5)])
 @pytest.mark.parametrize("horizons", [(2, 16, 8), (1, 2, 1), (3, 4, 2)])
 def test_samples_are_raw_actions_within_the_demonstrated_range(sampler: str, steps: int, horizons) -> None:
-    policy = new_policy(with_options(PolicyConfig(*horizons), widths=(16, 32), level_dim=32, noise_levels=20))
+    policy = new_policy(PolicyConfig(*horizons, network=CONFIG.network, noise_levels=20))
     generators = [planning_rng(seed) for seed in range(3)]
     actions = policy.sample(observe(3, horizons[0]), generators, 5, SampleConfig(sampler, steps))
     assert actions.shape == (3, 5, horizons[1], 2)
@@ -200,7 +200,7 @@ def test_a_small_step_at_a_large_position_changes_the_plan_and_reaches_the_robot
 def test_nothing_that_was_demonstrated_is_cut_off_by_default(normalization: str, cut: bool) -> None:
     policy = new_policy(replace(CONFIG, normalization=normalization))
     beyond = torch.full((1, 16, 2), 3.0)
-    policy.diffusion.denoiser = lambda network, cond: lambda xt, level: beyond  # pyright: ignore
+    policy.diffusion.denoiser = lambda *_: lambda xt, level: beyond  # pyright: ignore
     for config, clipped in (
         (SampleConfig(), cut),
         (SampleConfig(clip="static"), True),
@@ -347,3 +347,39 @@ def test_gpu_and_cpu_draw_the_same_plans() -> None:
         for generators in [[planning_rng(0), planning_rng(1)]]
     ]
     torch.testing.assert_close(*plans, rtol=1e-3, atol=1e-3)
+
+
+def test_observations_stand_side_by_side_in_the_order_of_their_names() -> None:
+    policy = DiffusionPolicy(CONFIG, Shapes({"b": (2,), "a": (3, 2)}, (2,)))
+    observations = {"b": torch.full((1, 2, 2), 2.0), "a": torch.full((1, 2, 3, 2), 1.0)}
+    assert policy.encode(observations)[0].tolist() == [1.0] * 12 + [2.0] * 4
+    assert policy.features == 16
+
+
+def test_wrappers_of_the_denoiser_change_a_plan_and_may_compute_gradients() -> None:
+    """The gradient of a cost pulls the samples towards a place (Janner et al. 2022, arXiv 2205.09991, algorithm 1)."""
+    policy, place, calls = new_policy().eval(), torch.tensor([0.5, -0.5]), []
+
+    def inside(denoise: Denoise) -> Denoise:
+        return lambda xt, level: denoise(xt, level).clamp(-0.9, 0.9)
+
+    def towards(denoise: Denoise) -> Denoise:
+        def guided(xt: torch.Tensor, level: int) -> torch.Tensor:
+            with torch.enable_grad():
+                xt = xt.detach().requires_grad_()
+                x0 = denoise(xt, level)
+                (slope,) = torch.autograd.grad((x0 - place).square().sum(), xt)
+            calls.append(slope)
+            return x0.detach() + 0.8 * (place - x0.detach())
+
+        return guided
+
+    sampling = SampleConfig(sampling_steps=4)
+    plain, guided = (
+        policy.normalizer.normalize("action", policy.sample(observe(1), [planning_rng(0)], 8, sampling, wrap))
+        for wrap in ((), (inside, towards))
+    )
+    assert len(calls) == 4
+    assert all(torch.isfinite(slope).all() for slope in calls)
+    assert calls[-1].abs().sum() > 0  # at the noisier levels x0 lies at the bounds of the clipping
+    assert (guided - place).abs().mean() < 0.5 * (plain - place).abs().mean()

@@ -13,10 +13,11 @@ import torch
 
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.commands.train import Train
-from diffusion_policy.config import PolicyConfig, TrainConfig
+from diffusion_policy.config import PolicyConfig, TrainConfig, with_options
+from diffusion_policy.datasets.windows import Shard
 from diffusion_policy.training.distributed import Distributed, join_processes
 
-TINY = PolicyConfig(widths=(16, 32), level_dim=32, noise_levels=20)
+TINY = with_options(PolicyConfig(), widths=(16, 32), level_dim=32, noise_levels=20)
 TRAINING = TrainConfig(
     steps=50, batch_size=64, learning_rate=1e-3, warmup_steps=5, validate_every=25, checkpoint_every=20
 )
@@ -102,7 +103,7 @@ def test_alone_a_sum_is_what_it_is() -> None:
     Distributed().all_reduce_sum(numbers)
     assert [number.tolist() for number in numbers] == [[1, 1], 3]
     assert Distributed().is_main
-    assert not Distributed(1, 2).is_main
+    assert not Distributed(Shard(1, 2)).is_main
 
 
 def test_several_processes_take_only_devices_that_each_can_have(monkeypatch: pytest.MonkeyPatch) -> None:

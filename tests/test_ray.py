@@ -24,8 +24,8 @@ from diffusion_policy.config import SampleConfig
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.evaluation import engines
 from diffusion_policy.evaluation.engines import imap, run_isolated
-from diffusion_policy.evaluation.host import EnvFailure
 from diffusion_policy.evaluation.episode import Episode
+from diffusion_policy.evaluation.host import EnvFailure
 from diffusion_policy.evaluation.pool import EnvironmentPool
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
@@ -220,9 +220,10 @@ class Fragile(gymnasium.Wrapper):
 def test_a_killed_worker_changes_no_episode(make_env: partial, run: Path, tmp_path: Path) -> None:
     from diffusion_policy.checkpoints import checkpoint  # workers import this module too, and need no torch
     from diffusion_policy.control.controller import Controller
+from diffusion_policy.control.policy_planner import PolicyPlanner
     from diffusion_policy.evaluation.rollout import rollout
 
-    make_controller = partial(Controller, checkpoint.load(run).policy, sampling=SampleConfig("ddim", 2), plan_batch=3)
+    make_controller = partial(Controller, PolicyPlanner(checkpoint.load(run).policy, SampleConfig("ddim", 2)), plan_batch=3)
     roll_out = partial(rollout, make_controller=make_controller, seeds=SEEDS, mode_of=make_env().unwrapped.mode)
     whole = roll_out(make_env, parallel=3)
     fragile = partial(Fragile, make_env, tmp_path, {SEEDS[1]: "environment", SEEDS[4]: "actor"})

@@ -10,8 +10,9 @@ import pytest
 from gymnasium.wrappers import FilterObservation
 
 from diffusion_policy.checkpoints import checkpoint
-from diffusion_policy.config import PolicyConfig, SampleConfig
+from diffusion_policy.config import PolicyConfig, SampleConfig, with_options
 from diffusion_policy.control.controller import Controller
+from diffusion_policy.control.policy_planner import PolicyPlanner
 from diffusion_policy.envs.adapters import EnvSpecError
 from diffusion_policy.evaluation.episode import Episode, FailedEpisode
 from diffusion_policy.evaluation.rollout import RolloutError, rollout
@@ -22,7 +23,7 @@ SEEDS = range(100_000, 100_007)
 
 @pytest.fixture(scope="module")
 def make_controller(run: Path) -> partial:
-    return partial(Controller, checkpoint.load(run).policy, sampling=SampleConfig("ddim", 2), plan_batch=3)
+    return partial(Controller, PolicyPlanner(checkpoint.load(run).policy, SampleConfig("ddim", 2)), plan_batch=3)
 
 
 def roll_out(make_env: partial, make_controller: partial, seeds=SEEDS, **options) -> list[Episode]:
@@ -314,7 +315,9 @@ def test_the_policy_sees_what_is_observed_whatever_type_came_first() -> None:
             seen.append(float(observations["x"][0, 0]))
             super().observe(observations, active)
 
-    config = PolicyConfig(widths=(8, 8), prediction_horizon=4, action_horizon=2, level_dim=4, noise_levels=4)
+    config = with_options(
+        PolicyConfig(), widths=(8, 8), prediction_horizon=4, action_horizon=2, level_dim=4, noise_levels=4
+    )
     policy = DiffusionPolicy(config, Shapes({"x": (1,)}, (1,))).eval()
     sampling = SampleConfig(sampling_steps=1)
     rollout(Widening, partial(Looking, policy, sampling=sampling), [0], lambda _: None)

@@ -5,12 +5,16 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_policy.config import PolicyConfig, TrainConfig
+from diffusion_policy.config import PolicyConfig, TrainConfig, with_options
 from diffusion_policy.datasets.windows import Windows
 from diffusion_policy.policy import DiffusionPolicy
-from diffusion_policy.training.trainer import Diverged, Progress, Trainer, learning_rate_factor, least_memory
+from diffusion_policy.training.losses import denoising_loss, draw
+from diffusion_policy.training.trainer import Diverged, Progress, Trainer, learning_rate_factor
+from diffusion_policy.training.validation import action_errors
 
-CONFIG = PolicyConfig(prediction_horizon=8, action_horizon=4, widths=(16, 32), level_dim=32, noise_levels=20)
+CONFIG = with_options(
+    PolicyConfig(), prediction_horizon=8, action_horizon=4, widths=(16, 32), level_dim=32, noise_levels=20
+)
 RNG = np.random.default_rng(0)
 DATA = {"state": RNG.normal(size=(60, 2)).astype(np.float32), "action": RNG.normal(size=(60, 2)).astype(np.float32)}
 ENDS = np.array([20, 40, 60])
@@ -22,7 +26,7 @@ def new_trainer(data=DATA, **options) -> Trainer:
     validation = Windows(DATA, ENDS, [2], CONFIG.observation_horizon, CONFIG.prediction_horizon)
     policy = DiffusionPolicy.for_data(CONFIG, DATA)
     defaults = {"steps": 20, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 5, "validate_every": 10}
-    return Trainer(policy, windows, validation, TrainConfig(**(defaults | options)))
+    return Trainer.for_policy(policy, windows, validation, TrainConfig(**(defaults | options)))
 
 
 def test_it_learns() -> None:
@@ -54,7 +58,8 @@ def test_validation_comes_at_its_steps_with_the_same_noise_each_time() -> None:
 def test_what_is_validated_loses_no_condition() -> None:
     config = replace(CONFIG, condition_dropout=0.9)
     windows = Windows(DATA, ENDS, [2], CONFIG.observation_horizon, CONFIG.prediction_horizon)
-    trainer = Trainer(DiffusionPolicy.for_data(config, DATA), windows, windows, TrainConfig(steps=1, batch_size=20))
+    policy = DiffusionPolicy.for_data(config, DATA)
+    trainer = Trainer.for_policy(policy, windows, windows, TrainConfig(steps=1, batch_size=20))
     marks = []
     trainer.ema.network.register_forward_pre_hook(lambda _, inputs: marks.append(inputs[2][:, -1]))
     trainer.validate()
@@ -62,13 +67,14 @@ def test_what_is_validated_loses_no_condition() -> None:
 
 
 def test_the_averaged_policy_never_drops_out() -> None:
-    trainer = new_trainer(steps=4, validate_every=2)
-    trainer._policy.network.out.append(torch.nn.Dropout(0.5))
-    trainer._policy.network.out.append(torch.nn.BatchNorm1d(2))
-    trainer = Trainer(trainer._policy, trainer._windows, trainer._validation, trainer.config)
-    trainer._roll_out = lambda policy: float(policy.training)
+    policy = DiffusionPolicy.for_data(CONFIG, DATA)
+    policy.network.out.append(torch.nn.Dropout(0.5))
+    policy.network.out.append(torch.nn.BatchNorm1d(2))
+    windows = Windows(DATA, ENDS, [0, 1, 2], CONFIG.observation_horizon, CONFIG.prediction_horizon)
+    config = TrainConfig(steps=4, batch_size=32, validate_every=2)
+    trainer = Trainer.for_policy(policy, windows, windows, config, roll_out=lambda policy: float(policy.training))
     trainer.run()
-    assert trainer._policy.training
+    assert policy.training
     assert not any(module.training for module in trainer.ema.modules())
     assert trainer.validate() == trainer.validate()
     mean = trainer.ema.state_dict()["network.out.3.running_mean"]
@@ -82,9 +88,9 @@ def test_the_least_memory_is_no_more_than_is_taken() -> None:
     policy = DiffusionPolicy.for_data(CONFIG, DATA)
     batch = Windows(DATA, ENDS, [0, 1, 2], CONFIG.observation_horizon, CONFIG.prediction_horizon).gather(np.arange(60))
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.update({x.data_ptr(): x.nbytes}) or x, lambda x: x):
-        policy.loss(batch.observations, batch.actions, torch.Generator().manual_seed(0))
+        denoising_loss(policy, batch, draw(policy, 60, torch.Generator().manual_seed(0)))
     weights = sum(weight.nbytes for weight in policy.parameters())
-    needed = least_memory(CONFIG, 60)
+    needed = 60 * CONFIG.network.least_memory(CONFIG.prediction_horizon)
     assert sum(kept.values()) / 3 - weights < needed < sum(kept.values())
 
 
@@ -92,7 +98,7 @@ def test_the_least_memory_is_no_more_than_is_taken() -> None:
 def test_windows_that_do_not_fit_the_policy_are_refused_in_a_line(horizons: tuple[int, int], keys: dict) -> None:
     windows = Windows({"action": DATA["action"], **keys}, ENDS, [0, 1], *horizons)
     with pytest.raises(ValueError, match=r"the policy needs windows of \{'state': \(2, 2\), 'action': \(8, 2\)\}; got"):
-        Trainer(DiffusionPolicy.for_data(CONFIG, DATA), windows, None, TrainConfig())
+        Trainer.for_policy(DiffusionPolicy.for_data(CONFIG, DATA), windows, None, TrainConfig())
 
 
 def test_the_best_of_several_samples_is_nearer_than_they_are_on_average() -> None:
@@ -110,7 +116,7 @@ def test_the_error_of_an_action_is_its_distance_in_raw_units_over_the_executed_s
     off[:, 0, 1:5] = torch.tensor([3.0, 4.0])  # the steps that are executed: To - 1 to To - 1 + Ta
     off[:, 1, [0, 5, 6, 7]] = 100.0  # the others
     monkeypatch.setattr(trainer.ema, "sample", lambda *_: batch.actions[:, None] + off)
-    errors = trainer._action_errors(batch)
+    errors = action_errors(trainer.ema, batch, 0)
     torch.testing.assert_close(errors, torch.tensor([[5.0, 0, 0, 0]] * 5))
 
 
@@ -118,11 +124,11 @@ def test_the_error_of_an_angle_goes_round_the_circle(monkeypatch) -> None:
     config = replace(CONFIG, noise_levels=4)
     policy = DiffusionPolicy.for_data(config, DATA, angles={"action": (1,)})
     windows = Windows(DATA, ENDS, [0, 1], config.observation_horizon, config.prediction_horizon)
-    trainer = Trainer(policy, windows, None, TrainConfig(steps=1))
+    trainer = Trainer.for_policy(policy, windows, None, TrainConfig(steps=1))
     batch = windows.gather(np.arange(3))
     turned = batch.actions[:, None] + torch.tensor([0.0, 2 * np.pi - 0.1])
     monkeypatch.setattr(trainer.ema, "sample", lambda *_: turned)
-    torch.testing.assert_close(trainer._action_errors(batch), torch.full((3, 1), 0.1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(action_errors(trainer.ema, batch, 0), torch.full((3, 1), 0.1), atol=1e-4, rtol=0)
 
 
 def test_rollouts_come_at_their_steps_and_change_nothing() -> None:
@@ -259,7 +265,7 @@ def test_a_loss_that_is_not_finite_stops_the_training() -> None:
 @pytest.mark.parametrize("report_every", [1, 10])
 def test_the_batch_that_brought_what_is_not_finite_is_named(report_every: int) -> None:
     trainer = new_trainer({key: rows.copy() for key, rows in DATA.items()}, batch_size=8)
-    trainer._windows._data["state"][3] = torch.nan  # of the windows of now = 3 and 4
+    trainer._source._data["state"][3] = torch.nan  # of the windows of now = 3 and 4
     with pytest.raises(Diverged) as caught:
         trainer.run(report_every=report_every)
     assert {3, 4} & set(caught.value.rows.tolist())
@@ -292,7 +298,7 @@ def test_the_modes_of_the_windows_reach_the_network() -> None:
     policy = DiffusionPolicy.for_data(config, DATA, ("a", "b"))
     seen = []
     policy.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2][:, -2:]))
-    trainer = Trainer(policy, windows, validation, TrainConfig(steps=1, batch_size=40))
+    trainer = Trainer.for_policy(policy, windows, validation, TrainConfig(steps=1, batch_size=40))
     trainer.run()
     assert seen[0].sum(dim=0).tolist() == [20, 20]
     seen.clear()

@@ -1,6 +1,5 @@
 import math
 from functools import partial
-from functools import partial
 
 import pytest
 import torch
@@ -78,7 +77,8 @@ def test_the_bound_teaches_the_variance_and_leaves_the_prediction_alone() -> Non
         diffusion = Diffusion(cosine(K), PREDICTIONS["noise"], learn_variance=learned)
         call = network if learned else lambda *inputs, network=network: network(*inputs)[..., :2]
         x0 = torch.randn(64, 2, generator=torch.Generator().manual_seed(1))
-        diffusion.loss(call, x0, torch.zeros(64, 0), torch.Generator().manual_seed(0)).backward()
+        noising = diffusion.draw(x0.shape, torch.Generator().manual_seed(0))
+        diffusion.loss(call, x0, torch.zeros(64, 0), noising).mean().backward()
         gradients[learned] = network
     torch.testing.assert_close(gradients[True].prediction.grad, gradients[False].prediction.grad)
     assert gradients[True].raw.grad.abs() > 0
@@ -99,7 +99,7 @@ def test_training_finds_the_share_that_fits_the_error() -> None:
     for _ in range(400):
         optimizer.zero_grad()
         x0 = torch.randn(2048, 1, generator=generator)
-        diffusion.loss(network, x0, torch.zeros(2048, 0), generator).backward()
+        diffusion.loss(network, x0, torch.zeros(2048, 0), diffusion.draw(x0.shape, generator)).mean().backward()
         optimizer.step()
     variance = diffusion.variance
     assert variance is not None

@@ -193,7 +193,9 @@ def fit(
         losses.append(progress.loss)
         on_step(progress.step)
 
-    config = TrainConfig(steps, batch_size, learning_rate=2e-3, weight_decay=0, warmup_steps=0, seed=seed)
+    config = TrainConfig(
+        steps, batch_size, learning_rate=2e-3, weight_decay=0, warmup_steps=0, gradient_clip=1e3, seed=seed
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = PointNetwork(dimensions, problem.classes)

@@ -271,8 +271,7 @@ class Trainer:
         self._unreported = []
         if not self.is_main:
             return
-        due = last or self.step % config.validate_every == 0
-        seen = self._validate(self.ema) if self._validate and due else None
+        seen = self.validate() if last or self.step % config.validate_every == 0 else None
         roll_out = config.rollout_every and (last or self.step % config.rollout_every == 0)
         on_progress(
             Progress(
@@ -285,6 +284,10 @@ class Trainer:
                 steps_per_second=steps_per_second,
             )
         )
+
+    def validate(self) -> Validation | None:
+        """What the EMA weights do on held-out data; None where there is none."""
+        return self._validate(self.ema) if self._validate else None
 
     def _figures(self) -> list[list[float]]:
         """Loss and gradient norm of each step since the last report; raises Diverged when one is not finite. With fp16
