@@ -66,7 +66,7 @@ SMALL = "--widths 16 32 --groups 4 --level-dim 16 --noise-levels 20 --steps 2 --
 MINIATURE = {
     "collect": "--episodes 4 --workers 1",
     "train": SMALL,
-    "evaluate": "--episodes 2 --sampling-steps 2 --workers 1 --videos 0 --device cpu",
+    "evaluate": "--episodes 2 --repeats 1 --sampling-steps 2 --workers 1 --videos 0 --device cpu",
     "rollout": "--episodes 1 --sampling-steps 2 --workers 1 --device cpu --env-kwargs '{\"max_episode_steps\": 40}'",
     "study": "--samplers ddim --steps 2 --episodes 1 --workers 1 --device cpu",
     "doctor": "--overfit-steps 2 --device cpu",
