@@ -401,8 +401,8 @@ def to_json(config: Any) -> Any:
     if dataclasses.is_dataclass(config):
         tag = {"kind": getattr(config, "kind")} if hasattr(config, "kind") else {}  # noqa: B009
         return tag | {one.name: to_json(getattr(config, one.name)) for one in dataclasses.fields(config)}
-    if isinstance(config, tuple) and hasattr(config, "_asdict"):
-        return to_json(config._asdict())
+    if isinstance(config, tuple) and hasattr(config, "_fields"):
+        return {name: to_json(value) for name, value in zip(config._fields, config, strict=True)}  # pyright: ignore
     if isinstance(config, Mapping):
         return {name: to_json(value) for name, value in config.items()}
     return [to_json(item) for item in config] if isinstance(config, list | tuple) else config

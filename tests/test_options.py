@@ -47,7 +47,8 @@ train --config r/best/config.json --dataset a.zarr --output s --steps 2 --rollou
 evaluate --checkpoint r --output ev --episodes 2 --seed 100500 --repeats 2 --delay-steps 1 --env \
     diffusion_policy/Avoid-v0 --env-kwargs '{{"rows":1}}' --success none --fresh --sampler dpm-solver-2m \
     --sampling-steps 3 --spacing even --clip dynamic --guidance 0.5 --guidance-schedule falling --mode left \
-    --corrector-steps 1 --corrector-size 0.02 --parallel 2 --workers 1 --hang-after 30 --videos 1 --device cpu
+    --corrector-steps 1 --corrector-size 0.02 --parallel 2 --action-horizon 3 --workers 1 --hang-after 30 \
+    --videos 1 --device cpu
 evaluate --checkpoint r --output ew --episodes 2 --seed 100500 --repeats 2 --success none --fresh --eta 0.5 \
     --sampling-steps 2 --workers 1 --videos 0 --mode-function {{module}}:label --mode-labels up down
 report ev --output again.html
@@ -55,12 +56,12 @@ compare ev ev --output cmp --json
 rollout --checkpoint r --episodes 1 --seed 100600 --video v.gif --record rec.zarr --env diffusion_policy/Avoid-v0 \
     --env-kwargs '{{"rows":1}}' --success none --fresh --mode-function {{module}}:label --mode-labels up down \
     --sampler unipc --sampling-steps 2 --spacing leading --clip none --guidance 0.5 --guidance-schedule middle \
-    --mode right --corrector-steps 1 --corrector-size 0.1 --workers 1 --device cpu
+    --mode right --corrector-steps 1 --corrector-size 0.1 --action-horizon 2 --workers 1 --device cpu
 rollout --checkpoint r --episodes 1 --sampling-steps 2 --eta 0.3 --workers 1
 rollout --checkpoint r --episodes 2 --sampling-steps 2 --env {{module}}:tiny/Window-v0 --render human
 study samplers --checkpoint r --output st --samplers ddim --steps 1 2 --mode left --guidance 0.5 --episodes 1 \
     --seed 100700 --env diffusion_policy/Avoid-v0 --env-kwargs '{{"rows":1}}' --success none --fresh \
-    --mode-function {{module}}:label --mode-labels up down --workers 1 --device cpu
+    --mode-function {{module}}:label --mode-labels up down --action-horizon 2 --workers 1 --device cpu
 doctor --dataset a.zarr --checkpoint r --output doc --overfit-steps 3 --seed 1 --device cpu --sampler euler \
     --sampling-steps 2 --spacing even --clip none --guidance 0.5 --guidance-schedule rising --mode left \
     --corrector-steps 1 --corrector-size 0.1

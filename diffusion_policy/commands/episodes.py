@@ -21,7 +21,7 @@ from diffusion_policy.commands.interrupts import Interrupted
 from diffusion_policy.commands.policy_in_env import PolicyInEnv
 from diffusion_policy.commands.terminal import progress_bar
 from diffusion_policy.config import ConfigError, SampleConfig
-from diffusion_policy.control.controller import Controller
+from diffusion_policy.control.controller import Controller, require_horizons
 from diffusion_policy.control.policy_planner import PolicyPlanner
 from diffusion_policy.diffusion.process import count_draws
 from diffusion_policy.envs.protocols import as_choosing, as_drawable, as_multimodal
@@ -104,6 +104,7 @@ def run_episodes(
     workers: int,
     repeats: int = 1,
     delay_steps: int = 0,
+    action_horizon: int | None = None,
     hang_after: float = HANG_AFTER,
     engine: Engine = "local",
 ) -> RolledOut:
@@ -116,7 +117,7 @@ def run_episodes(
         with bar:
             episodes = rollout(
                 loaded.make_env,
-                make_controllers(loaded, sampling, parallel, delay_steps),
+                make_controllers(loaded, sampling, parallel, delay_steps, action_horizon),
                 seeds,
                 task.mode if task else lambda _: None,
                 parallel,
@@ -134,11 +135,13 @@ def run_episodes(
 
 
 def make_controllers(
-    loaded: PolicyInEnv, sampling: SampleConfig, plan_batch: int, delay_steps: int
+    loaded: PolicyInEnv, sampling: SampleConfig, plan_batch: int, delay_steps: int, action_horizon: int | None
 ) -> Callable[[int], Controller]:
     """What makes a controller of the policy for so many environments."""
     planner, dtype = PolicyPlanner(loaded.policy, sampling), loaded.env.action_space.dtype
-    return partial(Controller, planner, plan_batch=plan_batch, delay_steps=delay_steps, dtype=dtype)
+    require_horizons(planner.steps, action_horizon or planner.action_horizon, delay_steps)
+    options = {"plan_batch": plan_batch, "delay_steps": delay_steps, "action_horizon": action_horizon, "dtype": dtype}
+    return partial(Controller, planner, **options)
 
 
 def measure_episodes(

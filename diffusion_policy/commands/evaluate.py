@@ -63,7 +63,7 @@ def run(options: Evaluate) -> dict[str, Any]:
     policy = loaded.policy
     planner = PolicyPlanner(policy, options.sampling)
     for delay in options.delay_steps:
-        require_horizons(planner.steps, planner.action_horizon, delay)
+        require_horizons(planner.steps, action_horizon_of(options, loaded), delay)
     require_memory(policy, options.sampling, options.parallel)
     refuse_seen_seeds(loaded, options.seeds)
     evaluation = Evaluation(options, loaded, tell_asked(options, loaded), Remarks())
@@ -73,6 +73,12 @@ def run(options: Evaluate) -> dict[str, Any]:
         if options.backend == "compile":
             policy.compile_sampling()
         return evaluate(evaluation)
+
+
+def action_horizon_of(options: Evaluate, loaded: PolicyInEnv) -> int:
+    """The Ta that this evaluation runs with."""
+    trained = loaded.policy.config.action_horizon
+    return trained if options.action_horizon is None else options.action_horizon
 
 
 def tell_asked(options: Evaluate, loaded: PolicyInEnv) -> dict[str, Any]:
@@ -89,6 +95,7 @@ def tell_asked(options: Evaluate, loaded: PolicyInEnv) -> dict[str, Any]:
         "seeds": list(options.seeds),
         "sampling": dataclasses.asdict(options.sampling) | {"clip": loaded.policy.choose_clip(options.sampling)},
         "planning_batch": options.parallel,
+        "action_horizon": action_horizon_of(options, loaded),
     }
 
 
@@ -178,6 +185,7 @@ def roll_out(evaluation: Evaluation, delay: int) -> RolledOut:
         workers=options.workers,
         repeats=options.repeats,
         delay_steps=delay,
+        action_horizon=options.action_horizon,
         hang_after=options.hang_after,
         engine=options.engine,
     )

@@ -64,7 +64,12 @@ def roll_out(options: Rollout, loaded: PolicyInEnv) -> list[Episode]:
         loaded = loaded._replace(make_env=partial(loaded.make_env, render_mode=options.render))
         parallel = workers = 1
     episodes, lost, mode_failures = run_episodes(
-        loaded, options.seeds, options.sampling, parallel=parallel, workers=workers
+        loaded,
+        options.seeds,
+        options.sampling,
+        parallel=parallel,
+        workers=workers,
+        action_horizon=options.action_horizon,
     )
     for one in lost:
         console.print(f"seed {one.seed} could not be run: {one.reason}", soft_wrap=True)

@@ -77,6 +77,7 @@ def tell_asked(options: Study, loaded: PolicyInEnv) -> dict[str, Any]:
         "guidance": options.guidance,
         "clip": policy.choose_clip(SampleConfig()),
         "planning_batch": PLANNING_BATCH,
+        "action_horizon": options.action_horizon or policy.config.action_horizon,
         **describe_machine(policy),
     }
 
@@ -94,7 +95,12 @@ def measure(options: Study, loaded: PolicyInEnv, sampling: SampleConfig) -> dict
         policy.resolve_sampling(sampling)
         require_memory(policy, sampling, PLANNING_BATCH)
         episodes, lost, mode_failures = run_episodes(
-            loaded, options.seeds, sampling, parallel=PLANNING_BATCH, workers=options.workers
+            loaded,
+            options.seeds,
+            sampling,
+            parallel=PLANNING_BATCH,
+            workers=options.workers,
+            action_horizon=options.action_horizon,
         )
     except (ValueError, FloatingPointError) as error:
         return {"refused": one_line(str(error))}

@@ -112,13 +112,15 @@ class Results:
     """Around the environment, the inner first."""
     weights_sha256: str = ""
     """Of the policy's weights, by which an evaluation knows its own results again."""
+    action_horizon: int | None = None
+    """Steps that were executed of each plan."""
     capped_steps: int | None = None
     """Steps after which the toolkit ended the episodes, where the environment has no time limit."""
 
 
 ASKED = (
     "environment", "env_kwargs", "wrappers", "signals", "checkpoint", "training_steps", "weights_sha256", "repeats",
-    "seeds", "sampling", "planning_batch",
+    "seeds", "sampling", "planning_batch", "action_horizon",
 )  # fmt: skip
 """The fields that say what was asked, and so decide the outcomes."""
 LISTS = {"seeds": int, "errors": FailedEpisode, "outcomes": Outcome, "mode_failures": FailedEpisode}

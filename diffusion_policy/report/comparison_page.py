@@ -15,6 +15,8 @@ from diffusion_policy.report.evaluation_figures import FEW_COLORS, draw_modes
 from diffusion_policy.report.page import choose_colors, embed, make_tree, templates, to_svg_units
 from diffusion_policy.report.svg import Plane, SceneLike
 
+SETTINGS = ("checkpoint", "training_steps", "repeats", "planning_batch", "action_horizon")
+"""Fields of results.json that are compared, beside sampling and backend."""
 MOST_OVERLAYS = 48
 """Episodes whose two paths one comparison draws."""
 
@@ -77,10 +79,7 @@ def _side(results: Mapping[str, Any], colors: Mapping[str, str]) -> dict[str, An
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Settings in which two evaluations differ: name, that of A, that of B."""
     settings_a, settings_b = (
-        {name: results[name] for name in ("checkpoint", "training_steps", "repeats", "planning_batch")}
-        | results["sampling"]
-        | results["backend"]
-        for results in (a, b)
+        {name: results.get(name) for name in SETTINGS} | results["sampling"] | results["backend"] for results in (a, b)
     )
     names = dict.fromkeys((*settings_a, *settings_b))
     both = [(name, settings_a.get(name), settings_b.get(name)) for name in names]

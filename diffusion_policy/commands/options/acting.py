@@ -36,6 +36,8 @@ class ActingCommand(Command):
     env_kwargs: str | None = field(default=None, kw_only=True)
     """Arguments of the environment, as JSON, if not those that the policy was trained with."""
     signals: Annotated[SuccessAndModes, Group("environment")] = field(default_factory=SuccessAndModes, kw_only=True)
+    action_horizon: Annotated[int | None, Group("control")] = field(default=None, kw_only=True)
+    """Steps executed before planning again (Ta); by default that of the policy's training."""
     workers: Annotated[int, Group("simulation")] = field(default_factory=available_cores, kw_only=True)
     """Processes that simulate; the result is the same for any number."""
     device: Annotated[str, Group("")] = field(default="auto", kw_only=True)

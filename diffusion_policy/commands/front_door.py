@@ -1,0 +1,89 @@
+"""The verbs as functions, for Python: `import diffusion_policy as dp`. Options are keywords with the names of the
+command line's flags."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from diffusion_policy.checkpoints import checkpoint
+from diffusion_policy.checkpoints.checkpoint import Checkpoint
+from diffusion_policy.commands.options.collect import Collect
+from diffusion_policy.commands.options.evaluate import Evaluate
+from diffusion_policy.commands.options.flags import list_types
+from diffusion_policy.commands.options.rollout import Rollout
+from diffusion_policy.commands.options.train import Train
+from diffusion_policy.config import SampleConfig, with_options
+from diffusion_policy.control.policy_planner import PolicyPlanner
+from diffusion_policy.control.single import SingleController
+from diffusion_policy.policy import DiffusionPolicy, choose_device
+
+T = TypeVar("T")
+
+
+def collect(output: str | Path, **options: Any) -> None:
+    """Collect demonstrations from an expert into a new dataset; options as `diffusion-policy collect --help` shows.
+    Raises ConfigError for an unknown option, with the nearest, or one that cannot work."""
+    _told(Collect(Path(output)), options).run()
+
+
+def train(dataset: str | Path, output: str | Path, **options: Any) -> None:
+    """Train a policy on a dataset, a path or URL, in a new folder; options as `diffusion-policy train --help` shows.
+    Raises as `collect`, and FloatingPointError when the loss is no longer finite."""
+    _told(Train(str(dataset), Path(output)), options).run()
+
+
+def evaluate(checkpoint: str | Path, output: str | Path, **options: Any) -> dict[str, Any]:
+    """Roll a policy out on unseen seeds; returns what results.json holds. Options as `diffusion-policy evaluate --help`
+    shows. Raises as `collect`."""
+    return _told(Evaluate(Path(checkpoint), Path(output)), options).run()
+
+
+def rollout(checkpoint: str | Path, **options: Any) -> Any:
+    """Roll a policy out for a few episodes, to look at or to record; options as `diffusion-policy rollout --help`
+    shows. Raises as `collect`."""
+    return _told(Rollout(Path(checkpoint)), options).run()
+
+
+def load(path: str | Path, device: str = "auto") -> LoadedPolicy:
+    """The policy of a run (its newest checkpoint) or of one checkpoint; raises CheckpointError, and ValueError for a
+    device that is not there."""
+    return LoadedPolicy(checkpoint.load(Path(path), choose_device(device)))
+
+
+@dataclass(frozen=True)
+class LoadedPolicy:
+    """A policy with what its checkpoint says of it."""
+
+    checkpoint: Checkpoint
+
+    @property
+    def policy(self) -> DiffusionPolicy:
+        """The policy with EMA weights, in eval mode."""
+        return self.checkpoint.policy
+
+    def controller(
+        self, seed: int = 0, *, action_horizon: int | None = None, delay_steps: int = 0, **sampling: Any
+    ) -> SingleController:
+        """Steers one robot: `action = controller.act(observation)`, once a control step. `seed`: of the planning noise;
+        `action_horizon`: steps executed before planning again, by default that of training; `delay_steps`: control
+        steps that planning takes; the others are sampling options, such as sampling_steps=8. Raises ConfigError for
+        options that the policy cannot follow."""
+        planner = PolicyPlanner(self.policy, with_options(SampleConfig(), **sampling))
+        return SingleController(planner, seed, action_horizon=action_horizon, delay_steps=delay_steps)
+
+
+def _told(command: T, options: Mapping[str, Any]) -> T:
+    """A command with these options: what JSON flags say may be a mapping, paths may be texts."""
+    types, values = list_types(command), dict(options)
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            values[name] = json.dumps(value)
+        elif isinstance(value, list):
+            values[name] = tuple(value)
+        elif isinstance(value, str) and types.get(name) in (Path, Path | None):
+            values[name] = Path(value)
+    return with_options(command, **values)

@@ -1,0 +1,43 @@
+"""A controller for one robot: one observation in, one action out."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from diffusion_policy.control.chunking import Chunking
+from diffusion_policy.control.controller import Controller
+from diffusion_policy.control.planner import Planner
+
+
+class SingleController:
+    """Steers one robot for an episode; `reset` begins the next one."""
+
+    def __init__(
+        self,
+        planner: Planner,
+        seed: int = 0,
+        *,
+        action_horizon: int | None = None,
+        delay_steps: int = 0,
+        chunking: Chunking | None = None,
+    ) -> None:
+        """`seed`: of the planning noise; the other options, and what is raised, are those of `Controller`."""
+        self._controller = Controller(
+            planner, 1, action_horizon=action_horizon, delay_steps=delay_steps, chunking=chunking
+        )
+        self.reset(seed)
+
+    def reset(self, seed: int = 0) -> None:
+        """Begin an episode: forget what was observed and planned."""
+        self._controller.reset(np.ones(1, bool), [(seed, 0)])
+
+    def act(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
+        """What is observed now, {key: (...)}, to be called once a control step → the raw action (A,), float64. Raises
+        ValueError for observations of other keys or shapes, FloatingPointError when a plan is not finite."""
+        return self._controller.act({key: np.asarray(value)[None] for key, value in observation.items()})[0]
+
+    @property
+    def plan(self) -> np.ndarray | None:
+        """What the last call of `act` planned, from its step on, (T - To + 1, A); None where it followed an older
+        plan."""
+        return self._controller.planned.get(0)
