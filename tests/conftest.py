@@ -59,10 +59,30 @@ def run(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def make_version_2() -> Callable[[Path], None]:
+def make_version_3() -> Callable[[Path], None]:
+    """Makes a checkpoint what the package wrote before its network had options of their own."""
+
+    def make(folder: Path) -> None:
+        file = folder / "config.json"
+        config = json.loads(file.read_text())
+        policy, training = config["policy"], config["training"]
+        policy["levels"] = policy.pop("noise_levels")
+        policy |= {name: value for name, value in policy.pop("network").items() if name != "kind"}
+        del policy["encoder"]
+        for today, before in (("ema_power", "average_power"), ("ema_max_decay", "average_limit")):
+            training[before] = training.pop(today)
+        training["keep"] = training.pop("keep_checkpoints")
+        file.write_text(json.dumps(config | {"format_version": 3}))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_version_2(make_version_3: Callable[[Path], None]) -> Callable[[Path], None]:
     """Makes a checkpoint what the package wrote before it normalized in double precision."""
 
     def make(folder: Path) -> None:
+        make_version_3(folder)
         file, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
         weights = load_file(file)
         save_file({n: value.float() if n.startswith("normalizer.") else value for n, value in weights.items()}, file)

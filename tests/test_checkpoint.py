@@ -33,7 +33,7 @@ import os, sys
 from dataclasses import replace
 from pathlib import Path
 import torch
-from diffusion_policy import checkpoint
+from diffusion_policy.checkpoints import checkpoint
 
 original, run = checkpoint.load(sys.argv[1]), Path(sys.argv[2])
 for line in sys.stdin:
@@ -229,7 +229,7 @@ def test_shapes_that_disagree_with_the_configuration_are_named(copy: Path) -> No
 def test_newer_formats_and_other_files_are_refused(copy: Path) -> None:
     for version in (checkpoint_contents.FORMAT_VERSION + 1, 0, True, "1", None):
         edit_config(copy, format_version=version)
-        with pytest.raises(CheckpointError, match=rf"has format version {version!r}; this package reads up to 3"):
+        with pytest.raises(CheckpointError, match=rf"has format version {version!r}; this package reads up to 4"):
             checkpoint.load(copy)
     edit_config(copy, format="something else")
     with pytest.raises(CheckpointError, match="is not the configuration of a checkpoint"):
@@ -249,6 +249,18 @@ def test_an_incomplete_configuration_is_refused(copy: Path, part: str) -> None:
 
 
 # Older versions
+
+
+def test_a_checkpoint_of_version_3_has_other_names_and_its_network_beside_the_policys_options(
+    copy: Path, point: Checkpoint, make_version_3
+) -> None:
+    make_version_3(copy)
+    config = json.loads((copy / "config.json").read_text())
+    assert {"widths", "level_dim", "levels"} <= config["policy"].keys()
+    assert {"keep", "average_power", "average_limit"} <= config["training"].keys()
+    loaded = checkpoint.load(copy)
+    assert (loaded.policy.config, loaded.training) == (point.policy.config, point.training)
+    assert same_weights(loaded, point)
 
 
 def test_a_checkpoint_of_version_2_normalizes_with_the_same_numbers_in_double_precision(

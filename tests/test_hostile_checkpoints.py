@@ -46,7 +46,7 @@ READER = """
 import json, signal, sys, traceback
 from pathlib import Path
 import torch
-from diffusion_policy import checkpoint
+from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.config import SampleConfig
 
 def peak():  # of this process alone [KB]; getrusage counts what its parent had, too
@@ -617,7 +617,8 @@ COMMANDER = """
 import io, json, signal, sys, time, traceback, warnings
 from pathlib import Path
 import torch
-from diffusion_policy import checkpoint, cli
+from diffusion_policy import cli
+from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.commands import terminal
 
 def peak():  # of this process alone [KB]; getrusage counts what its parent had, too
