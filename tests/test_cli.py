@@ -60,9 +60,9 @@ TITLES = {
         "checkpoint", "rollout", "sampling",
     ],
     "dataset replay": ["positional arguments", "options", "episode", "environment"],
-    "evaluate": ["options", "environment", "simulation", "episode", "sampling"],
-    "rollout": ["options", "environment", "simulation", "episode", "sampling"],
-    "study": ["positional arguments", "options", "environment", "simulation", "sampling", "episode"],
+    "evaluate": ["options", "environment", "control", "simulation", "episode", "sampling"],
+    "rollout": ["options", "environment", "control", "simulation", "episode", "sampling"],
+    "study": ["positional arguments", "options", "environment", "control", "simulation", "sampling", "episode"],
     "doctor": ["options", "data", "sampling", "policy", "network", "diffusion"],
 }  # fmt: skip
 """Groups of flags; verbs of few flags have no groups."""
@@ -192,7 +192,7 @@ def test_train_refuses_bad_data(demonstrations: Path, tmp_path: Path, capsys) ->
         (["--env", "Pendulum-v1"], "Pendulum-v1 offers {'observation': (3,)}"),
         (["--success", "return>90"], "success must be 'return>=NUMBER', such as 'return>=90', module:function"),
         (["--mode-function", "nowhere:mode"], "there is no module 'nowhere'"),
-        (["--delay-steps", "8"], "delay-steps must be from 0 to 7 (prediction-horizon 16 - observation-horizon 2"),
+        (["--delay-steps", "8"], "delay-steps must be from 0 to 7 (prediction-horizon"),
         (["--delay-steps", "0", "0"], "delay-steps must be different numbers, at least one; got (0, 0)"),
         (["--repeats", "0"], "repeats must be at least 1; got 0"),
         (["--hang-after", "0"], "hang-after must be above 0; got 0.0"),
@@ -294,7 +294,7 @@ def test_options_of_a_checkpoint_are_taken_and_flags_override_them(run: Path) ->
     config = str(checkpoint.find(run) / "config.json")
     command = parse(["train", "--dataset", "d", "--output", "o", "--config", config, "--batch-size", "7"])
     assert isinstance(command, Train)
-    assert command.policy.widths == (16, 32)
+    assert command.policy.network.widths == (16, 32)
     assert command.training.steps == 30
     assert command.training.batch_size == 7
     assert set(command.observation) == {"actual_xy", "desired_xy"}
@@ -310,7 +310,7 @@ def test_an_option_file_with_an_unknown_key_names_the_nearest(tmp_path: Path, ca
     text = fails(capsys, "train", "--dataset", "d", "--output", "o", "--config", path)
     assert "must be a JSON object" in text
     for content, said in (
-        ('{"policy": {"widths": 64}}', f"{path}: policy, widths must be a list of at most 1024 items, each a whole"),
+        ('{"policy": {"widths": 64}}', f"{path}: policy, network, widths must be a list of at most 1024 items, each a"),
         ('{"policy": {"schedule": {}}}', f"{path}: policy, schedule must be one of cosine, linear"),
         ('{"policy": {"schedule_options": [1e400]}}', "schedule_options[0] must be a finite number; got inf"),
         ('{"training": {"steps": 9223372036854775808}}', "steps must be a whole number; got 9223372036854775808"),
