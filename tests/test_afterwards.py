@@ -32,6 +32,7 @@ from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs import protocols
 from diffusion_policy.envs.avoid import AvoidEnv
 from diffusion_policy.evaluation.episode import Episode
+from diffusion_policy.evaluation.results import ASKED
 from diffusion_policy.report import page, video
 
 NO_OPTIONS: Any = ()
@@ -148,6 +149,11 @@ def test_a_page_that_no_disk_holds_leaves_the_results_and_is_written_by_the_same
     assert "What might have been planned" in (command.output / "report.html").read_text()
     with pytest.raises(ValueError, match="already holds something"):
         command.run()
+
+
+def test_an_evaluation_is_known_by_all_that_was_asked(command: Evaluate) -> None:
+    asked = evaluate.tell_asked(command, evaluate.load_with_environment(*NO_OPTIONS))
+    assert tuple(asked) == ASKED
 
 
 def test_results_of_other_weights_at_the_same_place_are_not_taken_for_its_own(

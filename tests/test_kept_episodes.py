@@ -15,10 +15,10 @@ import zarr
 from diffusion_policy.basics.files import WRITING
 from diffusion_policy.cli import main
 from diffusion_policy.commands import evaluate, kept_episodes
-from diffusion_policy.commands.compare import Compare
 from diffusion_policy.commands.kept_episodes import PATH, PLAN, keep_episodes, read_kept, read_paths, trace
+from diffusion_policy.commands.options.compare import Compare
 from diffusion_policy.commands.options.evaluate import Evaluate
-from diffusion_policy.commands.report import Report
+from diffusion_policy.commands.options.report import Report
 from diffusion_policy.config import SampleConfig
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.evaluation.episode import Episode, Plan

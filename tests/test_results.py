@@ -1,5 +1,6 @@
 """results.json as input: anybody may have made it."""
 
+import contextlib
 import copy
 import json
 import math
@@ -11,8 +12,10 @@ import pytest
 
 from diffusion_policy.basics.files import format_json
 from diffusion_policy.cli import main
-from diffusion_policy.commands.compare import Compare
+from diffusion_policy.commands.options.compare import Compare
+from diffusion_policy.commands.options.report import Report
 from diffusion_policy.evaluation.results import FORMAT_VERSION, read_results
+from diffusion_policy.report import page
 
 MISSING = object()
 METRIC = {"value": 0.5, "low": 0.4, "high": None}
@@ -122,6 +125,21 @@ def test_a_field_that_is_anything_else_is_a_page_or_one_line(tmp_path: Path, cap
     compared, refused = try_all(tmp_path, CASES[:: len(CASES) // 60])
     assert compared > 5
     assert refused > 20
+
+
+def test_results_of_anybody_have_a_page_of_their_own_or_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(page, "to_png", lambda _: b"")
+    written = 0
+    for i, (at, value) in enumerate([((), whole()), (("seeds",), []), *CASES[5 :: len(CASES) // 60]]):
+        value = "1" * 5000 if value == 10**5000 else value
+        write(tmp_path / "results.json", changed(whole(), at, value))
+        with contextlib.suppress(ValueError):
+            html = Report(tmp_path, tmp_path / f"{i}.html").run().read_text()
+            assert "<script>alert" not in html
+            written += 1
+    assert written > 5
 
 
 @pytest.mark.slow
