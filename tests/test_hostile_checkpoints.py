@@ -44,6 +44,7 @@ HOSTILE_VALUES = [
 ]  # fmt: skip
 READER = """
 import json, signal, sys, traceback
+import numpy as np
 from pathlib import Path
 import torch
 from diffusion_policy.checkpoints import checkpoint
