@@ -8,6 +8,7 @@ import pytest
 from diffusion_policy.cli import parse
 from diffusion_policy.commands import runs
 from diffusion_policy.commands.options.flags import is_options
+from diffusion_policy.commands.options.sweep import OF_A_TRAINING, Sweep
 from diffusion_policy.commands.options.train import KEPT, read_run, to_options
 from diffusion_policy.commands.points import read_grid
 from diffusion_policy.commands.train import Train
@@ -166,6 +167,33 @@ def test_a_file_of_options_says_all_that_flags_can(tmp_path: Path) -> None:
     assert parse(["train", "--dataset", "data.zarr", "--output", "run", "--config", str(file)]) == dataclasses.replace(
         train, config=file
     )
+
+
+def test_options_by_the_names_of_older_versions_are_read(tmp_path: Path) -> None:
+    train, file = told(), tmp_path / "options.json"
+    today = as_json(to_options(train, "abc"))
+    network = {name: value for name, value in today["policy"].pop("network").items() if name != "kind"}
+    del today["policy"]["encoder"]
+    today["policy"] = {
+        ("levels" if name == "noise_levels" else name): v for name, v in today["policy"].items()
+    } | network
+    renamed = {"ema_power": "average_power", "ema_max_decay": "average_limit", "keep_checkpoints": "keep"}
+    today["training"] = {renamed.get(name, name): value for name, value in today["training"].items()}
+    file.write_text(json.dumps(today))
+    assert parse(["train", "--dataset", "data.zarr", "--output", "run", "--config", str(file)]) == dataclasses.replace(
+        train, config=file
+    )
+
+
+def test_a_sweep_takes_of_a_file_what_its_trials_share(tmp_path: Path) -> None:
+    train, file = told(), tmp_path / "options.json"
+    file.write_text(json.dumps(to_options(train, "abc")))
+    sweep = parse(["sweep", "--dataset", "d", "--output", "o", "--grid", "seed=1", "--config", str(file)])
+    assert isinstance(sweep, Sweep)
+    assert set(OF_A_TRAINING) == {"observation", "action", "angles", "device", "policy", "training"}
+    assert {name: getattr(sweep, name) for name in OF_A_TRAINING} == {
+        name: getattr(train, name) for name in OF_A_TRAINING
+    }
 
 
 def test_the_command_of_a_trial_says_all_that_it_was_told() -> None:
