@@ -9,10 +9,9 @@ from rich.table import Table
 
 from diffusion_policy.basics.files import format_json, plain, write_whole
 from diffusion_policy.commands.afterwards import PAGE, RESULTS, Remarks, hold_output, require_same, waits_for_page
+from diffusion_policy.commands.counting import count_results
 from diffusion_policy.commands.episodes import (
     RolledOut,
-    describe_machine,
-    measure_episodes,
     measure_latency,
     require_memory,
     run_episodes,
@@ -24,19 +23,17 @@ from diffusion_policy.commands.options.evaluate import Evaluate
 from diffusion_policy.commands.pictures import gather_pictures, without_episodes
 from diffusion_policy.commands.policy_in_env import (
     PolicyInEnv,
-    choose_modes,
     load_with_environment,
     refuse_seen_seeds,
 )
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.control.controller import require_horizons
 from diffusion_policy.control.policy_planner import PolicyPlanner
-from diffusion_policy.envs.adapters import capped_steps
 from diffusion_policy.envs.protocols import as_drawable, repeats_by_seed
 from diffusion_policy.envs.scene import Scene
 from diffusion_policy.evaluation import metrics
 from diffusion_policy.evaluation.episode import Episode, Trace
-from diffusion_policy.evaluation.results import FORMAT_VERSION, read_results
+from diffusion_policy.evaluation.results import read_results
 from diffusion_policy.report.page import NO_PICTURES, Pictures, write_report
 from diffusion_policy.report.text import caveats, scorecard_lines
 
@@ -150,7 +147,9 @@ def roll_out_each_delay(evaluation: Evaluation) -> tuple[dict[int, RolledOut], d
             remarks.say(f"no results for planning that takes {delay} control steps: {error}")
             continue
         with console.status("counting"):
-            results = plain({**evaluation.asked, **count_results(evaluation, rolled_out)})
+            results = plain(
+                {**evaluation.asked, **count_results(evaluation.loaded, rolled_out, options.backend, remarks)}
+            )
         keep(options, results)
         if len(rolled_out) == 1:
             with telling_what_is_kept(options), console.status("keeping the episodes"):
@@ -233,59 +232,6 @@ def write_page(evaluation: Evaluation, results: Mapping[str, Any], pictures: Pic
     written = written or remarks.attempt("the page could not be written", lambda: write(NO_PICTURES), False)
     page = f"page in {output}/{PAGE}" if written else "the same command tries the page again"
     console.print(f"results in {output}/{RESULTS}, {page}", soft_wrap=True)
-
-
-def count_results(evaluation: Evaluation, rolled_out: Mapping[int, RolledOut]) -> dict[str, Any]:
-    """Everything that the report shows as a number, but for what is measured of plans."""
-    options, loaded, remarks = evaluation.options, evaluation.loaded, evaluation.remarks
-    policy, demonstrated = loaded.policy, loaded.checkpoint.dataset
-    episodes, lost, mode_failures = rolled_out[options.delay_steps[0]]
-    modes, base = choose_modes(loaded)
-    period = 1 / loaded.frames_per_second
-    undefined = dataclasses.asdict(metrics.Metric(None))
-    return {
-        "format_version": FORMAT_VERSION,
-        "episodes": len(episodes),
-        **measure_episodes(loaded, episodes, modes, period, remarks).fields(),
-        "diversity": undefined,
-        "planning_latency_ms": dict.fromkeys(("p50", "p95", "p99"), undefined),
-        "mode_base": base,
-        "demonstrations": {
-            "episodes": demonstrated.episodes,
-            "modes": demonstrated.modes,
-            "mode_entropy": metrics.mode_entropy(demonstrated.modes, modes),
-        },
-        "errors": [dataclasses.asdict(one) for one in lost],
-        "mode_failures": [dataclasses.asdict(one) for one in mode_failures],
-        "capped_steps": capped_steps(loaded.env),
-        "delay": [count_under_delay(delay, one.episodes, modes) for delay, one in rolled_out.items()],
-        "control_period": period,
-        **describe_machine(policy, options.backend),
-        "outcomes": [tell_outcome(episode) for episode in episodes],
-    }
-
-
-def tell_outcome(episode: Episode) -> dict[str, Any]:
-    """How one episode ended."""
-    return {
-        "seed": episode.seed,
-        "repeat": episode.repeat,
-        "success": episode.success,
-        "mode": episode.mode,
-        "steps": len(episode.actions),
-        "measures": dict(episode.measures),
-    }
-
-
-def count_under_delay(delay: int, episodes: Sequence[Episode], modes: Sequence[str]) -> dict[str, Any]:
-    """One point of the curves against delay; `delay` in control steps."""
-    solved = metrics.effective_successes(episodes)
-    return {
-        "steps": delay,
-        "success_rate": dataclasses.asdict(metrics.success_rate(episodes)),
-        "mode_entropy": dataclasses.asdict(metrics.behaviour_entropy(solved, modes)),
-        "measures": {name: dataclasses.asdict(metric) for name, metric in metrics.mean_measures(episodes).items()},
-    }
 
 
 def measure_plans(evaluation: Evaluation, episodes: Sequence[Episode]) -> dict[str, Any]:

@@ -108,7 +108,13 @@ def sample_plans(
 
 
 def draw_plans(
-    policy: DiffusionPolicy, episode: Episode, plane: Drawable, steps: Sequence[int], count: int, sampling: SampleConfig
+    policy: DiffusionPolicy,
+    episode: Episode,
+    plane: Drawable,
+    steps: Sequence[int],
+    *,
+    count: int,
+    sampling: SampleConfig,
 ) -> dict[int, np.ndarray]:
     """The paths along which such sequences would lead, by step, (count, T - To + 2, 2) in the plane of the scene."""
     plans = sample_plans(policy, episode, steps, count, sampling)
@@ -121,7 +127,7 @@ def draw_plans(
 def _fan(policy: DiffusionPolicy, episode: Episode, plane: Drawable, sampling: SampleConfig) -> Fan:
     """What was, and what might have been, planned in an episode: at its re-plannings, evenly from all if they are
     many."""
-    paths = draw_plans(policy, episode, plane, choose_moments(episode), FAN_PLANS, sampling)
+    paths = draw_plans(policy, episode, plane, choose_moments(episode), count=FAN_PLANS, sampling=sampling)
     moments = [Moment(step, np.stack([as_path(one) for one in path])) for step, path in paths.items()]
     xy = as_path(plane.path(episode.observations))
     return Fan(episode.seed, episode.repeat, episode.mode, episode.success, xy, moments)

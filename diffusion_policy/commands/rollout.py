@@ -89,7 +89,8 @@ def film(options: Rollout, path: Path, loaded: PolicyInEnv, episodes: Sequence[E
     with progress_bar("episodes") as bar:
         for episode in bar.track(episodes, task_id=bar.add_task("planning", total=len(episodes), note="")):
             steps = [plan.step for plan in episode.plans]
-            plans = draw_plans(policy, episode, plane, steps, DRAWN_PLANS, options.sampling) if plane else {}
+            sampled = partial(draw_plans, policy, count=DRAWN_PLANS, sampling=options.sampling)
+            plans = sampled(episode, plane, steps) if plane else {}
             scripts.append(Script(episode.seed, episode.actions, plans))
         make_recorder = partial(FrameRecorder, loaded.make_env, pixels_of=pixels_of)
         films = imap(make_recorder, scripts, min(options.workers, len(scripts)))
