@@ -14,7 +14,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,12 +112,16 @@ def save(
     if winner:
         kept.add(winner)
         _link(run / "best", winner)
-    for older in steps_of(run):
-        if older not in kept and _number(older) < checkpoint.step:
-            with contextlib.suppress(OSError):  # the next one tries again
-                _set_aside(older)
-    _clear(run)
+    _delete([older for older in steps_of(run) if older not in kept and _number(older) < checkpoint.step], run)
     return folder
+
+
+def _delete(folders: Sequence[Path], run: Path) -> None:
+    """Delete checkpoints of a run; what cannot be deleted now is at the next call."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            _set_aside(folder)
+    _clear(run)
 
 
 def count_weights(policy: DiffusionPolicy) -> int:

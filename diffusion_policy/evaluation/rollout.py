@@ -9,7 +9,7 @@ import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -109,23 +109,14 @@ def rollout(
     """
     for name, value in (("parallel", parallel), ("workers", workers), ("repeats", repeats)):
         _require_whole(name, value, 1)
-    for seed in seeds:
-        _require_whole("each seed", seed, 0)
-    if not len(seeds):
-        raise ValueError("rollout needs at least one seed; got none")
+    _require_seeds(seeds)
     require_patience(hang_after)
     if not callable(mode_of):
         raise ValueError(f"mode_of must be a function of an episode's observations; got {mode_of!r:.60}")
     names = list(itertools.product(seeds, range(repeats)))
     slots = min(parallel, len(names))
     scheduler = _EpisodeScheduler(
-        names,
-        make_controller(slots),
-        slots,
-        mode_of,
-        on_episode=on_episode,
-        on_lost=on_lost,
-        on_mode_failure=on_mode_failure,
+        names, make_controller(slots), slots, mode_of, _Hearers(on_episode, on_lost, on_mode_failure)
     )
     with EnvironmentPool(make_env, min(workers, slots), hang_after, engine) as pool:
         while scheduler.running or scheduler.waiting:
@@ -135,9 +126,24 @@ def rollout(
     return [scheduler.finished[name] for name in names if name in scheduler.finished]
 
 
+def _require_seeds(seeds: Sequence[int]) -> None:
+    for seed in seeds:
+        _require_whole("each seed", seed, 0)
+    if not len(seeds):
+        raise ValueError("rollout needs at least one seed; got none")
+
+
 def _require_whole(name: str, value: Any, lowest: int) -> None:
     if not isinstance(value, int | np.integer) or value < lowest:
         raise ValueError(f"{name} must be a whole number of at least {lowest}; got {value!r:.60}")
+
+
+class _Hearers(NamedTuple):
+    """Who hears of what has come of an episode; see `rollout`."""
+
+    on_episode: Callable[[Episode], None]
+    on_lost: Callable[[FailedEpisode], None]
+    on_mode_failure: Callable[[FailedEpisode], None]
 
 
 class _EpisodeScheduler:
@@ -150,10 +156,7 @@ class _EpisodeScheduler:
         controller: Controller,
         slots: int,
         mode_of: ModeOf,
-        *,
-        on_episode: Callable[[Episode], None],
-        on_lost: Callable[[FailedEpisode], None],
-        on_mode_failure: Callable[[FailedEpisode], None],
+        hearers: _Hearers,
     ) -> None:
         self.waiting = list(reversed(names))
         self.running: dict[int, _Recording] = {}
@@ -161,7 +164,7 @@ class _EpisodeScheduler:
         self._controller = controller
         self._slots = slots
         self._mode_of = mode_of
-        self._on_episode, self._on_lost, self._on_mode_failure = on_episode, on_lost, on_mode_failure
+        self._hearers = hearers
         self._failures: Counter[tuple[int, int]] = Counter()
         self._lost = 0
         self._latest: dict[str, np.ndarray] = {}
@@ -205,8 +208,8 @@ class _EpisodeScheduler:
                 going_on[slot] = answer
                 continue
             del self.running[slot]
-            self.finished[recording.name] = recording.finish(self._mode_of, self._on_mode_failure)
-            self._on_episode(self.finished[recording.name])
+            self.finished[recording.name] = recording.finish(self._mode_of, self._hearers.on_mode_failure)
+            self._hearers.on_episode(self.finished[recording.name])
         self._look_on(going_on)
 
     def _try_again(self, name: tuple[int, int], failure: EnvFailure) -> None:
@@ -218,7 +221,7 @@ class _EpisodeScheduler:
             self.waiting.append(name)
             return
         self._lost += 1
-        self._on_lost(FailedEpisode(*name, failure.reason))
+        self._hearers.on_lost(FailedEpisode(*name, failure.reason))
         if self._lost >= HOPELESS and not self.finished:
             raise RolloutError(f"the first {self._lost} episodes failed {ATTEMPTS} times each: {failure.reason}")
 
