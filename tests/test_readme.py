@@ -81,10 +81,11 @@ MINIATURE = {
 LONG = {"sweep", "toy", "demo"}
 """Commands that take long all the same."""
 FEW = {
-    "episodes=40": "episodes=4",
+    "episodes=40)": "episodes=4, workers=1)",
+    "episodes=40,": "episodes=4,",
     "range(40)": "range(4)",
     "steps=500": "steps=2",
-    "episodes=20": "episodes=2",
+    "episodes=20)": "episodes=2, workers=1, videos=0, sampling_steps=2)",
     "100_020": "100_002",
     "range(20)": "range(2)",
 }
