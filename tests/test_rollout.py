@@ -320,5 +320,5 @@ def test_the_policy_sees_what_is_observed_whatever_type_came_first() -> None:
     )
     policy = DiffusionPolicy(config, Shapes({"x": (1,)}, (1,))).eval()
     sampling = SampleConfig(sampling_steps=1)
-    rollout(Widening, partial(Looking, policy, sampling=sampling), [0], lambda _: None)
+    rollout(Widening, partial(Looking, PolicyPlanner(policy, sampling)), [0], lambda _: None)
     assert seen[:9] == [step * 0.125 for step in range(9)]
