@@ -615,7 +615,7 @@ def test_a_thousand_mutated_checkpoints(original: Path, tmp_path: Path) -> None:
 # The commands that read what a stranger hands over
 
 COMMANDER = """
-import io, json, signal, sys, time, traceback, warnings
+import importlib, io, json, signal, sys, time, traceback, warnings
 from pathlib import Path
 import torch
 from diffusion_policy import cli
@@ -630,6 +630,8 @@ def late(*_):
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
+for options in cli.VERBS.values():
+    importlib.import_module(options.program)
 signal.signal(signal.SIGALRM, late)
 for line in sys.stdin:
     terminal.console.file, terminal.console.quiet, answer, started = io.StringIO(), False, {}, time.perf_counter()
