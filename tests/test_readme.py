@@ -336,6 +336,15 @@ def test_the_tree_is_what_is_on_the_disk() -> None:
     assert {path for path in shown if path.endswith(".py") and not path.endswith("__init__.py")} == modules
 
 
+def test_the_files_that_pages_name_exist() -> None:
+    text = "".join(PAGES.values()) + (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`([\w/]+/\w+\.py)`", text))
+    assert named
+    assert {
+        path for path in named if not any((ROOT / top / path).is_file() for top in (".", "diffusion_policy"))
+    } == set()
+
+
 def test_the_table_of_samplers_is_the_committed_study() -> None:
     study = json.loads((ROOT / ".github" / "studies" / "demo_samplers.json").read_text())
     rows = dict(re.findall(r"^\| `([a-z0-9-]+)` \| (\d.*) \|$", PAGES["docs/diffusion.md"], re.MULTILINE))

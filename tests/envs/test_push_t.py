@@ -15,7 +15,7 @@ from diffusion_policy.envs.push_t import PICTURE_SIZE, PushTEnv, keypoints, publ
 pytest.importorskip("gym_pusht", reason="gym-pusht is not installed (the extra `pusht`)")
 import shapely
 
-DEMONSTRATIONS = Path(__file__).parents[2] / "shared" / "data" / "pusht_cchi_v7_replay.zarr"
+DEMONSTRATIONS = Path(__file__).parents[3] / "shared" / "data" / "pusht_cchi_v7_replay.zarr"
 needs_demonstrations = pytest.mark.skipif(
     not DEMONSTRATIONS.exists(), reason=f"the published Push-T demonstrations are not at {DEMONSTRATIONS}"
 )

@@ -34,7 +34,7 @@ from diffusion_policy.commands.trials import describe_trial
 from diffusion_policy.config import PolicyConfig, TrainConfig, with_options
 from diffusion_policy.policy import DiffusionPolicy
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODEL, TRAINING = "model.safetensors", "training.safetensors"
 HOSTILE_VALUES = [
     10**15, 2**62, 10**400, 10**4000, -1, 0, 1, 2, 3, 4, 7, 64, 0.5, 1e308, -1e-300, None, True, False, "", "a",

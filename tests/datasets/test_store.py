@@ -23,7 +23,7 @@ from diffusion_policy.datasets.storage import StoreError
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.datasets.validate import validate
 
-PUSHT = Path(__file__).parents[2] / "shared" / "data" / "pusht_cchi_v7_replay.zarr"
+PUSHT = Path(__file__).parents[3] / "shared" / "data" / "pusht_cchi_v7_replay.zarr"
 
 
 def episode(length: int, seed: int = 0, mode: str | None = "a") -> Demonstration:
