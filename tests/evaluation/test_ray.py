@@ -220,10 +220,11 @@ class Fragile(gymnasium.Wrapper):
 def test_a_killed_worker_changes_no_episode(make_env: partial, run: Path, tmp_path: Path) -> None:
     from diffusion_policy.checkpoints import checkpoint  # workers import this module too, and need no torch
     from diffusion_policy.control.controller import Controller
-from diffusion_policy.control.policy_planner import PolicyPlanner
+    from diffusion_policy.control.policy_planner import PolicyPlanner
     from diffusion_policy.evaluation.rollout import rollout
 
-    make_controller = partial(Controller, PolicyPlanner(checkpoint.load(run).policy, SampleConfig("ddim", 2)), plan_batch=3)
+    planner = PolicyPlanner(checkpoint.load(run).policy, SampleConfig("ddim", 2))
+    make_controller = partial(Controller, planner, plan_batch=3)
     roll_out = partial(rollout, make_controller=make_controller, seeds=SEEDS, mode_of=make_env().unwrapped.mode)
     whole = roll_out(make_env, parallel=3)
     fragile = partial(Fragile, make_env, tmp_path, {SEEDS[1]: "environment", SEEDS[4]: "actor"})
