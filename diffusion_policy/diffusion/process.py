@@ -38,6 +38,10 @@ class Network(Protocol):
         """As called, under `films.at` one level."""
         ...
 
+    def undecayed_parameters(self) -> Sequence[nn.Parameter]:
+        """Those that take no weight decay in training."""
+        ...
+
 
 class Noising(NamedTuple):
     """What is drawn to noise some sequences, of a whole batch: so that a division of the batch does not change it."""

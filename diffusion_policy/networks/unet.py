@@ -73,9 +73,9 @@ class TemporalUnet(nn.Module):
             x = pair(torch.cat([lengthen(x), skips.pop()], dim=1), *next(pairs_of_films))
         return rearrange(self.out(x), "b d t -> b t d")
 
-    def decayed_parameters(self) -> list[nn.Parameter]:
-        """Those that take weight decay: all."""
-        return list(self.parameters())
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """Those without weight decay: none."""
+        return []
 
     def _pairs(self) -> list[BlockPair]:
         """In the order in which a sequence passes them."""

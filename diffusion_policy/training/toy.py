@@ -138,6 +138,9 @@ class PointNetwork(nn.Module):
         of_xt, _, _ = self.first.weight.split(self._sizes, dim=1)
         return self.others(functional.linear(xt, of_xt) + films[0])
 
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        return []
+
 
 class FreshPoints(NamedTuple):
     """New points of a problem in every batch."""

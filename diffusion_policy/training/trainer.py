@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -84,21 +84,30 @@ class Trainer:
         loss: Callable[[Any, Any, Any], Tensor],
         draw: Callable[[Any, int, torch.Generator], Any],
         *,
+        undecayed: Collection[nn.Parameter] = (),
         distributed: Distributed | None = None,
         validate: Callable[[Any], Validation] | None = None,
         roll_out: Callable[[Any], float | None] | None = None,
     ) -> None:
         """`draw(model, rows, generator)`: the random numbers of a batch, with `rows(first, last)`, those of some of its
-        rows; `loss(model, batch, draws)`: of each row, (B,); `distributed`: the processes that train this model
-        together; `validate`, `roll_out`: what the EMA weights do on held-out data, and their success rate, None where
+        rows; `loss(model, batch, draws)`: of each row, (B,); `undecayed`: parameters without weight decay;
+        `distributed`: the processes that train this model together; `validate`, `roll_out`: what the EMA weights do on held-out data, and their success rate, None where
         it could not be measured. Raises ValueError for batches that cannot be divided so often."""
         self.config = config
         self._distributed = distributed or Distributed()
         self._model, self._source = model, batches
         self._loss, self._draw, self._validate, self._roll_out = loss, draw, validate, roll_out
         self._device = next(model.parameters()).device
+        kept = {id(weight) for weight in undecayed}
+        groups = [
+            {"params": [weight for weight in model.parameters() if id(weight) not in kept]},
+            {"params": [weight for weight in model.parameters() if id(weight) in kept], "weight_decay": 0.0},
+        ]
         self._optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.95, 0.999)
+            [group for group in groups if group["params"]],
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            betas=(0.95, 0.999),
         )
         self._ema_model = AveragedModel(model, avg_fn=self._average).eval()  # its buffers are those of the model
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=config.precision == "fp16")
@@ -132,7 +141,18 @@ class Trainer:
         if config.compile:
             policy.network.compile()
         validate = None if validation is None else make_validation(validation, config, loss)
-        return cls(policy, windows, config, loss, draw, distributed=distributed, validate=validate, roll_out=roll_out)
+        undecayed = policy.network.undecayed_parameters()
+        return cls(
+            policy,
+            windows,
+            config,
+            loss,
+            draw,
+            undecayed=undecayed,
+            distributed=distributed,
+            validate=validate,
+            roll_out=roll_out,
+        )
 
     @property
     def is_main(self) -> bool:
@@ -174,7 +194,7 @@ class Trainer:
         """What training holds beside the EMA policy and the number of steps, by name: raw weights, the optimizer's
         moments, the scale of fp16 and what the next report is to average."""
         weights = {f"weights.{name}": weight.contiguous() for name, weight in self._model.state_dict().items()}
-        names = [name for name, _ in self._model.named_parameters()]
+        names = self._names_in_optimizer()
         moments = {
             f"optimizer.{names[index]}.{name}": torch.as_tensor(value).contiguous()
             for index, values in self._optimizer.state_dict()["state"].items()
@@ -190,7 +210,7 @@ class Trainer:
         for name, tensor in state.items():
             kind, _, rest = name.partition(".")
             groups.setdefault(kind, {})[rest] = tensor
-        names = [name for name, _ in self._model.named_parameters()]
+        names = self._names_in_optimizer()
         moments = {
             index: {key: groups["optimizer"].get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
             for index, name in enumerate(names)
@@ -215,19 +235,18 @@ class Trainer:
         self._batches = self._source.batches(self.config.batch_size, self.config.seed, step, self._distributed.shard)
         self.step = step
 
+    def _names_in_optimizer(self) -> list[str]:
+        """Names of the parameters in the order in which the optimizer counts them."""
+        names = {id(weight): name for name, weight in self._model.named_parameters()}
+        return [names[id(weight)] for group in self._optimizer.param_groups for weight in group["params"]]
+
     def _train_step(self, votes: Tensor) -> None:
         """One step; `votes`, (), becomes the sum over all processes."""
         config, batch = self.config, next(self._batches)
         for group in self._optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(self.step, config)
         self._optimizer.zero_grad()
-        torch.manual_seed(
-            int(
-                derive_entropy(
-                    "layers in training", config.seed, self.step, self._distributed.shard.rank
-                ).generate_state(1)[0]
-            )
-        )
+        self._seed_layers()
         generator = derive_generator("training noise", config.seed, self.step)
         draws = self._draw(self._model, self._batch_size, generator)
         start, stop = self._distributed.shard.of(self._batch_size)

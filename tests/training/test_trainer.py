@@ -245,6 +245,23 @@ def test_averaged_weights_follow_the_recurrence() -> None:
     torch.testing.assert_close(trainer.ema.state_dict()[name], expected)
 
 
+def test_what_the_network_spares_takes_no_weight_decay_and_a_state_knows_its_names() -> None:
+    name, trainers = "network.out.1.bias", []
+    for spared in (False, True):
+        policy = DiffusionPolicy.for_data(CONFIG, DATA)
+        torch.nn.init.ones_(policy.get_parameter(name))
+        policy.network.undecayed_parameters = lambda p=policy, s=spared: [p.get_parameter(name)] if s else []
+        windows = Windows(DATA, ENDS, [0, 1], CONFIG.observation_horizon, CONFIG.prediction_horizon)
+        config = TrainConfig(steps=4, batch_size=32, learning_rate=1e-3, weight_decay=200.0)
+        trainers.append(Trainer.for_policy(policy, windows, None, config))
+        trainers[-1].run()
+    decayed, kept = (trainer.state()[f"weights.{name}"].abs().max() for trainer in trainers)
+    assert decayed < 0.7 < 0.95 < kept
+    state = trainers[1].state()
+    for weight, value in trainers[1]._model.named_parameters():
+        assert state[f"optimizer.{weight}.exp_avg"].shape == value.shape
+
+
 def test_the_learning_rate_rises_then_falls_to_zero() -> None:
     config = TrainConfig(steps=100, warmup_steps=10)  # a tenth, the most that is allowed
     factors = [learning_rate_factor(step, config) for step in range(101)]
