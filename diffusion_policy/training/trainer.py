@@ -91,8 +91,9 @@ class Trainer:
     ) -> None:
         """`draw(model, rows, generator)`: the random numbers of a batch, with `rows(first, last)`, those of some of its
         rows; `loss(model, batch, draws)`: of each row, (B,); `undecayed`: parameters without weight decay;
-        `distributed`: the processes that train this model together; `validate`, `roll_out`: what the EMA weights do on held-out data, and their success rate, None where
-        it could not be measured. Raises ValueError for batches that cannot be divided so often."""
+        `distributed`: the processes that train this model together; `validate`, `roll_out`: what the EMA weights do
+        on held-out data, and their success rate, None where it could not be measured. Raises ValueError for batches
+        that cannot be divided so often."""
         self.config = config
         self._distributed = distributed or Distributed()
         self._model, self._source = model, batches

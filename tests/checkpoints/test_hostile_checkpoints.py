@@ -229,7 +229,7 @@ def test_a_large_configuration_is_not_parsed(copy: Path, size: int) -> None:
 def test_the_largest_configurations_are_refused_in_a_second(copy: Path, item: str) -> None:
     config = json.loads((copy / "config.json").read_text())
     filled = "[" + ",".join([item] * ((MAX_JSON_BYTES - 10_000) // (len(item) + 1))) + "]"
-    for part, where in (("observation", config), ("widths", config["policy"]), ("seeds", config["dataset"])):
+    for part, where in (("observation", config), ("widths", config["policy"]["network"]), ("seeds", config["dataset"])):
         before, where[part] = where[part], "here"
         (copy / "config.json").write_text(json.dumps(config).replace('"here"', filled))
         where[part] = before
@@ -261,19 +261,20 @@ def test_what_is_no_json_object_in_utf_8_is_refused(copy: Path, content: bytes) 
 @pytest.mark.parametrize(
     "where, value, message",
     [
-        ("policy.widths", [10**12], "widths must be at most 10 numbers up to 8192"),
-        ("policy.widths", [8] * 11, "widths must be at most 10 numbers up to 8192"),
-        ("policy.widths", [8] * 1025, "widths must be a list of at most 1024 items"),
-        ("policy.widths", 64, "widths must be a list of at most 1024 items, each a whole number; got 64"),
-        ("policy.widths", [True], r"widths\[0\] must be a whole number; got True"),
-        ("policy.widths", [], "widths must be positive numbers"),
+        ("policy.network.widths", [10**12], "widths must be at most 10 numbers up to 8192"),
+        ("policy.network.widths", [8] * 11, "widths must be at most 10 numbers up to 8192"),
+        ("policy.network.widths", [8] * 1025, "widths must be a list of at most 1024 items"),
+        ("policy.network.widths", 64, "widths must be a list of at most 1024 items, each a whole number; got 64"),
+        ("policy.network.widths", [True], r"widths\[0\] must be a whole number; got True"),
+        ("policy.network.widths", [], "widths must be positive numbers"),
         ("policy.prediction_horizon", 2**40, "prediction-horizon must be at most 1024"),
-        ("policy.kernel_size", 10**9 + 1, "kernel-size must be at most 255"),
-        ("policy.level_dim", 10**12, "level-dim must be at most 8192"),
+        ("policy.network.kind", "transformer", "unknown kind .transformer.; known is unet"),
+        ("policy.network.kernel_size", 10**9 + 1, "kernel-size must be at most 255"),
+        ("policy.network.level_dim", 10**12, "level-dim must be at most 8192"),
         ("policy.noise_levels", 10**12, "noise-levels must be at most 100000"),
-        ("policy.noise_levels", 10**400, "noise-levels must be a whole number"),
-        ("policy.noise_levels", 20.0, "noise-levels must be a whole number; got 20.0"),
-        ("policy.noise_levels", True, "noise-levels must be a whole number; got True"),
+        ("policy.noise_levels", 10**400, "noise_levels must be a whole number"),
+        ("policy.noise_levels", 20.0, "noise_levels must be a whole number; got 20.0"),
+        ("policy.noise_levels", True, "noise_levels must be a whole number; got True"),
         ("policy.snr_gamma", float("nan"), "snr_gamma must be a finite number; got nan"),
         ("policy.condition_dropout", float("nan"), "condition_dropout must be a finite number"),
         ("policy.schedule_options", [float("inf")], r"schedule_options\[0\] must be a finite number; got inf"),
@@ -325,10 +326,10 @@ def test_a_configuration_beyond_reason_is_refused(copy: Path, where: str, value:
 
 
 def test_weights_are_counted_before_they_take_memory(copy: Path) -> None:
-    edit(copy, lambda config: config["policy"].update(widths=[8192, 8192], kernel_size=255))
+    edit(copy, lambda config: config["policy"]["network"].update(widths=[8192, 8192], kernel_size=255))
     with refused(r"would have \d+ weights; at most 268435456 are loaded"):
         checkpoint.load(copy)
-    edit(copy, lambda config: config["policy"].update(widths=[512, 1024], kernel_size=3))  # 80 million
+    edit(copy, lambda config: config["policy"]["network"].update(widths=[512, 1024], kernel_size=3))  # 80 million
     with refused(r"has shape .*; its configuration needs"):
         checkpoint.load(copy)
 
