@@ -395,6 +395,8 @@ def test_ctrl_c_at_any_moment_of_the_start_leaves_no_traceback(tmp_path: Path, d
     due = time.monotonic() + delay
     command = ["collect", "--output", str(tmp_path / "store.zarr"), "--episodes", "5000", "--workers", "2"]
     status, text = interrupt_when(command, lambda: time.monotonic() > due)
+    if "init_import_site" in text:  # Python itself had not started yet
+        return
     assert status in (130, -signal.SIGINT)  # before Python runs our code, the signal itself ends it
     assert "Traceback" not in text or status == -signal.SIGINT
 

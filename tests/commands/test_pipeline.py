@@ -66,6 +66,7 @@ def test_metrics_are_json_lines(folder: Path) -> None:
     assert lines[-1]["validation_loss"] < lines[0]["loss"]
 
 
+@pytest.mark.slow
 def test_rollout_films_and_prints(folder: Path, tmp_path: Path) -> None:
     video = tmp_path / "rollout.mp4"
     printed = diffusion_policy("rollout", "--checkpoint", folder / "policy", "--episodes", 3, "--video", video, *SHORT)
