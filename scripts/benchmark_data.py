@@ -29,8 +29,9 @@ from diffusion_policy.config import PolicyConfig, TrainConfig, with_options
 from diffusion_policy.datasets.collect import Demonstrator, collect
 from diffusion_policy.datasets.demonstration import Demonstration
 from diffusion_policy.datasets.store import EpisodeStore
+from diffusion_policy.datasets.streaming import hold_windows, load_windows
 from diffusion_policy.datasets.summary import summarize
-from diffusion_policy.datasets.windows import Windows, hold_windows, load_windows
+from diffusion_policy.datasets.windows import Windows
 from diffusion_policy.envs.experts import EXPERTS
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.training.trainer import Trainer

@@ -29,7 +29,8 @@ from diffusion_policy.config import ConfigError, PolicyConfig
 from diffusion_policy.datasets.statistics import Statistics, measure
 from diffusion_policy.datasets.storage import StoreError
 from diffusion_policy.datasets.store import EpisodeStore
-from diffusion_policy.datasets.windows import Windows, episodes_within, read_episodes
+from diffusion_policy.datasets.streaming import episodes_within, read_episodes
+from diffusion_policy.datasets.windows import Windows
 from diffusion_policy.diffusion.schedules import make_schedule
 from diffusion_policy.policy import DiffusionPolicy, choose_device
 from diffusion_policy.report.figures import draw_noised

@@ -33,8 +33,9 @@ from diffusion_policy.commands.training_plan import (
 )
 from diffusion_policy.config import ConfigError
 from diffusion_policy.datasets.store import EpisodeStore
+from diffusion_policy.datasets.streaming import StreamedWindows
 from diffusion_policy.datasets.summary import summarize
-from diffusion_policy.datasets.windows import StreamedWindows, Windows
+from diffusion_policy.datasets.windows import Windows
 from diffusion_policy.normalizer import NORMALIZATIONS, describe_columns
 from diffusion_policy.policy import DiffusionPolicy, choose_device
 from diffusion_policy.training.distributed import Distributed, join_processes

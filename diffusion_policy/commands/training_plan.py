@@ -26,14 +26,8 @@ from diffusion_policy.config import ConfigError, decode
 from diffusion_policy.control.controller import Controller
 from diffusion_policy.control.policy_planner import PolicyPlanner
 from diffusion_policy.datasets.store import EpisodeStore
-from diffusion_policy.datasets.windows import (
-    StreamedWindows,
-    Windows,
-    episodes_within,
-    hold_windows,
-    load_windows,
-    split_episodes,
-)
+from diffusion_policy.datasets.streaming import StreamedWindows, episodes_within, hold_windows, load_windows
+from diffusion_policy.datasets.windows import Windows, split_episodes
 from diffusion_policy.evaluation.metrics import NONE
 from diffusion_policy.evaluation.rollout import RolloutError, rollout
 from diffusion_policy.policy import DiffusionPolicy, Shapes, choose_device

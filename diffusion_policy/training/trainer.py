@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from diffusion_policy.basics.streams import derive_entropy
 from diffusion_policy.config import TrainConfig
-from diffusion_policy.datasets.windows import Shard, StreamedWindows, Windows
+from diffusion_policy.datasets.windows import Shard, Windows
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.training.distributed import Distributed
 from diffusion_policy.training.losses import Loss, denoising_loss, derive_generator, draw
@@ -41,6 +41,15 @@ class Batches(Protocol):
     def batches(self, batch_size: int, seed: int, first_step: int = 0, shard: Shard = ...) -> Iterator[Any]:
         """Batches for ever, from that of step `first_step` on; of each the rows of `shard`. A batch has `part(first,
         last)`, some of its rows, and `rows`, where in the data they come from, or None."""
+        ...
+
+
+class BatchesOfWindows(Batches, Protocol):
+    """Those of `Windows`, or streamed."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """What a batch holds of each window, (To, ...) of each observation key and (T, A) of the target."""
         ...
 
 
@@ -126,7 +135,7 @@ class Trainer:
     def for_policy(
         cls,
         policy: DiffusionPolicy,
-        windows: Windows | StreamedWindows,
+        windows: BatchesOfWindows,
         validation: Windows | None,
         config: TrainConfig,
         *,
@@ -325,7 +334,7 @@ class Trainer:
         return torch.lerp(current, averaged, keep)
 
 
-def _require_fit(policy: DiffusionPolicy, windows: Windows | StreamedWindows) -> None:
+def _require_fit(policy: DiffusionPolicy, windows: BatchesOfWindows) -> None:
     """Raise ValueError unless windows hold what a policy observes and does."""
     config, shapes = policy.config, policy.shapes
     needed = {key: (config.observation_horizon, *shape) for key, shape in shapes.observations.items()}

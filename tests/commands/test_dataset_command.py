@@ -434,13 +434,13 @@ def test_angles_of_one_key_may_be_given_one_by_one_and_outputs_must_differ(tmp_p
 def test_held_out_windows_stay_within_the_memory_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = push_t_like(tmp_path / "p.zarr")
     kept: list[int] = []
-    real = windows.hold_windows
+    real = streaming.hold_windows
 
     def counted(store, keys, episodes, *arguments, **options):
         kept.append(len(episodes))
         return real(store, keys, episodes, *arguments, **options)
 
-    monkeypatch.setattr(windows, "hold_windows", counted)
+    monkeypatch.setattr(streaming, "hold_windows", counted)
     monkeypatch.setattr(training_plan, "hold_windows", counted)
     budget = 130 * (4 * (5 + 1 + 2) + 32) / 1e9  # one episode
     training = TrainConfig(steps=2, batch_size=16, validation_share=0.7, max_episodes=1, memory_gb=budget)

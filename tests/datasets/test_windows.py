@@ -10,16 +10,14 @@ from hypothesis import strategies as st
 
 from diffusion_policy.datasets.storage import StoreError
 from diffusion_policy.datasets.store import EpisodeStore
-from diffusion_policy.datasets.windows import (
-    Shard,
+from diffusion_policy.datasets.streaming import (
     StreamedWindows,
-    Windows,
     episodes_within,
     hold_windows,
     load_windows,
     memory_needed,
-    split_episodes,
 )
+from diffusion_policy.datasets.windows import Shard, Windows, split_episodes
 
 ENDS = np.array([4, 5, 12])
 DATA = {"state": np.arange(24, dtype=np.float64).reshape(12, 2), "action": np.arange(12, dtype=np.float64)[:, None]}
