@@ -19,7 +19,7 @@ from diffusion_policy.commands.rollout import Rollout
 from diffusion_policy.commands.stores import parse_angles
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import ConfigError, PolicyConfig, SampleConfig, TrainConfig, with_options
-from diffusion_policy.datasets import durable, windows
+from diffusion_policy.datasets import durable, streaming
 from diffusion_policy.datasets.demonstration import Demonstration
 from diffusion_policy.datasets.recorder import Recorder
 from diffusion_policy.datasets.store import EpisodeStore
