@@ -61,6 +61,7 @@ def test_what_was_said_of_an_environment_is_kept_with_its_data_and_its_policy(ca
         assert outcome["success"] == (outcome["measures"]["return"] >= 90)
 
 
+@pytest.mark.slow
 def test_delays_and_repeats_are_measured(car: Path) -> None:
     evaluate = Evaluate(car / "policy", car / "delays", episodes=3, repeats=2, delay_steps=(0, 4), workers=1, videos=0)
     results = evaluate.run()
@@ -87,6 +88,7 @@ def test_two_evaluations_are_compared_seed_by_seed(car: Path, capsys: pytest.Cap
     assert "there is no results.json of an evaluation at" in text
 
 
+@pytest.mark.slow
 def test_evaluations_of_different_tasks_are_not_compared(
     car: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -328,6 +328,7 @@ def test_an_option_file_with_an_unknown_key_names_the_nearest(tmp_path: Path, ca
         assert "must be a JSON object with `policy` or `training`" in text
 
 
+@pytest.mark.slow
 def test_a_policy_trained_on_modes_is_steered_to_one(demonstrations: Path, tmp_path: Path, capsys) -> None:
     run, out = tmp_path / "run", tmp_path / "evaluation"
     options = [*SMALL, "--steps", "30", "--condition-on-mode", "--condition-dropout", "0.1"]

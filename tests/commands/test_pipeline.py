@@ -75,6 +75,7 @@ def test_rollout_films_and_prints(folder: Path, tmp_path: Path) -> None:
         assert reader.get_data(0).shape == (768, 960, 3)  # two columns, two rows
 
 
+@pytest.mark.slow
 def test_the_same_commands_with_the_same_seeds_give_the_same(folder: Path, tmp_path: Path) -> None:
     store = tmp_path / "demonstrations.zarr"
     diffusion_policy("collect", "--env-kwargs", '{"rows": 1}', "--episodes", 16, "--output", store, "--workers", 1)

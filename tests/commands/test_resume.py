@@ -165,7 +165,9 @@ for line in sys.stdin:  # one attempt a line, each in a fork, since imports take
 """
 
 
-@pytest.mark.parametrize("kills, steps", [(2, 40), pytest.param(100, 4000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kills, steps", [pytest.param(2, 40, marks=pytest.mark.slow), pytest.param(100, 4000, marks=pytest.mark.slow)]
+)
 def test_kills_at_any_moment_change_nothing(demonstrations: Path, tmp_path: Path, kills: int, steps: int) -> None:
     start = train(demonstrations, tmp_path / "run", steps=steps, validate_every=steps // 4, checkpoint_every=7)
     whole = tmp_path / "whole"

@@ -130,6 +130,7 @@ def test_ctrl_c_keeps_what_has_finished(demonstrations: Path, tmp_path: Path) ->
         spy(replace(asked, resume=True), lambda _: None)
 
 
+@pytest.mark.slow
 def test_each_policy_is_evaluated_on_unseen_seeds(demonstrations: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "base.json").write_text(
         json.dumps({"policy": {"widths": [16, 32], "level_dim": 32, "noise_levels": 20}})

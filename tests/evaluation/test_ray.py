@@ -248,6 +248,7 @@ def test_a_collection_has_the_same_bytes(demonstrations: Path, tmp_path: Path) -
     assert files_of(tmp_path / "store.zarr") == files_of(demonstrations)
 
 
+@pytest.mark.slow
 def test_an_evaluation_has_the_same_results(run: Path, tmp_path: Path) -> None:
     results = []
     for engine in ("local", "ray"):

@@ -80,6 +80,7 @@ def test_two_processes_train_as_one_does(demonstrations: Path, alone: Path, tmp_
     assert lines[1][-1]["loss"] == pytest.approx(lines[0][-1]["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_signal_stops_all_and_another_number_of_processes_goes_on(
     demonstrations: Path, alone: Path, tmp_path: Path
 ) -> None:

@@ -52,6 +52,7 @@ def test_the_energy_distance_is_that_of_scipy() -> None:
     assert abs(toy.energy_distance(x[:1500, None], x[1500:, None])) < 0.005
 
 
+@pytest.mark.slow
 def test_the_ring_is_learned(ring: toy.Fitted) -> None:
     assert sum(ring.losses[:50]) / 50 == pytest.approx(0.55, abs=0.1)
     assert sum(ring.losses[-500:]) / 500 == pytest.approx(0.28, abs=0.03)
@@ -61,6 +62,7 @@ def test_the_ring_is_learned(ring: toy.Fitted) -> None:
     assert all(0.7 / 8 < share < 1.3 / 8 for share in found["sector_shares"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_one_network_draws_the_ring_under_every_sampler(name: str, ring: toy.Fitted) -> None:
     data = toy.draw_ring(1000, generator()).x
