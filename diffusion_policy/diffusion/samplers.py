@@ -1,6 +1,6 @@
 """Samplers: from noise to a clean sequence, level by level.
 
-The loop over the levels exists once, `run`. A sampler is its formula: a function of the path so far that gives xt at
+The loop over the levels exists once, in `Sampler`. A sampler is its formula: a function of the path so far that gives xt at
 the next level.
 
     formula(path) -> xt at the next level
@@ -78,7 +78,7 @@ Formula = Callable[[Path], Tensor]
 
 
 class Sampler(NamedTuple):
-    """A formula and what it needs; called as `run`."""
+    """A formula and what it needs; called, it runs the loop."""
 
     formula: Formula
     needs_noise: bool = False
@@ -94,37 +94,25 @@ class Sampler(NamedTuple):
         noise: Noise = None,
         hooks: Sequence[Hook] = (),
     ) -> Tensor:
-        """From xT at the first of the levels to the clean sequence, shape of xT; see `run`."""
-        return run(self, denoise, xT, schedule, levels, noise, hooks)
-
-
-def run(
-    sampler: Sampler,
-    denoise: Denoise,
-    xT: Tensor,
-    schedule: Schedule,
-    levels: Levels,
-    noise: Noise = None,
-    hooks: Sequence[Hook] = (),
-) -> Tensor:
-    """The loop over the levels, a decreasing list of distinct ones (`schedules.choose_levels`). Raises ValueError for
-    levels that cannot be, for missing noise, and for a first level without signal where the sampler needs some."""
-    steps = make_steps(schedule, levels, xT)
-    if sampler.needs_noise and noise is None:
-        raise ValueError("this sampler adds noise; give it noise (len(levels), *xT.shape), drawn beforehand")
-    if sampler.needs_signal and schedule.ends_silent and levels[0] == len(schedule) - 1:
-        raise ValueError(
-            f"level {levels[0]} holds no signal, so its log-SNR is infinite and this solver cannot start there; "
-            "start one level lower (choose_levels with_signal=True)"
-        )
-    path, xt = Path(denoise, steps, noise, [], []), xT
-    for i, step in enumerate(steps):
-        for hook in hooks if i else ():
-            xt = hook(xt, i)
-        path.xts.append(xt)
-        path.x0s.append(denoise(xt, step.level))
-        xt = sampler.formula(path)
-    return xt
+        """The loop over the levels, a decreasing list of distinct ones (`schedules.choose_levels`): from xT at the first
+        of them to the clean sequence, shape of xT. Raises ValueError for levels that cannot be, for missing noise, and
+        for a first level without signal where the sampler needs some."""
+        steps = make_steps(schedule, levels, xT)
+        if self.needs_noise and noise is None:
+            raise ValueError("this sampler adds noise; give it noise (len(levels), *xT.shape), drawn beforehand")
+        if self.needs_signal and schedule.ends_silent and levels[0] == len(schedule) - 1:
+            raise ValueError(
+                f"level {levels[0]} holds no signal, so its log-SNR is infinite and this solver cannot start there; "
+                "start one level lower (choose_levels with_signal=True)"
+            )
+        path, xt = Path(denoise, steps, noise, [], []), xT
+        for i, step in enumerate(steps):
+            for hook in hooks if i else ():
+                xt = hook(xt, i)
+            path.xts.append(xt)
+            path.x0s.append(denoise(xt, step.level))
+            xt = self.formula(path)
+        return xt
 
 
 def make_steps(schedule: Schedule, levels: Levels, xT: Tensor) -> list[Step]:
