@@ -1,7 +1,7 @@
 """Samplers: from noise to a clean sequence, level by level.
 
-The loop over the levels exists once, in `Sampler`. A sampler is its formula: a function of the path so far that gives xt at
-the next level.
+The loop over the levels exists once, in `Sampler`. A sampler is its formula: a function of the path so far that gives
+xt at the next level.
 
     formula(path) -> xt at the next level
 
@@ -94,8 +94,8 @@ class Sampler(NamedTuple):
         noise: Noise = None,
         hooks: Sequence[Hook] = (),
     ) -> Tensor:
-        """The loop over the levels, a decreasing list of distinct ones (`schedules.choose_levels`): from xT at the first
-        of them to the clean sequence, shape of xT. Raises ValueError for levels that cannot be, for missing noise, and
+        """The loop over the levels, a decreasing list of distinct ones (`schedules.choose_levels`): from xT at the
+        first of them to the clean sequence, shape of xT. Raises ValueError for levels that cannot be, for missing noise, and
         for a first level without signal where the sampler needs some."""
         steps = make_steps(schedule, levels, xT)
         if self.needs_noise and noise is None:
