@@ -95,8 +95,8 @@ class Sampler(NamedTuple):
         hooks: Sequence[Hook] = (),
     ) -> Tensor:
         """The loop over the levels, a decreasing list of distinct ones (`schedules.choose_levels`): from xT at the
-        first of them to the clean sequence, shape of xT. Raises ValueError for levels that cannot be, for missing noise, and
-        for a first level without signal where the sampler needs some."""
+        first of them to the clean sequence, shape of xT. Raises ValueError for levels that cannot be, for missing
+        noise, and for a first level without signal where the sampler needs some."""
         steps = make_steps(schedule, levels, xT)
         if self.needs_noise and noise is None:
             raise ValueError("this sampler adds noise; give it noise (len(levels), *xT.shape), drawn beforehand")
