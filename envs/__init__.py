@@ -13,7 +13,7 @@ To add a task of PyBullet, `avoid` is the example:
 4. `mode(observations)`, a pure function of the observed trajectory; `modes`, all labels.
 5. To be drawn: `scene`, `path`, `planned_path`, `pixels`; for its decisions: `choice`.
 6. Add its id to `_TASKS` here, and an expert for each mode to `experts.EXPERTS`.
-7. The tests of `tests/test_envs.py` that are parametrized over `ENV_IDS` then check the contract.
+7. The tests of `tests/envs/test_envs.py` that are parametrized over `ENV_IDS` then check the contract.
 """
 
 from typing import Any

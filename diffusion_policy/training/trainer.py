@@ -213,7 +213,7 @@ class Trainer:
         scale = {f"scaler.{name}": torch.tensor(value) for name, value in self._scaler.state_dict().items()}
         return weights | moments | scale | ({"unreported": torch.stack(self._unreported)} if self._unreported else {})
 
-    def restore(self, step: int, averaged: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    def restore(self, step: int, ema: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """Go on after `step` steps, from EMA weights and a `state`. Raises ValueError for those of another policy
         or another precision."""
         groups: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}, "scaler": {}, "unreported": {}}
@@ -232,7 +232,7 @@ class Trainer:
             raise ValueError(f"the training's state is not that of the precision {self.config.precision}")
         try:
             self._model.load_state_dict(groups["weights"])
-            self.ema.load_state_dict(dict(averaged))
+            self.ema.load_state_dict(dict(ema))
         except RuntimeError as error:
             raise ValueError(f"the training's state is not that of this policy: {error}") from error
         if groups["optimizer"]:

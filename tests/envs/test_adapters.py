@@ -292,11 +292,15 @@ def test_measures_that_are_no_named_numbers_are_somebody_elses() -> None:
 
 
 def test_close_may_fail() -> None:
+    closed = []
+
     class Closing(Fake):
         def close(self) -> None:
+            closed.append(True)
             raise RuntimeError("already closed")
 
     Adapter(Closing()).close()
+    assert closed == [True]
 
 
 def test_several_environments_are_not_one() -> None:
