@@ -21,6 +21,13 @@ with silence():
 DATA_PATH = Path(pybullet_data.getDataPath())
 """Where PyBullet's own robot models lie."""
 
+
+class _Client(BulletClient):
+    """A client that can be collected where Ctrl-C came before it was connected, without a traceback."""
+
+    _client = -1
+
+
 Color = tuple[float, float, float, float]
 
 
@@ -48,7 +55,7 @@ class Simulation:
         """`time_step` is one physics step [s]; `window` opens one, which needs a display; the solver stops once the
         squares of what velocities lack are below `precision` [m^2/s^2] (the default is PyBullet's)."""
         with silence():
-            self._client = BulletClient(pybullet.GUI if window else pybullet.DIRECT)
+            self._client = _Client(pybullet.GUI if window else pybullet.DIRECT)
         if window:
             self._client.configureDebugVisualizer(pybullet.COV_ENABLE_GUI, 0)
         self._view = view

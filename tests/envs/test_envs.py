@@ -1,5 +1,6 @@
 """Every registered id, and what is particular to each task."""
 
+import gc
 import subprocess
 import sys
 import warnings
@@ -291,3 +292,18 @@ def test_nothing_is_printed_where_output_is_a_pipe() -> None:
 def test_what_is_hidden_needs_no_open_output(closed: str) -> None:
     code = "import os; from diffusion_policy.envs.quiet import silence\nwith silence(): os.write(1, b'x')\nos._exit(7)"
     assert subprocess.run(f'exec "{sys.executable}" -c "{code}" {closed}', shell=True).returncode == 7
+
+
+def test_a_simulation_interrupted_while_it_connects_leaves_no_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pytest makes an error of what a destructor raises."""
+
+    def interrupted(*_: object, **__: object) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pybullet.connect", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            envs.make("diffusion_policy/Avoid-v0")
+    gc.collect()
