@@ -81,7 +81,7 @@ def draw_paths(
             axes[-1].plot(*plan.T, color=FEW_COLORS[0], linewidth=1, alpha=0.5, marker=".", markersize=2)
         axes[-1].plot(*plans[0, 0], marker="o", color=INK, markersize=6)
     axes[0].set_ylabel(f"y [{scene.unit}]")
-    label_modes(figure, colors)
+    label_modes(figure, colors, columns=2 * count)
     return figure
 
 

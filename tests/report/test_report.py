@@ -13,7 +13,7 @@ import pytest
 from diffusion_policy.envs.scene import Scene
 from diffusion_policy.evaluation.comparison import compare
 from diffusion_policy.report.comparison_page import write_comparison
-from diffusion_policy.report.evaluation_figures import draw_delay, mode_colors
+from diffusion_policy.report.evaluation_figures import draw_delay, draw_paths, mode_colors
 from diffusion_policy.report.page import Fan, Moment, Pictures, PlanePath, Video, write_report
 from diffusion_policy.report.svg import LEAF_HEIGHT, MOST_POINTS, Plane, Tree, mode_tree
 from diffusion_policy.report.text import Line, number, number_interval, scorecard_lines, share, share_interval, tiles
@@ -416,3 +416,17 @@ def test_every_mode_has_its_own_colour(count: int) -> None:
     colors = mode_colors([*labels, "none"])
     assert len({colors[label] for label in labels}) == count
     assert colors["none"] not in {colors[label] for label in labels}
+
+
+@pytest.mark.parametrize("panels", [1, 2, 3])
+def test_the_legend_of_the_paths_lies_within_the_picture_however_many_panels_there_are(panels: int) -> None:
+    modes = [f"{first}-{second}" for first in ("left", "right") for second in ("left", "middle", "right")]
+    line = np.linspace([0.4, -0.3], [0.5, 0.4], 20)
+    paths = [PlanePath(mode, True, line) for mode in modes]
+    scene = Scene((0.28, 0.72), (-0.35, 0.4))
+    plans = line[None] if panels == 3 else None
+    figure = draw_paths(scene, paths if panels > 1 else [], paths, plans, mode_colors(modes))
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
