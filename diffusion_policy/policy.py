@@ -11,6 +11,7 @@ The predicted sequence starts at the first observed step, so what is executed is
 Knows no simulator and no file.
 """
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -28,7 +29,7 @@ from diffusion_policy.diffusion.prediction import PREDICTIONS
 from diffusion_policy.diffusion.process import Diffusion, count_draws
 from diffusion_policy.diffusion.samplers import SAMPLERS, Denoise, Levels, Sampler, ddim, ddpm
 from diffusion_policy.diffusion.schedules import make_schedule
-from diffusion_policy.networks import ENCODERS, NETWORKS
+from diffusion_policy.networks import ENCODERS, FOR_FEW_ROWS, NETWORKS
 from diffusion_policy.normalizer import NORMALIZATIONS, Normalizer
 
 MOST_DRAWN = 2**28
@@ -207,17 +208,41 @@ class DiffusionPolicy(nn.Module):
         """As `sample`, from noise that was drawn, (B, N, draws, T, D). Raises ValueError for observations that are not
         finite."""
         config = config or SampleConfig()
-        _, levels = self.resolve_sampling(config)
+        self.resolve_sampling(config)
         for key, rows in observations.items():
             if not torch.isfinite(rows).all():
                 raise ValueError(f"the observation {key} holds NaN or infinity")
+        return self.sample_on_device(observations, torch.from_numpy(noise).to(self.device), config, wrap)
+
+    def sample_on_device(
+        self, observations: Mapping[str, Tensor], noise: Tensor, config: SampleConfig, wrap: Sequence[Wrap] = ()
+    ) -> Tensor:
+        """`sample_from` without a look at the numbers: with all tensors on the device nothing waits for it, so that
+        encoder, sampling loop and normalizer compile, and are captured, as one graph."""
         number = noise.shape[1]
-        drawn = rearrange(torch.from_numpy(noise), "b n draws t d -> draws (b n) t d").to(self.device)
         mode = -1 if config.mode is None else self.modes.index(config.mode)
         cond = self.encode(observations, torch.full((len(noise),), mode, device=self.device))
+        drawn = rearrange(noise, "b n draws t d -> draws (b n) t d")
+        _, levels = self.resolve_sampling(config)
         x0 = self.denoise_from(drawn, repeat(cond, "b c -> (b n) c", n=number), levels, config, wrap)
+        return self.unnormalize(x0, number)
+
+    def unnormalize(self, x0: Tensor, number: int) -> Tensor:
+        """Normalized sequences (B N, T, D) → raw actions (B, N, T, A)."""
         sequences = self.normalizer.unnormalize(self.target.key, x0)[..., self.target.executed]
         return rearrange(sequences, "(b n) t a -> b n t a", n=number)
+
+    def for_few_rows(self) -> "DiffusionPolicy":
+        """This policy with its network laid out for few sequences, by which plans for one robot are ready sooner on the
+        CPU; with weights as they are now. Itself where its network has no such form."""
+        lay_out = FOR_FEW_ROWS.get(type(self.network))
+        return self if lay_out is None else self.with_network(lay_out(self.network))
+
+    def with_network(self, network: nn.Module) -> "DiffusionPolicy":
+        """This policy with another network, the rest shared."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "network": network}
+        return other.train(self.training)
 
     def compile_sampling(self) -> None:
         """Have the network compiled by torch.compile at its first call, which needs a C++ compiler on the CPU. It can
@@ -247,21 +272,26 @@ class DiffusionPolicy(nn.Module):
         """The clipping that these options mean: `auto` cuts off nothing that was demonstrated."""
         return ("static" if self.config.normalization == "limits" else "none") if config.clip == "auto" else config.clip
 
-    def denoiser(
-        self, cond: Tensor, config: SampleConfig, levels: Levels | None = None, wrap: Sequence[Wrap] = ()
-    ) -> Denoise:
-        """The network under these conditions (B, C), guided, clipped and wrapped: (xt (B, T, D), level) → x0, for these
-        levels, by default all."""
-        clip = CLIPS[self.choose_clip(config)]
+    def conditions(self, cond: Tensor, config: SampleConfig) -> Tensor:
+        """What the network is conditioned on to sample so, given conditions (B, C): these, and behind them the
+        unconditional ones where they guide, (2 B, C)."""
+        return torch.cat([cond, self.unconditional(cond)]) if config.guidance else cond
+
+    def decode(self, outputs: Denoise, config: SampleConfig, wrap: Sequence[Wrap] = ()) -> Denoise:
+        """What the network's outputs under `conditions` mean, guided, clipped and wrapped: (xt (B, T, D), level) → x0."""
+        denoise = self.diffusion.decode(outputs)
         if config.guidance:
-            both = self.diffusion.denoiser(self.network, torch.cat([cond, self.unconditional(cond)]), levels)
             weights = config.guidance * GUIDANCE_SCHEDULES[config.guidance_schedule](self.config.noise_levels)
-            denoise = clip(classifier_free(both, weights))
-        else:
-            denoise = clip(self.diffusion.denoiser(self.network, cond, levels))
+            denoise = classifier_free(denoise, weights)
+        denoise = CLIPS[self.choose_clip(config)](denoise)
         for one in wrap:
             denoise = one(denoise)
         return denoise
+
+    def denoiser(self, cond: Tensor, config: SampleConfig, levels: Levels | None = None) -> Denoise:
+        """The network under these conditions (B, C), guided and clipped: (xt (B, T, D), level) → x0, for these levels,
+        by default all."""
+        return self.decode(self.diffusion.condition(self.network, self.conditions(cond, config), levels), config)
 
     def denoise_from(
         self, noise: Tensor, cond: Tensor, levels: Levels, config: SampleConfig, wrap: Sequence[Wrap] = ()
@@ -270,9 +300,10 @@ class DiffusionPolicy(nn.Module):
         synchronisation inside, so it compiles as one graph."""
         sampler = find_sampler(config)
         if self.config.learn_variance and config.sampler == "ddpm":
-            share = self.diffusion.learned_share(self.network, cond, levels)
+            share = self.diffusion.learned_share(self.diffusion.condition(self.network, cond, levels))
             sampler = sampler._replace(formula=partial(ddpm, share=share))
-        denoise = self.denoiser(cond, config, levels, wrap)
+        outputs = self.diffusion.condition(self.network, self.conditions(cond, config), levels)
+        denoise = self.decode(outputs, config, wrap)
         return self.diffusion.sample(denoise, noise, sampler, levels, config.corrector_steps, config.corrector_size)
 
 

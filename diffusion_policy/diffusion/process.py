@@ -105,42 +105,48 @@ class Diffusion(nn.Module):
         prediction, raw = output.chunk(2, dim=-1)
         return prediction, (raw + 1) / 2
 
-    def denoiser(self, network: Network, cond: Tensor, levels: Levels | None = None) -> Denoise:
-        """The network under these conditions (B, C), as a function (xt, level) → x0 for `levels`, by default all."""
-        output_at = self._conditioned(network, cond, levels)
+    def decode(self, outputs: Denoise) -> Denoise:
+        """What the network's outputs mean: (xt, level) → output becomes (xt, level) → x0."""
         silent = len(self.schedule) - 1 if self.prediction.needs_signal and self.schedule.ends_silent else None
 
         def denoise(xt: Tensor, level: int) -> Tensor:
-            if level == silent:
+            if isinstance(level, int) and level == silent:
                 raise ValueError(f"level {level} holds no signal, so noise prediction cannot tell x0 there")
-            output, _ = self._split(output_at(xt, level))
+            output, _ = self._split(outputs(xt, level))
             return self.prediction.decode(output, xt, *self.tables(level, xt))[0]
 
         return denoise
 
-    def learned_share(self, network: Network, cond: Tensor, levels: Levels | None = None) -> Denoise | None:
-        """What `ddpm` takes as `share`, which calls the network again; None where no variance is learned."""
+    def denoiser(self, network: Network, cond: Tensor, levels: Levels | None = None) -> Denoise:
+        """The network under these conditions (B, C), as a function (xt, level) → x0 for `levels`, by default all."""
+        return self.decode(self.condition(network, cond, levels))
+
+    def learned_share(self, outputs: Denoise) -> Denoise | None:
+        """What `ddpm` takes as `share`, of the network's outputs; None where no variance is learned."""
         if self.variance is None:
             return None
-        output_at = self._conditioned(network, cond, levels)
 
         def share(xt: Tensor, level: int) -> Tensor:
-            found = self._split(output_at(xt, level))[1]
+            found = self._split(outputs(xt, level))[1]
             assert found is not None
             return found
 
         return share
 
-    def _conditioned(self, network: Network, cond: Tensor, levels: Levels | None) -> Denoise:
-        """The network's output, (xt, level) → like xt; what does not depend on xt is computed here, once."""
+    def condition(self, network: Network, cond: Tensor, levels: Levels | None = None) -> Denoise:
+        """The network's output under these conditions (B, C), (xt, level) → like xt, for `levels`, by default all; what
+        does not depend on xt is computed here, once."""
         chosen = range(len(self.schedule)) if levels is None else levels
         places = {level: place for place, level in enumerate(chosen)}
-        if levels is None:
-            rows = torch.arange(len(self.schedule), device=cond.device)
-        else:  # without waiting for the device
-            rows = torch.cat([torch.full((1,), level, device=cond.device) for level in levels])
-        films = network.condition(rows, cond)
+        films = network.condition(self.list_levels(chosen), cond)
         return lambda xt, level: network.denoise(xt, films.at(places[level]))
+
+    def list_levels(self, levels: Levels) -> Tensor:
+        """Levels as a tensor on the device, made without waiting for it, (L,) int64."""
+        device = self.get_buffer("alpha").device
+        if levels == range(len(self.schedule)):
+            return torch.arange(len(self.schedule), device=device)
+        return torch.cat([torch.full((1,), level, device=device) for level in levels])
 
     def most_steps(self, sampler: Sampler) -> int:
         """Levels that this sampler can start from: not a last one without signal where it or the prediction needs
@@ -175,6 +181,44 @@ class Diffusion(nn.Module):
             rows = noise[-corrector_steps * len(levels) :].unflatten(0, (corrector_steps, len(levels)))
             hooks.append(langevin(denoise, self.schedule, levels, rows, corrector_size))
         return sampler(denoise, noise[0], self.schedule, levels, own, hooks)
+
+    def tabulate(
+        self, sampler: Sampler, levels: Levels, corrector_steps: int = 0, corrector_size: float = 0.05
+    ) -> "SamplingTable":
+        """`sample` as a table, found by running it on unit vectors: one for each draw of noise and for each x0."""
+        draws = count_draws(sampler, levels, corrector_steps)
+        called: list[int] = []
+        inputs: list[Tensor] = []
+
+        def denoise(xt: Tensor, level: int) -> Tensor:
+            called.append(level)
+            inputs.append(xt)
+            x0 = torch.zeros_like(xt)
+            x0[..., min(draws + len(called), x0.shape[-1]) - 1] = 1
+            return x0
+
+        def run(width: int) -> Tensor:
+            called.clear(), inputs.clear()
+            noise = torch.eye(draws, width, dtype=torch.float64)[:, None]  # (draws, 1, width)
+            return self.sample(denoise, noise, sampler, levels, corrector_steps, corrector_size)
+
+        run(draws)  # how often it denoises is known afterwards
+        last = run(draws + len(called))
+        of_noise, of_x0 = torch.cat([*inputs, last]).tensor_split([draws], dim=1)
+        return SamplingTable(called, of_noise, of_x0)
+
+
+class SamplingTable(NamedTuple):
+    """A sampler as numbers. Every sequence that is denoised, and the clean one at the end, is a weighted sum of the
+    noise that was drawn and of what was denoised before: so runtimes need no formula."""
+
+    levels: list[int]
+    """Of each call of the denoiser, (E,)."""
+    of_noise: Tensor
+    """What each drawn noise adds to the input of each call, and to the result, (E + 1, draws) float64."""
+    of_x0: Tensor
+    """What each x0 adds to the input of each later call, and to the result, (E + 1, E) float64; zeros from its own call
+    back."""
 
 
 def count_draws(sampler: Sampler, levels: Levels, corrector_steps: int = 0) -> int:

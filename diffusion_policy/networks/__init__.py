@@ -9,6 +9,9 @@ from typing import Any
 
 from diffusion_policy.networks.encoders import StateEncoder
 from diffusion_policy.networks.unet import TemporalUnet
+from diffusion_policy.networks.unet_rows import RowsUnet
 
 NETWORKS: dict[str, Callable[..., Any]] = {"unet": TemporalUnet}
 ENCODERS: dict[str, Callable[..., Any]] = {"state": StateEncoder}
+FOR_FEW_ROWS: dict[type, Callable[[Any], Any]] = {TemporalUnet: RowsUnet}
+"""The form of a network for few and short sequences on the CPU, with weights as they are, by the network's type."""

@@ -1,0 +1,152 @@
+"""The temporal U-Net for few and short sequences: each convolution is one matrix product over the steps of all rows.
+
+A convolution of 16 steps is too small for a convolution's own kernels: they rearrange its weights at every call. Laid
+out once as a matrix, in the order in which it is read, the weights pass through memory once a call, and that is what a
+plan for one robot costs. For many rows the convolutions win. The outputs are the same but for rounding.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffusion_policy.networks.blocks import BlockPair, ConvBlock, Films, ResidualBlock
+from diffusion_policy.networks.unet import TemporalUnet
+
+
+class RowsUnet(nn.Module):
+    """A `TemporalUnet` as it is now, to denoise with: what is learned later does not reach it. It promises what
+    `diffusion.process.Network` says."""
+
+    def __init__(self, unet: TemporalUnet) -> None:
+        super().__init__()
+        self.stride = unet.stride
+        self._unet = [unet]  # not a module of this one: it only says what noise levels and conditions mean
+        *down, middle = [_RowsPair(pair) for pair in (*unet.down, unet.middle)]  # pyright: ignore
+        self.down, self.middle = nn.ModuleList(down), middle
+        self.shorten = nn.ModuleList(_RowsConv(conv) for conv in unet.shorten)  # pyright: ignore
+        self.lengthen = nn.ModuleList(_RowsLengthen(conv) for conv in unet.lengthen)  # pyright: ignore
+        self.up = nn.ModuleList(_RowsPair(pair) for pair in unet.up)  # pyright: ignore
+        block, conv = unet.out
+        self.out = nn.Sequential(_RowsBlock(block), _RowsConv(conv))  # pyright: ignore
+
+    def forward(self, xt: Tensor, level: Tensor, cond: Tensor) -> Tensor:
+        """See `TemporalUnet`."""
+        return self.denoise(xt, self.condition(level, cond).at(...))
+
+    def condition(self, level: Tensor, cond: Tensor) -> Films:
+        """See `TemporalUnet.condition`."""
+        return self._unet[0].condition(level, cond)
+
+    def denoise(self, xt: Tensor, films: Sequence[Tensor]) -> Tensor:
+        """See `TemporalUnet.denoise`."""
+        pairs_of_films = iter(zip(films[::2], films[1::2], strict=True))
+        x, skips = xt, []  # (B, T, channels)
+        for i, pair in enumerate(self.down):
+            x = pair(x, *next(pairs_of_films))
+            if i < len(self.shorten):
+                skips.append(x)
+                x = self.shorten[i](x)
+        x = self.middle(x, *next(pairs_of_films))
+        for lengthen, pair in zip(self.lengthen, self.up, strict=True):
+            x = pair(torch.cat([lengthen(x), skips.pop()], dim=-1), *next(pairs_of_films))
+        return self.out(x)
+
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """None: it is not trained."""
+        return []
+
+
+class _RowsConv(nn.Module):
+    """A convolution over time: (B, T, C_in) → (B, T / stride, C_out)."""
+
+    def __init__(self, conv: nn.Conv1d) -> None:
+        super().__init__()
+        assert conv.bias is not None
+        assert isinstance(conv.padding, tuple)
+        (self.kernel_size,), (self.stride,), (self.padding,) = conv.kernel_size, conv.stride, conv.padding
+        self.register_buffer("weight", rearrange(conv.weight.detach(), "o i k -> o (k i)").contiguous())
+        self.register_buffer("bias", conv.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = (x.shape[1] + 2 * self.padding - self.kernel_size) // self.stride + 1
+        padded = functional.pad(x, (0, 0, self.padding, self.padding))
+        last = self.stride * (steps - 1) + 1
+        windows = torch.cat([padded[:, k : k + last : self.stride] for k in range(self.kernel_size)], dim=-1)
+        return functional.linear(windows, self.get_buffer("weight"), self.get_buffer("bias"))
+
+
+class _RowsLengthen(nn.Module):
+    """A transposed convolution that doubles the steps, of kernel 4, stride 2 and padding 1: (B, T, C_in) →
+    (B, 2 T, C_out). Each step of the result is a product with two steps of x, the even and the odd ones with their own
+    weights."""
+
+    def __init__(self, conv: nn.ConvTranspose1d) -> None:
+        super().__init__()
+        assert conv.bias is not None
+        assert (conv.kernel_size, conv.stride, conv.padding) == ((4,), (2,), (1,))
+        taps = conv.weight.detach().unbind(-1)  # 4 x (C_in, C_out)
+        self.register_buffer("even", torch.cat([taps[3], taps[1]]).T.contiguous())  # (C_out, 2 C_in)
+        self.register_buffer("odd", torch.cat([taps[2], taps[0]]).T.contiguous())
+        self.register_buffer("bias", conv.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = functional.pad(x, (0, 0, 1, 1))
+        windows = torch.cat([padded[:, :-1], padded[:, 1:]], dim=-1)  # (B, T + 1, 2 C_in)
+        even = functional.linear(windows[:, :-1], self.get_buffer("even"), self.get_buffer("bias"))
+        odd = functional.linear(windows[:, 1:], self.get_buffer("odd"), self.get_buffer("bias"))
+        return rearrange([even, odd], "two b t c -> b (t two) c")
+
+
+class _RowsBlock(nn.Module):
+    """Convolution over time, GroupNorm, Mish: (B, T, C_in) → (B, T, C_out)."""
+
+    def __init__(self, block: ConvBlock) -> None:
+        super().__init__()
+        conv, norm, _ = block
+        assert isinstance(conv, nn.Conv1d)
+        assert isinstance(norm, nn.GroupNorm)
+        self.conv, self.groups, self.eps = _RowsConv(conv), norm.num_groups, norm.eps
+        self.register_buffer("scale", norm.weight.detach())
+        self.register_buffer("shift", norm.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = rearrange(self.conv(x), "b t c -> b c t")
+        x = functional.group_norm(x, self.groups, self.get_buffer("scale"), self.get_buffer("shift"), self.eps)
+        return _mish(rearrange(x, "b c t -> b t c"))
+
+
+class _RowsResidual(nn.Module):
+    """See `ResidualBlock`: (B, T, C_in) → (B, T, C_out)."""
+
+    def __init__(self, block: ResidualBlock) -> None:
+        super().__init__()
+        self.first, self.second = _RowsBlock(block.first), _RowsBlock(block.second)
+        self.skip = _RowsConv(block.skip) if isinstance(block.skip, nn.Conv1d) else nn.Identity()
+
+    def forward(self, x: Tensor, film: Tensor) -> Tensor:
+        scale, shift = rearrange(film, "b (two c) -> two b 1 c", two=2)
+        return self.second(torch.addcmul(shift, scale, self.first(x))) + self.skip(x)
+
+
+class _RowsPair(nn.Module):
+    """See `BlockPair`."""
+
+    def __init__(self, pair: BlockPair) -> None:
+        super().__init__()
+        self.first, self.second = _RowsResidual(pair.first), _RowsResidual(pair.second)
+
+    def forward(self, x: Tensor, first_film: Tensor, second_film: Tensor) -> Tensor:
+        return self.second(self.first(x, first_film), second_film)
+
+
+def _mish(x: Tensor) -> Tensor:
+    """x · tanh(log(1 + e^x)) (Misra 2019, arXiv 1908.08681, eq. 1). In an exported graph with one exponential, since
+    runtimes have a fast one and no fast Mish: tanh(log(1 + e)) = n / (n + 2) with n = e (e + 2)."""
+    if not torch.compiler.is_exporting():
+        return functional.mish(x)
+    e = x.clamp(max=20).exp()  # beyond it the factor is 1
+    n = e * (e + 2)
+    return x * (n / (n + 2))
