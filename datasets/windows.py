@@ -1,12 +1,15 @@
 """Windows of To observations and T actions, cut from episodes in memory and gathered a batch at a time.
 
+The arrays lie on the device where they fit; then only the numbers of a batch's rows are sent to it. Else they lie in
+host memory, and each batch is sent.
+
 Knows arrays. Knows neither stores nor policies: windows of a store are made in `streaming`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +35,9 @@ class Shard(NamedTuple):
 
 
 WHOLE = Shard()
+
+DEVICE_SHARE = 0.5
+"""Most of a GPU's free memory that windows take; the rest is for the training."""
 
 
 class Batch(NamedTuple):
@@ -90,7 +96,8 @@ class Windows:
         self._rows = self._now if rows is None else rows[self._now]
         self._horizons = observation_horizon, prediction_horizon
         self._steps = np.arange(max(self._horizons)) + 1 - observation_horizon  # from now
-        self._data = {key: torch.as_tensor(array, device=device) for key, array in held.items()}
+        place = self._device if _fits(held.values(), self._device) else "cpu"
+        self._data = {key: torch.as_tensor(array, device=place) for key, array in held.items()}
 
     def __len__(self) -> int:
         return len(self._now)
@@ -118,10 +125,20 @@ class Windows:
         indices = np.asarray(indices)
         now, first, last = (rows[indices, None] for rows in (self._now, self._first, self._last))  # (B, 1) each
         rows = np.minimum(np.maximum(now + self._steps, first), last)  # (B, the longer of To and T)
-        observed, predicted = (rows[:, :horizon] for horizon in self._horizons)
-        observations = {key: _take(array, observed) for key, array in self._data.items() if key != "action"}
-        modes = None if self._modes is None else torch.from_numpy(self._modes[indices]).to(self._device)
-        return Batch(observations, _take(self._data["action"], predicted), modes, self._rows[indices])
+        taken = self._take(rows)
+        modes = None if self._modes is None else send(torch.from_numpy(self._modes[indices]), self._device)
+        return Batch(taken, taken.pop("action"), modes, self._rows[indices])
+
+    def _take(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """Of rows (B, the longer of To and T): the first To of each observation key, the first T of `action`, on the
+        device."""
+        To, T = self._horizons
+        horizons = {key: T if key == "action" else To for key in self._data}
+        if self._data["action"].device.type == "cpu":  # NumPy needs a third of torch's time for so few rows
+            taken = {key: array.numpy().take(rows[:, : horizons[key]], axis=0) for key, array in self._data.items()}
+            return {key: send(torch.from_numpy(array), self._device) for key, array in taken.items()}
+        there = send(torch.from_numpy(rows), self._device)
+        return {key: array[there[:, : horizons[key]]] for key, array in self._data.items()}
 
     def batches(self, batch_size: int, seed: int, first_step: int = 0, shard: Shard = WHOLE) -> Iterator[Batch]:
         """Batches for ever, from the one of step `first_step` on: each pass over the windows in a new order that the
@@ -135,6 +152,13 @@ class Windows:
             for start in range(done * batch_size, len(self) - batch_size + 1, batch_size):
                 yield self.gather(order[start + first : start + stop])
             number, done = number + 1, 0
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. On a GPU it comes from pinned memory, so that nothing waits for what the GPU still does."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def held_type(dtype: np.dtype) -> np.dtype:
@@ -166,11 +190,12 @@ def _require_episodes(data: Mapping[str, np.ndarray], episode_ends: np.ndarray, 
         raise ValueError(f"windows need some of the {len(episode_ends)} episodes, from 0 on; got {episodes}")
 
 
-def _take(array: Tensor, rows: np.ndarray) -> Tensor:
-    """Rows (B, horizon) of an array (steps, ...) → (B, horizon, ...)."""
-    if array.device.type == "cpu":  # NumPy needs a third of torch's time for so few rows
-        return torch.from_numpy(array.numpy().take(rows, axis=0))
-    return array[torch.from_numpy(rows).to(array.device)]
+def _fits(arrays: Iterable[np.ndarray], device: torch.device) -> bool:
+    """Whether arrays can lie on a device and leave room for a training."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return sum(array.nbytes for array in arrays) <= DEVICE_SHARE * free
 
 
 def split_episodes(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusion_policy.basics.streams import derive_entropy
-from diffusion_policy.datasets.windows import Batch
+from diffusion_policy.datasets.windows import Batch, send
 from diffusion_policy.diffusion.process import Noising
 from diffusion_policy.policy import DiffusionPolicy
 
@@ -29,6 +29,10 @@ class Draws(NamedTuple):
     def rows(self, first: int, last: int) -> Draws:
         """Those of some rows."""
         return Draws(Noising(*(part[first:last] for part in self.noising)), self.dropped[first:last])
+
+    def to(self, device: torch.device) -> Draws:
+        """The same on a device."""
+        return Draws(Noising(*(send(part, device) for part in self.noising)), send(self.dropped, device))
 
 
 Loss = Callable[[DiffusionPolicy, Batch, Draws], Tensor]
@@ -48,9 +52,10 @@ def denoising_loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Tenso
     that is conditioned on modes gets none."""
     if policy.modes and batch.modes is None:
         raise ValueError("a policy with condition-on-mode is trained with the modes of its windows; got none")
+    draws = draws.to(policy.device)
     cond = policy.encode(batch.observations, batch.modes)
     if policy.config.condition_dropout:
-        cond = torch.where(draws.dropped[:, None].to(cond.device), policy.unconditional(cond), cond)
+        cond = torch.where(draws.dropped[:, None], policy.unconditional(cond), cond)
     x0 = policy.normalizer.normalize(policy.target.key, batch.actions)
     return policy.diffusion.loss(policy.network, x0, cond, draws.noising)
 

@@ -3,6 +3,8 @@
 All that is random in a step derives from the seed and the step's number, and is drawn for the whole batch. So what goes
 on from a checkpoint, or is divided among processes or into parts of a batch, is the same training.
 
+Between two reports nothing reads a number from the device, so the next steps are prepared while a GPU still computes.
+
 What is learned comes in: the model, its batches, the loss, what is drawn for it, validation and rollouts. Display,
 trackers and checkpoints come in as callbacks.
 """
@@ -10,6 +12,7 @@ trackers and checkpoints come in as callbacks.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -18,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from diffusion_policy.basics.streams import derive_entropy
 from diffusion_policy.config import TrainConfig
@@ -29,6 +32,8 @@ from diffusion_policy.training.losses import Loss, denoising_loss, derive_genera
 from diffusion_policy.training.validation import Validation, make_validation
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FUSED = ("cpu", "cuda")
+"""Devices on which AdamW is one kernel in every torch that we allow."""
 
 
 class Batches(Protocol):
@@ -118,8 +123,9 @@ class Trainer:
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             betas=(0.95, 0.999),
+            fused=self._device.type in FUSED,
         )
-        self._ema_model = AveragedModel(model, avg_fn=self._average).eval()  # its buffers are those of the model
+        self._ema = copy.deepcopy(model).eval()
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=config.precision == "fp16")
         self._batch_size = min(config.batch_size, len(batches))
         if self._batch_size < config.accumulation * self._distributed.world_size:
@@ -172,7 +178,7 @@ class Trainer:
     @property
     def ema(self) -> Any:
         """The model with EMA weights."""
-        return self._ema_model.module
+        return self._ema
 
     def run(
         self,
@@ -240,7 +246,6 @@ class Trainer:
             self._optimizer.load_state_dict(saved)
         if groups["scaler"]:
             self._scaler.load_state_dict({name: value.item() for name, value in groups["scaler"].items()})
-        self._ema_model.n_averaged.fill_(step)
         self._unreported = list(groups["unreported"].get("", torch.empty(0, 2)).to(self._device))
         self._batches = self._source.batches(self.config.batch_size, self.config.seed, step, self._distributed.shard)
         self.step = step
@@ -274,7 +279,7 @@ class Trainer:
         gradient_norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), config.gradient_clip)
         self._scaler.step(self._optimizer)
         self._scaler.update()
-        self._ema_model.update_parameters(self._model)
+        self._average()
         self.step += 1
         self._unreported.append(torch.stack([loss, gradient_norm]))
 
@@ -328,10 +333,14 @@ class Trainer:
                 raise Diverged(step, loss, norm, batch.rows)
         return figures
 
-    def _average(self, averaged: Tensor, current: Tensor, _count: Tensor | int) -> Tensor:
-        """Exponential average whose memory grows with the steps done."""
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Let the EMA weights follow: an exponential average whose memory grows with the steps done. The buffers are
+        those of the model. (`AveragedModel` would wait for the device at each step.)"""
         keep = min(self.config.ema_max_decay, 1 - (1 + self.step) ** -self.config.ema_power)
-        return torch.lerp(current, averaged, keep)
+        get_ema_multi_avg_fn(keep)(tuple(self._ema.parameters()), tuple(self._model.parameters()), self.step)
+        for kept, current in zip(self._ema.buffers(), self._model.buffers(), strict=True):
+            kept.copy_(current)
 
 
 def _require_fit(policy: DiffusionPolicy, windows: BatchesOfWindows) -> None:

@@ -45,10 +45,11 @@ def make_validation(
     def validate(policy: DiffusionPolicy) -> Validation:
         generator = derive_generator("validation", config.seed)
         chosen = torch.randperm(len(windows), generator=generator)[:VALIDATION_WINDOWS]
-        total = 0.0
+        sums = []
         for indices in chosen.split(config.batch_size):
             draws = draw(policy, len(indices), generator, drop=False)
-            total += loss(policy, windows.gather(indices), draws).sum().item()
+            sums.append(loss(policy, windows.gather(indices), draws).sum())
+        total = sum(torch.stack(sums).tolist())
         errors = action_errors(policy, windows.gather(chosen[:SAMPLED_WINDOWS]), config.seed)
         mean, best = (None, None) if errors is None else (errors.mean().item(), errors.amin(dim=1).mean().item())
         return Validation(total / len(chosen), mean, best)

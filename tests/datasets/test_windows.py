@@ -17,7 +17,7 @@ from diffusion_policy.datasets.streaming import (
     load_windows,
     memory_needed,
 )
-from diffusion_policy.datasets.windows import Shard, Windows, split_episodes
+from diffusion_policy.datasets.windows import Shard, Windows, _fits, split_episodes
 
 ENDS = np.array([4, 5, 12])
 DATA = {"state": np.arange(24, dtype=np.float64).reshape(12, 2), "action": np.arange(12, dtype=np.float64)[:, None]}
@@ -122,6 +122,29 @@ def test_what_cannot_be_cut_into_windows_is_refused_in_a_line(data: dict, ends, 
     data = {key: rows for key, rows in (DATA | data).items() if rows is not None}
     with pytest.raises(ValueError, match=message):
         Windows(data, np.array(ends), episodes, 2, 4)
+
+
+def test_data_lie_on_a_gpu_where_they_leave_room_for_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = [np.zeros(100, np.float32), np.zeros(50, np.float32)]  # 600 bytes
+    for free, fits in ((1199, False), (1200, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 10**6))
+        assert _fits(arrays, torch.device("cuda")) == fits
+        assert _fits(arrays, torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batches_are_the_same_wherever_the_data_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = np.array([1, 0, -1])
+    batches = [Windows(DATA, ENDS, [0, 1, 2], 2, 4, modes=modes).gather(np.arange(12))]
+    for share, place in ((0.5, "cuda"), (0.0, "cpu")):
+        monkeypatch.setattr("diffusion_policy.datasets.windows.DEVICE_SHARE", share)
+        windows = Windows(DATA, ENDS, [0, 1, 2], 2, 4, modes=modes, device="cuda")
+        assert windows._data["state"].device.type == place
+        batches.append(windows.gather(np.arange(12)))
+        for mine, held in zip(batches[-1][:3], batches[0][:3], strict=True):
+            torch.testing.assert_close(mine, held, rtol=0, atol=0, check_device=False)
+        assert batches[-1].actions.device.type == "cuda"
 
 
 # Streamed from a store

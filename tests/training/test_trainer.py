@@ -4,6 +4,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_policy.config import PolicyConfig, TrainConfig, with_options
 from diffusion_policy.datasets.windows import Windows
@@ -243,6 +244,88 @@ def test_averaged_weights_follow_the_recurrence() -> None:
         keep = min(trainer.config.ema_max_decay, 1 - (1 + step - 1) ** -trainer.config.ema_power)
         expected = current if expected is None else keep * expected + (1 - keep) * current
     torch.testing.assert_close(trainer.ema.state_dict()[name], expected)
+
+
+def test_averaged_weights_are_the_weighted_sum_of_all_that_there_were() -> None:
+    trainer = new_trainer(steps=6, ema_max_decay=0.6)  # reached at step 3
+    weights = []
+
+    def remember() -> bool:
+        weights.append({name: weight.detach().clone() for name, weight in trainer._model.named_parameters()})
+        return False
+
+    trainer.run(should_stop=remember)
+    remember()
+    kept = [min(0.6, 1 - (1 + step) ** -0.75) for step in range(6)]
+    shares = [(1 - kept[i]) * np.prod(kept[i + 1 :]) for i in range(6)]
+    assert sum(shares) == pytest.approx(1)
+    for name, averaged in trainer.ema.named_parameters():
+        expected = sum(share * after[name] for share, after in zip(shares, weights[1:], strict=True))
+        torch.testing.assert_close(averaged.detach(), expected)
+
+
+def test_the_fused_optimizer_does_what_the_plain_one_does() -> None:
+    fused, plain = new_trainer(weight_decay=0.1), new_trainer(weight_decay=0.1)
+    assert fused._optimizer.defaults["fused"]
+    groups = [{**group, "fused": False, "foreach": False} for group in plain._optimizer.param_groups]
+    plain._optimizer = torch.optim.AdamW(groups)
+    for trainer in (fused, plain):
+        trainer.run()
+    for a, b in zip(fused.ema.parameters(), plain.ema.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    fused.restore(plain.step, plain.ema.state_dict(), plain.state())  # as from a checkpoint of an older version
+    assert same_weights(fused, plain)
+
+
+class Reads(TorchDispatchMode):
+    """Hears of each number that is read from a tensor: `item`, `bool`, `float`, and what has a shape that depends on
+    numbers."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(word in str(func) for word in self.WAITING):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_reads_no_number_from_the_device(precision: str) -> None:
+    config = replace(CONFIG, condition_dropout=0.2, condition_on_mode=True)
+    windows = Windows(DATA, ENDS, [0, 1, 2], 2, 8, modes=np.array([0, 1, 0]))
+    policy = DiffusionPolicy.for_data(config, DATA, ("a", "b"), {"state": (1,)})
+    options = TrainConfig(steps=100, batch_size=32, accumulation=2, precision=precision)
+    trainer, reads = Trainer.for_policy(policy, windows, None, options), Reads()
+    with reads:
+        trainer.run(should_stop=lambda: trainer.step == 9)
+        assert reads.seen == []
+        trainer._optimizer = torch.optim.AdamW(trainer._model.parameters(), fused=False)  # which does read numbers
+        trainer.run(should_stop=lambda: trainer.step == 11)
+    assert reads.seen
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("share", [0.5, 0.0], ids=["data on the device", "data on the host"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_never_waits_for_the_gpu(precision: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusion_policy.datasets.windows.DEVICE_SHARE", share)
+    config = replace(CONFIG, condition_dropout=0.2, condition_on_mode=True)
+    windows = Windows(DATA, ENDS, [0, 1, 2], 2, 8, modes=np.array([0, 1, 0]), device="cuda")
+    policy = DiffusionPolicy.for_data(config, DATA, ("a", "b")).cuda()
+    trainer = Trainer.for_policy(policy, windows, None, TrainConfig(steps=100, batch_size=32, precision=precision))
+    trainer.run(should_stop=lambda: trainer.step == 2)  # warm up
+    votes = torch.zeros((), device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            trainer._train_step(votes)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_what_the_network_spares_takes_no_weight_decay_and_a_state_knows_its_names() -> None:
