@@ -7,10 +7,13 @@ an `EnvFailure`; it can be reset again at once, in a fresh environment.
 
 import contextlib
 import multiprocessing
+import threading
 import time
-from collections.abc import Callable, Mapping, MutableSequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, MutableSequence
 from functools import partial
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import gymnasium
@@ -67,10 +70,31 @@ class Worker:
         end_all([self.spawned], patience)
 
 
+class _ThisProcess:
+    """A worker that is no process of its own: it has done what it is asked when `send` returns."""
+
+    culprit = None
+
+    def __init__(self, make_env: Callable[[], gymnasium.Env]) -> None:
+        self._host = EnvironmentHost(make_env)
+        self._answers: deque[tuple[dict[int, Any], float]] = deque()
+
+    def send(self, method: str, arguments: Mapping[int, Any]) -> None:
+        self._answers.append(_answer(self._host, method, arguments))
+
+    def answer(self, hang_after: float) -> tuple[dict[int, Any], float]:
+        return self._answers.popleft()
+
+    def end(self, patience: float) -> None:
+        self._host.close()
+
+
 class EnvironmentPool:
     """Environments in numbered slots; one local worker is this process, where a crash or a hang cannot be survived.
 
-    A slot belongs to the worker `slot % workers`; results depend neither on their number nor on the engine.
+    A slot belongs to the worker `slot % workers`; results depend neither on their number nor on the engine. While
+    workers do what `begin_reset` and `begin_step` ask, one after another, this process is free; `collect` waits for the
+    answers.
     """
 
     def __init__(
@@ -90,17 +114,21 @@ class EnvironmentPool:
         self._make_env = make_env
         self._hang_after = hang_after
         self._engine: Engine = engine
-        self._host = EnvironmentHost(make_env) if in_this_process else None
         self._slots: set[int] = set()
+        self._requests: deque[set[int]] = deque()
+        """The workers that have yet to answer, for each request that was not collected, oldest first."""
         self.seconds_asked = 0.0
-        """Time spent waiting for answers."""
+        """Time spent asking, and waiting for answers."""
         self.seconds_worked = 0.0
-        """Time of it in which the busiest worker simulated; the rest went into traffic between processes."""
+        """Time in which the busiest worker simulated; the rest of the time asked went into traffic between processes,
+        where nothing else was done before the answers were collected."""
         with contextlib.ExitStack() as stack:
             if in_this_process:
                 stack.enter_context(contextlib.chdir("."))  # an environment may change the working directory
             stack.enter_context(cluster(engine, workers))
-            self._workers = [] if in_this_process else [self._hire() for _ in range(workers)]
+            self._workers: list[Worker | RayWorker | _ThisProcess] = (
+                [_ThisProcess(make_env)] if in_this_process else [self._hire() for _ in range(workers)]
+            )
             self._cluster = stack.pop_all()
 
     def __enter__(self) -> "EnvironmentPool":
@@ -111,40 +139,33 @@ class EnvironmentPool:
 
     def reset(self, seeds: Mapping[int, int]) -> dict[int, dict[str, np.ndarray] | EnvFailure]:
         """Begin an episode in each slot named, with its seed; returns the first observations. Slots that were not named
-        but fell with their worker are added."""
-        self._slots |= seeds.keys()
-        return self._host.reset(seeds) if self._host else self._ask("reset", seeds)
+        but fell with their worker are added. Nothing else may wait to be collected."""
+        self.begin_reset(seeds)
+        return self.collect()
 
     def step(self, actions: Mapping[int, np.ndarray]) -> dict[int, StepsResult | EnvFailure]:
         """Take a sequence of actions (steps, A) in each slot named, until its episode ends; slots that were not named
-        but fell with their worker are added. Sequences cost less traffic than single steps, and none waits for the
-        slowest at every step."""
-        return self._host.step(actions) if self._host else self._ask("step", actions)
+        but fell with their worker are added. Nothing else may wait to be collected. Sequences cost less traffic than
+        single steps, and none waits for the slowest at every step."""
+        self.begin_step(actions)
+        return self.collect()
 
-    def close(self) -> None:
-        """End the workers."""
-        if self._host:
-            self._host.close()
-        with self._cluster:
-            end_all([worker.spawned for worker in self._workers if isinstance(worker, Worker)], patience=5)
-            for worker in self._workers:
-                if not isinstance(worker, Worker):
-                    worker.end(patience=5)
-            self._workers = []
+    def begin_reset(self, seeds: Mapping[int, int]) -> None:
+        """As `reset`; `collect` returns the observations."""
+        self._slots |= seeds.keys()
+        self._begin("reset", seeds)
 
-    def _ask(self, method: str, arguments: Mapping[int, Any]) -> dict[int, Any]:
-        """Send every worker its share, then wait for all; a worker that fails is replaced."""
+    def begin_step(self, actions: Mapping[int, np.ndarray]) -> None:
+        """As `step`; `collect` returns the results."""
+        self._begin("step", actions)
+
+    def collect(self) -> dict[int, Any]:
+        """Wait for what was asked first of what has not been collected. A worker that fails is replaced, and does
+        nothing more of what it was asked: its slots fall now, those of later requests too."""
         started = time.perf_counter()
-        count = len(self._workers)
-        shares = [{slot: value for slot, value in arguments.items() if slot % count == i} for i in range(count)]
-        for worker, share in zip(self._workers, shares, strict=True):
-            if share:
-                worker.send(method, share)
         results: dict[int, Any] = {}
         longest = 0.0
-        for i in range(count):
-            if not shares[i]:
-                continue
+        for i in sorted(self._requests.popleft()):
             answer = self._workers[i].answer(self._hang_after)
             if isinstance(answer, str):
                 results |= self._replace(i, answer)
@@ -155,12 +176,34 @@ class EnvironmentPool:
         self.seconds_worked += longest
         return results
 
+    def close(self) -> None:
+        """End the workers."""
+        with self._cluster:
+            end_all([worker.spawned for worker in self._workers if isinstance(worker, Worker)], patience=5)
+            for worker in self._workers:
+                if not isinstance(worker, Worker):
+                    worker.end(patience=5)
+            self._workers = []
+
+    def _begin(self, method: str, arguments: Mapping[int, Any]) -> None:
+        """Send every worker its share."""
+        started = time.perf_counter()
+        shares: dict[int, dict[int, Any]] = {}
+        for slot, argument in arguments.items():
+            shares.setdefault(slot % len(self._workers), {})[slot] = argument
+        for i, share in sorted(shares.items()):
+            self._workers[i].send(method, share)
+        self._requests.append(set(shares))
+        self.seconds_asked += time.perf_counter() - started
+
     def _replace(self, index: int, reason: str) -> dict[int, EnvFailure]:
         """Put a fresh worker in the place of a failed one; returns the failures of all its slots."""
         failed = self._workers[index]
         culprit = failed.culprit
         failed.end(patience=0)
         self._workers[index] = self._hire()
+        for request in self._requests:
+            request.discard(index)
         fallen = [slot for slot in self._slots if slot % len(self._workers) == index]
         return {slot: EnvFailure(reason, blamed=culprit in (slot, None)) for slot in fallen}
 
@@ -181,9 +224,33 @@ def require_patience(hang_after: float) -> None:
 def _serve(connection: Connection, at_work: MutableSequence[int], make_env: Callable[[], gymnasium.Env]) -> None:
     """A worker's loop: (method, arguments) in, (True, (results, seconds)) out."""
     host = EnvironmentHost(make_env, at_work)
-    with contextlib.closing(host), contextlib.suppress(EOFError, OSError):
-        while True:
-            method, arguments = connection.recv()
-            started = time.perf_counter()
-            results = getattr(host, method)(arguments)
-            reply(connection, (True, (results, time.perf_counter() - started)))
+    with contextlib.closing(host):
+        for method, arguments in _read_at_once(connection):
+            reply(connection, (True, _answer(host, method, arguments)))
+
+
+def _answer(host: EnvironmentHost, method: str, arguments: Mapping[int, Any]) -> tuple[dict[int, Any], float]:
+    """The results and the seconds they took."""
+    started = time.perf_counter()
+    results = getattr(host, method)(arguments)
+    return results, time.perf_counter() - started
+
+
+def _read_at_once(connection: Connection) -> Iterator[Any]:
+    """The messages of a pipe until its other end is closed. They are taken out as they come, so that who sends does not
+    wait for this process: it might itself wait for an answer to be taken."""
+    messages: SimpleQueue[Any] = SimpleQueue()
+    closed = threading.Event()
+
+    def read() -> None:
+        try:
+            with contextlib.suppress(EOFError, OSError):
+                while True:
+                    messages.put(connection.recv())
+        finally:
+            closed.set()
+            messages.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while (message := messages.get()) is not None and not closed.is_set():
+        yield message

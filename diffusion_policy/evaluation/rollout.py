@@ -1,15 +1,15 @@
 """Episodes of a controller in many environments at once: environment factory + controller + seeds → list of Episode.
 
-All slots plan together, then each takes the steps of its plan, and a slot whose episode has ended takes the next seed;
-so an evaluation depends on seeds and slots alone, not on processes or timing. An episode whose
-environment fails is begun again, once.
+The slots are two fixed groups, which take turns: a group plans while the environments of the other one step. Each slot
+takes the steps of its plan, and one whose episode has ended takes the next seed in its group's turn; so an evaluation
+depends on seeds and slots alone, not on processes or timing. An episode whose environment fails is begun again, once.
 """
 
 import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import gymnasium
 import numpy as np
@@ -26,8 +26,21 @@ ModeOf = Callable[[Mapping[str, np.ndarray]], str | None]
 """An episode's observations {key: (steps + 1, ...)} → its mode."""
 ATTEMPTS = 2
 """How often an episode is begun before it is given up."""
+GROUPS = 2
+"""Groups of slots: while the environments of one step, another plans."""
 HOPELESS = 3
 """So many lost episodes before any has finished: the environment cannot be run at all."""
+
+
+class MakeController(Protocol):
+    """What makes the controller of a rollout."""
+
+    def __call__(self, environments: int, /, *, plan_batch: int) -> Controller: ...
+
+
+def planning_batch(parallel: int) -> int:
+    """The size of every planning call, where so many environments run at once."""
+    return -(-parallel // GROUPS)
 
 
 class RolloutError(ValueError):
@@ -37,17 +50,26 @@ class RolloutError(ValueError):
 class _Recording:
     """An episode in the making."""
 
-    def __init__(self, seed: int, repeat: int, observation: dict[str, np.ndarray]) -> None:
+    def __init__(self, seed: int, repeat: int) -> None:
         self.name = seed, repeat
-        self.observations = [{key: np.array([value]) for key, value in observation.items()}]  # parts (n, ...)
+        self.observations: list[dict[str, np.ndarray]] = []  # parts (n, ...); none before the environment is reset
         self.actions: list[np.ndarray] = []
+        self.asked = np.zeros(0)
+        """The actions that the environment takes now, (Ta, A)."""
         self.plans: list[Plan] = []
         self.success = False
         self.rewards = 0.0
         self.measures: Mapping[str, float] | None = None
 
-    def add(self, actions: np.ndarray, steps: StepsResult) -> None:
-        self.actions.extend(actions[: len(steps.rewards)])
+    def begin(self, observation: Mapping[str, np.ndarray]) -> None:
+        self.observations.append({key: value[None] for key, value in observation.items()})
+
+    def ask(self, plan: np.ndarray, actions: np.ndarray) -> None:
+        self.plans.append(Plan(len(self.actions), plan))
+        self.asked = actions
+
+    def add(self, steps: StepsResult) -> None:
+        self.actions.extend(self.asked[: len(steps.rewards)])
         self.observations.append(steps.observations)
         self.success = steps.info["is_success"]
         self.rewards = sum(steps.rewards, self.rewards)
@@ -86,7 +108,7 @@ def mode_failure_is_a_warning(failure: FailedEpisode) -> None:
 
 def rollout(
     make_env: Callable[[], gymnasium.Env],
-    make_controller: Callable[[int], Controller],
+    make_controller: MakeController,
     seeds: Sequence[int],
     mode_of: ModeOf,
     parallel: int = 25,
@@ -101,11 +123,13 @@ def rollout(
 ) -> list[Episode]:
     """`repeats` episodes a seed, which differ in their planning noise, in the order of the seeds.
 
-    `make_env` must be picklable for more than one worker and for a cluster; `make_controller(slots)` makes the
-    controller; `parallel`: how many environments run at once; `on_lost` hears of an episode whose environment raised an
-    error, crashed its worker or did not answer within `hang_after` [s] at each attempt; `on_mode_failure` of one whose
-    mode `mode_of` could not tell, and which counts without. Where an environment limits no episode, it ends after
-    `bounds.MOST_STEPS`. Raises ValueError for arguments that cannot be, RolloutError when no episode can be run.
+    `make_env` must be picklable for more than one worker and for a cluster; `make_controller(slots, plan_batch=...)`
+    makes the controller, such as partial(Controller, planner); `parallel`: how many environments run at once, half of
+    which plan together; `workers`: processes that simulate, if more than one while this one plans; `on_lost` hears of
+    an episode whose environment raised an error, crashed its worker or did not answer within `hang_after` [s] at each
+    attempt; `on_mode_failure` of one whose mode `mode_of` could not tell, and which counts without. Where an
+    environment limits no episode, it ends after `bounds.MOST_STEPS`. Raises ValueError for arguments that cannot be,
+    RolloutError when no episode can be run.
     """
     for name, value in (("parallel", parallel), ("workers", workers), ("repeats", repeats)):
         _require_whole(name, value, 1)
@@ -115,14 +139,12 @@ def rollout(
         raise ValueError(f"mode_of must be a function of an episode's observations; got {mode_of!r:.60}")
     names = list(itertools.product(seeds, range(repeats)))
     slots = min(parallel, len(names))
-    scheduler = _EpisodeScheduler(
-        names, make_controller(slots), slots, mode_of, _Hearers(on_episode, on_lost, on_mode_failure)
-    )
+    controller = make_controller(slots, plan_batch=planning_batch(parallel))
+    hearers = _Hearers(on_episode, on_lost, on_mode_failure)
     with EnvironmentPool(make_env, min(workers, slots), hang_after, engine) as pool:
+        scheduler = _EpisodeScheduler(names, controller, pool, slots, mode_of, hearers)
         while scheduler.running or scheduler.waiting:
-            scheduler.begin_episodes(pool)
-            if scheduler.running:
-                scheduler.take_steps(pool)
+            scheduler.take_turns()
     return [scheduler.finished[name] for name in names if name in scheduler.finished]
 
 
@@ -154,6 +176,7 @@ class _EpisodeScheduler:
         self,
         names: Sequence[tuple[int, int]],
         controller: Controller,
+        pool: EnvironmentPool,
         slots: int,
         mode_of: ModeOf,
         hearers: _Hearers,
@@ -162,55 +185,75 @@ class _EpisodeScheduler:
         self.running: dict[int, _Recording] = {}
         self.finished: dict[tuple[int, int], Episode] = {}
         self._controller = controller
+        self._pool = pool
         self._slots = slots
+        self._groups = np.array_split(np.arange(slots), GROUPS)
+        self._asked = [0] * GROUPS  # requests to the pool in a group's latest turn
         self._mode_of = mode_of
         self._hearers = hearers
         self._failures: Counter[tuple[int, int]] = Counter()
         self._lost = 0
         self._latest: dict[str, np.ndarray] = {}
 
-    def begin_episodes(self, pool: EnvironmentPool) -> None:
-        """Fill the free slots."""
-        free = [slot for slot in range(self._slots) if slot not in self.running]
+    def take_turns(self) -> None:
+        """Let each group see what its environments have done since its latest turn, and ask them for more; they do it
+        during the turn of the other group."""
+        for group, slots in enumerate(self._groups):
+            going_on: dict[int, StepsResult] = {}
+            for _ in range(self._asked[group]):
+                for slot, answer in sorted(self._pool.collect().items()):
+                    if self._hear(slot, answer):
+                        going_on[slot] = answer
+            if going_on:
+                self._look_on(going_on)
+            self._asked[group] = self._begin_episodes(slots.tolist()) + self._take_steps(slots.tolist())
+
+    def _begin_episodes(self, group: Sequence[int]) -> int:
+        """Fill the free slots of a group; they plan in its next turn. Returns the number of requests to the pool."""
+        free = [slot for slot in group if slot not in self.running]
         begun = {slot: self.waiting.pop() for slot in free[: len(self.waiting)]}
         if not begun:
-            return
+            return 0
+        self._pool.begin_reset({slot: seed for slot, (seed, _) in begun.items()})
         self._controller.reset(_mask(begun, self._slots), list(begun.values()))
-        for slot, answer in pool.reset({slot: seed for slot, (seed, _) in begun.items()}).items():
-            if not isinstance(answer, EnvFailure):
-                answer = self._refuse({key: value[None] for key, value in answer.items()}) or answer
-            if not isinstance(answer, EnvFailure):
-                self.running[slot] = _Recording(*begun[slot], answer)
-                self._look(slot, answer)
-            elif slot in begun:
-                self._try_again(begun[slot], answer)
-            elif slot in self.running:  # its worker fell
-                self._try_again(self.running.pop(slot).name, answer)
+        self.running |= {slot: _Recording(*name) for slot, name in begun.items()}
+        return 1
 
-    def take_steps(self, pool: EnvironmentPool) -> None:
-        """Plan in all slots that run an episode, and take the steps of those plans."""
-        actions = self._controller.act_until_next_plan(self._latest, _mask(self.running, self._slots))
-        for slot, plan in self._controller.planned.items():
-            self.running[slot].plans.append(Plan(len(self.running[slot].actions), plan))
-        going_on: dict[int, StepsResult] = {}
-        for slot, answer in sorted(pool.step({slot: actions[slot] for slot in self.running}).items()):
-            if slot not in self.running:
-                continue  # its worker fell after its episode had ended
-            recording = self.running[slot]
-            if isinstance(answer, StepsResult) and not answer.ended:
-                answer = self._refuse(answer.observations) or answer
-            if isinstance(answer, EnvFailure):
-                del self.running[slot]
-                self._try_again(recording.name, answer)
-                continue
-            recording.add(actions[slot], answer)
-            if not answer.ended:
-                going_on[slot] = answer
-                continue
+    def _take_steps(self, group: Sequence[int]) -> int:
+        """Plan in the slots of a group that run an episode, and have the steps of those plans taken. Returns the number
+        of requests to the pool."""
+        ready = [slot for slot in group if slot in self.running and self.running[slot].observations]
+        if not ready:
+            return 0
+        actions = self._controller.act_until_next_plan(self._latest, _mask(ready, self._slots))
+        for slot in ready:
+            self.running[slot].ask(self._controller.planned[slot], actions[slot])
+        self._pool.begin_step({slot: actions[slot] for slot in ready})
+        return 1
+
+    def _hear(self, slot: int, answer: dict[str, np.ndarray] | StepsResult | EnvFailure) -> bool:
+        """Note what came of a slot's reset or steps; returns whether it has taken steps and goes on."""
+        if slot not in self.running:
+            return False  # its worker fell after its episode had ended
+        recording = self.running[slot]
+        if isinstance(answer, dict):
+            recording.begin(answer)
+            answer = self._refuse(recording.observations[0]) or answer
+        elif isinstance(answer, StepsResult) and not answer.ended:
+            answer = self._refuse(answer.observations) or answer
+        if isinstance(answer, EnvFailure):
+            del self.running[slot]
+            self._try_again(recording.name, answer)
+            return False
+        if isinstance(answer, dict):
+            self._look(slot, answer)
+            return False
+        recording.add(answer)
+        if answer.ended:
             del self.running[slot]
             self.finished[recording.name] = recording.finish(self._mode_of, self._hearers.on_mode_failure)
             self._hearers.on_episode(self.finished[recording.name])
-        self._look_on(going_on)
+        return not answer.ended
 
     def _try_again(self, name: tuple[int, int], failure: EnvFailure) -> None:
         """Begin an episode again later, or count it as lost."""
