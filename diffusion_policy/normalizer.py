@@ -146,7 +146,8 @@ class Normalizer(nn.Module):
         count = len(self._angles[key])
         others, cosines, sines = x.split([x.shape[-1] - 2 * count, count, count], dim=-1)
         order = np.argsort([*self._others[key], *self._angles[key]]).tolist()
-        return torch.cat([others, torch.atan2(sines, cosines)], dim=-1)[..., order]
+        angles = torch.atan2(sines.float(), cosines.float()).to(x)  # in the network's precision, as runtimes have it
+        return torch.cat([others, angles], dim=-1)[..., order]
 
     def _numbers(self, key: str) -> tuple[Tensor, Tensor]:
         """Offset and scale."""

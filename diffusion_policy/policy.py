@@ -92,10 +92,12 @@ class DiffusionPolicy(nn.Module):
         """Numbers of a condition that come from observations."""
         (target_dim,) = self.normalizer.shapes[self.target.key]
         marks = len(self.modes) or (1 if config.condition_dropout else 0)
+        self.cond_dim = self.features + marks
+        """C, numbers of a condition."""
         options = {name: value for name, value in to_json(config.network).items() if name != "kind"}
         self.network = NETWORKS[config.network.kind](
             target_dim,
-            self.features + marks,
+            self.cond_dim,
             outputs=(2 if config.learn_variance else 1) * target_dim,
             **options,
         )

@@ -16,7 +16,18 @@ from diffusion_policy.diffusion.variance import LearnedVariance
 
 
 class Films(Protocol):
-    """What noise levels and conditions say to the layers of a network: all that does not depend on xt."""
+    """What noise levels and conditions say to the layers of a network: all that does not depend on xt. Their parts add
+    up."""
+
+    @property
+    def of_levels(self) -> tuple[Tensor, ...]:
+        """A layer each, (L, features)."""
+        ...
+
+    @property
+    def of_cond(self) -> tuple[Tensor, ...]:
+        """A layer each, (B, features)."""
+        ...
 
     def at(self, level: int) -> Sequence[Tensor]:
         """That of the i-th of the levels for every row, (B, features) a layer."""
