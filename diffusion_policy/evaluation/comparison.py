@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from diffusion_policy.evaluation.intervals import CONFIDENCE, Metric, by_cluster, clustered_mean, effective_trials
 
 POWER = 0.8
 """With how many more episodes the difference would show with this probability."""
 SCORE = "score"
-Z = float(norm.ppf((1 + CONFIDENCE) / 2))
+Z = float(ndtri((1 + CONFIDENCE) / 2))
 
 Outcomes = Sequence[Mapping[str, Any]]
 """Each with `seed`, `repeat`, `success` and `measures`."""
@@ -134,7 +134,7 @@ def _more_episodes(discordant: int, gain: int, pairs: int, worth: float) -> int 
     if gain == 0:
         return None
     share, difference = discordant / pairs, gain / pairs
-    needed = (Z * math.sqrt(share) + norm.ppf(POWER) * math.sqrt(max(share - difference**2, 0))) ** 2 / difference**2
+    needed = (Z * math.sqrt(share) + ndtri(POWER) * math.sqrt(max(share - difference**2, 0))) ** 2 / difference**2
     return max(1, math.ceil(needed / worth) - pairs)
 
 
