@@ -238,7 +238,9 @@ class DiffusionPolicy(nn.Module):
         """This policy with its network laid out for few sequences, by which plans for one robot are ready sooner on the
         CPU; with weights as they are now. Itself where its network has no such form."""
         lay_out = FOR_FEW_ROWS.get(type(self.network))
-        return self if lay_out is None else self.with_network(lay_out(self.network))
+        if lay_out is None:
+            return self
+        return self.with_network(lay_out(self.network, self.config.prediction_horizon))
 
     def with_network(self, network: nn.Module) -> "DiffusionPolicy":
         """This policy with another network, the rest shared."""

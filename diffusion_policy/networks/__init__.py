@@ -13,5 +13,5 @@ from diffusion_policy.networks.unet_rows import RowsUnet
 
 NETWORKS: dict[str, Callable[..., Any]] = {"unet": TemporalUnet}
 ENCODERS: dict[str, Callable[..., Any]] = {"state": StateEncoder}
-FOR_FEW_ROWS: dict[type, Callable[[Any], Any]] = {TemporalUnet: RowsUnet}
-"""The form of a network for few and short sequences on the CPU, with weights as they are, by the network's type."""
+FOR_FEW_ROWS: dict[type, Callable[[Any, int], Any]] = {TemporalUnet: RowsUnet}
+"""The form of a network, with its weights as they are, for few sequences of T steps on the CPU, by its type."""

@@ -58,8 +58,7 @@ class TemporalUnet(nn.Module):
     def denoise(self, xt: Tensor, films: Sequence[Tensor]) -> Tensor:
         """Sequences (B, T, D) under `films.at` their levels, (B, 2 channels) a block → (B, T, outputs).
         Raises ValueError when T is not a multiple of `stride`."""
-        if xt.shape[1] % self.stride:
-            raise ValueError(f"the prediction horizon must be a multiple of {self.stride}; got {xt.shape[1]}")
+        self.require_steps(xt.shape[1])
         pairs_of_films = iter(zip(films[::2], films[1::2], strict=True))
         x = rearrange(xt, "b t d -> b d t")
         skips = []
@@ -72,6 +71,11 @@ class TemporalUnet(nn.Module):
         for lengthen, pair in zip(self.lengthen, self.up, strict=True):
             x = pair(torch.cat([lengthen(x), skips.pop()], dim=1), *next(pairs_of_films))
         return rearrange(self.out(x), "b d t -> b t d")
+
+    def require_steps(self, steps: int) -> None:
+        """Raise ValueError when a prediction horizon is not a multiple of `stride`."""
+        if steps % self.stride:
+            raise ValueError(f"the prediction horizon must be a multiple of {self.stride}; got {steps}")
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
         """Those without weight decay: none."""

@@ -20,17 +20,21 @@ class RowsUnet(nn.Module):
     """A `TemporalUnet` as it is now, to denoise with: what is learned later does not reach it. It promises what
     `diffusion.process.Network` says."""
 
-    def __init__(self, unet: TemporalUnet) -> None:
+    def __init__(self, unet: TemporalUnet, steps: int) -> None:
+        """`steps`: T, of the sequences. Raises ValueError when it is not a multiple of the network's `stride`."""
         super().__init__()
-        self.stride = unet.stride
+        unet.require_steps(steps)
+        self.steps = steps
         self._unet = [unet]  # not a module of this one: it only says what noise levels and conditions mean
-        *down, middle = [_RowsPair(pair) for pair in (*unet.down, unet.middle)]  # pyright: ignore
-        self.down, self.middle = nn.ModuleList(down), middle
-        self.shorten = nn.ModuleList(_RowsConv(conv) for conv in unet.shorten)  # pyright: ignore
-        self.lengthen = nn.ModuleList(_RowsLengthen(conv) for conv in unet.lengthen)  # pyright: ignore
-        self.up = nn.ModuleList(_RowsPair(pair) for pair in unet.up)  # pyright: ignore
+        lengths = [steps // 2**i for i in range(len(unet.down))]
+        *shallow, deepest = lengths
+        self.down = nn.ModuleList(map(_RowsPair, unet.down, lengths))  # pyright: ignore
+        self.middle = _RowsPair(unet.middle, deepest)
+        self.shorten = nn.ModuleList(map(_RowsConv, unet.shorten, shallow))  # pyright: ignore
+        self.lengthen = nn.ModuleList(map(_RowsLengthen, unet.lengthen, reversed(lengths)))  # pyright: ignore
+        self.up = nn.ModuleList(map(_RowsPair, unet.up, reversed(shallow)))  # pyright: ignore
         block, conv = unet.out
-        self.out = nn.Sequential(_RowsBlock(block), _RowsConv(conv))  # pyright: ignore
+        self.out = nn.Sequential(_RowsBlock(block, steps), _RowsConv(conv, steps))  # pyright: ignore
 
     def forward(self, xt: Tensor, level: Tensor, cond: Tensor) -> Tensor:
         """See `TemporalUnet`."""
@@ -41,7 +45,9 @@ class RowsUnet(nn.Module):
         return self._unet[0].condition(level, cond)
 
     def denoise(self, xt: Tensor, films: Sequence[Tensor]) -> Tensor:
-        """See `TemporalUnet.denoise`."""
+        """See `TemporalUnet.denoise`. Raises ValueError for sequences of another length."""
+        if xt.shape[1] != self.steps:
+            raise ValueError(f"this network is laid out for sequences of {self.steps} steps; got {xt.shape[1]}")
         pairs_of_films = iter(zip(films[::2], films[1::2], strict=True))
         x, skips = xt, []  # (B, T, channels)
         for i, pair in enumerate(self.down):
@@ -59,23 +65,37 @@ class RowsUnet(nn.Module):
         return []
 
 
+class _Windows(nn.Module):
+    """The steps that each step of a convolution's result sees, side by side: (B, T, C) → (B, results, kernel C)."""
+
+    def __init__(self, steps: int, kernel_size: int, stride: int, padding: int) -> None:
+        """`steps`: T."""
+        super().__init__()
+        self.padding = padding
+        starts = torch.arange(0, steps + 2 * padding - kernel_size + 1, stride)
+        self.results = len(starts)
+        self.register_buffer("rows", rearrange(starts[:, None] + torch.arange(kernel_size), "t k -> (t k)"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = functional.pad(x, (0, 0, self.padding, self.padding))
+        return padded.index_select(1, self.get_buffer("rows")).reshape(len(x), self.results, -1)
+
+
 class _RowsConv(nn.Module):
     """A convolution over time: (B, T, C_in) → (B, T / stride, C_out)."""
 
-    def __init__(self, conv: nn.Conv1d) -> None:
+    def __init__(self, conv: nn.Conv1d, steps: int) -> None:
+        """`steps`: T."""
         super().__init__()
         assert conv.bias is not None
         assert isinstance(conv.padding, tuple)
-        (self.kernel_size,), (self.stride,), (self.padding,) = conv.kernel_size, conv.stride, conv.padding
+        (kernel_size,), (stride,), (padding,) = conv.kernel_size, conv.stride, conv.padding
+        self.windows = nn.Identity() if kernel_size == 1 else _Windows(steps, kernel_size, stride, padding)
         self.register_buffer("weight", rearrange(conv.weight.detach(), "o i k -> o (k i)").contiguous())
         self.register_buffer("bias", conv.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        steps = (x.shape[1] + 2 * self.padding - self.kernel_size) // self.stride + 1
-        padded = functional.pad(x, (0, 0, self.padding, self.padding))
-        last = self.stride * (steps - 1) + 1
-        windows = torch.cat([padded[:, k : k + last : self.stride] for k in range(self.kernel_size)], dim=-1)
-        return functional.linear(windows, self.get_buffer("weight"), self.get_buffer("bias"))
+        return functional.linear(self.windows(x), self.get_buffer("weight"), self.get_buffer("bias"))
 
 
 class _RowsLengthen(nn.Module):
@@ -83,18 +103,19 @@ class _RowsLengthen(nn.Module):
     (B, 2 T, C_out). Each step of the result is a product with two steps of x, the even and the odd ones with their own
     weights."""
 
-    def __init__(self, conv: nn.ConvTranspose1d) -> None:
+    def __init__(self, conv: nn.ConvTranspose1d, steps: int) -> None:
+        """`steps`: T."""
         super().__init__()
         assert conv.bias is not None
         assert (conv.kernel_size, conv.stride, conv.padding) == ((4,), (2,), (1,))
         taps = conv.weight.detach().unbind(-1)  # 4 x (C_in, C_out)
+        self.windows = _Windows(steps, 2, 1, 1)
         self.register_buffer("even", torch.cat([taps[3], taps[1]]).T.contiguous())  # (C_out, 2 C_in)
         self.register_buffer("odd", torch.cat([taps[2], taps[0]]).T.contiguous())
         self.register_buffer("bias", conv.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        padded = functional.pad(x, (0, 0, 1, 1))
-        windows = torch.cat([padded[:, :-1], padded[:, 1:]], dim=-1)  # (B, T + 1, 2 C_in)
+        windows = self.windows(x)  # (B, T + 1, 2 C_in)
         even = functional.linear(windows[:, :-1], self.get_buffer("even"), self.get_buffer("bias"))
         odd = functional.linear(windows[:, 1:], self.get_buffer("odd"), self.get_buffer("bias"))
         return rearrange([even, odd], "two b t c -> b (t two) c")
@@ -103,12 +124,12 @@ class _RowsLengthen(nn.Module):
 class _RowsBlock(nn.Module):
     """Convolution over time, GroupNorm, Mish: (B, T, C_in) → (B, T, C_out)."""
 
-    def __init__(self, block: ConvBlock) -> None:
+    def __init__(self, block: ConvBlock, steps: int) -> None:
         super().__init__()
         conv, norm, _ = block
         assert isinstance(conv, nn.Conv1d)
         assert isinstance(norm, nn.GroupNorm)
-        self.conv, self.groups, self.eps = _RowsConv(conv), norm.num_groups, norm.eps
+        self.conv, self.groups, self.eps = _RowsConv(conv, steps), norm.num_groups, norm.eps
         self.register_buffer("scale", norm.weight.detach())
         self.register_buffer("shift", norm.bias.detach())
 
@@ -121,10 +142,10 @@ class _RowsBlock(nn.Module):
 class _RowsResidual(nn.Module):
     """See `ResidualBlock`: (B, T, C_in) → (B, T, C_out)."""
 
-    def __init__(self, block: ResidualBlock) -> None:
+    def __init__(self, block: ResidualBlock, steps: int) -> None:
         super().__init__()
-        self.first, self.second = _RowsBlock(block.first), _RowsBlock(block.second)
-        self.skip = _RowsConv(block.skip) if isinstance(block.skip, nn.Conv1d) else nn.Identity()
+        self.first, self.second = _RowsBlock(block.first, steps), _RowsBlock(block.second, steps)
+        self.skip = _RowsConv(block.skip, steps) if isinstance(block.skip, nn.Conv1d) else nn.Identity()
 
     def forward(self, x: Tensor, film: Tensor) -> Tensor:
         scale, shift = rearrange(film, "b (two c) -> two b 1 c", two=2)
@@ -134,9 +155,9 @@ class _RowsResidual(nn.Module):
 class _RowsPair(nn.Module):
     """See `BlockPair`."""
 
-    def __init__(self, pair: BlockPair) -> None:
+    def __init__(self, pair: BlockPair, steps: int) -> None:
         super().__init__()
-        self.first, self.second = _RowsResidual(pair.first), _RowsResidual(pair.second)
+        self.first, self.second = _RowsResidual(pair.first, steps), _RowsResidual(pair.second, steps)
 
     def forward(self, x: Tensor, first_film: Tensor, second_film: Tensor) -> Tensor:
         return self.second(self.first(x, first_film), second_film)
