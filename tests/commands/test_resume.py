@@ -26,14 +26,14 @@ from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, with
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.training.trainer import Trainer
 
-TINY = with_options(PolicyConfig(), widths=(16, 32), level_dim=32, noise_levels=20)
+TINY = with_options(PolicyConfig(), widths=(16, 32), level_dim=32, noise_levels=4)
 TRAINING = TrainConfig(
-    steps=60,
+    steps=24,
     batch_size=32,
     learning_rate=1e-3,
-    warmup_steps=5,
-    validate_every=15,
-    checkpoint_every=10,
+    warmup_steps=2,
+    validate_every=5,
+    checkpoint_every=4,
     keep_checkpoints=2,
 )
 
@@ -81,12 +81,10 @@ def test_a_stopped_run_says_how_to_go_on_and_becomes_the_same(
     demonstrations: Path, whole: Path, tmp_path: Path, press, number: signal.Signals
 ) -> None:
     run = tmp_path / "run"
-    press({17: number, 44: number})
-    with pytest.raises(
-        Interrupted, match=rf"after step 17 of 60; .* go on with: diffusion-policy train --resume {run}"
-    ):
+    press({7: number, 18: number})
+    with pytest.raises(Interrupted, match=rf"after step 7 of 24; .* go on with: diffusion-policy train --resume {run}"):
         train(demonstrations, run).run()
-    with pytest.raises(Interrupted, match="after step 44"):
+    with pytest.raises(Interrupted, match="after step 18"):
         Train.to_resume(run).run()
     assert main(["train", "--resume", str(run), "--device", "cpu"]) == 0
     assert left_by(run) == left_by(whole)
@@ -146,7 +144,7 @@ def test_what_a_killed_run_measured_but_did_not_save_is_measured_again(
 def test_a_finished_run_has_nothing_left_to_do(whole: Path, capsys) -> None:
     before = left_by(whole)
     Train.to_resume(whole).run()
-    assert "has all its 60 steps" in " ".join(capsys.readouterr().err.split())
+    assert "has all its 24 steps" in " ".join(capsys.readouterr().err.split())
     assert left_by(whole) == before
 
 
@@ -245,13 +243,13 @@ def test_another_training_is_refused_with_all_differences(whole: Path, demonstra
     other = replace(
         asked,
         observation=("actual_xy",),
-        policy=with_options(TINY, widths=(16, 64), noise_levels=25),
+        policy=with_options(TINY, widths=(16, 64), noise_levels=5),
         training=replace(asked.training, batch_size=16, keep_checkpoints=3),
     )
     with pytest.raises(ConfigError) as caught:
         other.run()
     said = str(caught.value)
-    for difference in ("widths 16 32, now 16 64", "noise-levels 20, now 25", "batch-size 32, now 16", "now actual_xy"):
+    for difference in ("widths 16 32, now 16 64", "noise-levels 4, now 5", "batch-size 32, now 16", "now actual_xy"):
         assert difference in said
     assert "keep" not in said
 
@@ -314,7 +312,7 @@ def test_a_full_disk_keeps_what_is_there_and_training_goes_on(
 
     def save(run: Path, point: checkpoint.Checkpoint, *rest, **options) -> Path:
         calls.append(point.step)
-        if point.step == 30:
+        if point.step == 12:
             raise checkpoint.CheckpointError("No space left on device")
         return original(run, point, *rest, **options)
 
@@ -322,8 +320,8 @@ def test_a_full_disk_keeps_what_is_there_and_training_goes_on(
     run = tmp_path / "run"
     train(demonstrations, run).run()
     said = " ".join(capsys.readouterr().err.split())
-    assert f"no checkpoint at step 30: No space left on device; the last checkpoint is {run}/step-000020" in said
-    assert calls == [10, 20, 30, 40, 50, 60]
+    assert f"no checkpoint at step 12: No space left on device; the last checkpoint is {run}/step-000008" in said
+    assert calls == [4, 8, 12, 16, 20, 24]
     assert left_by(run) == left_by(whole)
 
 
@@ -344,7 +342,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(
     demonstrations: Path, whole: Path, tmp_path: Path, press, capsys
 ) -> None:
     run = tmp_path / "run"
-    press({44: signal.SIGTERM})
+    press({18: signal.SIGTERM})
     with pytest.raises(Interrupted):
         train(demonstrations, run).run()
     newest = checkpoint.find(run) / "model.safetensors"
@@ -354,31 +352,31 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(
     Train.to_resume(run).run()
     said = " ".join(capsys.readouterr().err.split())
     assert "is damaged" in said
-    assert f"going on from {run}/step-000040" in said
+    assert f"going on from {run}/step-000016" in said
     assert left_by(run) == left_by(whole)
 
 
 def test_what_may_change_is_remembered(demonstrations: Path, tmp_path: Path, press) -> None:
     run = tmp_path / "run"
-    press({17: signal.SIGTERM, 37: signal.SIGTERM})
+    press({7: signal.SIGTERM, 15: signal.SIGTERM})
     with pytest.raises(Interrupted):
         replace(train(demonstrations, run), tracker=("tensorboard",)).run()
     assert Train.to_resume(run).tracker == ("tensorboard",)
     assert Train.to_resume(run).device == "cpu"
     assert main(["train", "--resume", str(run), "--keep-checkpoints", "9"]) == 130
     Train.to_resume(run).run()
-    assert [int(folder.name[5:]) for folder in checkpoint.steps_of(run)] == [10, 20, 30, 40, 50, 60]
+    assert [int(folder.name[5:]) for folder in checkpoint.steps_of(run)] == [4, 8, 12, 16, 20, 24]
 
 
 def test_a_stop_where_much_is_due_measures_it_first_and_nothing_is_lost(
     demonstrations: Path, whole: Path, tmp_path: Path, press
 ) -> None:
     run = tmp_path / "run"
-    press({30: signal.SIGTERM})  # a validation, a checkpoint, and the end of a report
+    press({20: signal.SIGTERM})  # a validation, a checkpoint, and the end of a report
     with pytest.raises(Interrupted):
         train(demonstrations, run).run()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 30
+    assert lines[-1]["step"] == 20
     Train.to_resume(run).run()
     assert left_by(run) == left_by(whole)
 
@@ -404,7 +402,7 @@ def test_what_cannot_be_measured_is_refused_before_training(demonstrations: Path
     start = train(demonstrations, tmp_path / "run", rollout_every=10)
     with pytest.raises(ValueError, match="this policy must be told a mode"):
         replace(start, policy=replace(TINY, condition_on_mode=True)).run()
-    best = replace(start.training, keep_best="action_error", validate_every=10)
+    best = replace(start.training, keep_best="action_error", validate_every=4)
     with pytest.raises(ConfigError, match=r"a policy with condition-on-mode .*has no action error"):
         replace(start, policy=replace(TINY, condition_on_mode=True), training=best).run()
     assert not (tmp_path / "run").exists()
@@ -447,23 +445,23 @@ def test_policies_of_few_levels_are_measured_with_as_many_steps(
 def test_the_best_checkpoint_by_a_metric_stays(demonstrations: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(
-        demonstrations, run, keep_checkpoints=1, keep_best="validation_loss", validate_every=5, learning_rate=1e-2
+        demonstrations, run, keep_checkpoints=1, keep_best="validation_loss", validate_every=2, learning_rate=1e-2
     ).run()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses = {line["step"]: line["validation_loss"] for line in lines if line["step"] % 10 == 0}
+    losses = {line["step"]: line["validation_loss"] for line in lines if line["step"] % 4 == 0}
     best = min(losses, key=losses.__getitem__)
     assert (run / "best").resolve().name == f"step-{best:06d}"
     loaded = checkpoint.load(run / "best")
     assert loaded.step == best
     assert loaded.metrics["validation_loss"] == losses[best]
-    assert {int(folder.name[5:]) for folder in checkpoint.steps_of(run)} == {best, 60}
+    assert {int(folder.name[5:]) for folder in checkpoint.steps_of(run)} == {best, 24}
 
 
 def test_rollouts_say_whether_it_learns(demonstrations: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train(demonstrations, run, rollout_every=30, rollout_episodes=2).run()
+    train(demonstrations, run, rollout_every=12, rollout_episodes=2).run()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["success_rate"] is not None] == [30, 60]
+    assert [line["step"] for line in lines if line["success_rate"] is not None] == [12, 24]
     assert checkpoint.load(run).metrics["success_rate"] in (0.0, 0.5, 1.0)
     assert left_by(run)[0] == left_by(whole)[0]  # they changed nothing
 
@@ -472,7 +470,7 @@ def test_a_run_of_an_older_version_goes_on(
     demonstrations: Path, whole: Path, tmp_path: Path, press, make_version_2
 ) -> None:
     run = tmp_path / "run"
-    press({44: signal.SIGTERM})
+    press({18: signal.SIGTERM})
     with pytest.raises(Interrupted):
         train(demonstrations, run).run()
     for folder in checkpoint.steps_of(run):
