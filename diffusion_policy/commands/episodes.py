@@ -6,7 +6,7 @@ Knows what an episode and a policy are. Writes nothing.
 import math
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from diffusion_policy.diffusion.process import count_draws
 from diffusion_policy.envs.protocols import as_choosing, as_drawable, as_multimodal
 from diffusion_policy.evaluation.engines import HANG_AFTER, Engine
 from diffusion_policy.evaluation.episode import Episode, FailedEpisode
-from diffusion_policy.evaluation.rollout import rollout
+from diffusion_policy.evaluation.rollout import MakeController, planning_batch, rollout
 from diffusion_policy.evaluation.scorecard import Scorecard, scorecard
 from diffusion_policy.policy import DiffusionPolicy
 
@@ -71,7 +71,7 @@ def draw_bytes(policy: DiffusionPolicy, sampling: SampleConfig) -> int:
 def require_memory(policy: DiffusionPolicy, sampling: SampleConfig, parallel: int) -> None:
     """Raise ConfigError where one planning batch, or the sequences for one state, take more noise than memory should
     hold."""
-    rows = max(parallel, DIVERSITY_PLANS)
+    rows = max(planning_batch(parallel), DIVERSITY_PLANS)
     needed = rows * draw_bytes(policy, sampling)
     if needed > MOST_NOISE_BYTES:
         raise ConfigError(
@@ -117,7 +117,7 @@ def run_episodes(
         with bar:
             episodes = rollout(
                 loaded.make_env,
-                make_controllers(loaded, sampling, parallel, delay_steps, action_horizon),
+                make_controllers(loaded, sampling, delay_steps, action_horizon),
                 seeds,
                 task.mode if task else lambda _: None,
                 parallel,
@@ -135,12 +135,12 @@ def run_episodes(
 
 
 def make_controllers(
-    loaded: PolicyInEnv, sampling: SampleConfig, plan_batch: int, delay_steps: int, action_horizon: int | None
-) -> Callable[[int], Controller]:
+    loaded: PolicyInEnv, sampling: SampleConfig, delay_steps: int, action_horizon: int | None
+) -> MakeController:
     """What makes a controller of the policy for so many environments."""
     planner, dtype = PolicyPlanner(loaded.policy, sampling), loaded.env.action_space.dtype
     require_horizons(planner.steps, action_horizon or planner.action_horizon, delay_steps)
-    options = {"plan_batch": plan_batch, "delay_steps": delay_steps, "action_horizon": action_horizon, "dtype": dtype}
+    options = {"delay_steps": delay_steps, "action_horizon": action_horizon, "dtype": dtype}
     return partial(Controller, planner, **options)
 
 

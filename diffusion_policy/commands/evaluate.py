@@ -34,6 +34,7 @@ from diffusion_policy.envs.scene import Scene
 from diffusion_policy.evaluation import metrics
 from diffusion_policy.evaluation.episode import Episode, Trace
 from diffusion_policy.evaluation.results import read_results
+from diffusion_policy.evaluation.rollout import planning_batch
 from diffusion_policy.report.page import NO_PICTURES, Pictures, write_report
 from diffusion_policy.report.text import caveats, scorecard_lines
 
@@ -91,7 +92,7 @@ def tell_asked(options: Evaluate, loaded: PolicyInEnv) -> dict[str, Any]:
         "repeats": options.repeats,
         "seeds": list(options.seeds),
         "sampling": dataclasses.asdict(options.sampling) | {"clip": loaded.policy.choose_clip(options.sampling)},
-        "planning_batch": options.parallel,
+        "planning_batch": planning_batch(options.parallel),
         "action_horizon": action_horizon_of(options, loaded),
     }
 

@@ -8,7 +8,7 @@ from diffusion_policy.commands.afterwards import explain
 from diffusion_policy.commands.environment import describe_episodes
 from diffusion_policy.commands.episodes import require_memory, run_episodes
 from diffusion_policy.commands.interrupts import Failed
-from diffusion_policy.commands.options.acting import PLANNING_BATCH
+from diffusion_policy.commands.options.acting import PARALLEL
 from diffusion_policy.commands.options.rollout import Rollout
 from diffusion_policy.commands.pictures import draw_plans, pixels_of
 from diffusion_policy.commands.policy_in_env import PolicyInEnv, load_with_environment
@@ -28,7 +28,7 @@ DRAWN_PLANS = 12
 def run(options: Rollout) -> None:
     """Roll out; raises ValueError for a checkpoint that does not fit the environment."""
     loaded = load_with_environment(options, options.sampling)
-    require_memory(loaded.policy, options.sampling, PLANNING_BATCH)
+    require_memory(loaded.policy, options.sampling, PARALLEL)
     require_pictures(options, loaded)
     if options.record and options.record.exists():
         raise ConfigError(f"{options.record} already exists; choose another --record or delete it first")
@@ -59,7 +59,7 @@ def require_pictures(options: Rollout, loaded: PolicyInEnv) -> None:
 
 def roll_out(options: Rollout, loaded: PolicyInEnv) -> list[Episode]:
     """The episodes; raises Failed when every one was lost."""
-    parallel, workers = PLANNING_BATCH, options.workers
+    parallel, workers = PARALLEL, options.workers
     if options.render:
         loaded = loaded._replace(make_env=partial(loaded.make_env, render_mode=options.render))
         parallel = workers = 1

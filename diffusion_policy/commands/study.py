@@ -15,7 +15,7 @@ from diffusion_policy.commands.episodes import (
     run_episodes,
 )
 from diffusion_policy.commands.interrupts import Interrupted
-from diffusion_policy.commands.options.acting import PLANNING_BATCH
+from diffusion_policy.commands.options.acting import PARALLEL
 from diffusion_policy.commands.options.study import Study
 from diffusion_policy.commands.outputs import require_fresh
 from diffusion_policy.commands.policy_in_env import (
@@ -28,6 +28,7 @@ from diffusion_policy.commands.terminal import console, print_by_steps
 from diffusion_policy.config import SampleConfig, SamplerName
 from diffusion_policy.diffusion.samplers import SAMPLERS
 from diffusion_policy.evaluation import metrics
+from diffusion_policy.evaluation.rollout import planning_batch
 from diffusion_policy.report.evaluation_figures import to_png
 from diffusion_policy.report.figures import draw_study
 
@@ -76,7 +77,7 @@ def tell_asked(options: Study, loaded: PolicyInEnv) -> dict[str, Any]:
         "mode": options.mode,
         "guidance": options.guidance,
         "clip": policy.choose_clip(SampleConfig()),
-        "planning_batch": PLANNING_BATCH,
+        "planning_batch": planning_batch(PARALLEL),
         "action_horizon": options.action_horizon or policy.config.action_horizon,
         **describe_machine(policy),
     }
@@ -93,12 +94,12 @@ def measure(options: Study, loaded: PolicyInEnv, sampling: SampleConfig) -> dict
     policy = loaded.policy
     try:
         policy.resolve_sampling(sampling)
-        require_memory(policy, sampling, PLANNING_BATCH)
+        require_memory(policy, sampling, PARALLEL)
         episodes, lost, mode_failures = run_episodes(
             loaded,
             options.seeds,
             sampling,
-            parallel=PLANNING_BATCH,
+            parallel=PARALLEL,
             workers=options.workers,
             action_horizon=options.action_horizon,
         )

@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple
 from diffusion_policy.basics.files import FileError, read_json, remove
 from diffusion_policy.commands.episodes import require_memory
 from diffusion_policy.commands.interrupts import Failed, Interrupted
-from diffusion_policy.commands.options.acting import FIRST_TEST_SEED, PLANNING_BATCH
+from diffusion_policy.commands.options.acting import FIRST_TEST_SEED, PARALLEL
 from diffusion_policy.commands.options.evaluate import Evaluate
 from diffusion_policy.commands.options.train import RUN_FILE, Train, join_actions
 from diffusion_policy.commands.points import type_of
@@ -80,7 +80,7 @@ def require_possible(trial: Trial, store: EpisodeStore) -> None:
     if trial.episodes:
         joined = join_environment(train.dataset, point, sampling=trial.sampling)
         joined.env.close()
-        require_memory(point.policy, trial.sampling, PLANNING_BATCH)
+        require_memory(point.policy, trial.sampling, PARALLEL)
         refuse_seen_seeds(joined, range(FIRST_TEST_SEED, FIRST_TEST_SEED + trial.episodes))
 
 

@@ -92,7 +92,7 @@ class _ThisProcess:
 class EnvironmentPool:
     """Environments in numbered slots; one local worker is this process, where a crash or a hang cannot be survived.
 
-    A slot belongs to the worker `slot % workers`; results depend neither on their number nor on the engine. While
+    Results depend neither on the number of workers, nor on which slots each of them has, nor on the engine. While
     workers do what `begin_reset` and `begin_step` ask, one after another, this process is free; `collect` waits for the
     answers.
     """
@@ -103,9 +103,12 @@ class EnvironmentPool:
         workers: int = 1,
         hang_after: float = HANG_AFTER,
         engine: Engine = "local",
+        *,
+        adjacent: int = 1,
     ) -> None:
         """`make_env` must be picklable for more than one worker, and of a module that can be imported there for a
-        cluster; `hang_after`: see HANG_AFTER. Raises ValueError for what cannot be."""
+        cluster; `hang_after`: see HANG_AFTER; `adjacent`: so many slots go to one worker, as many to the next, and so
+        on in turn. Raises ValueError for what cannot be."""
         require_workers(workers)
         require_patience(hang_after)
         in_this_process = workers == 1 and engine == "local"
@@ -114,6 +117,7 @@ class EnvironmentPool:
         self._make_env = make_env
         self._hang_after = hang_after
         self._engine: Engine = engine
+        self._adjacent = adjacent
         self._slots: set[int] = set()
         self._requests: deque[set[int]] = deque()
         """The workers that have yet to answer, for each request that was not collected, oldest first."""
@@ -190,7 +194,7 @@ class EnvironmentPool:
         started = time.perf_counter()
         shares: dict[int, dict[int, Any]] = {}
         for slot, argument in arguments.items():
-            shares.setdefault(slot % len(self._workers), {})[slot] = argument
+            shares.setdefault(self._worker_of(slot), {})[slot] = argument
         for i, share in sorted(shares.items()):
             self._workers[i].send(method, share)
         self._requests.append(set(shares))
@@ -204,8 +208,11 @@ class EnvironmentPool:
         self._workers[index] = self._hire()
         for request in self._requests:
             request.discard(index)
-        fallen = [slot for slot in self._slots if slot % len(self._workers) == index]
+        fallen = [slot for slot in self._slots if self._worker_of(slot) == index]
         return {slot: EnvFailure(reason, blamed=culprit in (slot, None)) for slot in fallen}
+
+    def _worker_of(self, slot: int) -> int:
+        return slot // self._adjacent % len(self._workers)
 
     def _hire(self) -> "Worker | RayWorker":
         if self._engine == "local":

@@ -14,16 +14,14 @@ from typing import Any, NamedTuple, Protocol
 import gymnasium
 import numpy as np
 
-from diffusion_policy.basics.names import is_label
-from diffusion_policy.basics.text import error_line, error_message, one_line
+from diffusion_policy.basics.text import one_line
 from diffusion_policy.control.controller import Controller
-from diffusion_policy.evaluation.engines import HANG_AFTER, Engine
-from diffusion_policy.evaluation.episode import Episode, FailedEpisode, Plan
+from diffusion_policy.evaluation.engines import HANG_AFTER, Engine, available_cores
+from diffusion_policy.evaluation.episode import Episode, FailedEpisode
 from diffusion_policy.evaluation.host import EnvFailure, StepsResult
 from diffusion_policy.evaluation.pool import EnvironmentPool, require_patience
+from diffusion_policy.evaluation.recording import ModeOf, Recording
 
-ModeOf = Callable[[Mapping[str, np.ndarray]], str | None]
-"""An episode's observations {key: (steps + 1, ...)} → its mode."""
 ATTEMPTS = 2
 """How often an episode is begun before it is given up."""
 GROUPS = 2
@@ -45,55 +43,6 @@ def planning_batch(parallel: int) -> int:
 
 class RolloutError(ValueError):
     """An episode could not be run, for a reason that is not the policy's."""
-
-
-class _Recording:
-    """An episode in the making."""
-
-    def __init__(self, seed: int, repeat: int) -> None:
-        self.name = seed, repeat
-        self.observations: list[dict[str, np.ndarray]] = []  # parts (n, ...); none before the environment is reset
-        self.actions: list[np.ndarray] = []
-        self.asked = np.zeros(0)
-        """The actions that the environment takes now, (Ta, A)."""
-        self.plans: list[Plan] = []
-        self.success = False
-        self.rewards = 0.0
-        self.measures: Mapping[str, float] | None = None
-
-    def begin(self, observation: Mapping[str, np.ndarray]) -> None:
-        self.observations.append({key: value[None] for key, value in observation.items()})
-
-    def ask(self, plan: np.ndarray, actions: np.ndarray) -> None:
-        self.plans.append(Plan(len(self.actions), plan))
-        self.asked = actions
-
-    def add(self, steps: StepsResult) -> None:
-        self.actions.extend(self.asked[: len(steps.rewards)])
-        self.observations.append(steps.observations)
-        self.success = steps.info["is_success"]
-        self.rewards = sum(steps.rewards, self.rewards)
-        self.measures = steps.info.get("measures")
-
-    def finish(self, mode_of: ModeOf, on_mode_failure: Callable[[FailedEpisode], None]) -> Episode:
-        observations = {key: np.concatenate([part[key] for part in self.observations]) for key in self.observations[0]}
-        measures = {"return": self.rewards} if self.measures is None else dict(self.measures)
-        seed, repeat = self.name
-        try:
-            mode = _require_label(mode_of(observations))
-        except Exception as error:
-            mode = None
-            hopeless = getattr(error, "hopeless", False)  # its message says all
-            reason = error_message(error) if hopeless else f"the mode function failed: {error_line(error)}"
-            on_mode_failure(FailedEpisode(seed, repeat, reason))
-        actions = np.stack(self.actions)
-        return Episode(seed, self.success, mode, observations, actions, repeat, measures, tuple(self.plans))
-
-
-def _require_label(mode: Any) -> str | None:
-    if mode is None or is_label(mode):
-        return mode
-    raise ValueError(f"a mode is printable text on one line, or None; got {mode!r:.60}")
 
 
 def lost_is_an_error(lost: FailedEpisode) -> None:
@@ -141,11 +90,21 @@ def rollout(
     slots = min(parallel, len(names))
     controller = make_controller(slots, plan_batch=planning_batch(parallel))
     hearers = _Hearers(on_episode, on_lost, on_mode_failure)
-    with EnvironmentPool(make_env, min(workers, slots), hang_after, engine) as pool:
+    workers = min(workers, slots)
+    adjacent = _adjacent(slots, workers, engine)
+    with EnvironmentPool(make_env, workers, hang_after, engine, adjacent=adjacent) as pool:
         scheduler = _EpisodeScheduler(names, controller, pool, slots, mode_of, hearers)
         while scheduler.running or scheduler.waiting:
             scheduler.take_turns()
     return [scheduler.finished[name] for name in names if name in scheduler.finished]
+
+
+def _adjacent(slots: int, workers: int, engine: Engine) -> int:
+    """How many adjacent slots have the same worker. Where the workers would take every core from this process while it
+    plans, two of them simulate a group each, since the group that is planned for rests; else all simulate both.
+    """
+    crowded = engine == "local" and workers == GROUPS >= available_cores()
+    return planning_batch(slots) if crowded else 1
 
 
 def _require_seeds(seeds: Sequence[int]) -> None:
@@ -182,7 +141,7 @@ class _EpisodeScheduler:
         hearers: _Hearers,
     ) -> None:
         self.waiting = list(reversed(names))
-        self.running: dict[int, _Recording] = {}
+        self.running: dict[int, Recording] = {}
         self.finished: dict[tuple[int, int], Episode] = {}
         self._controller = controller
         self._pool = pool
@@ -216,7 +175,7 @@ class _EpisodeScheduler:
             return 0
         self._pool.begin_reset({slot: seed for slot, (seed, _) in begun.items()})
         self._controller.reset(_mask(begun, self._slots), list(begun.values()))
-        self.running |= {slot: _Recording(*name) for slot, name in begun.items()}
+        self.running |= {slot: Recording(*name) for slot, name in begun.items()}
         return 1
 
     def _take_steps(self, group: Sequence[int]) -> int:

@@ -17,8 +17,8 @@ from diffusion_policy.evaluation.engines import available_cores
 
 FIRST_TEST_SEED, FIRST_ROLLOUT_SEED = 100_000, 200_000
 """Seeds of evaluations and those of rollouts in training begin here; those of demonstrations begin at 0."""
-PLANNING_BATCH = 25
-"""Environments that run, and plan, together."""
+PARALLEL = 25
+"""Environments that run together; half of them plan together."""
 MOST_PARALLEL = 1024
 """Environments that the user may have run together."""
 MOST_FILMED = 16

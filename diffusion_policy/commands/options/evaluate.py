@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from diffusion_policy.commands.options.acting import (
     FIRST_TEST_SEED,
-    PLANNING_BATCH,
+    PARALLEL,
     ActingCommand,
     anchor,
     require_episodes,
@@ -44,9 +44,9 @@ class Evaluate(ActingCommand):
     """Control steps that planning takes, while the plan before runs on. Several, as in 0 2 4, give curves of success
     and entropy against delay; the scorecard is that of the first."""
     sampling: Annotated[SampleConfig, Group("sampling")] = field(default_factory=SampleConfig)
-    parallel: Annotated[int, Group("simulation")] = PLANNING_BATCH
-    """Environments that run at once, and observations in one planning batch. It is part of the result: another number
-    can change the last digits of a plan."""
+    parallel: Annotated[int, Group("simulation")] = PARALLEL
+    """Environments that run at once; a planning batch has half as many observations. It is part of the result: another
+    number can change the last digits of a plan."""
     engine: Engine = "local"
     """Where the episodes run: on this machine, or on the Ray cluster of the environment variable RAY_ADDRESS (without
     it, one is started here). The result is the same."""
