@@ -56,9 +56,15 @@ def make_store(path: Path, known: bool = True, attributes: dict[str, Any] = ATTR
     return path
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("original") / "store.zarr")
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return make_store(tmp_path / "store.zarr")
+def store(original: Path, tmp_path: Path) -> Path:
+    """A copy to do as one likes with."""
+    return shutil.copytree(original, tmp_path / "store.zarr")
 
 
 def assert_same_array(a: np.ndarray, b: np.ndarray) -> None:

@@ -32,13 +32,20 @@ def episode(length: int, seed: int = 0, mode: str | None = "a") -> Demonstration
     return Demonstration(data, seed, mode, True)
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of three episodes."""
-    store = EpisodeStore.create(tmp_path / "store.zarr", {"control_frequency": 10}, ["a", "b"])
-    store.append([episode(5, 0), episode(1, 1, "b")])
-    store.append([episode(7, 2, None)])
-    return tmp_path / "store.zarr"
+    path = tmp_path_factory.mktemp("original") / "store.zarr"
+    with EpisodeStore.create(path, {"control_frequency": 10}, ["a", "b"]) as store:
+        store.append([episode(5, 0), episode(1, 1, "b")])
+        store.append([episode(7, 2, None)])
+    return path
+
+
+@pytest.fixture
+def path(original: Path, tmp_path: Path) -> Path:
+    """A copy to do as one likes with."""
+    return shutil.copytree(original, tmp_path / "store.zarr")
 
 
 def test_what_is_appended_is_read(path: Path) -> None:
@@ -248,11 +255,12 @@ def test_whichever_write_fails_what_was_committed_stays_and_the_rest_can_follow(
     with EpisodeStore.create(tmp_path / "whole.zarr", {}, ["a", "b"], sync=False) as whole:
         for episodes in (first, second, third):
             whole.append(episodes)
+    with EpisodeStore.create(tmp_path / "first.zarr", {}, ["a", "b"], sync=False) as store:
+        store.append(first)
     done = False
     for files in range(100):
-        path = tmp_path / f"{files}.zarr"
-        with EpisodeStore.create(path, {}, ["a", "b"], sync=False) as store:
-            store.append(first)
+        path = shutil.copytree(tmp_path / "first.zarr", tmp_path / f"{files}.zarr")
+        with EpisodeStore.append_to(path, sync=False) as store:
             with monkeypatch.context() as patch:
                 FullDisk(patch, files)
                 try:
