@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from diffusion_policy.commands.front_door import LoadedPolicy, collect, evaluate, load, rollout, train
+    from diffusion_policy.commands.front_door import LoadedPolicy, collect, evaluate, rollout, train
+    from diffusion_policy.commands.loading import load
     from diffusion_policy.config import PolicyConfig, SampleConfig, SuccessAndModes, TrainConfig, UnetConfig
     from diffusion_policy.control.controller import Controller
     from diffusion_policy.control.policy_planner import PolicyPlanner
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from diffusion_policy.training.trainer import Trainer
 
 HOMES = {
-    "commands.front_door": ("LoadedPolicy", "collect", "evaluate", "load", "rollout", "train"),
+    "commands.front_door": ("LoadedPolicy", "collect", "evaluate", "rollout", "train"),
+    "commands.loading": ("load",),
     "config": ("PolicyConfig", "SampleConfig", "SuccessAndModes", "TrainConfig", "UnetConfig"),
     "control.controller": ("Controller",),
     "control.policy_planner": ("PolicyPlanner",),

@@ -22,6 +22,7 @@ from diffusion_policy.commands.options.dataset import OF_DATASETS
 from diffusion_policy.commands.options.demo import Demo
 from diffusion_policy.commands.options.doctor import Doctor
 from diffusion_policy.commands.options.evaluate import Evaluate
+from diffusion_policy.commands.options.export import Export
 from diffusion_policy.commands.options.flags import fill_in, make_form
 from diffusion_policy.commands.options.report import Report
 from diffusion_policy.commands.options.rollout import Rollout
@@ -45,6 +46,7 @@ VERBS: dict[str, type[Command]] = {
     "report": Report,
     "compare": Compare,
     "rollout": Rollout,
+    "export": Export,
     "study": Study,
     "doctor": Doctor,
     "toy": Toy,

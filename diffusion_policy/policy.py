@@ -248,10 +248,13 @@ class DiffusionPolicy(nn.Module):
         other._modules = {**self._modules, "network": network}
         return other.train(self.training)
 
-    def compile_sampling(self) -> None:
-        """Have the network compiled by torch.compile at its first call, which needs a C++ compiler on the CPU. It can
-        change the last digits of a sequence. (The whole loop is one graph too, but takes minutes for 16 steps.)"""
-        self.network.denoise = torch.compile(self.network.denoise, fullgraph=True)
+    def compiled(self) -> "DiffusionPolicy":
+        """This policy with its network compiled by torch.compile at its first call, which needs a C++ compiler on the
+        CPU. It can change the last digits of a sequence. (The whole loop is one graph too, but takes minutes for 16
+        steps.)"""
+        network = copy.copy(self.network)
+        network.denoise = torch.compile(self.network.denoise, fullgraph=True)
+        return self.with_network(network)
 
     def resolve_sampling(self, config: SampleConfig) -> tuple[Sampler, list[int]]:
         """The sampler and the levels that these options mean. Raises ValueError for more steps than noise levels, for
@@ -282,7 +285,8 @@ class DiffusionPolicy(nn.Module):
         return torch.cat([cond, self.unconditional(cond)]) if config.guidance else cond
 
     def decode(self, outputs: Denoise, config: SampleConfig, wrap: Sequence[Wrap] = ()) -> Denoise:
-        """What the network's outputs under `conditions` mean, guided, clipped and wrapped: (xt (B, T, D), level) → x0."""
+        """What the network's outputs under `conditions` mean, guided, clipped and wrapped: (xt (B, T, D), level) →
+        x0."""
         denoise = self.diffusion.decode(outputs)
         if config.guidance:
             weights = config.guidance * GUIDANCE_SCHEDULES[config.guidance_schedule](self.config.noise_levels)

@@ -5,7 +5,6 @@ Knows what an episode and a policy are. Writes nothing.
 
 import math
 import platform
-import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,9 +19,9 @@ from diffusion_policy.commands.afterwards import Remarks
 from diffusion_policy.commands.interrupts import Interrupted
 from diffusion_policy.commands.policy_in_env import PolicyInEnv
 from diffusion_policy.commands.terminal import progress_bar
-from diffusion_policy.config import ConfigError, SampleConfig
+from diffusion_policy.config import BackendName, ConfigError, SampleConfig
 from diffusion_policy.control.controller import Controller, require_horizons
-from diffusion_policy.control.policy_planner import PolicyPlanner
+from diffusion_policy.control.planner import Planner
 from diffusion_policy.diffusion.process import count_draws
 from diffusion_policy.envs.protocols import as_choosing, as_drawable, as_multimodal
 from diffusion_policy.evaluation.engines import HANG_AFTER, Engine
@@ -30,9 +29,12 @@ from diffusion_policy.evaluation.episode import Episode, FailedEpisode
 from diffusion_policy.evaluation.rollout import MakeController, planning_batch, rollout
 from diffusion_policy.evaluation.scorecard import Scorecard, scorecard
 from diffusion_policy.policy import DiffusionPolicy
+from diffusion_policy.serving.backends import resolve_backend
 
 MOST_NOISE_BYTES = 2**29
 """Of one planning batch; there are some three copies of it."""
+USUAL_STEPS = 300
+"""Of an episode that its environment does not limit, to judge whether a backend pays."""
 DIVERSITY_STATES, DIVERSITY_PLANS = 20, 32
 """Initial states, and sequences sampled for each, that the diversity is taken from."""
 
@@ -98,7 +100,7 @@ class _Counter:
 def run_episodes(
     loaded: PolicyInEnv,
     seeds: range,
-    sampling: SampleConfig,
+    planner: Planner,
     *,
     parallel: int,
     workers: int,
@@ -117,7 +119,7 @@ def run_episodes(
         with bar:
             episodes = rollout(
                 loaded.make_env,
-                make_controllers(loaded, sampling, delay_steps, action_horizon),
+                make_controllers(loaded, planner, delay_steps, action_horizon),
                 seeds,
                 task.mode if task else lambda _: None,
                 parallel,
@@ -134,12 +136,22 @@ def run_episodes(
     return rolled_out._replace(episodes=episodes)
 
 
+def resolve_for_episodes(
+    loaded: PolicyInEnv, sampling: SampleConfig, backend: BackendName, parallel: int, episodes: int
+) -> BackendName:
+    """What samples so many episodes, of which so many run at once: what `auto` means here, another one as it is."""
+    limit = loaded.env.spec and loaded.env.spec.max_episode_steps
+    turns = -(-episodes // parallel) * 2  # each group plans for itself
+    plans = turns * (limit or USUAL_STEPS) / loaded.policy.config.action_horizon
+    return resolve_backend(loaded.policy, sampling, backend, planning_batch(parallel), plans)
+
+
 def make_controllers(
-    loaded: PolicyInEnv, sampling: SampleConfig, delay_steps: int, action_horizon: int | None
+    loaded: PolicyInEnv, planner: Planner, delay_steps: int, action_horizon: int | None
 ) -> MakeController:
-    """What makes a controller of the policy for so many environments."""
-    planner, dtype = PolicyPlanner(loaded.policy, sampling), loaded.env.action_space.dtype
+    """What makes a controller that asks the planner, for so many environments."""
     require_horizons(planner.steps, action_horizon or planner.action_horizon, delay_steps)
+    dtype = loaded.env.action_space.dtype
     options = {"delay_steps": delay_steps, "action_horizon": action_horizon, "dtype": dtype}
     return partial(Controller, planner, **options)
 
@@ -184,16 +196,3 @@ def observe(policy: DiffusionPolicy, episode: Episode, step: int) -> dict[str, t
         )
         for key, values in seen.items()
     }
-
-
-def measure_latency(policy: DiffusionPolicy, episode: Episode, sampling: SampleConfig, plans: int) -> list[float]:
-    """Wall times [ms] of so many plans for one environment, after a warm-up, with nothing else running."""
-
-    observations = observe(policy, episode, 0)
-    generator = derive_rng("latency")
-    times = []
-    for _ in range(plans + 3):
-        started = time.perf_counter()
-        policy.sample(observations, [generator], config=sampling).cpu()
-        times.append(1000 * (time.perf_counter() - started))
-    return times[3:]

@@ -12,8 +12,8 @@ from diffusion_policy.commands.afterwards import PAGE, RESULTS, Remarks, hold_ou
 from diffusion_policy.commands.counting import count_results
 from diffusion_policy.commands.episodes import (
     RolledOut,
-    measure_latency,
     require_memory,
+    resolve_for_episodes,
     run_episodes,
     sample_starts,
 )
@@ -27,8 +27,10 @@ from diffusion_policy.commands.policy_in_env import (
     refuse_seen_seeds,
 )
 from diffusion_policy.commands.terminal import console
+from diffusion_policy.config import BackendName
 from diffusion_policy.control.controller import require_horizons
-from diffusion_policy.control.policy_planner import PolicyPlanner
+from diffusion_policy.control.latency import time_plans
+from diffusion_policy.control.planner import Planner
 from diffusion_policy.envs.protocols import as_drawable, repeats_by_seed
 from diffusion_policy.envs.scene import Scene
 from diffusion_policy.evaluation import metrics
@@ -37,6 +39,7 @@ from diffusion_policy.evaluation.results import read_results
 from diffusion_policy.evaluation.rollout import planning_batch
 from diffusion_policy.report.page import NO_PICTURES, Pictures, write_report
 from diffusion_policy.report.text import caveats, scorecard_lines
+from diffusion_policy.serving.backends import make_planner
 
 LATENCY_PLANS = 100
 """Planning calls, for one environment each, that the latency is taken from."""
@@ -50,6 +53,8 @@ class Evaluation(NamedTuple):
     asked: Mapping[str, Any]
     """What decides the results: see `tell_asked`."""
     remarks: Remarks
+    backend: BackendName = "eager"
+    """What samples."""
 
 
 def run(options: Evaluate) -> dict[str, Any]:
@@ -59,18 +64,18 @@ def run(options: Evaluate) -> dict[str, Any]:
     waits_for_page(options.output)
     loaded = load_with_environment(options, options.sampling)
     policy = loaded.policy
-    planner = PolicyPlanner(policy, options.sampling)
+    steps = policy.config.prediction_horizon - policy.config.observation_horizon + 1
     for delay in options.delay_steps:
-        require_horizons(planner.steps, action_horizon_of(options, loaded), delay)
+        require_horizons(steps, action_horizon_of(options, loaded), delay)
     require_memory(policy, options.sampling, options.parallel)
     refuse_seen_seeds(loaded, options.seeds)
     evaluation = Evaluation(options, loaded, tell_asked(options, loaded), Remarks())
     with hold_output(options.output) as waits:
         if waits:
             return go_on(evaluation)
-        if options.backend == "compile":
-            policy.compile_sampling()
-        return evaluate(evaluation)
+        sampling, episodes = options.sampling, options.episodes * options.repeats
+        backend = resolve_for_episodes(loaded, sampling, options.backend, options.parallel, episodes)
+        return evaluate(evaluation._replace(backend=backend))
 
 
 def action_horizon_of(options: Evaluate, loaded: PolicyInEnv) -> int:
@@ -133,12 +138,14 @@ def telling_what_is_kept(options: Evaluate) -> Iterator[None]:
 def roll_out_each_delay(evaluation: Evaluation) -> tuple[dict[int, RolledOut], dict[str, Any]]:
     """The episodes by delay, and the results, which are kept after each delay. A delay that fails after another
     succeeded is a remark; raises Failed, ValueError, FloatingPointError where it is the first, and Interrupted."""
-    options, remarks = evaluation.options, evaluation.remarks
+    options, remarks, policy = evaluation.options, evaluation.remarks, evaluation.loaded.policy
+    rows = planning_batch(options.parallel)
+    planner = make_planner(policy, options.sampling, evaluation.backend, rows=rows)
     rolled_out: dict[int, RolledOut] = {}
     results: dict[str, Any] = {}
     for delay in options.delay_steps:
         try:
-            rolled_out[delay] = roll_out(evaluation, delay)
+            rolled_out[delay] = roll_out(evaluation, planner, delay)
         except (Failed, Interrupted, ValueError, FloatingPointError) as error:
             if not results:
                 raise
@@ -149,7 +156,7 @@ def roll_out_each_delay(evaluation: Evaluation) -> tuple[dict[int, RolledOut], d
             continue
         with console.status("counting"):
             results = plain(
-                {**evaluation.asked, **count_results(evaluation.loaded, rolled_out, options.backend, remarks)}
+                {**evaluation.asked, **count_results(evaluation.loaded, rolled_out, evaluation.backend, remarks)}
             )
         keep(options, results)
         if len(rolled_out) == 1:
@@ -172,7 +179,7 @@ def keep_first(evaluation: Evaluation, results: Mapping[str, Any], episodes: Seq
     remarks.attempt("the episodes are not kept", lambda: keep_episodes(output, results, kept, *traced), None)
 
 
-def roll_out(evaluation: Evaluation, delay: int) -> RolledOut:
+def roll_out(evaluation: Evaluation, planner: Planner, delay: int) -> RolledOut:
     """All episodes under one delay; raises Failed when every one was lost."""
     options = evaluation.options
     if len(options.delay_steps) > 1:
@@ -180,7 +187,7 @@ def roll_out(evaluation: Evaluation, delay: int) -> RolledOut:
     rolled_out = run_episodes(
         evaluation.loaded,
         options.seeds,
-        options.sampling,
+        planner,
         parallel=options.parallel,
         workers=options.workers,
         repeats=options.repeats,
@@ -243,7 +250,7 @@ def measure_plans(evaluation: Evaluation, episodes: Sequence[Episode]) -> dict[s
         return {"diversity": dataclasses.asdict(metrics.diversity(sample_starts(policy, episodes, sampling)))}
 
     def latency() -> dict[str, Any]:
-        found = metrics.latency(measure_latency(policy, episodes[0], sampling, LATENCY_PLANS))
+        found = metrics.latency(time_plans(make_planner(policy, sampling, evaluation.backend), 1, LATENCY_PLANS))
         return {"planning_latency_ms": {name: dataclasses.asdict(metric) for name, metric in found.items()}}
 
     return {

@@ -11,15 +11,19 @@ from typing import Any, TypeVar
 
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.checkpoints.checkpoint import Checkpoint
+from diffusion_policy.commands import export
 from diffusion_policy.commands.options.collect import Collect
 from diffusion_policy.commands.options.evaluate import Evaluate
+from diffusion_policy.commands.options.export import Export
 from diffusion_policy.commands.options.flags import list_types
 from diffusion_policy.commands.options.rollout import Rollout
 from diffusion_policy.commands.options.train import Train
-from diffusion_policy.config import SampleConfig, with_options
-from diffusion_policy.control.policy_planner import PolicyPlanner
+from diffusion_policy.config import BackendName, PlanningPrecision, SampleConfig, with_options
+from diffusion_policy.control.latency import time_plans
 from diffusion_policy.control.single import SingleController
 from diffusion_policy.policy import DiffusionPolicy, choose_device
+from diffusion_policy.serving.backends import make_planner
+from diffusion_policy.serving.exported import PlanConfig
 
 T = TypeVar("T")
 
@@ -48,9 +52,8 @@ def rollout(checkpoint: str | Path, **options: Any) -> Any:
     return _told(Rollout(Path(checkpoint)), options).run()
 
 
-def load(path: str | Path, device: str = "auto") -> LoadedPolicy:
-    """The policy of a run (its newest checkpoint) or of one checkpoint; raises CheckpointError, and ValueError for a
-    device that is not there."""
+def load_checkpoint(path: str | Path, device: str = "auto") -> LoadedPolicy:
+    """See `loading.load`."""
     return LoadedPolicy(checkpoint.load(Path(path), choose_device(device)))
 
 
@@ -66,14 +69,32 @@ class LoadedPolicy:
         return self.checkpoint.policy
 
     def controller(
-        self, seed: int = 0, *, action_horizon: int | None = None, delay_steps: int = 0, **sampling: Any
+        self,
+        seed: int = 0,
+        *,
+        action_horizon: int | None = None,
+        delay_steps: int = 0,
+        backend: BackendName = "eager",
+        precision: PlanningPrecision = "fp32",
+        **sampling: Any,
     ) -> SingleController:
         """Steers one robot: `action = controller.act(observation)`, once a control step. `seed`: of the planning noise;
         `action_horizon`: steps executed before planning again, by default that of training; `delay_steps`: control
-        steps that planning takes; the others are sampling options, such as sampling_steps=8. Raises ConfigError for
-        options that the policy cannot follow."""
-        planner = PolicyPlanner(self.policy, with_options(SampleConfig(), **sampling))
-        return SingleController(planner, seed, action_horizon=action_horizon, delay_steps=delay_steps)
+        steps that planning takes; `backend` and `precision`: what samples, as `diffusion-policy rollout --help` says;
+        the others are sampling options, such as sampling_steps=8. Raises ConfigError for options that the policy cannot
+        follow."""
+        planner = make_planner(
+            self.policy, with_options(SampleConfig(), **sampling), backend, rows=1, precision=precision
+        )
+        controller = SingleController(planner, seed, action_horizon=action_horizon, delay_steps=delay_steps)
+        if backend == "graph" or (backend == "auto" and self.policy.device.type == "cuda"):
+            time_plans(planner, 1, 1)  # the graph is captured before the first control step
+        return controller
+
+    def export(self, output: str | Path, **options: Any) -> PlanConfig:
+        """Write this policy as ONNX, to act where there is no torch; options as `diffusion-policy export --help` shows.
+        Returns what the folder's plan.json says. Raises as `collect`, and ExportError for what has no graph."""
+        return export.write(_told(Export(Path(), Path(output)), options), self.checkpoint)
 
 
 def _told(command: T, options: Mapping[str, Any]) -> T:

@@ -10,7 +10,6 @@ from diffusion_policy.basics.text import one_line
 from diffusion_policy.commands.afterwards import Remarks
 from diffusion_policy.commands.episodes import (
     describe_machine,
-    measure_latency,
     require_memory,
     run_episodes,
 )
@@ -26,6 +25,8 @@ from diffusion_policy.commands.policy_in_env import (
 )
 from diffusion_policy.commands.terminal import console, print_by_steps
 from diffusion_policy.config import SampleConfig, SamplerName
+from diffusion_policy.control.latency import time_plans
+from diffusion_policy.control.policy_planner import PolicyPlanner
 from diffusion_policy.diffusion.samplers import SAMPLERS
 from diffusion_policy.evaluation import metrics
 from diffusion_policy.evaluation.rollout import planning_batch
@@ -98,7 +99,7 @@ def measure(options: Study, loaded: PolicyInEnv, sampling: SampleConfig) -> dict
         episodes, lost, mode_failures = run_episodes(
             loaded,
             options.seeds,
-            sampling,
+            PolicyPlanner(policy, sampling),
             parallel=PARALLEL,
             workers=options.workers,
             action_horizon=options.action_horizon,
@@ -109,7 +110,7 @@ def measure(options: Study, loaded: PolicyInEnv, sampling: SampleConfig) -> dict
         return {"refused": f"every episode failed: {lost[0].reason}", "lost": len(lost)}
     modes, _ = choose_modes(loaded)
     solved = metrics.successes_by_mode(episodes)
-    latencies = measure_latency(policy, episodes[0], sampling, LATENCY_PLANS)
+    latencies = time_plans(PolicyPlanner(policy, sampling), 1, LATENCY_PLANS)
     return {
         "success_rate": dataclasses.asdict(metrics.success_rate(episodes)),
         "mode_entropy": dataclasses.asdict(metrics.behaviour_entropy(solved, modes)),

@@ -6,6 +6,7 @@ import numpy as np
 
 from diffusion_policy.control.chunking import Chunking
 from diffusion_policy.control.controller import Controller
+from diffusion_policy.control.latency import Latency, check_latency
 from diffusion_policy.control.planner import Planner
 
 
@@ -25,6 +26,7 @@ class SingleController:
         self._controller = Controller(
             planner, 1, action_horizon=action_horizon, delay_steps=delay_steps, chunking=chunking
         )
+        self._planner, self._delay_steps = planner, delay_steps
         self.reset(seed)
 
     def reset(self, seed: int = 0) -> None:
@@ -35,6 +37,17 @@ class SingleController:
         """What is observed now, {key: (...)}, to be called once a control step → the raw action (A,), float64. Raises
         ValueError for observations of other keys or shapes, FloatingPointError when a plan is not finite."""
         return self._controller.act({key: np.asarray(value)[None] for key, value in observation.items()})[0]
+
+    def latency(self, control_rate: float, plans: int = 50) -> Latency:
+        """How long planning takes, whether that fits a control rate [1/s], and what would make it fit; `print` says it
+        in a sentence. Costs `plans` plans; to be asked before the first step."""
+        return check_latency(
+            self._planner,
+            control_rate,
+            action_horizon=self._controller.action_horizon,
+            delay_steps=self._delay_steps,
+            plans=plans,
+        )
 
     @property
     def plan(self) -> np.ndarray | None:

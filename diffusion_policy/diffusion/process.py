@@ -209,7 +209,8 @@ class Diffusion(nn.Module):
             return x0
 
         def run(width: int) -> Tensor:
-            called.clear(), inputs.clear()
+            called.clear()
+            inputs.clear()
             noise = torch.eye(draws, width, dtype=torch.float64)[:, None]  # (draws, 1, width)
             return self.sample(denoise, noise, sampler, levels, corrector_steps, corrector_size)
 

@@ -21,9 +21,9 @@ from diffusion_policy.basics.streams import derive_rng
 from diffusion_policy.config import ConfigError, SampleConfig, to_json
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.serving.exported import FORMAT, GRAPHS, PLAN, VERSION, OnnxPlanner, PlanConfig, RecordedFile
-from diffusion_policy.serving.graph import ExportError, Graphs, join, make_graphs
+from diffusion_policy.serving.graph import ExportError, Graphs, join, make_graphs, quiet
 
-TOLERANCES = {"float32": 1e-4, "int8": 0.1}
+TOLERANCES = {"fp32": 1e-4, "int8": 0.1}
 """Largest `action_error` that is written, unless another one is allowed."""
 COMPARED = 16
 """Calls that parity is checked on."""
@@ -35,7 +35,7 @@ class Exporting(NamedTuple):
     batch: int = 1
     samples: int = 1
     form: Literal["loop", "network"] = "loop"
-    precision: Literal["float32", "int8"] = "float32"
+    precision: Literal["fp32", "int8"] = "fp32"
     dtype: Literal["float64", "float32"] = "float64"
 
 
@@ -58,8 +58,8 @@ def export(
     allowed = TOLERANCES[exporting.precision] if tolerance is None else tolerance
     if not config.action_error <= allowed:
         raise ExportError(
-            f"the graph's actions differ from the policy's by up to {config.action_error:.2g} of the action's scale; at "
-            f"most {allowed:g} is allowed (--tolerance)"
+            f"the graph's actions differ from the policy's by up to {config.action_error:.2g} of the action's scale; "
+            f"at most {allowed:g} is allowed (--tolerance)"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -155,7 +155,7 @@ def _quantize(model: ModelProto) -> ModelProto:
     """The weights of products as int8, a scale each column; what they are multiplied with is quantized as it comes."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet():
         before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
         onnx.save(model, before)
         quantize_dynamic(

@@ -48,7 +48,7 @@ class PlanConfig:
     version: int
     form: Literal["loop", "network"]
     """One graph with the loop over the levels, or its three parts."""
-    precision: Literal["float32", "int8"]
+    precision: Literal["fp32", "int8"]
     """Of the network's weights in products."""
     dtype: Literal["float64", "float32"]
     """Of observations and actions."""
@@ -89,7 +89,9 @@ class PlanConfig:
         if len(self.noise_shape) != 3 or len(self.action_shape) != 1 or min(*self.noise_shape, *self.action_shape) < 1:
             raise ConfigError(f"shapes must be (draws, T, D) and (A,); got {self.noise_shape} and {self.action_shape}")
         if set(self.files) != set(GRAPHS[self.form]):
-            raise ConfigError(f"the form {self.form} has the files {', '.join(GRAPHS[self.form])}; got {list(self.files)}")
+            raise ConfigError(
+                f"the form {self.form} has the files {', '.join(GRAPHS[self.form])}; got {list(self.files)}"
+            )
 
 
 def is_exported(path: Path | str) -> bool:
@@ -216,7 +218,9 @@ class OnnxPlanner:
     def _require_interface(self, where: str) -> None:
         """Raise ExportedError unless inputs and outputs are those of the config."""
         config = self._config
-        takes = {key: [config.batch, self.observation_horizon, *shape] for key, shape in self.observation_shapes.items()}
+        takes = {
+            key: [config.batch, self.observation_horizon, *shape] for key, shape in self.observation_shapes.items()
+        }
         gives = {"actions": [config.batch, config.samples, self.steps, *self.action_shape]}
         noise = {"noise": [config.batch, config.samples, *self.noise_shape]} if config.form == "loop" else {}
         inputs = {one.name: one.shape for one in self._sessions[0].get_inputs()}
@@ -235,7 +239,7 @@ def _open(graph: bytes, threads: int | None, where: str) -> Any:
         import onnxruntime
     except ImportError as error:
         raise ImportError(
-            "this needs onnxruntime: pip install 'diffusion-policy-toolkit[onnx]', or on a robot pip install onnxruntime"
+            "this needs onnxruntime: pip install onnxruntime, or 'diffusion-policy-toolkit[onnx]' to export as well"
         ) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0

@@ -50,7 +50,11 @@ class Graphs(NamedTuple):
 
 
 def make_graphs(
-    policy: DiffusionPolicy, sampling: SampleConfig, batch: int = 1, samples: int = 1, dtype: torch.dtype = torch.float64
+    policy: DiffusionPolicy,
+    sampling: SampleConfig,
+    batch: int = 1,
+    samples: int = 1,
+    dtype: torch.dtype = torch.float64,
 ) -> Graphs:
     """The parts for B observations and N samples of each, without their joint; `dtype`: of observations and actions.
     Raises ExportError where a part of sampling has no form in a graph, ValueError where the policy cannot sample so."""
@@ -139,7 +143,7 @@ def _export(module: nn.Module, arguments: list[Tensor], inputs: list[str], outpu
     """A module as torch's exporter writes it. Raises ExportError where it cannot."""
     names = [f"in/{i}" for i in range(len(inputs))]  # a key may be called like something inside
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 module.eval(),
                 tuple(arguments),
@@ -157,19 +161,16 @@ def _export(module: nn.Module, arguments: list[Tensor], inputs: list[str], outpu
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's remarks are about torch's own operators, not about the policy."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+def quiet() -> Iterator[None]:
+    """What exporters remark is about operators, not about the policy."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
 def _rename(model: ModelProto, names: dict[str, str], prefix: str) -> ModelProto:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from diffusion_policy.commands.options.acting import (
     FIRST_TEST_SEED,
@@ -11,7 +11,7 @@ from diffusion_policy.commands.options.acting import (
     anchor,
     require_episodes,
 )
-from diffusion_policy.config import ConfigError, Group, SampleConfig, require_at_least, require_seed
+from diffusion_policy.config import BackendName, ConfigError, Group, SampleConfig, require_at_least, require_seed
 from diffusion_policy.evaluation.engines import HANG_AFTER, Engine, require_engine
 
 MOST_VIDEOS = 200
@@ -55,8 +55,10 @@ class Evaluate(ActingCommand):
     Ray."""
     videos: Annotated[int, Group("")] = 6
     """Episodes to film for the page: one of each mode, then failures."""
-    backend: Annotated[Literal["eager", "compile"], Group("sampling")] = "eager"
-    """How the sampling loop runs: step by step, or compiled by torch.compile, which can change the last digits."""
+    backend: Annotated[BackendName, Group("sampling")] = "eager"
+    """What samples: torch, operator by operator (eager, which repeats to the bit on one machine); a network compiled by
+    torch.compile; one CUDA graph (graph); onnxruntime (onnx); or the fastest of eager and onnx here, measured (auto).
+    All but eager can change the last digits of an action."""
 
     def __post_init__(self) -> None:
         anchor(self)

@@ -11,7 +11,14 @@ from diffusion_policy.commands.options.acting import (
     require_episodes,
     require_video,
 )
-from diffusion_policy.config import Group, SampleConfig, require_at_least, require_seed
+from diffusion_policy.config import (
+    BackendName,
+    Group,
+    PlanningPrecision,
+    SampleConfig,
+    require_at_least,
+    require_seed,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,12 @@ class Rollout(ActingCommand):
     record: Path | None = None
     """Store to create with these episodes, observations and actions as they were; failures are stored too."""
     sampling: Annotated[SampleConfig, Group("sampling")] = field(default_factory=SampleConfig)
+    backend: Annotated[BackendName, Group("sampling")] = "auto"
+    """What samples: the fastest of eager and onnx here, measured (auto); torch, operator by operator (eager); a network
+    compiled by torch.compile; one CUDA graph (graph); onnxruntime (onnx). They differ in the last digits of an
+    action."""
+    precision: PlanningPrecision = "fp32"
+    """Numbers that the network computes with: fp32, or bf16 for the backends eager, compile and graph."""
 
     def __post_init__(self) -> None:
         anchor(self)

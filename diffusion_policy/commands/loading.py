@@ -1,0 +1,21 @@
+"""`dp.load`: a policy from a folder, be it a checkpoint or an exported one. Imports torch only where it is needed."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffusion_policy.serving import exported
+
+if TYPE_CHECKING:
+    from diffusion_policy.commands.front_door import LoadedPolicy
+
+
+def load(path: str | Path, device: str = "auto", threads: int | None = None) -> LoadedPolicy | exported.ExportedPolicy:
+    """The policy of a run (its newest checkpoint), of one checkpoint, or of a folder that `diffusion-policy export`
+    wrote, which needs no torch. `device`: of a checkpoint; `threads`: of an exported policy, by default one a core.
+    Raises CheckpointError or ExportedError, and ValueError for a device that is not there."""
+    if exported.is_exported(path):
+        return exported.load(path, threads)
+    return importlib.import_module("diffusion_policy.commands.front_door").load_checkpoint(path, device)

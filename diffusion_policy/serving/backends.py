@@ -1,0 +1,182 @@
+"""What a policy is sampled by: operator by operator (eager, the reference), torch.compile, one CUDA graph, or
+onnxruntime. All give the same actions from the same noise, but for rounding.
+
+`auto` measures: what is fastest differs with the machine, the network and the number of rows. What it found, and the
+graphs that it made, stay in the user's cache folder, where that can be written.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffusion_policy.basics.files import FileError, format_json, read_json, write_whole
+from diffusion_policy.config import BackendName, ConfigError, PlanningPrecision, SampleConfig, to_json
+from diffusion_policy.control.latency import time_plans
+from diffusion_policy.control.policy_planner import FEW_STEPS, EagerSampling, PolicyPlanner
+from diffusion_policy.policy import DiffusionPolicy
+from diffusion_policy.serving import exported
+from diffusion_policy.serving.captured import CapturedSampling
+
+EXPORT_TIME = 15.0
+"""What making a graph for onnxruntime takes [s]."""
+EXPECTED_SHARE = 0.4
+"""Of a plan's eager time that onnxruntime may save; whether a graph pays is judged by it before there is one."""
+MEASURED = 5
+"""Plans that a choice is made by."""
+KEPT_GRAPHS = 8
+"""Graphs in the cache folder; the oldest goes."""
+
+
+def make_planner(
+    policy: DiffusionPolicy,
+    sampling: SampleConfig | None = None,
+    backend: BackendName = "auto",
+    *,
+    rows: int = 1,
+    precision: PlanningPrecision = "fp32",
+) -> PolicyPlanner | exported.OnnxPlanner:
+    """A planner by a backend. `rows`: observations in one call, which it is chosen and laid out for; `precision`: fp32,
+    or bf16 for eager, compile and graph. Raises ConfigError for a backend that this policy, device or installation has
+    not."""
+    sampling = sampling or SampleConfig()
+    if precision == "fp32" or policy.device.type == "cuda":
+        backend = resolve_backend(policy, sampling, backend, rows)
+    elif backend == "auto":
+        backend = "eager"
+    if backend == "onnx":
+        if precision != "fp32":
+            raise ConfigError("--precision bf16 is for eager, compile and graph; a graph for onnx is exported in fp32")
+        return make_onnx_planner(policy, sampling, rows)
+    if backend == "graph":
+        return PolicyPlanner(policy, sampling, CapturedSampling(policy, sampling, precision))
+    if backend == "eager":
+        return PolicyPlanner(policy, sampling, EagerSampling(policy, sampling, precision))
+    few = rows * policy.config.prediction_horizon <= FEW_STEPS and policy.device.type == "cpu"
+    compiled = (policy.for_few_rows() if few else policy).compiled()
+    return PolicyPlanner(policy, sampling, EagerSampling(compiled, sampling, precision, few_rows=False))
+
+
+def resolve_backend(
+    policy: DiffusionPolicy, sampling: SampleConfig, backend: BackendName, rows: int, plans: float = math.inf
+) -> BackendName:
+    """What `auto` means for so many rows, another backend as it is. On CUDA one graph; on the CPU the faster of eager
+    and onnxruntime, where so many `plans` are to be expected that making a graph pays. (compile takes minutes before
+    its first plan, so it must be asked for.)"""
+    if backend != "auto":
+        return backend
+    if policy.device.type != "cpu":
+        return "graph" if policy.device.type == "cuda" else "eager"
+    if why_not_onnx(policy, sampling) is not None:
+        return "eager"
+    case = _name_case(policy, sampling, rows)
+    known = _read_choices().get(case)
+    if known == "eager" or (known == "onnx" and _graph_folder(policy, sampling, rows).exists()):
+        return known
+    eager = float(np.median(time_plans(PolicyPlanner(policy, sampling), rows, MEASURED)))  # [ms]
+    if eager / 1000 * EXPECTED_SHARE * plans < EXPORT_TIME:
+        return "eager"
+    if known != "onnx":
+        planner = make_onnx_planner(policy, sampling, rows)
+        known = "onnx" if np.median(time_plans(planner, rows, MEASURED)) < eager else "eager"
+        _write_choice(case, known)
+    return known
+
+
+def why_not_onnx(policy: DiffusionPolicy, sampling: SampleConfig) -> str | None:
+    """Why onnxruntime cannot run this policy here; None where it can."""
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"--backend onnx needs {', '.join(missing)}: pip install 'diffusion-policy-toolkit[onnx]'"
+    if policy.device.type != "cpu":
+        return f"--backend onnx plans on the CPU; this policy is on {policy.device}: choose --device cpu"
+    from diffusion_policy.serving.graph import ExportError, require_exportable
+
+    try:
+        require_exportable(policy, sampling)
+    except ExportError as error:
+        return str(error)
+    return None
+
+
+def make_onnx_planner(policy: DiffusionPolicy, sampling: SampleConfig, rows: int) -> exported.OnnxPlanner:
+    """A planner by onnxruntime for calls of so many rows; its graph is taken from the cache folder, or put there.
+    Raises ConfigError where there can be none."""
+    reason = why_not_onnx(policy, sampling)
+    if reason is not None:
+        raise ConfigError(reason)
+    from diffusion_policy.serving.export import Exporting, export, make_export
+
+    folder = _graph_folder(policy, sampling, rows)
+    with contextlib.suppress(exported.ExportedError, OSError):
+        return exported.load(folder, torch.get_num_threads()).planner
+    shutil.rmtree(folder, ignore_errors=True)  # what is damaged
+    with contextlib.suppress(OSError, FileError):
+        export(policy, folder, sampling, Exporting(batch=rows))
+        _forget_oldest(folder.parent)
+        return exported.load(folder, torch.get_num_threads()).planner
+    config, contents = make_export(policy, sampling, Exporting(batch=rows))
+    return exported.OnnxPlanner(config, list(contents.values()), torch.get_num_threads())
+
+
+def cache_folder() -> Path:
+    """Where choices and graphs are kept: $XDG_CACHE_HOME/diffusion-policy, by default in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-policy"
+
+
+def _name_case(policy: DiffusionPolicy, sampling: SampleConfig, rows: int) -> str:
+    """What a choice holds for: machine, versions, network and sampling; not the weights."""
+    case = {
+        "machine": [platform.machine(), platform.processor(), os.cpu_count(), torch.get_num_threads()],
+        "versions": [torch.__version__, _version("onnxruntime")],
+        "policy": to_json(policy.config),
+        "shapes": to_json(policy.shapes),
+        "sampling": to_json(sampling),
+        "rows": rows,
+    }
+    return hashlib.sha256(json.dumps(case, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _graph_folder(policy: DiffusionPolicy, sampling: SampleConfig, rows: int) -> Path:
+    """Where the graph of this policy, with its weights as they are, is kept."""
+    digest = hashlib.sha256(f"{_name_case(policy, sampling, rows)} {exported.VERSION}".encode())
+    for name, tensor in sorted(policy.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return cache_folder() / "graphs" / digest.hexdigest()[:32]
+
+
+def _version(package: str) -> str:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return ""
+
+
+def _read_choices() -> dict[str, str]:
+    with contextlib.suppress(FileError, OSError):
+        found = read_json(cache_folder() / "backends.json")
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _write_choice(key: str, choice: str) -> None:
+    """Keep a choice where the cache folder can be written."""
+    with contextlib.suppress(FileError, OSError):
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        write_whole(cache_folder() / "backends.json", format_json(_read_choices() | {key: choice}))
+
+
+def _forget_oldest(folder: Path) -> None:
+    """Delete the oldest graphs beyond `KEPT_GRAPHS`."""
+    graphs = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+    for path in graphs[:-KEPT_GRAPHS]:
+        shutil.rmtree(path, ignore_errors=True)
