@@ -22,6 +22,9 @@ from diffusion_policy.datasets.recorder import Recorder
 from diffusion_policy.datasets.store import EpisodeStore
 
 SMALL = ["--widths", "32", "64", "--level-dim", "32", "--batch-size", "64", "--learning-rate", "2e-3"]
+"""What learns the slow test's task."""
+TINY = ["--widths", "16", "32", "--level-dim", "32", "--batch-size", "64", "--learning-rate", "4e-3"]
+QUICK = SampleConfig(sampling_steps=2)
 EXAMPLES = "diffusion_policy.envs.examples"
 MOUNTAIN_CAR = [
     *("--env", "MountainCarContinuous-v0", "--success", "return>=90"),
@@ -46,14 +49,14 @@ def car(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("car")
     expert = ("--expert", f"{EXAMPLES}:MountainCarExpert")
     run("collect", *MOUNTAIN_CAR, *expert, "--episodes", 12, "--output", folder / "car.zarr", "--workers", 1)
-    run("train", "--dataset", folder / "car.zarr", "--output", folder / "policy", "--steps", 100, *SMALL)
+    run("train", "--dataset", folder / "car.zarr", "--output", folder / "policy", "--steps", 80, *TINY)
     return folder
 
 
 def test_what_was_said_of_an_environment_is_kept_with_its_data_and_its_policy(car: Path) -> None:
     store = EpisodeStore.open(car / "car.zarr")
     assert store.episode_modes() == ["left", "right"] * 6
-    results = Evaluate(car / "policy", car / "evaluation", episodes=4, workers=1, videos=0).run()
+    results = Evaluate(car / "policy", car / "evaluation", episodes=4, workers=1, videos=0, sampling=QUICK).run()
     assert results["signals"]["success"] == "return>=90"
     assert results["mode_base"] == "environment"
     assert {outcome["mode"] for outcome in results["outcomes"]} <= {"left", "right", None}
@@ -75,16 +78,16 @@ def test_delays_and_repeats_are_measured(car: Path) -> None:
 
 
 def test_two_evaluations_are_compared_seed_by_seed(car: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for steps in (2, 4):
-        run("evaluate", "--checkpoint", car / "policy", "--output", car / f"steps{steps}", "--episodes", 6,
+    for steps in (1, 2):
+        run("evaluate", "--checkpoint", car / "policy", "--output", car / f"steps{steps}", "--episodes", 4,
             "--sampling-steps", steps, "--workers", 1, "--videos", 0)  # fmt: skip
     capsys.readouterr()
-    run("compare", car / "steps2", car / "steps4", "--output", car / "comparison")
-    assert f"A is {car}/steps2" in capsys.readouterr().out
+    run("compare", car / "steps1", car / "steps2", "--output", car / "comparison")
+    assert f"A is {car}/steps1" in capsys.readouterr().out
     comparison = json.loads((car / "comparison" / "comparison.json").read_text())
-    assert sum(comparison[name] for name in ("both", "only_a", "only_b", "neither")) == 6
+    assert sum(comparison[name] for name in ("both", "only_a", "only_b", "neither")) == 4
     assert comparison["sentence"] in (car / "comparison" / "comparison.html").read_text().replace("&#39;", "'")
-    text = fails(capsys, "compare", car / "steps2", car / "nothing")
+    text = fails(capsys, "compare", car / "steps1", car / "nothing")
     assert "there is no results.json of an evaluation at" in text
 
 
@@ -108,7 +111,7 @@ def test_a_task_without_a_success_signal_says_how_to_give_one(
     text = fails(capsys, "collect", "--env", "MountainCarContinuous-v0", *mode, "--episodes", 2, *expert)
     assert "say what success is with --success 'return>=NUMBER'" in text
     arguments = ("--checkpoint", car / "policy", "--output", tmp_path / "e", "--episodes", 2, "--workers", 1)
-    text = fails(capsys, "evaluate", *arguments, "--env-kwargs", '{"goal_velocity": 0.0}',
+    text = fails(capsys, "evaluate", *arguments, "--env-kwargs", '{"goal_velocity": 0.0, "max_episode_steps": 20}',
                  "--mode-function", f"{EXAMPLES}:mountain_car_mode")  # fmt: skip
     assert "say what success is" in text
 
@@ -126,7 +129,9 @@ def test_a_mode_function_that_raises_is_named_and_costs_no_episode(
 def test_without_any_success_the_entropy_is_undefined_and_said_so(
     car: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results = Evaluate(car / "policy", tmp_path / "e", episodes=2, env_kwargs='{"max_episode_steps": 20}').run()
+    results = Evaluate(
+        car / "policy", tmp_path / "e", 2, env_kwargs='{"max_episode_steps": 20}', workers=1, videos=1, sampling=QUICK
+    ).run()
     assert results["success_rate"]["value"] == 0
     assert results["mode_entropy"] == {"value": None, "low": None, "high": None}
     assert "so the entropy of the modes is undefined" in " ".join(capsys.readouterr().err.split())

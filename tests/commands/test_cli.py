@@ -25,10 +25,12 @@ from diffusion_policy.commands.options.flags import list_flags
 from diffusion_policy.commands.policy_in_env import load_with_environment, refuse_seen_seeds
 from diffusion_policy.commands.rollout import Rollout
 from diffusion_policy.commands.train import Train
+from diffusion_policy.config import SampleConfig
 from diffusion_policy.datasets.store import EpisodeStore
 
 CLI = [sys.executable, "-m", "diffusion_policy.cli"]
 SMALL = ["--widths", "16", "32", "--level-dim", "32", "--noise-levels", "20", "--batch-size", "32", "--device", "cpu"]
+QUICK = SampleConfig(sampling_steps=1)
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -356,9 +358,9 @@ def interrupt_when(command: list[str], ready, timeout: float = 60) -> tuple[int,
 
 
 def committed(path: Path) -> bool:
-    """Whether a store that is being written holds a first batch of episodes."""
+    """Whether a store that is being written holds some episodes."""
     try:
-        return len(EpisodeStore.open(path).episode_ends) >= 16
+        return len(EpisodeStore.open(path).episode_ends) >= 4
     except ValueError:
         return False
 
@@ -370,7 +372,7 @@ def test_ctrl_c_in_collect_keeps_the_finished_episodes(tmp_path: Path) -> None:
     assert status == 130
     assert "Traceback" not in text
     kept = int(re.findall(r"stopped: (\d+) of 5000 episodes", text)[0])
-    assert kept >= 16
+    assert kept >= 4
     store = EpisodeStore.open(path)
     assert len(store.episode_ends) == kept
     assert store.read("action").shape == (store.episode_ends[-1], 2)
@@ -391,7 +393,7 @@ def test_ctrl_c_in_train_leaves_a_checkpoint(demonstrations: Path, tmp_path: Pat
     assert checkpoint.load(run).step >= 20
 
 
-@pytest.mark.parametrize("delay", [0.1, 0.6, 1.2, 2.0])
+@pytest.mark.parametrize("delay", [0.1, 0.6, 1.2, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_ctrl_c_at_any_moment_of_the_start_leaves_no_traceback(tmp_path: Path, delay: float) -> None:
     due = time.monotonic() + delay
     command = ["collect", "--output", str(tmp_path / "store.zarr"), "--episodes", "5000", "--workers", "2"]
@@ -433,7 +435,7 @@ def test_a_killed_collection_leaves_a_store_that_opens_and_no_workers(tmp_path: 
                 time.sleep(0.05)
         finally:
             process.kill()
-    assert len(EpisodeStore.open(path).episode_ends) >= 16
+    assert len(EpisodeStore.open(path).episode_ends) >= 4
     while alive(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive(process.pid)
@@ -441,7 +443,7 @@ def test_a_killed_collection_leaves_a_store_that_opens_and_no_workers(tmp_path: 
 
 def test_evaluating_with_other_rows_still_has_a_page(run: Path, tmp_path: Path) -> None:
     results = Evaluate(
-        run, tmp_path / "e", episodes=2, env_kwargs='{"rows": 2}', workers=1, videos=0, device="cpu"
+        run, tmp_path / "e", episodes=2, env_kwargs='{"rows": 2}', workers=1, videos=0, device="cpu", sampling=QUICK
     ).run()
     assert len(results["modes"]) - ("none" in results["modes"]) == 6
     assert (tmp_path / "e" / "report.html").exists()
@@ -455,5 +457,5 @@ def test_an_output_that_cannot_be_written_is_found_at_once(run: Path, tmp_path: 
 
 
 def test_evaluate_from_python_returns_what_it_writes(run: Path, tmp_path: Path) -> None:
-    results = Evaluate(run, tmp_path / "evaluation", episodes=2, workers=1, videos=0, device="cpu").run()
-    assert json.loads((tmp_path / "evaluation" / "results.json").read_text()) == json.loads(json.dumps(results))
+    results = Evaluate(run, tmp_path / "e", episodes=2, workers=1, videos=0, device="cpu", sampling=QUICK).run()
+    assert json.loads((tmp_path / "e" / "results.json").read_text()) == json.loads(json.dumps(results))
