@@ -358,9 +358,9 @@ def interrupt_when(command: list[str], ready, timeout: float = 60) -> tuple[int,
 
 
 def committed(path: Path) -> bool:
-    """Whether a store that is being written holds some episodes."""
+    """Whether a store that is being written holds its first episodes."""
     try:
-        return len(EpisodeStore.open(path).episode_ends) >= 4
+        return len(EpisodeStore.open(path).episode_ends) >= 1
     except ValueError:
         return False
 
@@ -372,7 +372,7 @@ def test_ctrl_c_in_collect_keeps_the_finished_episodes(tmp_path: Path) -> None:
     assert status == 130
     assert "Traceback" not in text
     kept = int(re.findall(r"stopped: (\d+) of 5000 episodes", text)[0])
-    assert kept >= 4
+    assert kept >= 1
     store = EpisodeStore.open(path)
     assert len(store.episode_ends) == kept
     assert store.read("action").shape == (store.episode_ends[-1], 2)
@@ -435,7 +435,7 @@ def test_a_killed_collection_leaves_a_store_that_opens_and_no_workers(tmp_path: 
                 time.sleep(0.05)
         finally:
             process.kill()
-    assert len(EpisodeStore.open(path).episode_ends) >= 4
+    assert len(EpisodeStore.open(path).episode_ends) >= 1
     while alive(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive(process.pid)
