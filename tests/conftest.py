@@ -53,7 +53,7 @@ def store(demonstrations: Path) -> EpisodeStore:
 def run(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a training of 30 steps."""
     folder = tmp_path_factory.mktemp("runs") / "policy"
-    training = TrainConfig(steps=30, batch_size=64, learning_rate=1e-3, warmup_steps=5, validate_every=10)
+    training = TrainConfig(steps=30, batch_size=64, learning_rate=1e-3, warmup_steps=5, validate_every=30)
     Train(str(demonstrations), folder, policy=TINY, training=training, device="cpu").run()
     return folder
 

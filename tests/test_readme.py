@@ -24,7 +24,7 @@ from torch.distributed.run import get_args_parser
 
 from diffusion_policy import envs
 from diffusion_policy.cli import VERBS, main, parse
-from diffusion_policy.commands import demo
+from diffusion_policy.commands import demo, evaluate
 from diffusion_policy.diffusion.samplers import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
@@ -66,9 +66,9 @@ SMALL = "--widths 16 32 --groups 4 --level-dim 16 --noise-levels 20 --steps 2 --
 MINIATURE = {
     "collect": "--episodes 4 --workers 1",
     "train": SMALL,
-    "evaluate": "--episodes 2 --repeats 1 --sampling-steps 2 --workers 1 --videos 0 --device cpu",
-    "rollout": "--episodes 1 --sampling-steps 2 --workers 1 --device cpu --env-kwargs '{\"max_episode_steps\": 40}'",
-    "study": "--samplers ddim --steps 2 --episodes 1 --workers 1 --device cpu",
+    "evaluate": "--episodes 2 --repeats 1 --sampling-steps 1 --workers 1 --videos 0 --device cpu",
+    "rollout": "--episodes 1 --sampling-steps 1 --workers 1 --device cpu --env-kwargs '{\"max_episode_steps\": 10}'",
+    "study": "--samplers ddim --steps 1 --episodes 1 --workers 1 --device cpu",
     "doctor": "--overfit-steps 2 --device cpu",
     "sweep": f"{SMALL} --episodes 1 --sampling-steps 2",
     "compare": "",
@@ -85,7 +85,7 @@ FEW = {
     "episodes=40,": "episodes=4,",
     "range(40)": "range(4)",
     "steps=500": "steps=2",
-    "episodes=20)": "episodes=2, workers=1, videos=0, sampling_steps=2)",
+    "episodes=20)": "episodes=2, workers=1, videos=0, sampling_steps=1)",
     "100_020": "100_002",
     "range(20)": "range(2)",
 }
@@ -98,6 +98,7 @@ def run_page(page: str, folder: Path, *, only_long: bool = False) -> None:
         patch.chdir(folder)
         patch.setattr(demo, "STEPS", 4)
         patch.setattr(demo, "EPISODES", 2)
+        patch.setattr(evaluate, "LATENCY_PLANS", 6)
         for block in blocks(page):
             if block.language == "python" and not only_long:
                 exec(in_miniature(block.text), {"observation": observation()})
