@@ -15,6 +15,7 @@ import tyro
 from diffusion_policy import __version__
 from diffusion_policy.basics.text import one_line
 from diffusion_policy.commands.interrupts import Failed, Interrupted
+from diffusion_policy.commands.options.benchmark import Benchmark
 from diffusion_policy.commands.options.collect import Collect
 from diffusion_policy.commands.options.command import Command
 from diffusion_policy.commands.options.compare import Compare
@@ -47,6 +48,7 @@ VERBS: dict[str, type[Command]] = {
     "compare": Compare,
     "rollout": Rollout,
     "export": Export,
+    "benchmark": Benchmark,
     "study": Study,
     "doctor": Doctor,
     "toy": Toy,

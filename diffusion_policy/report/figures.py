@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
 from diffusion_policy.evaluation.metrics import NONE
@@ -56,6 +57,43 @@ def draw_study(results: Mapping[str, Any]) -> Figure:
     axes[2].xaxis.set_major_formatter("{x:g}")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    return figure
+
+
+def draw_benchmark(results: Mapping[str, Any]) -> Figure:
+    """How often faster than the plain way a plan is, a bar for each backend and size, with its time and its share of
+    the machine's limit."""
+    rows = [row for row in results["planning"] if row["backend"] != "reference"]
+    cases = list(dict.fromkeys((row["rows"], row["samples"]) for row in rows))
+    names = list(dict.fromkeys(row["backend"] for row in rows))
+    plain = any(row["ratio"] is not None for row in rows)
+    figure = Figure(figsize=(10, 1.6 + 0.36 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    height, longest = 0.8 / len(names), 0.0
+    for row in rows:
+        i = names.index(row["backend"])
+        y = cases.index((row["rows"], row["samples"])) + (i - (len(names) - 1) / 2) * height
+        length = row["ratio"] if plain else row["share_of_limit"]
+        longest = max(longest, length)
+        axis.barh(y, length, height * 0.9, color=FEW_COLORS[i % len(FEW_COLORS)])
+        label = f" {row['p50']:.1f} ms, {row['share_of_limit']:.0%} of the limit"
+        axis.text(length, y, label, va="center", color=INK, fontsize=9)
+    labels = [f"{rows} observation{'s' * (rows > 1)}, {samples} sample{'s' * (samples > 1)}" for rows, samples in cases]
+    axis.set_yticks(range(len(cases)), labels)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.35 * longest)
+    network = "x".join(map(str, results["policy"]["network"].get("widths", ())))
+    title = "times faster than plain torch and diffusers" if plain else "share of the machine's limit"
+    sampling = results["sampling"]
+    axis.set_title(
+        f"a plan: {title} (widths {network}, {sampling['steps']} steps of {sampling['sampler']}, "
+        f"{results['machine']['threads']} threads)", loc="left", color=INK, fontsize=11,
+    )  # fmt: skip
+    if plain:
+        axis.axvline(1, color=INK, linewidth=1)
+    clean(axis)
+    handles = [Patch(color=FEW_COLORS[i % len(FEW_COLORS)], label=name) for i, name in enumerate(names)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure
 
 

@@ -43,9 +43,11 @@ def make_planner(
     backend: BackendName = "auto",
     *,
     rows: int = 1,
+    samples: int = 1,
     precision: PlanningPrecision = "fp32",
 ) -> PolicyPlanner | exported.OnnxPlanner:
-    """A planner by a backend. `rows`: observations in one call, which it is chosen and laid out for; `precision`: fp32,
+    """A planner by a backend. `rows`, `samples`: observations in one call and sequences
+    for each, which it is chosen and laid out for; `precision`: fp32,
     or bf16 for eager, compile and graph. Raises ConfigError for a backend that this policy, device or installation has
     not."""
     sampling = sampling or SampleConfig()
@@ -56,12 +58,12 @@ def make_planner(
     if backend == "onnx":
         if precision != "fp32":
             raise ConfigError("--precision bf16 is for eager, compile and graph; a graph for onnx is exported in fp32")
-        return make_onnx_planner(policy, sampling, rows)
+        return make_onnx_planner(policy, sampling, rows, samples)
     if backend == "graph":
         return PolicyPlanner(policy, sampling, CapturedSampling(policy, sampling, precision))
     if backend == "eager":
         return PolicyPlanner(policy, sampling, EagerSampling(policy, sampling, precision))
-    few = rows * policy.config.prediction_horizon <= FEW_STEPS and policy.device.type == "cpu"
+    few = rows * samples * policy.config.prediction_horizon <= FEW_STEPS and policy.device.type == "cpu"
     compiled = (policy.for_few_rows() if few else policy).compiled()
     return PolicyPlanner(policy, sampling, EagerSampling(compiled, sampling, precision, few_rows=False))
 
@@ -108,7 +110,9 @@ def why_not_onnx(policy: DiffusionPolicy, sampling: SampleConfig) -> str | None:
     return None
 
 
-def make_onnx_planner(policy: DiffusionPolicy, sampling: SampleConfig, rows: int) -> exported.OnnxPlanner:
+def make_onnx_planner(
+    policy: DiffusionPolicy, sampling: SampleConfig, rows: int, samples: int = 1
+) -> exported.OnnxPlanner:
     """A planner by onnxruntime for calls of so many rows; its graph is taken from the cache folder, or put there.
     Raises ConfigError where there can be none."""
     reason = why_not_onnx(policy, sampling)
@@ -116,15 +120,15 @@ def make_onnx_planner(policy: DiffusionPolicy, sampling: SampleConfig, rows: int
         raise ConfigError(reason)
     from diffusion_policy.serving.export import Exporting, export, make_export
 
-    folder = _graph_folder(policy, sampling, rows)
+    folder, exporting = _graph_folder(policy, sampling, rows, samples), Exporting(rows, samples)
     with contextlib.suppress(exported.ExportedError, OSError):
         return exported.load(folder, torch.get_num_threads()).planner
     shutil.rmtree(folder, ignore_errors=True)  # what is damaged
     with contextlib.suppress(OSError, FileError):
-        export(policy, folder, sampling, Exporting(batch=rows))
+        export(policy, folder, sampling, exporting)
         _forget_oldest(folder.parent)
         return exported.load(folder, torch.get_num_threads()).planner
-    config, contents = make_export(policy, sampling, Exporting(batch=rows))
+    config, contents = make_export(policy, sampling, exporting)
     return exported.OnnxPlanner(config, list(contents.values()), torch.get_num_threads())
 
 
@@ -146,9 +150,9 @@ def _name_case(policy: DiffusionPolicy, sampling: SampleConfig, rows: int) -> st
     return hashlib.sha256(json.dumps(case, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _graph_folder(policy: DiffusionPolicy, sampling: SampleConfig, rows: int) -> Path:
+def _graph_folder(policy: DiffusionPolicy, sampling: SampleConfig, rows: int, samples: int = 1) -> Path:
     """Where the graph of this policy, with its weights as they are, is kept."""
-    digest = hashlib.sha256(f"{_name_case(policy, sampling, rows)} {exported.VERSION}".encode())
+    digest = hashlib.sha256(f"{_name_case(policy, sampling, rows)} {samples} {exported.VERSION}".encode())
     for name, tensor in sorted(policy.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
