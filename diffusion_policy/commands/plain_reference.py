@@ -19,7 +19,9 @@ KINDS: dict[str, Any] = {"noise": "epsilon", "sample": "sample", "velocity": "v_
 class Scheduler(Protocol):
     """What takes a denoising step."""
 
-    def step(self, model_output: Tensor, timestep: int, sample: Tensor) -> Any:
+    def step(
+        self, model_output: Tensor, timestep: int, sample: Tensor, *, use_clipped_model_output: bool = False
+    ) -> Any:
         """A result with `prev_sample`."""
         ...
 
@@ -42,7 +44,7 @@ class PlainSampling:
         cond = repeat(policy.encode(observations), "b c -> (b n) c", n=noise.shape[1])
         for level in self._levels:
             output = policy.network(xt, torch.full((len(xt),), level, device=xt.device), cond)
-            xt = self._scheduler.step(output, level, xt).prev_sample
+            xt = self._scheduler.step(output, level, xt, use_clipped_model_output=True).prev_sample
         return policy.unnormalize(xt, noise.shape[1])
 
 

@@ -6,7 +6,6 @@ Limits are measured on the spot: `bandwidth` by a product of a large matrix with
 
 import itertools
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from diffusion_policy.control.controller import Controller
 from diffusion_policy.control.planner import Planner
 from diffusion_policy.control.policy_planner import PolicyPlanner
 from diffusion_policy.datasets.windows import Windows
+from diffusion_policy.envs.quiet import silence
 from diffusion_policy.evaluation.rollout import planning_batch, rollout
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.serving.backends import make_planner
@@ -289,10 +289,9 @@ def measure_rollouts(
 
 def profile(call: Callable[[], Any], repeats: int = 3, count: int = 12) -> list[dict[str, Any]]:
     """The operators that a call spends most time in, with their share and their number."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it remarks on its own start and end
     call()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as profiler:
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with silence(), torch.profiler.profile(activities=[cpu]) as profiler:  # it prints that it starts and ends
         for _ in range(repeats):
             call()
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
