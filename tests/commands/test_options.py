@@ -11,10 +11,12 @@ import pytest
 import tyro
 
 from diffusion_policy.cli import VERBS, main
+from diffusion_policy.commands import evaluate
 from diffusion_policy.commands.options.flags import list_flags
 from diffusion_policy.config import PolicyConfig, SampleConfig, SuccessAndModes, TrainConfig, UnetConfig
 
 SMALL = "--widths 16 32 --groups 4 --level-dim 16 --noise-levels 20 --steps 4 --batch-size 32 --device cpu"
+BRIEF = '{"rows":1,"max_episode_steps":20}'
 SESSION = f"""
 collect --output a.zarr --env diffusion_policy/Avoid-v0 --env-kwargs '{{"rows":1}}' --episodes 6 --seed 50 --noise \
     0.2 --workers 1 --no-sync
@@ -35,7 +37,7 @@ dataset repair d.zarr
 dataset convert d.zarr d.archive --output-format npz --observation desired_xy --action action --angles desired_xy:0
 dataset convert d.archive e.zarr --source-format npz
 train --dataset a.zarr --output r {SMALL} --observation desired_xy actual_xy --action action --angles \
-    desired_xy:0 --tracker tensorboard --env diffusion_policy/Avoid-v0 --env-kwargs '{{"rows":1}}' \
+    desired_xy:0 --tracker tensorboard --env diffusion_policy/Avoid-v0 --env-kwargs '{BRIEF}' \
     --observation-horizon 3 --prediction-horizon 8 --action-horizon 4 --kernel-size 3 --schedule linear \
     --schedule-options 0.001 0.3 --prediction velocity --snr-gamma 5 --learn-variance --condition-dropout 0.2 \
     --normalization moments --condition-on-mode --learning-rate 1e-3 --weight-decay 1e-4 --warmup-steps 1 \
@@ -45,7 +47,7 @@ train --dataset a.zarr --output r {SMALL} --observation desired_xy actual_xy --a
 train --resume r
 train --config r/best/config.json --dataset a.zarr --output s --steps 2 --rollout-every 0 --device cpu
 evaluate --checkpoint r --output ev --episodes 2 --seed 100500 --repeats 2 --delay-steps 1 --env \
-    diffusion_policy/Avoid-v0 --env-kwargs '{{"rows":1}}' --success none --fresh --sampler dpm-solver-2m \
+    diffusion_policy/Avoid-v0 --env-kwargs '{BRIEF}' --success none --fresh --sampler dpm-solver-2m \
     --sampling-steps 3 --spacing even --clip dynamic --guidance 0.5 --guidance-schedule falling --mode left \
     --corrector-steps 1 --corrector-size 0.02 --parallel 2 --action-horizon 3 --workers 1 --hang-after 30 \
     --videos 1 --device cpu
@@ -54,13 +56,13 @@ evaluate --checkpoint r --output ew --episodes 2 --seed 100500 --repeats 2 --suc
 report ev --output again.html
 compare ev ev --output cmp --json
 rollout --checkpoint r --episodes 1 --seed 100600 --video v.gif --record rec.zarr --env diffusion_policy/Avoid-v0 \
-    --env-kwargs '{{"rows":1}}' --success none --fresh --mode-function {{module}}:label --mode-labels up down \
+    --env-kwargs '{BRIEF}' --success none --fresh --mode-function {{module}}:label --mode-labels up down \
     --sampler unipc --sampling-steps 2 --spacing leading --clip none --guidance 0.5 --guidance-schedule middle \
     --mode right --corrector-steps 1 --corrector-size 0.1 --action-horizon 2 --workers 1 --device cpu
 rollout --checkpoint r --episodes 1 --sampling-steps 2 --eta 0.3 --workers 1
 rollout --checkpoint r --episodes 2 --sampling-steps 2 --env {{module}}:tiny/Window-v0 --render human
 study samplers --checkpoint r --output st --samplers ddim --steps 1 2 --mode left --guidance 0.5 --episodes 1 \
-    --seed 100700 --env diffusion_policy/Avoid-v0 --env-kwargs '{{"rows":1}}' --success none --fresh \
+    --seed 100700 --env diffusion_policy/Avoid-v0 --env-kwargs '{BRIEF}' --success none --fresh \
     --mode-function {{module}}:label --mode-labels up down --action-horizon 2 --workers 1 --device cpu
 doctor --dataset a.zarr --checkpoint r --output doc --overfit-steps 3 --seed 1 --device cpu --sampler euler \
     --sampling-steps 2 --spacing even --clip none --guidance 0.5 --guidance-schedule rising --mode left \
@@ -131,6 +133,7 @@ def test_every_command_of_a_session_finds_what_the_one_before_has_left(
     (tmp_path / f"{module}.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(evaluate, "LATENCY_PLANS", 6)
     for line in lines(session):
         line = [part.replace("{module}", module) for part in line]
         status = main(line)
