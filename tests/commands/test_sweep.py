@@ -23,15 +23,15 @@ from diffusion_policy.commands.trials import CURVE, Trial, describe_trial, open_
 from diffusion_policy.commands.trials_table import OTHER_LOSS
 from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, flat_options, with_options
 
-TINY = with_options(PolicyConfig(), widths=(16, 32), level_dim=32, noise_levels=20)
+TINY = with_options(PolicyConfig(), widths=(16, 32), level_dim=32, noise_levels=4)
 TRAINING = TrainConfig(steps=4, batch_size=16, validate_every=2, validation_share=0.2)
-GRID = ("learning-rate=1e-3,1e30", "widths=16:32,32:32")
-"""The second learning rate ends in numbers that are not finite."""
+GRID = ("learning-rate=1e-3,2e-3,1e30", "widths=16:32")
+"""The last learning rate ends in numbers that are not finite."""
 
 
 @pytest.fixture(scope="module")
 def finished(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Sweep, dict[str, Any]]:
-    """A 2 x 2 grid, half of which fails; what run returned."""
+    """A 3 x 1 grid, the last of which fails; what run returned."""
     output = tmp_path_factory.mktemp("sweeps") / "grid"
     asked = Sweep(str(demonstrations), output, GRID, episodes=0, device="cpu", policy=TINY, training=TRAINING)
     return asked, asked.run()
@@ -40,7 +40,7 @@ def finished(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_every_point_of_the_grid_is_a_trial(finished: tuple[Sweep, dict[str, Any]]) -> None:
     asked, results = finished
     assert [row["options"] for row in results["trials"]] == [
-        {"learning_rate": rate, "widths": widths} for rate in (1e-3, 1e30) for widths in ([16, 32], [32, 32])
+        {"learning_rate": rate, "widths": [16, 32]} for rate in (1e-3, 2e-3, 1e30)
     ]
     assert json.loads((asked.output / "sweep.json").read_text()) == json.loads(json.dumps(results))
     for row in results["trials"][:2]:
@@ -52,7 +52,7 @@ def test_every_point_of_the_grid_is_a_trial(finished: tuple[Sweep, dict[str, Any
 
 def test_a_failed_trial_is_told_in_one_line_and_ends_no_other(finished: tuple[Sweep, dict[str, Any]]) -> None:
     asked, results = finished
-    assert [row["status"] for row in results["trials"]] == ["finished", "finished", "failed", "failed"]
+    assert [row["status"] for row in results["trials"]] == ["finished", "finished", "failed"]
     assert "loss" in results["trials"][2]["reason"]
     assert "\n" not in results["trials"][2]["reason"]
     assert "Traceback" in (asked.output / "trial-002.log").read_text()
@@ -77,7 +77,7 @@ def test_the_page_shows_every_trial(finished: tuple[Sweep, dict[str, Any]]) -> N
     body = page[page.index("<tbody>") : page.index("</tbody>")]
     for row in results["trials"]:
         assert body.count(f">{row['name']}</td>") == 1
-    assert body.count("failed") == 2
+    assert body.count("failed") == 1
     assert 'class="best"' in body
     assert "data:image/png;base64," in page
     assert "http:" not in page  # it loads nothing
@@ -89,14 +89,14 @@ def test_finished_trials_are_not_run_again(finished: tuple[Sweep, dict[str, Any]
     output = tmp_path / "copy"
     shutil.copytree(asked.output, output)
     shutil.rmtree(output / "trial-001")
-    resumed = replace(asked, output=output, grid=("learning-rate=1e-3,1e30", "widths=16:32,32:32"), resume=True)
+    resumed = replace(asked, output=output, resume=True)
     ran: list[str] = []
     again = spy(resumed, lambda trial: ran.append(trial.name))
-    assert ran == ["trial-001", "trial-002", "trial-003"]
+    assert ran == ["trial-001", "trial-002"]
     for name in ("status", "options", "validation_loss"):
         assert again["trials"][0][name] == results["trials"][0][name]
     with pytest.raises(ConfigError, match="cannot go on as another sweep: trial-001 was another"):
-        replace(resumed, grid=("learning-rate=1e-3,1e30", "widths=16:32,16:16")).run()
+        replace(resumed, grid=("learning-rate=1e-3,3e-3,1e30", "widths=16:32")).run()
     with pytest.raises(ConfigError, match="already holds something"):
         replace(resumed, resume=False).run()
     with pytest.raises(ConfigError, match="holds no sweep to go on with"):
