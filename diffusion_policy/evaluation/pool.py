@@ -89,12 +89,23 @@ class _ThisProcess:
         self._host.close()
 
 
+class Request:
+    """What was asked of several slots, and what they have answered so far."""
+
+    def __init__(self, workers: set[int]) -> None:
+        self.waiting = workers
+        """The workers that have yet to answer."""
+        self.results: dict[int, Any] = {}
+        self.seconds = 0.0
+        """Of the worker that took longest."""
+
+
 class EnvironmentPool:
     """Environments in numbered slots; one local worker is this process, where a crash or a hang cannot be survived.
 
     Results depend neither on the number of workers, nor on which slots each of them has, nor on the engine. While
-    workers do what `begin_reset` and `begin_step` ask, one after another, this process is free; `collect` waits for the
-    answers.
+    workers do what `begin_reset` and `begin_step` ask, one after another, this process is free. Several threads may
+    ask; one, always the same, collects the answers.
     """
 
     def __init__(
@@ -119,8 +130,11 @@ class EnvironmentPool:
         self._engine: Engine = engine
         self._adjacent = adjacent
         self._slots: set[int] = set()
-        self._requests: deque[set[int]] = deque()
-        """The workers that have yet to answer, for each request that was not collected, oldest first."""
+        self._fallen: set[int] = set()
+        """Slots whose worker has failed since they were reset."""
+        self._asked: list[deque[Request]] = [deque() for _ in range(workers)]
+        """What each worker has yet to answer, in the order in which it was asked."""
+        self._asking = threading.Lock()
         self.seconds_asked = 0.0
         """Time spent asking, and waiting for answers."""
         self.seconds_worked = 0.0
@@ -143,42 +157,45 @@ class EnvironmentPool:
 
     def reset(self, seeds: Mapping[int, int]) -> dict[int, dict[str, np.ndarray] | EnvFailure]:
         """Begin an episode in each slot named, with its seed; returns the first observations. Slots that were not named
-        but fell with their worker are added. Nothing else may wait to be collected."""
-        self.begin_reset(seeds)
-        return self.collect()
+        but fell with their worker are added."""
+        return self.collect(self.begin_reset(seeds))
 
     def step(self, actions: Mapping[int, np.ndarray]) -> dict[int, StepsResult | EnvFailure]:
         """Take a sequence of actions (steps, A) in each slot named, until its episode ends; slots that were not named
-        but fell with their worker are added. Nothing else may wait to be collected. Sequences cost less traffic than
-        single steps, and none waits for the slowest at every step."""
-        self.begin_step(actions)
-        return self.collect()
+        but fell with their worker are added. Sequences cost less traffic than single steps, and none waits for the
+        slowest at every step."""
+        return self.collect(self.begin_step(actions))
 
-    def begin_reset(self, seeds: Mapping[int, int]) -> None:
-        """As `reset`; `collect` returns the observations."""
-        self._slots |= seeds.keys()
-        self._begin("reset", seeds)
+    def begin_reset(self, seeds: Mapping[int, int]) -> Request:
+        """As `reset`; the observations are to be collected."""
+        with self._asking:
+            self._slots |= seeds.keys()
+            self._fallen -= seeds.keys()
+            return self._begin("reset", seeds)
 
-    def begin_step(self, actions: Mapping[int, np.ndarray]) -> None:
-        """As `step`; `collect` returns the results."""
-        self._begin("step", actions)
+    def begin_step(self, actions: Mapping[int, np.ndarray]) -> Request:
+        """As `step`; the results are to be collected. Slots that have fallen are left out."""
+        with self._asking:
+            return self._begin("step", {slot: rows for slot, rows in actions.items() if slot not in self._fallen})
 
-    def collect(self) -> dict[int, Any]:
-        """Wait for what was asked first of what has not been collected. A worker that fails is replaced, and does
-        nothing more of what it was asked: its slots fall now, those of later requests too."""
+    def collect(self, request: Request) -> dict[int, Any]:
+        """Wait for the answers. A worker that fails is replaced, and does nothing more of what it was asked: its slots
+        fall now, those of other requests too."""
         started = time.perf_counter()
-        results: dict[int, Any] = {}
-        longest = 0.0
-        for i in sorted(self._requests.popleft()):
-            answer = self._workers[i].answer(self._hang_after)
+        while request.waiting:
+            index = min(request.waiting)
+            answer = self._workers[index].answer(self._hang_after)
             if isinstance(answer, str):
-                results |= self._replace(i, answer)
+                request.results |= self._replace(index, answer)
             else:
-                results |= answer[0]
-                longest = max(longest, answer[1])
-        self.seconds_asked += time.perf_counter() - started
-        self.seconds_worked += longest
-        return results
+                answered = self._asked[index].popleft()
+                answered.waiting.discard(index)
+                answered.results |= answer[0]
+                answered.seconds = max(answered.seconds, answer[1])
+        with self._asking:
+            self.seconds_asked += time.perf_counter() - started
+            self.seconds_worked += request.seconds
+        return request.results
 
     def close(self) -> None:
         """End the workers."""
@@ -189,27 +206,32 @@ class EnvironmentPool:
                     worker.end(patience=5)
             self._workers = []
 
-    def _begin(self, method: str, arguments: Mapping[int, Any]) -> None:
+    def _begin(self, method: str, arguments: Mapping[int, Any]) -> Request:
         """Send every worker its share."""
         started = time.perf_counter()
         shares: dict[int, dict[int, Any]] = {}
         for slot, argument in arguments.items():
             shares.setdefault(self._worker_of(slot), {})[slot] = argument
-        for i, share in sorted(shares.items()):
-            self._workers[i].send(method, share)
-        self._requests.append(set(shares))
+        request = Request(set(shares))
+        for index, share in sorted(shares.items()):
+            self._workers[index].send(method, share)
+            self._asked[index].append(request)
         self.seconds_asked += time.perf_counter() - started
+        return request
 
     def _replace(self, index: int, reason: str) -> dict[int, EnvFailure]:
         """Put a fresh worker in the place of a failed one; returns the failures of all its slots."""
-        failed = self._workers[index]
-        culprit = failed.culprit
-        failed.end(patience=0)
-        self._workers[index] = self._hire()
-        for request in self._requests:
-            request.discard(index)
-        fallen = [slot for slot in self._slots if self._worker_of(slot) == index]
-        return {slot: EnvFailure(reason, blamed=culprit in (slot, None)) for slot in fallen}
+        with self._asking:
+            failed = self._workers[index]
+            culprit = failed.culprit
+            failed.end(patience=0)
+            self._workers[index] = self._hire()
+            for request in self._asked[index]:
+                request.waiting.discard(index)
+            self._asked[index].clear()
+            fallen = [slot for slot in self._slots if self._worker_of(slot) == index]
+            self._fallen |= set(fallen)
+            return {slot: EnvFailure(reason, blamed=culprit in (slot, None)) for slot in fallen}
 
     def _worker_of(self, slot: int) -> int:
         return slot // self._adjacent % len(self._workers)

@@ -1,37 +1,39 @@
 """Episodes of a controller in many environments at once: environment factory + controller + seeds → list of Episode.
 
-The slots are two fixed groups, which take turns: a group plans while the environments of the other one step. Each slot
-takes the steps of its plan, and one whose episode has ended takes the next seed in its group's turn; so an evaluation
-depends on seeds and slots alone, not on processes or timing. An episode whose environment fails is begun again, once.
+The slots are two fixed groups: one plans while the environments of the other one step. Each slot takes the steps of its
+plan. The groups take turns in which a slot whose episode has ended takes the next seed; so an evaluation depends on
+seeds and slots alone, not on processes, threads or timing. An episode whose environment fails is begun again, once.
 """
 
+import contextlib
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import gymnasium
 import numpy as np
 
-from diffusion_policy.basics.text import one_line
 from diffusion_policy.control.controller import Controller
 from diffusion_policy.evaluation.engines import HANG_AFTER, Engine, available_cores
 from diffusion_policy.evaluation.episode import Episode, FailedEpisode
+from diffusion_policy.evaluation.group import Group, Planned
 from diffusion_policy.evaluation.host import EnvFailure, StepsResult
-from diffusion_policy.evaluation.pool import EnvironmentPool, require_patience
+from diffusion_policy.evaluation.pool import EnvironmentPool, Request, require_patience
 from diffusion_policy.evaluation.recording import ModeOf, Recording
 
 ATTEMPTS = 2
 """How often an episode is begun before it is given up."""
 GROUPS = 2
-"""Groups of slots: while the environments of one step, another plans."""
+"""Groups of slots: while the environments of one step, another is planned for."""
 HOPELESS = 3
 """So many lost episodes before any has finished: the environment cannot be run at all."""
 
 
 class MakeController(Protocol):
-    """What makes the controller of a rollout."""
+    """What makes a controller for each group of environments in a rollout."""
 
     def __call__(self, environments: int, /, *, plan_batch: int) -> Controller: ...
 
@@ -69,18 +71,21 @@ def rollout(
     hang_after: float = HANG_AFTER,
     engine: Engine = "local",
     on_mode_failure: Callable[[FailedEpisode], None] = mode_failure_is_a_warning,
+    planning_threads: int = 1,
 ) -> list[Episode]:
     """`repeats` episodes a seed, which differ in their planning noise, in the order of the seeds.
 
     `make_env` must be picklable for more than one worker and for a cluster; `make_controller(slots, plan_batch=...)`
-    makes the controller, such as partial(Controller, planner); `parallel`: how many environments run at once, half of
-    which plan together; `workers`: processes that simulate, if more than one while this one plans; `on_lost` hears of
-    an episode whose environment raised an error, crashed its worker or did not answer within `hang_after` [s] at each
-    attempt; `on_mode_failure` of one whose mode `mode_of` could not tell, and which counts without. Where an
-    environment limits no episode, it ends after `bounds.MOST_STEPS`. Raises ValueError for arguments that cannot be,
-    RolloutError when no episode can be run.
+    makes a controller, such as partial(Controller, planner); `parallel`: how many environments run at once, in two
+    groups that plan for themselves; `workers`: processes that simulate, if more than one while this one plans;
+    `planning_threads`: 2 where both groups may plan at the same time, and the planner bears calls of two threads;
+    `on_lost` hears of an episode whose environment raised an error, crashed its worker or did not answer within
+    `hang_after` [s] at each attempt; `on_mode_failure` of one whose mode `mode_of` could not tell, and which counts
+    without. Where an environment limits no episode, it ends after `bounds.MOST_STEPS`. Raises ValueError for arguments
+    that cannot be, RolloutError when no episode can be run.
     """
-    for name, value in (("parallel", parallel), ("workers", workers), ("repeats", repeats)):
+    counts = {"parallel": parallel, "workers": workers, "repeats": repeats, "planning_threads": planning_threads}
+    for name, value in counts.items():
         _require_whole(name, value, 1)
     _require_seeds(seeds)
     require_patience(hang_after)
@@ -88,14 +93,21 @@ def rollout(
         raise ValueError(f"mode_of must be a function of an episode's observations; got {mode_of!r:.60}")
     names = list(itertools.product(seeds, range(repeats)))
     slots = min(parallel, len(names))
-    controller = make_controller(slots, plan_batch=planning_batch(parallel))
-    hearers = _Hearers(on_episode, on_lost, on_mode_failure)
+    groups = [
+        Group(part.tolist(), make_controller(len(part), plan_batch=planning_batch(parallel)))
+        for part in np.array_split(np.arange(slots), min(slots, GROUPS))
+    ]
     workers = min(workers, slots)
     adjacent = _adjacent(slots, workers, engine)
-    with EnvironmentPool(make_env, workers, hang_after, engine, adjacent=adjacent) as pool:
-        scheduler = _EpisodeScheduler(names, controller, pool, slots, mode_of, hearers)
+    with (
+        EnvironmentPool(make_env, workers, hang_after, engine, adjacent=adjacent) as pool,
+        _planning(planning_threads, in_this_process=workers == 1 and engine == "local") as planning,
+    ):
+        hearers = _Hearers(on_episode, on_lost, on_mode_failure)
+        scheduler = _EpisodeScheduler(names, groups, pool, planning, mode_of, hearers)
         while scheduler.running or scheduler.waiting:
-            scheduler.take_turns()
+            for group in groups:
+                scheduler.take_turn(group)
     return [scheduler.finished[name] for name in names if name in scheduler.finished]
 
 
@@ -127,6 +139,32 @@ class _Hearers(NamedTuple):
     on_mode_failure: Callable[[FailedEpisode], None]
 
 
+class _AtOnce(Executor):
+    """Calls in this thread: an environment of this process may be bound to it."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+@contextlib.contextmanager
+def _planning(threads: int, *, in_this_process: bool) -> Iterator[Executor]:
+    """Where plans are made; `in_this_process`: whether environments run here."""
+    executor = _AtOnce() if in_this_process else ThreadPoolExecutor(min(threads, GROUPS), "planning")
+    try:
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+class _Turn(NamedTuple):
+    """What a group's latest turn has begun."""
+
+    reset: Request | None = None
+    steps: Future[tuple[dict[int, Planned], Request]] | None = None
+
+
 class _EpisodeScheduler:
     """Which slot runs which episode, what is waiting for a slot, and what has come of the others. An episode's name is
     (seed, repeat)."""
@@ -134,85 +172,75 @@ class _EpisodeScheduler:
     def __init__(
         self,
         names: Sequence[tuple[int, int]],
-        controller: Controller,
+        groups: Sequence[Group],
         pool: EnvironmentPool,
-        slots: int,
+        planning: Executor,
         mode_of: ModeOf,
         hearers: _Hearers,
     ) -> None:
         self.waiting = list(reversed(names))
         self.running: dict[int, Recording] = {}
         self.finished: dict[tuple[int, int], Episode] = {}
-        self._controller = controller
-        self._pool = pool
-        self._slots = slots
-        self._groups = np.array_split(np.arange(slots), GROUPS)
-        self._asked = [0] * GROUPS  # requests to the pool in a group's latest turn
-        self._mode_of = mode_of
-        self._hearers = hearers
+        self._turns = dict.fromkeys(groups, _Turn())
+        self._pool, self._planning = pool, planning
+        self._mode_of, self._hearers = mode_of, hearers
         self._failures: Counter[tuple[int, int]] = Counter()
         self._lost = 0
-        self._latest: dict[str, np.ndarray] = {}
 
-    def take_turns(self) -> None:
-        """Let each group see what its environments have done since its latest turn, and ask them for more; they do it
-        during the turn of the other group."""
-        for group, slots in enumerate(self._groups):
-            going_on: dict[int, StepsResult] = {}
-            for _ in range(self._asked[group]):
-                for slot, answer in sorted(self._pool.collect().items()):
-                    if self._hear(slot, answer):
-                        going_on[slot] = answer
-            if going_on:
-                self._look_on(going_on)
-            self._asked[group] = self._begin_episodes(slots.tolist()) + self._take_steps(slots.tolist())
+    def take_turn(self, group: Group) -> None:
+        """See what a group's environments have done since its latest turn, and begin more of it; it goes on during the
+        turn of the other group."""
+        reset, steps = self._turns[group]
+        planned, taken = steps.result() if steps else ({}, None)
+        for slot in planned.keys() & self.running.keys():
+            self.running[slot].ask(*planned[slot])
+        for request in (reset, taken):
+            if request:
+                self._hear(group, self._pool.collect(request))
+        reset = self._begin_episodes(group)  # they plan in the next turn
+        ready = [slot for slot in group.slots if slot in self.running and self.running[slot].observations]
+        steps = self._planning.submit(_plan_and_step, group, ready, self._pool) if ready else None
+        self._turns[group] = _Turn(reset, steps)
 
-    def _begin_episodes(self, group: Sequence[int]) -> int:
-        """Fill the free slots of a group; they plan in its next turn. Returns the number of requests to the pool."""
-        free = [slot for slot in group if slot not in self.running]
+    def _begin_episodes(self, group: Group) -> Request | None:
+        """Fill the free slots of a group."""
+        free = [slot for slot in group.slots if slot not in self.running]
         begun = {slot: self.waiting.pop() for slot in free[: len(self.waiting)]}
         if not begun:
-            return 0
-        self._pool.begin_reset({slot: seed for slot, (seed, _) in begun.items()})
-        self._controller.reset(_mask(begun, self._slots), list(begun.values()))
+            return None
+        group.begin(begun)
         self.running |= {slot: Recording(*name) for slot, name in begun.items()}
-        return 1
+        return self._pool.begin_reset({slot: seed for slot, (seed, _) in begun.items()})
 
-    def _take_steps(self, group: Sequence[int]) -> int:
-        """Plan in the slots of a group that run an episode, and have the steps of those plans taken. Returns the number
-        of requests to the pool."""
-        ready = [slot for slot in group if slot in self.running and self.running[slot].observations]
-        if not ready:
-            return 0
-        actions = self._controller.act_until_next_plan(self._latest, _mask(ready, self._slots))
-        for slot in ready:
-            self.running[slot].ask(self._controller.planned[slot], actions[slot])
-        self._pool.begin_step({slot: actions[slot] for slot in ready})
-        return 1
+    def _hear(self, group: Group, answers: Mapping[int, Any]) -> None:
+        """Note what came of resets or steps, and of slots of either group whose worker fell."""
+        going_on: dict[int, StepsResult] = {}
+        for slot, answer in sorted(answers.items()):
+            if slot not in self.running:
+                continue  # its worker fell after its episode had ended
+            recording = self.running[slot]
+            if isinstance(answer, dict):
+                recording.begin(answer)
+                answer = group.refuse(recording.observations[0]) or answer
+            elif isinstance(answer, StepsResult) and not answer.ended:
+                answer = group.refuse(answer.observations) or answer
+            if isinstance(answer, EnvFailure):
+                del self.running[slot]
+                self._try_again(recording.name, answer)
+            elif isinstance(answer, dict):
+                group.look(slot, answer)
+            else:
+                recording.add(answer)
+                if answer.ended:
+                    self._finish(slot)
+                else:
+                    going_on[slot] = answer
+        group.look_on(going_on)
 
-    def _hear(self, slot: int, answer: dict[str, np.ndarray] | StepsResult | EnvFailure) -> bool:
-        """Note what came of a slot's reset or steps; returns whether it has taken steps and goes on."""
-        if slot not in self.running:
-            return False  # its worker fell after its episode had ended
-        recording = self.running[slot]
-        if isinstance(answer, dict):
-            recording.begin(answer)
-            answer = self._refuse(recording.observations[0]) or answer
-        elif isinstance(answer, StepsResult) and not answer.ended:
-            answer = self._refuse(answer.observations) or answer
-        if isinstance(answer, EnvFailure):
-            del self.running[slot]
-            self._try_again(recording.name, answer)
-            return False
-        if isinstance(answer, dict):
-            self._look(slot, answer)
-            return False
-        recording.add(answer)
-        if answer.ended:
-            del self.running[slot]
-            self.finished[recording.name] = recording.finish(self._mode_of, self._hearers.on_mode_failure)
-            self._hearers.on_episode(self.finished[recording.name])
-        return not answer.ended
+    def _finish(self, slot: int) -> None:
+        recording = self.running.pop(slot)
+        self.finished[recording.name] = recording.finish(self._mode_of, self._hearers.on_mode_failure)
+        self._hearers.on_episode(self.finished[recording.name])
 
     def _try_again(self, name: tuple[int, int], failure: EnvFailure) -> None:
         """Begin an episode again later, or count it as lost."""
@@ -227,35 +255,8 @@ class _EpisodeScheduler:
         if self._lost >= HOPELESS and not self.finished:
             raise RolloutError(f"the first {self._lost} episodes failed {ATTEMPTS} times each: {failure.reason}")
 
-    def _look_on(self, results: Mapping[int, StepsResult]) -> None:
-        """Show the controller what these slots observed since it planned, but the last: that it is given to plan."""
-        mask = _mask(results, self._slots)
-        for step in range(self._controller.action_horizon):
-            if step:
-                self._controller.observe(self._latest, mask)
-            for slot, steps in results.items():
-                self._look(slot, {key: rows[step] for key, rows in steps.observations.items()})
 
-    def _look(self, slot: int, observation: Mapping[str, np.ndarray]) -> None:
-        """Put what the controller reads of one slot's observation into its arrays (slots, ...)."""
-        for key in self._controller.observation_shapes:
-            value = observation[key]
-            rows = self._latest.setdefault(key, np.zeros((self._slots, *value.shape)))
-            rows[slot] = value
-
-    def _refuse(self, observations: Mapping[str, np.ndarray]) -> EnvFailure | None:
-        """Why nothing can be planned for observations {key: (steps, ...)}."""
-        for key, shape in self._controller.observation_shapes.items():
-            rows = observations.get(key)
-            if rows is None or rows.shape[1:] != shape:
-                given = ", ".join(f"{name} {rows.shape[1:]}" for name, rows in observations.items()) or "nothing"
-                needed = f"the policy observes {key} {shape}; the environment gives {given}"
-                return EnvFailure(one_line(needed), blamed=True, hopeless=True)
-            if not np.isfinite(rows).all():
-                return EnvFailure(f"the environment observes NaN or infinity in {key}", blamed=True)
-        return None
-
-
-def _mask(chosen: Iterable[int], slots: int) -> np.ndarray:
-    """Whether each slot is chosen, (slots,) bool."""
-    return np.isin(np.arange(slots), list(chosen))
+def _plan_and_step(group: Group, slots: Sequence[int], pool: EnvironmentPool) -> tuple[dict[int, Planned], Request]:
+    """Plan in these slots, and have the steps of those plans taken."""
+    planned = group.plan(slots)
+    return planned, pool.begin_step({slot: one.actions for slot, one in planned.items()})

@@ -84,11 +84,23 @@ class Mixing(Planner):
 
 
 def roll_out(
-    planner: Planner, make_env: partial, seeds: Sequence[int] = SEEDS, parallel: int = 5, workers: int = 1
+    planner: Planner,
+    make_env: partial,
+    seeds: Sequence[int] = SEEDS,
+    parallel: int = 5,
+    workers: int = 1,
+    threads: int = 1,
 ) -> tuple[list[Episode], list[FailedEpisode]]:
     lost: list[FailedEpisode] = []
     episodes = rollout(
-        make_env, partial(Controller, planner), seeds, lambda _: None, parallel, workers=workers, on_lost=lost.append
+        make_env,
+        partial(Controller, planner),
+        seeds,
+        lambda _: None,
+        parallel,
+        workers=workers,
+        planning_threads=threads,
+        on_lost=lost.append,
     )
     return episodes, lost
 
@@ -104,9 +116,9 @@ def require_same(these: Sequence[Episode], those: Sequence[Episode]) -> None:
         np.testing.assert_array_equal([plan.actions for plan in a.plans], [plan.actions for plan in b.plans])
 
 
-@pytest.mark.parametrize(("workers", "cores"), [(2, 2), (2, 8), (3, 2)])
-def test_neither_workers_nor_their_times_change_a_bit(
-    workers: int, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("workers", "threads", "cores"), [(2, 1, 2), (2, 2, 8), (3, 2, 2)])
+def test_neither_workers_nor_threads_nor_their_times_change_a_bit(
+    workers: int, threads: int, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not even with errors, and if every plan depends on which others are made with it."""
     monkeypatch.setattr(rollouts, "available_cores", lambda: cores)
@@ -116,20 +128,22 @@ def test_neither_workers_nor_their_times_change_a_bit(
     episodes, lost = roll_out(Mixing(), partial(Walk, alone, FAILURES))
     assert [one.seed for one in episodes] == [seed for seed in SEEDS if seed != 5]
     assert [(one.seed, "lost its balance" in one.reason) for one in lost] == [(5, True)]
-    others, lost_too = roll_out(Mixing(), partial(Walk, beside, FAILURES, slowest=0.004), workers=workers)
+    others, lost_too = roll_out(
+        Mixing(), partial(Walk, beside, FAILURES, slowest=0.004), workers=workers, threads=threads
+    )
     require_same(episodes, others)
     assert lost_too == lost
 
 
-@pytest.mark.parametrize("cores", [2, 8])
+@pytest.mark.parametrize(("threads", "cores"), [(1, 8), (2, 2), (2, 8)])
 def test_a_crash_changes_nothing_where_a_plan_depends_on_its_own_episode_alone(
-    cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    threads: int, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though it takes slots of both groups along, some planned for and some in the middle of their steps."""
     monkeypatch.setattr(rollouts, "available_cores", lambda: cores)
     whole, _ = roll_out(Planner(), partial(Walk, tmp_path, {}))
     failures = {0: ("dies", 1), 4: ("raises", 1), 6: ("dies", 1), 9: ("dies", 2)}
-    episodes, lost = roll_out(Planner(), partial(Walk, tmp_path, failures), workers=2)
+    episodes, lost = roll_out(Planner(), partial(Walk, tmp_path, failures), workers=2, threads=threads)
     assert [(one.seed, one.reason) for one in lost] == [(9, "its worker process died (exit status -9)")]
     require_same(episodes, [one for one in whole if one.seed != 9])
 
@@ -222,17 +236,18 @@ def counts(answers: Mapping[int, dict[str, np.ndarray] | StepsResult | EnvFailur
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_requests_are_answered_in_turn_however_large_they_are(workers: int) -> None:
-    """Neither side waits for the other to read, though no pipe holds what is on its way."""
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4, 5), (5, 4, 3, 2, 1, 0)])
+def test_requests_are_answered_in_turn_however_large_they_are(workers: int, order: tuple[int, ...]) -> None:
+    """Neither side waits for the other to read, though no pipe holds what is on its way; and any may be collected
+    first."""
     actions = np.ones((1, 2**18))
     with EnvironmentPool(Large, workers) as pool:
-        pool.begin_reset({0: 0, 1: 1})
-        pool.begin_reset({2: 2, 3: 3})
+        requests = [pool.begin_reset({0: 0, 1: 1}), pool.begin_reset({2: 2, 3: 3})]
         for _ in range(2):
-            pool.begin_step(dict.fromkeys([0, 1], actions))
-            pool.begin_step(dict.fromkeys([2, 3], actions))
-        answers = [counts(pool.collect()) for _ in range(6)]
-    assert answers == [{0: 0, 1: 1}, {2: 2, 3: 3}, {0: 1, 1: 2}, {2: 3, 3: 4}, {0: 2, 1: 3}, {2: 4, 3: 5}]
+            requests += [pool.begin_step(dict.fromkeys(slots, actions)) for slots in ([0, 1], [2, 3])]
+        answers = {i: counts(pool.collect(requests[i])) for i in order}
+    expected = [{0: 0, 1: 1}, {2: 2, 3: 3}, {0: 1, 1: 2}, {2: 3, 3: 4}, {0: 2, 1: 3}, {2: 4, 3: 5}]
+    assert [answers[i] for i in range(6)] == expected
 
 
 @pytest.mark.parametrize(("adjacent", "fallen"), [(1, {0, 2}), (2, {0, 1})])
@@ -240,14 +255,15 @@ def test_a_crash_ends_what_its_worker_was_asked_and_nothing_else(adjacent: int, 
     actions = np.ones((1, 2**18))
     with EnvironmentPool(Large, 2, adjacent=adjacent) as pool:
         pool.reset({0: 5, 1: 1, 2: 2, 3: 3})
-        pool.begin_step(dict.fromkeys([0, 1], actions))
-        pool.begin_step(dict.fromkeys([2, 3], actions))
-        first, second = counts(pool.collect()), counts(pool.collect())
+        first, second = (pool.begin_step(dict.fromkeys(slots, actions)) for slots in ([0, 1], [2, 3]))
         died = "its worker process died (exit status 3)"
-        assert first == {0: f"blamed: {died}", **dict.fromkeys(fallen - {0}, f"taken along: {died}")} | (
-            {} if 1 in fallen else {1: 2}
-        )
-        assert second == {slot: slot + 1 for slot in {2, 3} - fallen}
+        assert counts(pool.collect(first)) == {
+            0: f"blamed: {died}",
+            **({} if 1 in fallen else {1: 2}),
+            **dict.fromkeys(sorted(fallen - {0}), f"taken along: {died}"),
+        }
+        assert counts(pool.collect(second)) == {slot: slot + 1 for slot in {2, 3} - fallen}
+        assert counts(pool.step(dict.fromkeys(fallen, actions))) == {}  # before they are reset
         assert counts(pool.reset(dict.fromkeys(fallen, 0))) == dict.fromkeys(sorted(fallen), 0)
         everything = counts(pool.step(dict.fromkeys(range(4), actions)))
         assert everything == {slot: 1 if slot in fallen else {1: 3, 2: 4, 3: 5}[slot] for slot in range(4)}

@@ -1,0 +1,75 @@
+"""Slots whose episodes are planned for together: a controller, and what it is shown of their environments.
+
+Knows which slots these are. Knows neither processes nor seeds.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from diffusion_policy.basics.text import one_line
+from diffusion_policy.control.controller import Controller
+from diffusion_policy.evaluation.host import EnvFailure, StepsResult
+
+
+class Planned(NamedTuple):
+    """A plan, and the steps of it that are to be taken now."""
+
+    plan: np.ndarray
+    """(T - To + 1, A)"""
+    actions: np.ndarray
+    """(Ta, A)"""
+
+
+class Group:
+    """Successive slots and their controller."""
+
+    def __init__(self, slots: Sequence[int], controller: Controller) -> None:
+        self.slots = slots
+        self._controller = controller
+        self._latest: dict[str, np.ndarray] = {}  # (slots, ...) of each key that the controller reads
+
+    def begin(self, episodes: Mapping[int, tuple[int, int]]) -> None:
+        """Begin episodes (seed, repeat) in these slots."""
+        self._controller.reset(self._mask(episodes), list(episodes.values()))
+
+    def plan(self, slots: Sequence[int]) -> dict[int, Planned]:
+        """Plan in these slots for what was looked at last."""
+        actions = self._controller.act_until_next_plan(self._latest, self._mask(slots))
+        return {slot: Planned(self._controller.planned[self._row(slot)], actions[self._row(slot)]) for slot in slots}
+
+    def look(self, slot: int, observation: Mapping[str, np.ndarray]) -> None:
+        """Keep what the controller reads of one slot's observation."""
+        for key in self._controller.observation_shapes:
+            value = observation[key]
+            rows = self._latest.setdefault(key, np.zeros((len(self.slots), *value.shape)))
+            rows[self._row(slot)] = value
+
+    def look_on(self, results: Mapping[int, StepsResult]) -> None:
+        """Show the controller what these slots observed since it planned, but the last: that it is given to plan."""
+        mask = self._mask(results)
+        for step in range(self._controller.action_horizon if results else 0):
+            if step:
+                self._controller.observe(self._latest, mask)
+            for slot, steps in results.items():
+                self.look(slot, {key: rows[step] for key, rows in steps.observations.items()})
+
+    def refuse(self, observations: Mapping[str, np.ndarray]) -> EnvFailure | None:
+        """Why nothing can be planned for observations {key: (steps, ...)}."""
+        for key, shape in self._controller.observation_shapes.items():
+            rows = observations.get(key)
+            if rows is None or rows.shape[1:] != shape:
+                given = ", ".join(f"{name} {rows.shape[1:]}" for name, rows in observations.items()) or "nothing"
+                needed = f"the policy observes {key} {shape}; the environment gives {given}"
+                return EnvFailure(one_line(needed), blamed=True, hopeless=True)
+            if not np.isfinite(rows).all():
+                return EnvFailure(f"the environment observes NaN or infinity in {key}", blamed=True)
+        return None
+
+    def _row(self, slot: int) -> int:
+        return slot - self.slots[0]
+
+    def _mask(self, chosen: Iterable[int]) -> np.ndarray:
+        """Whether each slot is chosen, (slots,) bool."""
+        return np.isin(np.arange(len(self.slots)), [self._row(slot) for slot in chosen])
