@@ -66,7 +66,8 @@ def make_form(kind: type, defaults: object = None) -> type:
     members = groups.pop("")
     for title, flags in groups.items():
         group = make_dataclass(f"{kind.__name__}_{title}", flags, kw_only=True, namespace={"__doc__": ""})
-        members.append((title, tyro.conf.OmitArgPrefixes[group]))  # pyright: ignore[reportArgumentType]
+        without_help = field(metadata={"help": ""})  # where there is none, tyro reads source files to find some
+        members.append((title, tyro.conf.OmitArgPrefixes[group], without_help))  # pyright: ignore[reportArgumentType]
     return make_dataclass(
         kind.__name__, members, kw_only=True, namespace={"__doc__": inspect.cleandoc(kind.__doc__ or "")}
     )
