@@ -1,6 +1,6 @@
 """Raw numbers ↔ numbers of about one that the network sees; travels inside the checkpoint as buffers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -133,8 +133,8 @@ class Normalizer(nn.Module):
         offset, scale = self._numbers(key)
         x = x.to(offset)
         if key in self._angles:
-            angles = x[..., list(self._angles[key])]
-            x = torch.cat([x[..., list(self._others[key])], torch.cos(angles), torch.sin(angles)], dim=-1)
+            angles = _take(x, self._angles[key])
+            x = torch.cat([_take(x, self._others[key]), torch.cos(angles), torch.sin(angles)], dim=-1)
         return ((x - offset) / scale.where(scale > 0, torch.inf)).float()
 
     def unnormalize(self, key: str, x: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class Normalizer(nn.Module):
         others, cosines, sines = x.split([x.shape[-1] - 2 * count, count, count], dim=-1)
         order = np.argsort([*self._others[key], *self._angles[key]]).tolist()
         angles = torch.atan2(sines.float(), cosines.float()).to(x)  # in the network's precision, as runtimes have it
-        return torch.cat([others, angles], dim=-1)[..., order]
+        return _take(torch.cat([others, angles], dim=-1), order)
 
     def _numbers(self, key: str) -> tuple[Tensor, Tensor]:
         """Offset and scale."""
@@ -165,6 +165,18 @@ class Normalizer(nn.Module):
         if self.precision != torch.float64:
             for name in self._buffers:
                 destination[prefix + name] = destination[prefix + name].cpu().double()
+
+
+def _take(x: Tensor, columns: Sequence[int]) -> Tensor:
+    """These columns of (..., columns), cut out where they stand: a list of them would be sent to the device, which
+    waits for it, and is not allowed while a CUDA graph is captured."""
+    runs: list[list[int]] = []
+    for column in columns:
+        if runs and column == runs[-1][-1] + 1:
+            runs[-1].append(column)
+        else:
+            runs.append([column])
+    return torch.cat([x[..., run[0] : run[-1] + 1] for run in runs] or [x[..., :0]], dim=-1)
 
 
 def _buffer(key: str, what: str) -> str:

@@ -1,7 +1,5 @@
 """diffusion-policy export: a policy as ONNX."""
 
-import importlib.util
-
 import torch
 
 from diffusion_policy.checkpoints import checkpoint
@@ -11,9 +9,8 @@ from diffusion_policy.commands.terminal import console, out
 from diffusion_policy.config import ConfigError
 from diffusion_policy.control.latency import check_latency
 from diffusion_policy.serving import exported
-from diffusion_policy.serving.exported import PLAN, PlanConfig
-
-NEEDED = ("onnx", "onnxruntime", "onnxscript")
+from diffusion_policy.serving.backends import EXTRA, list_missing
+from diffusion_policy.serving.plan_folder import PLAN, PlanConfig
 
 
 def run(options: Export) -> PlanConfig:
@@ -52,6 +49,6 @@ def write(options: Export, loaded: Checkpoint) -> PlanConfig:
 
 def require_exporter() -> None:
     """Raise ConfigError where what exports is not installed."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    missing = list_missing()
     if missing:
-        raise ConfigError(f"this needs {', '.join(missing)}: pip install 'diffusion-policy-toolkit[onnx]'")
+        raise ConfigError(f"this needs {', '.join(missing)}: pip install {EXTRA}")

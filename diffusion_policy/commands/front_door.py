@@ -23,7 +23,7 @@ from diffusion_policy.control.latency import time_plans
 from diffusion_policy.control.single import SingleController
 from diffusion_policy.policy import DiffusionPolicy, choose_device
 from diffusion_policy.serving.backends import make_planner
-from diffusion_policy.serving.exported import PlanConfig
+from diffusion_policy.serving.plan_folder import PlanConfig
 
 T = TypeVar("T")
 
@@ -83,10 +83,15 @@ class LoadedPolicy:
         steps that planning takes; `backend` and `precision`: what samples, as `diffusion-policy rollout --help` says;
         the others are sampling options, such as sampling_steps=8. Raises ConfigError for options that the policy cannot
         follow."""
-        planner = make_planner(
-            self.policy, with_options(SampleConfig(), **sampling), backend, rows=1, precision=precision
+        config = with_options(SampleConfig(), **sampling)
+        planner = make_planner(self.policy, config, backend, rows=1, precision=precision)
+        controller = SingleController(
+            planner,
+            seed,
+            action_horizon=action_horizon,
+            delay_steps=delay_steps,
+            sampling_steps=config.sampling_steps,
         )
-        controller = SingleController(planner, seed, action_horizon=action_horizon, delay_steps=delay_steps)
         if backend == "graph" or (backend == "auto" and self.policy.device.type == "cuda"):
             time_plans(planner, 1, 1)  # the graph is captured before the first control step
         return controller

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion_policy.serving import exported
+from diffusion_policy.serving.plan_folder import PLAN, ExportedError, is_exported
 
 if TYPE_CHECKING:
     from diffusion_policy.commands.front_door import LoadedPolicy
@@ -16,6 +17,12 @@ def load(path: str | Path, device: str = "auto", threads: int | None = None) -> 
     """The policy of a run (its newest checkpoint), of one checkpoint, or of a folder that `diffusion-policy export`
     wrote, which needs no torch. `device`: of a checkpoint; `threads`: of an exported policy, by default one a core.
     Raises CheckpointError or ExportedError, and ValueError for a device that is not there."""
-    if exported.is_exported(path):
+    if is_exported(path):
         return exported.load(path, threads)
-    return importlib.import_module("diffusion_policy.commands.front_door").load_checkpoint(path, device)
+    try:
+        front_door = importlib.import_module("diffusion_policy.commands.front_door")
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ExportedError(f"no {PLAN} in {path}, and a checkpoint cannot be loaded without torch") from error
+    return front_door.load_checkpoint(path, device)

@@ -34,8 +34,8 @@ class Latency(NamedTuple):
         return self.p99 <= allowed(self.period, self.delay_steps)
 
     def __str__(self) -> str:
-        of = f"a control step of {self.period:.0f} ms" if not self.delay_steps else (
-            f"{self.delay_steps} control steps of {self.period:.0f} ms"
+        of = f"a control step of {self.period:.1f} ms" if not self.delay_steps else (
+            f"{self.delay_steps} control steps of {self.period:.1f} ms"
         )  # fmt: skip
         times = f"a plan takes {self.p50:.1f} ms (p99 {self.p99:.1f} ms)"
         return f"{times}, which fits {of}" if self.fits else f"{times}, longer than {of}: {'; '.join(self.advice)}"

@@ -21,12 +21,14 @@ class SingleController:
         action_horizon: int | None = None,
         delay_steps: int = 0,
         chunking: Chunking | None = None,
+        sampling_steps: int | None = None,
     ) -> None:
-        """`seed`: of the planning noise; the other options, and what is raised, are those of `Controller`."""
+        """`seed`: of the planning noise; `sampling_steps`: of the planner, so that `latency` can say how many would
+        fit; the other options, and what is raised, are those of `Controller`."""
         self._controller = Controller(
             planner, 1, action_horizon=action_horizon, delay_steps=delay_steps, chunking=chunking
         )
-        self._planner, self._delay_steps = planner, delay_steps
+        self._planner, self._delay_steps, self._sampling_steps = planner, delay_steps, sampling_steps
         self.reset(seed)
 
     def reset(self, seed: int = 0) -> None:
@@ -46,6 +48,7 @@ class SingleController:
             control_rate,
             action_horizon=self._controller.action_horizon,
             delay_steps=self._delay_steps,
+            sampling_steps=self._sampling_steps,
             plans=plans,
         )
 

@@ -13,20 +13,23 @@ import json
 import math
 import os
 import platform
-import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
 
-from diffusion_policy.basics.files import FileError, format_json, read_json, write_whole
-from diffusion_policy.config import BackendName, ConfigError, PlanningPrecision, SampleConfig, to_json
+from diffusion_policy.basics.files import FileError, format_json, read_json, remove, write_whole
+from diffusion_policy.config import BackendName, ConfigError, PlanningPrecision, SampleConfig, check_choice, to_json
 from diffusion_policy.control.latency import time_plans
 from diffusion_policy.control.policy_planner import FEW_STEPS, EagerSampling, PolicyPlanner
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.serving import exported
 from diffusion_policy.serving.captured import CapturedSampling
+from diffusion_policy.serving.plan_folder import VERSION, ExportedError, write_export
 
+EXTRA = "'diffusion-policy-toolkit[onnx]'"
+"""What is installed to export."""
 EXPORT_TIME = 15.0
 """What making a graph for onnxruntime takes [s]."""
 EXPECTED_SHARE = 0.4
@@ -46,11 +49,12 @@ def make_planner(
     samples: int = 1,
     precision: PlanningPrecision = "fp32",
 ) -> PolicyPlanner | exported.OnnxPlanner:
-    """A planner by a backend. `rows`, `samples`: observations in one call and sequences
-    for each, which it is chosen and laid out for; `precision`: fp32,
-    or bf16 for eager, compile and graph. Raises ConfigError for a backend that this policy, device or installation has
-    not."""
+    """A planner by a backend. `rows`, `samples`: observations in one call and sequences for each, which it is chosen
+    and laid out for; `precision`: fp32, or bf16 for eager, compile and graph. Raises ConfigError for a backend that
+    this policy, device or installation has not."""
     sampling = sampling or SampleConfig()
+    check_choice("backend", backend, get_args(BackendName))
+    check_choice("precision", precision, get_args(PlanningPrecision))
     if precision == "fp32" or policy.device.type == "cuda":
         backend = resolve_backend(policy, sampling, backend, rows)
     elif backend == "auto":
@@ -82,27 +86,32 @@ def resolve_backend(
         return "eager"
     case = _name_case(policy, sampling, rows)
     known = _read_choices().get(case)
-    if known == "eager" or (known == "onnx" and _graph_folder(policy, sampling, rows).exists()):
+    if known == "eager" or (known == "onnx" and _exists(_graph_folder(policy, sampling, rows))):
         return known
     eager = float(np.median(time_plans(PolicyPlanner(policy, sampling), rows, MEASURED)))  # [ms]
     if eager / 1000 * EXPECTED_SHARE * plans < EXPORT_TIME:
         return "eager"
-    if known != "onnx":
+    try:
         planner = make_onnx_planner(policy, sampling, rows)
-        known = "onnx" if np.median(time_plans(planner, rows, MEASURED)) < eager else "eager"
-        _write_choice(case, known)
-    return known
+    except ConfigError:  # that can be told only after the work
+        found = "eager"
+    else:
+        found = "onnx" if known or np.median(time_plans(planner, rows, MEASURED)) < eager else "eager"
+    _write_choice(case, found)
+    return found
 
 
 def why_not_onnx(policy: DiffusionPolicy, sampling: SampleConfig) -> str | None:
     """Why onnxruntime cannot run this policy here; None where it can."""
-    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+    missing = list_missing()
     if missing:
-        return f"--backend onnx needs {', '.join(missing)}: pip install 'diffusion-policy-toolkit[onnx]'"
+        return f"--backend onnx needs {', '.join(missing)}: pip install {EXTRA}"
     if policy.device.type != "cpu":
         return f"--backend onnx plans on the CPU; this policy is on {policy.device}: choose --device cpu"
-    from diffusion_policy.serving.graph import ExportError, require_exportable
-
+    try:
+        from diffusion_policy.serving.graph import ExportError, require_exportable
+    except ImportError as error:
+        return f"--backend onnx: {error}; pip install {EXTRA}"
     try:
         require_exportable(policy, sampling)
     except ExportError as error:
@@ -118,23 +127,37 @@ def make_onnx_planner(
     reason = why_not_onnx(policy, sampling)
     if reason is not None:
         raise ConfigError(reason)
-    from diffusion_policy.serving.export import Exporting, export, make_export
+    from diffusion_policy.serving.export import ExportError, Exporting, make_export
 
-    folder, exporting = _graph_folder(policy, sampling, rows, samples), Exporting(rows, samples)
-    with contextlib.suppress(exported.ExportedError, OSError):
+    folder = _graph_folder(policy, sampling, rows, samples)
+    with contextlib.suppress(ExportedError, ImportError, OSError):
         return exported.load(folder, torch.get_num_threads()).planner
-    shutil.rmtree(folder, ignore_errors=True)  # what is damaged
-    with contextlib.suppress(OSError, FileError):
-        export(policy, folder, sampling, exporting)
+    try:
+        config, contents = make_export(policy, sampling, Exporting(rows, samples))
+    except (ExportError, ImportError) as error:
+        raise ConfigError(f"--backend onnx: {error}") from error
+    with contextlib.suppress(ValueError, OSError):
+        remove(folder)  # what is damaged
+        write_export(folder, config, contents)
         _forget_oldest(folder.parent)
-        return exported.load(folder, torch.get_num_threads()).planner
-    config, contents = make_export(policy, sampling, exporting)
-    return exported.OnnxPlanner(config, list(contents.values()), torch.get_num_threads())
+    return exported.OnnxPlanner(config, contents, torch.get_num_threads())
+
+
+def list_missing() -> list[str]:
+    """Packages that exporting needs and that are not installed."""
+    return [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
 
 
 def cache_folder() -> Path:
-    """Where choices and graphs are kept: $XDG_CACHE_HOME/diffusion-policy, by default in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-policy"
+    """Where choices and graphs are kept: $XDG_CACHE_HOME/diffusion-policy, by default in ~/.cache; where there is no
+    home, a path that cannot be."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(given):
+        return Path(given) / "diffusion-policy"
+    try:
+        return Path.home() / ".cache" / "diffusion-policy"
+    except RuntimeError:  # a user without a name, as in some containers
+        return Path(os.devnull) / "diffusion-policy"
 
 
 def _name_case(policy: DiffusionPolicy, sampling: SampleConfig, rows: int) -> str:
@@ -144,6 +167,7 @@ def _name_case(policy: DiffusionPolicy, sampling: SampleConfig, rows: int) -> st
         "versions": [torch.__version__, _version("onnxruntime")],
         "policy": to_json(policy.config),
         "shapes": to_json(policy.shapes),
+        "modes": policy.modes,
         "sampling": to_json(sampling),
         "rows": rows,
     }
@@ -152,7 +176,7 @@ def _name_case(policy: DiffusionPolicy, sampling: SampleConfig, rows: int) -> st
 
 def _graph_folder(policy: DiffusionPolicy, sampling: SampleConfig, rows: int, samples: int = 1) -> Path:
     """Where the graph of this policy, with its weights as they are, is kept."""
-    digest = hashlib.sha256(f"{_name_case(policy, sampling, rows)} {samples} {exported.VERSION}".encode())
+    digest = hashlib.sha256(f"{_name_case(policy, sampling, rows)} {samples} {VERSION}".encode())
     for name, tensor in sorted(policy.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
@@ -183,4 +207,11 @@ def _forget_oldest(folder: Path) -> None:
     """Delete the oldest graphs beyond `KEPT_GRAPHS`."""
     graphs = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
     for path in graphs[:-KEPT_GRAPHS]:
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
+
+
+def _exists(path: Path) -> bool:
+    """Whether something lies there that can be reached."""
+    with contextlib.suppress(OSError):
+        return path.exists()
+    return False

@@ -3,10 +3,8 @@
 What is written was run: its actions are compared with those of the policy, from the same noise.
 """
 
-import hashlib
-import shutil
+import io
 import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,12 +14,20 @@ import onnx
 import torch
 from onnx import ModelProto
 
-from diffusion_policy.basics.files import format_json, sync_folder, write_whole
 from diffusion_policy.basics.streams import derive_rng
-from diffusion_policy.config import ConfigError, SampleConfig, to_json
+from diffusion_policy.config import ConfigError, SampleConfig
 from diffusion_policy.policy import DiffusionPolicy
-from diffusion_policy.serving.exported import FORMAT, GRAPHS, PLAN, VERSION, OnnxPlanner, PlanConfig, RecordedFile
+from diffusion_policy.serving.exported import OnnxPlanner
 from diffusion_policy.serving.graph import ExportError, Graphs, join, make_graphs, quiet
+from diffusion_policy.serving.plan_folder import (
+    FILES,
+    FORMAT,
+    VERSION,
+    PlanConfig,
+    record,
+    require_new,
+    write_export,
+)
 
 TOLERANCES = {"fp32": 1e-4, "int8": 0.1}
 """Largest `action_error` that is written, unless another one is allowed."""
@@ -51,58 +57,51 @@ def export(
 ) -> PlanConfig:
     """Write the policy into a new folder; returns what its `plan.json` says. Raises ConfigError when the folder exists,
     ExportError for a policy and sampling that have no graph, or whose graph acts otherwise than `tolerance` allows."""
-    if folder.exists():
-        raise ConfigError(f"{folder} already exists; choose another --output or delete it first")
-    config, contents = make_export(policy, sampling or SampleConfig(), exporting)
+    require_new(folder)
+    config, contents = make_export(policy, sampling or SampleConfig(), exporting, tolerance)
     config = replace(config, control_rate=control_rate, weights_sha256=weights_sha256)
-    allowed = TOLERANCES[exporting.precision] if tolerance is None else tolerance
-    if not config.action_error <= allowed:
-        raise ExportError(
-            f"the graph's actions differ from the policy's by up to {config.action_error:.2g} of the action's scale; "
-            f"at most {allowed:g} is allowed (--tolerance)"
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        for name, content in contents.items():
-            write_whole(temporary / name, content)
-        write_whole(temporary / PLAN, format_json(to_json(config)))
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    sync_folder(folder.parent)
+    write_export(folder, config, contents)
     return config
 
 
 def make_export(
-    policy: DiffusionPolicy, sampling: SampleConfig, exporting: Exporting
+    policy: DiffusionPolicy, sampling: SampleConfig, exporting: Exporting, tolerance: float | None = None
 ) -> tuple[PlanConfig, dict[str, bytes]]:
-    """What is written: `plan.json` and the graphs by their names, compared with the policy. Raises ExportError."""
+    """What is written: `plan.json`, and the other files by their names. Raises as `export`, but for the folder."""
     if exporting.batch < 1 or exporting.samples < 1:
         raise ConfigError(f"batch and samples must be at least 1; got {exporting.batch} and {exporting.samples}")
-    cpu = next(policy.parameters()).device.type == "cpu"
-    if not cpu:
-        raise ExportError("a policy is exported from the CPU; load it with device='cpu'")
+    if policy.device.type != "cpu":
+        raise ExportError(f"a policy is exported from the CPU; this one is on {policy.device}: load it with device cpu")
+    levels = policy.resolve_sampling(sampling)[1]
+    config = _describe(policy, sampling, exporting, len(levels))  # what cannot be is found before the work
     graphs = make_graphs(policy, sampling, exporting.batch, exporting.samples, getattr(torch, exporting.dtype))
     if exporting.precision == "int8":
         graphs = graphs._replace(denoise=_quantize(graphs.denoise))
-    models = [join(graphs)] if exporting.form == "loop" else list(graphs[:3])
-    contents = {name: model.SerializeToString() for name, model in zip(GRAPHS[exporting.form], models, strict=True)}
-    config = _describe(policy, sampling, exporting, graphs, contents)
-    planner = OnnxPlanner(config, list(contents.values()), where="the exported graph")
-    return replace(config, action_error=compare(policy, planner, config)), contents
+    models = [join(graphs)] if exporting.form == "loop" else graphs[:3]
+    contents = [model.SerializeToString() for model in models]
+    if exporting.form == "network":
+        contents.append(_write_table(graphs))
+    files = dict(zip(FILES[exporting.form], contents, strict=True))
+    config = replace(config, calls=graphs.of_x0.shape[1], files=record(files))
+    error = compare(policy, OnnxPlanner(config, files, where="the exported graph"), config)
+    allowed = TOLERANCES[exporting.precision] if tolerance is None else tolerance
+    if not error <= allowed:
+        raise ExportError(
+            f"the graph's actions differ from the policy's by up to {error:.2g} of the action's scale; at most "
+            f"{allowed:g} is allowed (diffusion-policy export --tolerance)"
+        )
+    return replace(config, action_error=error), files
 
 
-def _describe(
-    policy: DiffusionPolicy,
-    sampling: SampleConfig,
-    exporting: Exporting,
-    graphs: Graphs,
-    contents: Mapping[str, bytes],
-) -> PlanConfig:
-    table = exporting.form == "network"
+def _write_table(graphs: Graphs) -> bytes:
+    """The sampler, as numpy writes an array: [of_noise | of_x0]."""
+    file = io.BytesIO()
+    np.save(file, np.concatenate([graphs.of_noise, graphs.of_x0], axis=1))
+    return file.getvalue()
+
+
+def _describe(policy: DiffusionPolicy, sampling: SampleConfig, exporting: Exporting, calls: int) -> PlanConfig:
+    """`plan.json`, but for what is known when the files are made."""
     return PlanConfig(
         FORMAT,
         VERSION,
@@ -113,13 +112,12 @@ def _describe(
         observation_shapes={key: policy.shapes.observations[key] for key in policy.keys},
         action_shape=policy.shapes.action,
         noise_shape=policy.noise_shape(sampling),
+        calls=calls,
         sampling=sampling,
         control_rate=None,
         weights_sha256="",
         action_error=0.0,
-        files={name: RecordedFile(hashlib.sha256(one).hexdigest(), len(one)) for name, one in contents.items()},
-        of_noise=tuple(map(tuple, graphs.of_noise.tolist())) if table else (),
-        of_x0=tuple(map(tuple, graphs.of_x0.tolist())) if table else (),
+        files=record(dict.fromkeys(FILES[exporting.form], b"")),
     )
 
 

@@ -24,10 +24,9 @@ from torch import Tensor, nn
 
 from diffusion_policy.config import SampleConfig
 from diffusion_policy.policy import DiffusionPolicy
+from diffusion_policy.serving.plan_folder import ACTIONS, NOISE, OBSERVATION
 
 OPSET = 20
-NOISE, ACTIONS = "noise", "actions"
-"""Names in the graph, beside those of the observation keys."""
 
 
 class ExportError(ValueError):
@@ -38,7 +37,7 @@ class Graphs(NamedTuple):
     """The parts of a plan; every name of an input and an output stands in them."""
 
     observe: ModelProto
-    """Raw {key: (B, To, ...)} → films (rows, features)."""
+    """Raw {observation/key: (B, To, ...)} → films (rows, features)."""
     denoise: ModelProto
     """xt (B N, T, D), place (), films → denoised, x0 (B N, T, D)."""
     act: ModelProto
@@ -72,7 +71,7 @@ def make_graphs(
     with torch.no_grad():
         films = observe(*observed)
         return Graphs(
-            _export(observe, observed, list(policy.keys), "films"),
+            _export(observe, observed, [OBSERVATION + key for key in policy.keys], "films"),
             _export(denoise, [xt, torch.tensor(0), films], ["xt", "place", "films"], "denoised"),
             _export(_Act(policy, samples, dtype), [xt], ["x0"], ACTIONS),
             table.of_noise.numpy().astype(np.float32),
