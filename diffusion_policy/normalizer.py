@@ -93,6 +93,9 @@ class Normalizer(nn.Module):
                 what = f"has the shape {shape} a step" if key in shapes else "is not used"
                 raise ValueError(f"angles must name columns of a key, each once; {key} {what}, got {list(columns)}")
             self._others[key] = tuple(column for column in range(shape[0]) if column not in columns)
+        self._order = {  # of [others | angles], to have a key's columns as they were
+            key: tuple(np.argsort([*self._others[key], *columns]).tolist()) for key, columns in self._angles.items()
+        }
         self.shapes = {
             key: (shape[0] + len(self._angles[key]),) if key in self._angles else tuple(shape)
             for key, shape in shapes.items()
@@ -145,9 +148,8 @@ class Normalizer(nn.Module):
             return x
         count = len(self._angles[key])
         others, cosines, sines = x.split([x.shape[-1] - 2 * count, count, count], dim=-1)
-        order = np.argsort([*self._others[key], *self._angles[key]]).tolist()
         angles = torch.atan2(sines.float(), cosines.float()).to(x)  # in the network's precision, as runtimes have it
-        return _take(torch.cat([others, angles], dim=-1), order)
+        return _take(torch.cat([others, angles], dim=-1), self._order[key])
 
     def _numbers(self, key: str) -> tuple[Tensor, Tensor]:
         """Offset and scale."""

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from diffusion_policy.config import PolicyConfig, SampleConfig, with_options
 from diffusion_policy.control.planner import planning_rng
@@ -12,6 +14,8 @@ from diffusion_policy.diffusion.prediction import PREDICTIONS
 from diffusion_policy.diffusion.process import count_draws
 from diffusion_policy.diffusion.samplers import SAMPLERS, Denoise
 from diffusion_policy.diffusion.schedules import SCHEDULES
+from diffusion_policy.networks.unet import TemporalUnet
+from diffusion_policy.networks.unet_rows import RowsUnet
 from diffusion_policy.policy import DiffusionPolicy, Shapes, choose_device
 from diffusion_policy.training.losses import denoising_loss, draw
 
@@ -200,13 +204,13 @@ def test_a_small_step_at_a_large_position_changes_the_plan_and_reaches_the_robot
 def test_nothing_that_was_demonstrated_is_cut_off_by_default(normalization: str, cut: bool) -> None:
     policy = new_policy(replace(CONFIG, normalization=normalization))
     beyond = torch.full((1, 16, 2), 3.0)
-    policy.diffusion.denoiser = lambda *_: lambda xt, level: beyond  # pyright: ignore
+    policy.diffusion.decode = lambda _: lambda xt, level: beyond  # pyright: ignore
     for config, clipped in (
         (SampleConfig(), cut),
         (SampleConfig(clip="static"), True),
         (SampleConfig(clip="none"), False),
     ):
-        x0 = policy.denoiser(torch.zeros(1, 1), config)(torch.zeros(1, 16, 2), 3)
+        x0 = policy.denoiser(torch.zeros(1, policy.cond_dim), config)(torch.zeros(1, 16, 2), 3)
         assert torch.equal(x0, beyond.clamp(-1, 1) if clipped else beyond)
 
 
@@ -289,29 +293,81 @@ def sampling_id(config: SampleConfig) -> str:
 
 
 @pytest.mark.parametrize("config", SAMPLINGS, ids=sampling_id)
-def test_the_sampling_loop_compiles_as_one_graph_and_gives_the_same(config: SampleConfig) -> None:
-    policy = new_policy(ONE_RESOLUTION).eval()
-    noise = torch.randn(1 + 3 * 3, 2, 16, 2)
-    cond = policy.encode(observe(2))
-    levels = [19, 10, 3]
+def test_encoder_sampling_loop_and_normalizer_compile_as_one_graph_and_give_the_same(config: SampleConfig) -> None:
+    torch.manual_seed(0)
+    policy = DiffusionPolicy.for_data(ONE_RESOLUTION, DATA, angles={"goal": (1,), "action": (0,)}).eval()
+    noise = torch.randn(2, 1, *policy.noise_shape(config))
+    observations = observe(2)
     torch.compiler.reset()
-    compiled = torch.compile(policy.denoise_from, fullgraph=True, backend="eager")
-    noise = noise[: count_draws(policy.resolve_sampling(config)[0], levels, config.corrector_steps)]
+    compiled = torch.compile(policy.sample_on_device, fullgraph=True, backend="eager")
     with torch.no_grad():
-        eager = policy.denoise_from(noise, cond, levels, config)
-        torch.testing.assert_close(compiled(noise, cond, levels, config), eager, rtol=1e-4, atol=1e-5)
+        eager = policy.sample_on_device(observations, noise, config)
+        torch.testing.assert_close(compiled(observations, noise, config), eager, rtol=1e-4, atol=1e-4)
+
+
+class OnDevice(TorchDispatchMode):
+    """Refuses operators that need a number of a tensor on the device `meta`, or bring a tensor of numbers to it: on a
+    GPU both wait, and a captured graph can do neither. (A single number goes along with the launch.)"""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+        found = func(*args, **(kwargs or {}))
+        made = [one for one in tree_leaves(found) if isinstance(one, torch.Tensor)]
+        there = [one.device.type == "meta" for one in (*given, *made)]
+        sent = [one for one in (*given, *made) if one.device.type == "cpu" and one.ndim]
+        if any(there):
+            assert not sent, f"{func} mixes devices"
+            assert func not in (torch.ops.aten.index.Tensor, torch.ops.aten.nonzero.default), func
+        return found
+
+
+@pytest.mark.parametrize("angles", [{}, {"goal": (1,), "action": (0,)}], ids=["plain", "angles"])
+@pytest.mark.parametrize("config", SAMPLINGS, ids=sampling_id)
+def test_sampling_on_the_device_needs_no_number_of_it(config: SampleConfig, angles: dict) -> None:
+    """The device `meta` has no numbers, so that whatever asks for one fails there."""
+    policy = DiffusionPolicy.for_data(ONE_RESOLUTION, DATA, angles=angles).eval().to("meta")
+    noise = torch.zeros(2, 3, *policy.noise_shape(config), device="meta")
+    observations = {key: rows.double().to("meta") for key, rows in observe(2).items()}
+    with torch.no_grad(), OnDevice():
+        sequences = policy.sample_on_device(observations, noise, config)
+    assert (sequences.device.type, sequences.shape) == ("meta", (2, 3, 16, 2))
+
+
+def test_the_watch_over_the_device_notices_what_waits_for_it() -> None:
+    x = torch.zeros(3, device="meta")
+    for wait in (lambda: x[[0, 2]], lambda: x + torch.ones(3), lambda: x.to("cpu"), lambda: x.sum().item()):
+        with pytest.raises((AssertionError, NotImplementedError, RuntimeError)), OnDevice():
+            wait()
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inside torch.compile
-def test_a_policy_whose_sampling_is_compiled_gives_the_same_but_for_rounding() -> None:
+@pytest.mark.parametrize("few_rows", [False, True])
+def test_a_compiled_policy_gives_the_same_but_for_rounding(few_rows: bool) -> None:
     policy, observations = new_policy(ONE_RESOLUTION).eval(), observe(2)
-    config = SampleConfig("ddim", 3)
-    plans = []
-    for _ in range(2):
-        plans.append(policy.sample(observations, [planning_rng(0), planning_rng(1)], 1, config))
-        policy.compile_sampling()
-    torch.testing.assert_close(*plans, rtol=1e-4, atol=1e-5)
+    other = (policy.for_few_rows() if few_rows else policy).compiled()
+    plans = [
+        one.sample(observations, [planning_rng(0), planning_rng(1)], 1, SampleConfig("ddim", 3))
+        for one in (policy, other)
+    ]
+    torch.testing.assert_close(*plans, rtol=1e-4, atol=1e-4)
+    assert policy.network is not other.network
+
+
+def test_a_policy_laid_out_for_few_rows_shares_all_but_its_network() -> None:
+    policy = new_policy(GUIDABLE)
+    other = policy.for_few_rows()
+    assert isinstance(policy.network, TemporalUnet)
+    assert isinstance(other.network, RowsUnet)
+    assert other.for_few_rows() is other
+    assert other.diffusion is policy.diffusion
+    assert {name for name, _ in other.named_parameters()} == set()  # there is nothing in it to train
+    observations, config = observe(3), SampleConfig("heun", 4, guidance=0.5, clip="none")
+    plans = [one.sample(observations, [planning_rng(seed) for seed in range(3)], 2, config) for one in (policy, other)]
+    torch.testing.assert_close(*plans, rtol=1e-4, atol=1e-4)
+    assert policy.training
+    assert other.training
+    assert not policy.eval().for_few_rows().training
 
 
 def test_an_absent_device_is_refused() -> None:

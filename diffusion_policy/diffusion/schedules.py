@@ -136,6 +136,7 @@ def low_middle_high(schedule: Schedule) -> tuple[int, int, int]:
 SPACINGS = ("trailing", "leading", "even", "log-snr")
 
 
+@torch.compiler.assume_constant_result  # a compiled graph holds the levels, not how they are found
 def choose_levels(schedule: Schedule, steps: int, spacing: str = "trailing", with_signal: bool = False) -> list[int]:
     """`steps` distinct levels, from the noisiest in use to the least noised; each is visited once.
 

@@ -91,8 +91,9 @@ class _RowsConv(nn.Module):
         assert isinstance(conv.padding, tuple)
         (kernel_size,), (stride,), (padding,) = conv.kernel_size, conv.stride, conv.padding
         self.windows = nn.Identity() if kernel_size == 1 else _Windows(steps, kernel_size, stride, padding)
-        self.register_buffer("weight", rearrange(conv.weight.detach(), "o i k -> o (k i)").contiguous())
-        self.register_buffer("bias", conv.bias.detach())
+        weight = rearrange(conv.weight.detach(), "o i k -> o k i").clone(memory_format=torch.contiguous_format)
+        self.register_buffer("weight", weight.flatten(1))  # (C_out, kernel C_in)
+        self.register_buffer("bias", conv.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(self.windows(x), self.get_buffer("weight"), self.get_buffer("bias"))
@@ -112,7 +113,7 @@ class _RowsLengthen(nn.Module):
         self.windows = _Windows(steps, 2, 1, 1)
         self.register_buffer("even", torch.cat([taps[3], taps[1]]).T.contiguous())  # (C_out, 2 C_in)
         self.register_buffer("odd", torch.cat([taps[2], taps[0]]).T.contiguous())
-        self.register_buffer("bias", conv.bias.detach())
+        self.register_buffer("bias", conv.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         windows = self.windows(x)  # (B, T + 1, 2 C_in)
@@ -130,8 +131,8 @@ class _RowsBlock(nn.Module):
         assert isinstance(conv, nn.Conv1d)
         assert isinstance(norm, nn.GroupNorm)
         self.conv, self.groups, self.eps = _RowsConv(conv, steps), norm.num_groups, norm.eps
-        self.register_buffer("scale", norm.weight.detach())
-        self.register_buffer("shift", norm.bias.detach())
+        self.register_buffer("scale", norm.weight.detach().clone())
+        self.register_buffer("shift", norm.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         x = rearrange(self.conv(x), "b t c -> b c t")
