@@ -3,9 +3,10 @@
 Knows what an episode and a policy are. Writes nothing.
 """
 
+import contextlib
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,17 +20,17 @@ from diffusion_policy.commands.afterwards import Remarks
 from diffusion_policy.commands.interrupts import Interrupted
 from diffusion_policy.commands.policy_in_env import PolicyInEnv
 from diffusion_policy.commands.terminal import progress_bar
-from diffusion_policy.config import BackendName, ConfigError, SampleConfig
+from diffusion_policy.config import BackendName, ConfigError, PlanningPrecision, SampleConfig
 from diffusion_policy.control.controller import Controller, require_horizons
 from diffusion_policy.control.planner import Planner
 from diffusion_policy.diffusion.process import count_draws
 from diffusion_policy.envs.protocols import as_choosing, as_drawable, as_multimodal
-from diffusion_policy.evaluation.engines import HANG_AFTER, Engine
+from diffusion_policy.evaluation.engines import HANG_AFTER, Engine, available_cores
 from diffusion_policy.evaluation.episode import Episode, FailedEpisode
-from diffusion_policy.evaluation.rollout import MakeController, planning_batch, rollout
+from diffusion_policy.evaluation.rollout import GROUPS, MakeController, planning_batch, rollout
 from diffusion_policy.evaluation.scorecard import Scorecard, scorecard
 from diffusion_policy.policy import DiffusionPolicy
-from diffusion_policy.serving.backends import resolve_backend
+from diffusion_policy.serving.backends import make_planner, resolve_backend
 
 MOST_NOISE_BYTES = 2**29
 """Of one planning batch; there are some three copies of it."""
@@ -102,6 +103,7 @@ def run_episodes(
     seeds: range,
     planner: Planner,
     *,
+    backend: BackendName = "eager",
     parallel: int,
     workers: int,
     repeats: int = 1,
@@ -110,13 +112,14 @@ def run_episodes(
     hang_after: float = HANG_AFTER,
     engine: Engine = "local",
 ) -> RolledOut:
-    """The episodes of these seeds, behind a progress bar; raises Interrupted on Ctrl-C."""
+    """The episodes of these seeds, behind a progress bar; `backend`: that of the planner. Raises Interrupted on
+    Ctrl-C."""
     rolled_out = RolledOut([], [], [])
     task = as_multimodal(loaded.env)
     bar = progress_bar("episodes")
     counter = _Counter(bar, len(seeds) * repeats)
     try:
-        with bar:
+        with bar, sharing_cores(loaded.policy):
             episodes = rollout(
                 loaded.make_env,
                 make_controllers(loaded, planner, delay_steps, action_horizon),
@@ -130,6 +133,7 @@ def run_episodes(
                 hang_after=hang_after,
                 engine=engine,
                 on_mode_failure=rolled_out.mode_failures.append,
+                planning_threads=GROUPS if shares_cores(loaded.policy) and backend != "compile" else 1,
             )
     except KeyboardInterrupt:
         raise Interrupted(f"stopped after {counter.finished} episodes; nothing was written") from None
@@ -143,7 +147,39 @@ def resolve_for_episodes(
     limit = loaded.env.spec and loaded.env.spec.max_episode_steps
     turns = -(-episodes // parallel) * 2  # each group plans for itself
     plans = turns * (limit or USUAL_STEPS) / loaded.policy.config.action_horizon
-    return resolve_backend(loaded.policy, sampling, backend, planning_batch(parallel), plans)
+    with sharing_cores(loaded.policy):
+        return resolve_backend(loaded.policy, sampling, backend, planning_batch(parallel), plans)
+
+
+def make_group_planner(
+    policy: DiffusionPolicy,
+    sampling: SampleConfig,
+    backend: BackendName,
+    parallel: int,
+    precision: PlanningPrecision = "fp32",
+) -> Planner:
+    """What plans for each group of so many environments that run at once."""
+    with sharing_cores(policy):
+        return make_planner(policy, sampling, backend, rows=planning_batch(parallel), precision=precision)
+
+
+def shares_cores(policy: DiffusionPolicy) -> bool:
+    """Whether planning takes the cores that simulation needs."""
+    return policy.device.type == "cpu"
+
+
+@contextlib.contextmanager
+def sharing_cores(policy: DiffusionPolicy) -> Iterator[None]:
+    """Within the context torch, and onnxruntime if it is begun here, take half of the cores for both groups together,
+    at least one for each: threads of one operator wait for each other, and so for every core that simulates. The
+    number does not depend on that of the workers, since it can change last digits."""
+    threads = torch.get_num_threads()
+    if shares_cores(policy):
+        torch.set_num_threads(max(1, min(threads, available_cores() // 2 // GROUPS)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def make_controllers(

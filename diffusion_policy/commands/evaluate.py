@@ -12,6 +12,7 @@ from diffusion_policy.commands.afterwards import PAGE, RESULTS, Remarks, hold_ou
 from diffusion_policy.commands.counting import count_results
 from diffusion_policy.commands.episodes import (
     RolledOut,
+    make_group_planner,
     require_memory,
     resolve_for_episodes,
     run_episodes,
@@ -139,8 +140,7 @@ def roll_out_each_delay(evaluation: Evaluation) -> tuple[dict[int, RolledOut], d
     """The episodes by delay, and the results, which are kept after each delay. A delay that fails after another
     succeeded is a remark; raises Failed, ValueError, FloatingPointError where it is the first, and Interrupted."""
     options, remarks, policy = evaluation.options, evaluation.remarks, evaluation.loaded.policy
-    rows = planning_batch(options.parallel)
-    planner = make_planner(policy, options.sampling, evaluation.backend, rows=rows)
+    planner = make_group_planner(policy, options.sampling, evaluation.backend, options.parallel)
     rolled_out: dict[int, RolledOut] = {}
     results: dict[str, Any] = {}
     for delay in options.delay_steps:
@@ -188,6 +188,7 @@ def roll_out(evaluation: Evaluation, planner: Planner, delay: int) -> RolledOut:
         evaluation.loaded,
         options.seeds,
         planner,
+        backend=evaluation.backend,
         parallel=options.parallel,
         workers=options.workers,
         repeats=options.repeats,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffusion_policy.commands.afterwards import explain
 from diffusion_policy.commands.environment import describe_episodes
-from diffusion_policy.commands.episodes import require_memory, resolve_for_episodes, run_episodes
+from diffusion_policy.commands.episodes import make_group_planner, require_memory, resolve_for_episodes, run_episodes
 from diffusion_policy.commands.interrupts import Failed
 from diffusion_policy.commands.options.acting import PARALLEL
 from diffusion_policy.commands.options.rollout import Rollout
@@ -19,9 +19,7 @@ from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs.protocols import as_multimodal, as_pictured, repeats_by_seed
 from diffusion_policy.evaluation.engines import imap
 from diffusion_policy.evaluation.episode import Episode
-from diffusion_policy.evaluation.rollout import planning_batch
 from diffusion_policy.report.video import FrameRecorder, Script, tile, write_video
-from diffusion_policy.serving.backends import make_planner
 
 DRAWN_PLANS = 12
 """Sequences drawn into a video at each re-planning."""
@@ -65,13 +63,14 @@ def roll_out(options: Rollout, loaded: PolicyInEnv) -> list[Episode]:
     if options.render:
         loaded = loaded._replace(make_env=partial(loaded.make_env, render_mode=options.render))
         parallel = workers = 1
-    sampling, rows = options.sampling, planning_batch(parallel)
+    sampling = options.sampling
     backend = resolve_for_episodes(loaded, sampling, options.backend, parallel, options.episodes)
-    planner = make_planner(loaded.policy, sampling, backend, rows=rows, precision=options.precision)
+    planner = make_group_planner(loaded.policy, sampling, backend, parallel, options.precision)
     episodes, lost, mode_failures = run_episodes(
         loaded,
         options.seeds,
         planner,
+        backend=backend,
         parallel=parallel,
         workers=workers,
         action_horizon=options.action_horizon,

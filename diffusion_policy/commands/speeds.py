@@ -24,7 +24,7 @@ from diffusion_policy.control.planner import Planner
 from diffusion_policy.control.policy_planner import PolicyPlanner
 from diffusion_policy.datasets.windows import Windows
 from diffusion_policy.envs.quiet import silence
-from diffusion_policy.evaluation.rollout import planning_batch, rollout
+from diffusion_policy.evaluation.rollout import GROUPS, planning_batch, rollout
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.serving.backends import make_planner
 from diffusion_policy.training.trainer import Progress, Trainer
@@ -270,7 +270,10 @@ def measure_rollouts(
         for name, number in (("alone", 1), ("workers", workers)):
             planner: Any = _Timed(make_planner(policy, sampling, "eager", rows=planning_batch(parallel)))
             started = time.perf_counter()
-            ran = rollout(make_env, partial(Controller, planner), seeds, lambda _: None, parallel, workers=number)
+            make_controller = partial(Controller, planner)
+            ran = rollout(
+                make_env, make_controller, seeds, lambda _: None, parallel, workers=number, planning_threads=GROUPS
+            )
             found[name] = time.perf_counter() - started, planner.seconds, sum(len(one.actions) for one in ran)
     finally:
         torch.set_num_threads(threads)

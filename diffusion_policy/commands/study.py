@@ -10,6 +10,7 @@ from diffusion_policy.basics.text import one_line
 from diffusion_policy.commands.afterwards import Remarks
 from diffusion_policy.commands.episodes import (
     describe_machine,
+    make_group_planner,
     require_memory,
     run_episodes,
 )
@@ -99,7 +100,7 @@ def measure(options: Study, loaded: PolicyInEnv, sampling: SampleConfig) -> dict
         episodes, lost, mode_failures = run_episodes(
             loaded,
             options.seeds,
-            PolicyPlanner(policy, sampling),
+            make_group_planner(policy, sampling, "eager", PARALLEL),
             parallel=PARALLEL,
             workers=options.workers,
             action_horizon=options.action_horizon,

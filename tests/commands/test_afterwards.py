@@ -41,10 +41,11 @@ QUICK = SampleConfig(sampling_steps=1)
 
 
 @pytest.fixture(scope="module")
-def rolled_out(run: Path) -> Iterator[None]:
+def rolled_out(run: Path, blank_pictures: None) -> Iterator[None]:
     """Every evaluation here finds the same checkpoint and the same two episodes, run once."""
     loaded = evaluate.load_with_environment(Rollout(run, device="cpu"), QUICK)
-    episodes = evaluate.run_episodes(loaded, range(100_000, 100_002), QUICK, parallel=2, workers=1)
+    planner = evaluate.make_group_planner(loaded.policy, QUICK, "eager", parallel=2)
+    episodes = evaluate.run_episodes(loaded, range(100_000, 100_002), planner, parallel=2, workers=1)
     first, second = episodes.episodes
     ended = [replace(first, success=True, mode="left"), replace(second, success=False, mode=None)]  # both are shown
     episodes = episodes._replace(episodes=ended)
@@ -53,7 +54,6 @@ def rolled_out(run: Path) -> Iterator[None]:
         patch.setattr(evaluate, "run_episodes", lambda *_, **__: episodes)
         patch.setattr(evaluate, "repeats_by_seed", lambda *_: True)
         patch.setattr(evaluate, "LATENCY_PLANS", 6)
-        patch.setattr(page, "to_png", lambda _: b"")
         yield
 
 
