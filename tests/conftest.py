@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from diffusion_policy.commands.collect import Collect
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import PolicyConfig, TrainConfig, with_options
 from diffusion_policy.datasets.store import EpisodeStore
+from diffusion_policy.report import page
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -56,6 +57,14 @@ def run(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     training = TrainConfig(steps=30, batch_size=64, learning_rate=1e-3, warmup_steps=5, validate_every=30)
     Train(str(demonstrations), folder, policy=TINY, training=training, device="cpu").run()
     return folder
+
+
+@pytest.fixture(scope="module")
+def blank_pictures() -> Iterator[None]:
+    """Pages hold empty pictures: drawing them takes longest of an evaluation in miniature."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "to_png", lambda _: b"")
+        yield
 
 
 @pytest.fixture(scope="session")

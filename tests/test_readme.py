@@ -137,7 +137,7 @@ def observation() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def after_readme(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def after_readme(blank_pictures: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the README's blocks have run, but for the long commands."""
     folder = tmp_path_factory.mktemp("session")
     run_page("README.md", folder)

@@ -31,6 +31,8 @@ MOUNTAIN_CAR = [
     *("--mode-function", f"{EXAMPLES}:mountain_car_mode", "--mode-labels", "left", "right"),
 ]
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 
 def run(*arguments: object) -> None:
     assert main([str(argument) for argument in arguments]) == 0

@@ -27,9 +27,11 @@ from diffusion_policy.report.page import read_mark
 
 QUICK = SampleConfig(sampling_steps=1)
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 
 @pytest.fixture(scope="module")
-def rolled(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Episode]]:
+def rolled(run: Path, blank_pictures: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Episode]]:
     """An evaluation, and its episodes as they were in memory."""
     episodes: list[Episode] = []
 

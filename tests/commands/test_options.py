@@ -124,6 +124,7 @@ def lines(session: str = SESSION) -> list[list[str]]:
     return [shlex.split(line) for line in session.strip().splitlines()]
 
 
+@pytest.mark.usefixtures("blank_pictures")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inside torch.compile
 @pytest.mark.parametrize("session", [SESSION, pytest.param(LONG, marks=pytest.mark.slow)], ids=["short", "long"])
 def test_every_command_of_a_session_finds_what_the_one_before_has_left(
