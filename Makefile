@@ -9,8 +9,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 demo: .venv/.installed  ## collect, train, evaluate; writes runs/demo/evaluation/report.html
 	$(BIN)/diffusion-policy demo
 
-# A process a core, each with one thread: the networks of tests are small. The files come in their own order: by number of
-# tests, which is the default, those with few and long ones would come last, when only one process is left to run them.
+# A process a core, each with one thread: the networks of tests are small. The files come in the order of tests/conftest.py:
+# by number of tests, which is the default, those with few and long ones would come last, when only one process is left.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test: .venv/.installed-dev  ## the default test suite

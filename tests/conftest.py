@@ -1,6 +1,7 @@
 """Real miniatures that several tests share: demonstrations from the simulator, and a checkpoint trained on them."""
 
 import dataclasses
+import hashlib
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -29,6 +30,11 @@ hypothesis.settings.load_profile("ours")
 
 AVOID = "diffusion_policy/Avoid-v0"
 TINY = with_options(PolicyConfig(), widths=(16, 32), level_dim=32, noise_levels=20)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files of which many are long come first, so that no process of several is left with one at the end."""
+    items.sort(key=lambda item: item.path.parent.name not in ("tests", "training"))
 
 
 @pytest.fixture(scope="session")
@@ -101,3 +107,23 @@ def make_version_2(make_version_3: Callable[[Path], None]) -> Callable[[Path], N
         (folder / "config.json").write_text(json.dumps(config | {"format_version": 2}))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def graphs_made_once() -> Iterator[None]:
+    """torch's exporter takes seconds a policy: what it wrote for a policy and its sampling is taken again."""
+    from diffusion_policy.serving import export
+
+    made, make_graphs = {}, export.make_graphs
+
+    def remember(policy, sampling, *options):
+        weights = b"".join(value.numpy().tobytes() for value in policy.state_dict().values())
+        key = (policy.config, policy.shapes.angles.keys(), hashlib.sha256(weights).hexdigest(), sampling, options)
+        found = repr(key)
+        if found not in made:
+            made[found] = make_graphs(policy, sampling, *options)
+        return made[found]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "make_graphs", remember)
+        yield
