@@ -26,7 +26,7 @@ from diffusion_policy.evaluation.engines import require_workers
 from diffusion_policy.policy import DiffusionPolicy, choose_device
 from diffusion_policy.report.evaluation_figures import to_png
 from diffusion_policy.report.figures import draw_benchmark
-from diffusion_policy.serving.backends import make_planner, resolve_backend, why_not_onnx
+from diffusion_policy.serving.backends import RUNTIMES, make_planner, resolve_backend, why_not
 
 DEFAULT_ENV = "diffusion_policy/BlockPush-v0"
 JSON, CHART = "benchmark.json", "benchmark.png"
@@ -82,11 +82,14 @@ def choose_backends(options: Benchmark, policy: DiffusionPolicy) -> list[Backend
     """Those that are asked for, or all that are here."""
     if options.backends:
         return [name for name in dict.fromkeys(options.backends) if name != "auto"]
-    reason = why_not_onnx(policy, options.sampling)
-    if reason and policy.device.type == "cpu":
-        console.print(f"without onnxruntime: {reason}", soft_wrap=True)
-    found: list[BackendName] = ["eager"]
-    return [*found, *(["graph"] if policy.device.type == "cuda" else []), *([] if reason else ["onnx"])]  # pyright: ignore
+    found: list[BackendName] = ["eager", *(["graph"] if policy.device.type == "cuda" else [])]  # pyright: ignore
+    for name in RUNTIMES if policy.device.type == "cpu" else ():
+        reason = why_not(name, policy, options.sampling)
+        if reason:
+            console.print(f"without {name}: {reason}", soft_wrap=True)
+        else:
+            found.append(name)
+    return found
 
 
 def describe(options: Benchmark, policy: DiffusionPolicy) -> dict[str, Any]:

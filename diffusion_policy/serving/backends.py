@@ -13,8 +13,9 @@ import json
 import math
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -22,14 +23,18 @@ import torch
 from diffusion_policy.basics.files import FileError, format_json, read_json, remove, write_whole
 from diffusion_policy.config import BackendName, ConfigError, PlanningPrecision, SampleConfig, check_choice, to_json
 from diffusion_policy.control.latency import time_plans
+from diffusion_policy.control.planner import Planner
 from diffusion_policy.control.policy_planner import FEW_STEPS, EagerSampling, PolicyPlanner
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.serving import exported
 from diffusion_policy.serving.captured import CapturedSampling
 from diffusion_policy.serving.plan_folder import VERSION, ExportedError, write_export
+from diffusion_policy.serving.runtimes import RuntimeName
 
 EXTRA = "'diffusion-policy-toolkit[onnx]'"
 """What is installed to export."""
+RUNTIMES: dict[BackendName, RuntimeName] = {"onnx": "onnxruntime", "openvino": "openvino"}
+"""What runs the graph of these backends."""
 EXPORT_TIME = 15.0
 """What making a graph for onnxruntime takes [s]."""
 EXPECTED_SHARE = 0.4
@@ -50,7 +55,7 @@ def make_planner(
     precision: PlanningPrecision = "fp32",
 ) -> PolicyPlanner | exported.OnnxPlanner:
     """A planner by a backend. `rows`, `samples`: observations in one call and sequences for each, which it is chosen
-    and laid out for; `precision`: fp32, or bf16 for eager, compile and graph. Raises ConfigError for a backend that
+    and laid out for; `precision`: fp32, or bf16 (not for onnx). Raises ConfigError for a backend that
     this policy, device or installation has not."""
     sampling = sampling or SampleConfig()
     check_choice("backend", backend, get_args(BackendName))
@@ -59,10 +64,8 @@ def make_planner(
         backend = resolve_backend(policy, sampling, backend, rows)
     elif backend == "auto":
         backend = "eager"
-    if backend == "onnx":
-        if precision != "fp32":
-            raise ConfigError("--precision bf16 is for eager, compile and graph; a graph for onnx is exported in fp32")
-        return make_onnx_planner(policy, sampling, rows, samples)
+    if backend in RUNTIMES:
+        return make_onnx_planner(policy, sampling, rows, samples, runtime=RUNTIMES[backend], precision=precision)
     if backend == "graph":
         return PolicyPlanner(policy, sampling, CapturedSampling(policy, sampling, precision))
     if backend == "eager":
@@ -82,36 +85,45 @@ def resolve_backend(
         return backend
     if policy.device.type != "cpu":
         return "graph" if policy.device.type == "cuda" else "eager"
-    if why_not_onnx(policy, sampling) is not None:
+    here: list[BackendName] = [name for name in RUNTIMES if why_not(name, policy, sampling) is None]
+    if not here:
         return "eager"
-    case = _name_case(policy, sampling, rows)
+    case = _name_case(policy, sampling, rows, here)
     known = _read_choices().get(case)
-    if known == "eager" or (known == "onnx" and _exists(_graph_folder(policy, sampling, rows))):
+    if known == "eager" or (known in here and _exists(_graph_folder(policy, sampling, rows))):
         return known
-    eager = float(np.median(time_plans(PolicyPlanner(policy, sampling), rows, MEASURED)))  # [ms]
-    if eager / 1000 * EXPECTED_SHARE * plans < EXPORT_TIME:
+    times: dict[BackendName, float] = {"eager": _time(PolicyPlanner(policy, sampling), rows)}
+    if times["eager"] / 1000 * EXPECTED_SHARE * plans < EXPORT_TIME:
         return "eager"
-    try:
-        planner = make_onnx_planner(policy, sampling, rows)
-    except ConfigError:  # that can be told only after the work
-        found = "eager"
-    else:
-        found = "onnx" if known or np.median(time_plans(planner, rows, MEASURED)) < eager else "eager"
+    if known in here:
+        return known
+    with contextlib.suppress(ConfigError):  # what can be told only after the work
+        for name in here:
+            planner = make_onnx_planner(policy, sampling, rows, runtime=RUNTIMES[name])
+            times[name] = _time(planner, rows)
+    found = min(times, key=lambda name: times[name])
     _write_choice(case, found)
     return found
 
 
-def why_not_onnx(policy: DiffusionPolicy, sampling: SampleConfig) -> str | None:
-    """Why onnxruntime cannot run this policy here; None where it can."""
+def _time(planner: Planner, rows: int) -> float:
+    """Median time of a plan [ms]."""
+    return float(np.median(time_plans(planner, rows, MEASURED)))
+
+
+def why_not(backend: BackendName, policy: DiffusionPolicy, sampling: SampleConfig) -> str | None:
+    """Why onnx or openvino cannot run this policy here; None where it can."""
     missing = list_missing()
     if missing:
-        return f"--backend onnx needs {', '.join(missing)}: pip install {EXTRA}"
+        return f"--backend {backend} needs {', '.join(missing)}: pip install {EXTRA}"
+    if importlib.util.find_spec(RUNTIMES[backend]) is None:
+        return f"--backend {backend} needs {RUNTIMES[backend]}: pip install {RUNTIMES[backend]}"
     if policy.device.type != "cpu":
-        return f"--backend onnx plans on the CPU; this policy is on {policy.device}: choose --device cpu"
+        return f"--backend {backend} plans on the CPU; this policy is on {policy.device}: choose --device cpu"
     try:
         from diffusion_policy.serving.graph import ExportError, require_exportable
     except ImportError as error:
-        return f"--backend onnx: {error}; pip install {EXTRA}"
+        return f"--backend {backend}: {error}; pip install {EXTRA}"
     try:
         require_exportable(policy, sampling)
     except ExportError as error:
@@ -120,27 +132,34 @@ def why_not_onnx(policy: DiffusionPolicy, sampling: SampleConfig) -> str | None:
 
 
 def make_onnx_planner(
-    policy: DiffusionPolicy, sampling: SampleConfig, rows: int, samples: int = 1
+    policy: DiffusionPolicy,
+    sampling: SampleConfig,
+    rows: int,
+    samples: int = 1,
+    *,
+    runtime: RuntimeName = "onnxruntime",
+    precision: PlanningPrecision = "fp32",
 ) -> exported.OnnxPlanner:
-    """A planner by onnxruntime for calls of so many rows; its graph is taken from the cache folder, or put there.
-    Raises ConfigError where there can be none."""
-    reason = why_not_onnx(policy, sampling)
+    """A planner by a graph for calls of so many rows, which is taken from the cache folder, or put there. Raises
+    ConfigError where there can be none."""
+    backend: BackendName = next(name for name, one in RUNTIMES.items() if one == runtime)
+    reason = why_not(backend, policy, sampling)
     if reason is not None:
         raise ConfigError(reason)
     from diffusion_policy.serving.export import ExportError, Exporting, make_export
 
-    folder = _graph_folder(policy, sampling, rows, samples)
+    folder, threads = _graph_folder(policy, sampling, rows, samples), torch.get_num_threads()
     with contextlib.suppress(ExportedError, ImportError, OSError):
-        return exported.load(folder, torch.get_num_threads()).planner
+        return exported.load(folder, threads, runtime, precision).planner
     try:
         config, contents = make_export(policy, sampling, Exporting(rows, samples))
     except (ExportError, ImportError) as error:
-        raise ConfigError(f"--backend onnx: {error}") from error
+        raise ConfigError(f"--backend {backend}: {error}") from error
     with contextlib.suppress(ValueError, OSError):
         remove(folder)  # what is damaged
         write_export(folder, config, contents)
         _forget_oldest(folder.parent)
-    return exported.OnnxPlanner(config, contents, torch.get_num_threads())
+    return exported.OnnxPlanner(config, contents, threads, runtime=runtime, precision=precision)
 
 
 def list_missing() -> list[str]:
@@ -160,11 +179,13 @@ def cache_folder() -> Path:
         return Path(os.devnull) / "diffusion-policy"
 
 
-def _name_case(policy: DiffusionPolicy, sampling: SampleConfig, rows: int) -> str:
+def _name_case(
+    policy: DiffusionPolicy, sampling: SampleConfig, rows: int, here: Sequence[BackendName] = tuple(RUNTIMES)
+) -> str:
     """What a choice holds for: machine, versions, network and sampling; not the weights."""
     case = {
         "machine": [platform.machine(), platform.processor(), os.cpu_count(), torch.get_num_threads()],
-        "versions": [torch.__version__, _version("onnxruntime")],
+        "versions": [torch.__version__, *(_version(RUNTIMES[name]) for name in here)],
         "policy": to_json(policy.config),
         "shapes": to_json(policy.shapes),
         "modes": policy.modes,
@@ -189,7 +210,7 @@ def _version(package: str) -> str:
     return ""
 
 
-def _read_choices() -> dict[str, str]:
+def _read_choices() -> dict[str, Any]:
     with contextlib.suppress(FileError, OSError):
         found = read_json(cache_folder() / "backends.json")
         return found if isinstance(found, dict) else {}

@@ -1,4 +1,4 @@
-"""An exported policy, to act with: its folder, run by onnxruntime and numpy. No torch.
+"""An exported policy, to act with: its folder, run by onnxruntime (or OpenVINO) and numpy. No torch.
 
 A stranger's graph holds numbers and operators, no code. What it can still do is take long, or much memory. Knows no
 simulator.
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_policy.config import ConfigError, with_options
+from diffusion_policy.config import ConfigError, PlanningPrecision, with_options
 from diffusion_policy.control.single import SingleController
 from diffusion_policy.serving.plan_folder import (
     ACTIONS,
@@ -24,16 +24,21 @@ from diffusion_policy.serving.plan_folder import (
     PlanConfig,
     read_export,
 )
-
-SENT = {"tensor(double)": "float64", "tensor(float)": "float32", "tensor(int64)": "int64"}
-"""Types of inputs and outputs, as numpy calls them."""
+from diffusion_policy.serving.runtimes import RuntimeName, open_graph
 
 
-def load(path: Path | str, threads: int | None = None) -> "ExportedPolicy":
-    """The policy that `diffusion-policy export` wrote into a folder. `threads`: of onnxruntime, by default one a core.
-    Raises ExportedError where it is damaged, or not what it says, ImportError without onnxruntime."""
+def load(
+    path: Path | str,
+    threads: int | None = None,
+    runtime: RuntimeName = "onnxruntime",
+    precision: PlanningPrecision = "fp32",
+) -> "ExportedPolicy":
+    """The policy that `diffusion-policy export` wrote into a folder. `threads`: of the runtime, by default one a core;
+    `precision`: fp32, or bf16 with openvino. Raises ExportedError where it is damaged, or not what it says, ImportError
+    without the runtime."""
     config, contents = read_export(Path(path))
-    return ExportedPolicy(config, OnnxPlanner(config, contents, threads, str(path)))
+    planner = OnnxPlanner(config, contents, threads, str(path), runtime=runtime, precision=precision)
+    return ExportedPolicy(config, planner)
 
 
 @dataclass(frozen=True)
@@ -68,20 +73,27 @@ class ExportedPolicy:
 
 
 class OnnxPlanner:
-    """Plans with onnxruntime; see `control.planner.Planner`."""
+    """Plans with ONNX graphs; see `control.planner.Planner`."""
 
     def __init__(
-        self, config: PlanConfig, contents: Mapping[str, bytes], threads: int | None = None, where: str = ""
+        self,
+        config: PlanConfig,
+        contents: Mapping[str, bytes],
+        threads: int | None = None,
+        where: str = "",
+        *,
+        runtime: RuntimeName = "onnxruntime",
+        precision: PlanningPrecision = "fp32",
     ) -> None:
-        """`contents`: the files of the config's form, by name; `where`: named in messages. Raises ExportedError for
-        graphs that do not take and give what the config says."""
+        """`contents`: the files of the config's form, by name; `where`: named in messages; the others as `load` has
+        them. Raises ExportedError for graphs that do not take and give what the config says."""
         self._config, self._where = config, where
         self.observation_horizon, self.steps = config.observation_horizon, config.steps
         self.action_horizon = config.action_horizon
         self.observation_shapes = dict(config.observation_shapes)
         self.action_shape, self.noise_shape = config.action_shape, config.noise_shape
         graphs = {name: content for name, content in contents.items() if name != TABLE}
-        self._sessions = [_open(graph, threads, where) for graph in graphs.values()]
+        self._graphs = [open_graph(one, runtime, threads, precision, where) for one in graphs.values()]
         self._sequences = config.batch * config.samples, *config.noise_shape[1:]  # (B N, T, D)
         if config.form == "network":
             table = _read_table(contents[TABLE], config.table_shape, where)
@@ -129,8 +141,8 @@ class OnnxPlanner:
     def _run(self, part: int, output: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """One call of a graph; raises ExportedError where it fails."""
         try:
-            return self._sessions[part].run([output], inputs)[0]
-        except Exception as error:  # onnxruntime has its own for each
+            return self._graphs[part].run(output, inputs)
+        except Exception as error:  # runtimes have their own for each
             raise ExportedError(f"{self._where}: the graph fails: {error!s:.300}") from error
 
     def _require_observed(self, key: str, observations: Mapping[str, np.ndarray], count: int) -> np.ndarray:
@@ -155,25 +167,17 @@ class OnnxPlanner:
         sequences = ("float32", list(self._sequences))
         wanted = [(observed | noise, actions)]
         if config.form == "network":
-            films = {one.name: _describe(one) for one in self._sessions[0].get_outputs() if one.name == "films"}
+            films = {name: one for name, one in self._graphs[0].outputs.items() if name == "films"}
             call = {"xt": sequences, "place": ("int64", []), **films}
             wanted = [(observed, films), (call, {"denoised": sequences}), ({"x0": sequences}, actions)]
-        for session, (takes, gives) in zip(self._sessions, wanted, strict=True):
-            inputs = {one.name: _describe(one) for one in session.get_inputs()}
-            outputs = {one.name: _describe(one) for one in session.get_outputs()}
-            if inputs != takes or outputs != gives:
-                raise ExportedError(
-                    f"{self._where}: a graph takes {inputs} and gives {outputs}; {PLAN} says {takes} and {gives}"
-                )
+        for graph, (takes, gives) in zip(self._graphs, wanted, strict=True):
+            if graph.inputs != takes or graph.outputs != gives:
+                found = f"takes {graph.inputs} and gives {graph.outputs}"
+                raise ExportedError(f"{self._where}: a graph {found}; {PLAN} says {takes} and {gives}")
 
 
 def _one_sequence(samples: int) -> str:
     return f"a controller follows one sequence; this policy was exported with --samples {samples}"
-
-
-def _describe(value: Any) -> tuple[str, list[Any]]:
-    """Type and shape of an input or output."""
-    return SENT.get(str(value.type), str(value.type)), list(value.shape)
 
 
 def _read_table(content: bytes, shape: tuple[int, int], where: str) -> np.ndarray:
@@ -193,21 +197,3 @@ def _read_table(content: bytes, shape: tuple[int, int], where: str) -> np.ndarra
             f"{where}/{TABLE} must hold an array of float32 {shape}, all finite: {error!s:.200}"
         ) from error
     return table
-
-
-def _open(graph: bytes, threads: int | None, where: str) -> Any:
-    """A session; raises ExportedError for what is no graph."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ImportError(
-            "this needs onnxruntime: pip install onnxruntime, or 'diffusion-policy-toolkit[onnx]' to export as well"
-        ) from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.log_severity_level = 4  # what is wrong is raised
-    options.add_session_config_entry("session.load_model_format", "ONNX")
-    try:
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has its own for each
-        raise ExportedError(f"{where}: onnxruntime cannot read the graph: {error!s:.300}") from error

@@ -47,7 +47,7 @@ class Benchmark(Command):
     samples: tuple[int, ...] = (16, 64)
     """Sequences sampled for one observation, one after another."""
     backends: tuple[BackendName, ...] = ()
-    """Backends to measure; by default eager, onnx where it is installed, and graph on a GPU."""
+    """Backends to measure; by default eager, onnx and openvino where they are installed, and graph on a GPU."""
     plans: int = 50
     """Plans of each backend and size, fewer where that takes longer than ten seconds."""
     control_rate: float | None = None

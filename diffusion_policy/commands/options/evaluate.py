@@ -57,8 +57,8 @@ class Evaluate(ActingCommand):
     """Episodes to film for the page: one of each mode, then failures."""
     backend: Annotated[BackendName, Group("sampling")] = "eager"
     """What samples: torch, operator by operator (eager, which repeats to the bit on one machine); a network compiled by
-    torch.compile; one CUDA graph (graph); onnxruntime (onnx); or the fastest of eager and onnx here, measured (auto).
-    All but eager can change the last digits of an action."""
+    torch.compile; one CUDA graph (graph); onnxruntime (onnx); OpenVINO (openvino); or the fastest of eager, onnx and
+    openvino here, measured (auto). All but eager can change the last digits of an action."""
 
     def __post_init__(self) -> None:
         anchor(self)

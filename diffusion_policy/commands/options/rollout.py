@@ -40,11 +40,11 @@ class Rollout(ActingCommand):
     """Store to create with these episodes, observations and actions as they were; failures are stored too."""
     sampling: Annotated[SampleConfig, Group("sampling")] = field(default_factory=SampleConfig)
     backend: Annotated[BackendName, Group("sampling")] = "auto"
-    """What samples: the fastest of eager and onnx here, measured (auto); torch, operator by operator (eager); a network
-    compiled by torch.compile; one CUDA graph (graph); onnxruntime (onnx). They differ in the last digits of an
-    action."""
+    """What samples: the fastest of eager, onnx and openvino here, measured (auto); torch, operator by operator (eager);
+    a network compiled by torch.compile; one CUDA graph (graph); onnxruntime (onnx); OpenVINO (openvino). They differ in
+    the last digits of an action."""
     precision: PlanningPrecision = "fp32"
-    """Numbers that the network computes with: fp32, or bf16 for the backends eager, compile and graph."""
+    """Numbers that the network computes with: fp32, or bf16, which onnx has not."""
 
     def __post_init__(self) -> None:
         anchor(self)
