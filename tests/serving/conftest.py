@@ -1,0 +1,102 @@
+"""Policies that are exported, small, and their folders: torch's exporter takes seconds for each."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion_policy.config import PolicyConfig, SampleConfig, with_options
+from diffusion_policy.policy import DiffusionPolicy
+from diffusion_policy.serving.export import Exporting, export
+from diffusion_policy.serving.plan_folder import PLAN, record
+
+SMALL = with_options(PolicyConfig(), widths=(8, 16), level_dim=16, prediction_horizon=8, action_horizon=4)
+
+
+class Exported(NamedTuple):
+    """A policy, and how it is exported."""
+
+    policy: DiffusionPolicy
+    sampling: SampleConfig
+    exporting: Exporting
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fast(graphs_made_once: None) -> None:
+    """All tests here."""
+
+
+@pytest.fixture(scope="session")
+def make_policy() -> Callable[..., DiffusionPolicy]:
+    """Makes an untrained policy; its keys are called like parts of the graph."""
+
+    def make(config: PolicyConfig = SMALL, seed: int = 0, **options: Any) -> DiffusionPolicy:
+        rng = np.random.default_rng(seed)
+        data = {
+            "noise": rng.normal(2, 3, (60, 3)),
+            "actions": rng.normal(size=(60, 2, 2)),
+            "films/Ort der Füße": rng.normal(size=(60, 1)),
+            "action": rng.uniform([-3, 5], [3, 9], (60, 2)),
+        }
+        torch.manual_seed(seed)
+        policy = DiffusionPolicy.for_data(dataclasses.replace(config), data, ("left", "right"), **options)
+        return policy.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def plain(make_policy: Callable[..., DiffusionPolicy]) -> Exported:
+    """With angles among its columns, for one robot."""
+    policy = make_policy(angles={"noise": (1,), "action": (0,)})
+    return Exported(policy, SampleConfig(sampling_steps=3), Exporting())
+
+
+@pytest.fixture(scope="session")
+def guided(make_policy: Callable[..., DiffusionPolicy]) -> Exported:
+    """Guided to a mode, unclipped, with a learned variance; three sequences for each of two robots, in float32."""
+    options = {"prediction": "velocity", "normalization": "moments", "learn_variance": True}
+    config = with_options(SMALL, widths=(8,), condition_on_mode=True, condition_dropout=0.1, **options)
+    sampling = SampleConfig("heun", 3, guidance=0.7, guidance_schedule="falling", mode="left", corrector_steps=1)
+    return Exported(make_policy(config), sampling, Exporting(2, 3, dtype="float32"))
+
+
+@pytest.fixture(scope="session")
+def write(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Exports into a new folder."""
+
+    def write(one: Exported, **options: Any) -> Path:
+        folder = tmp_path_factory.mktemp("exported") / "policy"
+        export(one.policy, folder, one.sampling, one.exporting._replace(**options), tolerance=1.0)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def loop_folder(plain: Exported, write: Callable[..., Path]) -> Path:
+    return write(plain)
+
+
+@pytest.fixture(scope="session")
+def network_folder(plain: Exported, write: Callable[..., Path]) -> Path:
+    return write(plain, form="network")
+
+
+@pytest.fixture(scope="session")
+def seal() -> Callable[..., None]:
+    """Has plan.json tell the truth about files that were changed, and say something else where that is given."""
+
+    def seal(folder: Path, change: Callable[[dict[str, Any]], object] = lambda _: None) -> None:
+        tree = json.loads((folder / PLAN).read_text())
+        files = {name: (folder / name).read_bytes() for name in tree["files"] if (folder / name).exists()}
+        tree["files"] |= {name: dataclasses.asdict(one) for name, one in record(files).items()}
+        change(tree)
+        (folder / PLAN).write_text(json.dumps(tree))
+
+    return seal
