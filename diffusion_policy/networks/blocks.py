@@ -9,6 +9,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diffusion_policy.networks.layers import GroupNorm, Mish
+
 
 class LevelEmbedding(nn.Module):
     """Sinusoids of the noise level (Vaswani et al. 2017, section 3.5), then a small MLP: (...) → (..., dim)."""
@@ -17,7 +19,7 @@ class LevelEmbedding(nn.Module):
         super().__init__()
         frequencies = torch.exp(torch.arange(dim // 2) * (-math.log(10_000) / (dim // 2 - 1)))
         self.register_buffer("frequencies", frequencies, persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.Mish(), nn.Linear(4 * dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), Mish(), nn.Linear(4 * dim, dim))
 
     def forward(self, level: Tensor) -> Tensor:
         angles = level[..., None] * self.get_buffer("frequencies")  # (..., dim / 2)
@@ -44,8 +46,8 @@ class ConvBlock(nn.Sequential):
     def __init__(self, channels_in: int, channels_out: int, kernel_size: int, groups: int) -> None:
         super().__init__(
             nn.Conv1d(channels_in, channels_out, kernel_size, padding=kernel_size // 2),
-            nn.GroupNorm(groups, channels_out),
-            nn.Mish(),
+            GroupNorm(groups, channels_out),
+            Mish(),
         )
 
 
@@ -58,7 +60,7 @@ class ResidualBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.first = ConvBlock(channels_in, channels_out, kernel_size, groups)
-        self.film = nn.Sequential(nn.Mish(), nn.Linear(level_dim + cond_dim, 2 * channels_out))
+        self.film = nn.Sequential(Mish(), nn.Linear(level_dim + cond_dim, 2 * channels_out))
         self.second = ConvBlock(channels_out, channels_out, kernel_size, groups)
         self.skip = nn.Conv1d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
         self._level_dim = level_dim
