@@ -3,6 +3,7 @@
 Both take the same bytes. OpenVINO can compute in bf16 where the processor has it.
 """
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
@@ -28,7 +29,7 @@ class Graph(Protocol):
     outputs: Interface
 
     def run(self, output: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """One output; raises what the runtime raises."""
+        """One output; raises what the runtime raises. Several threads may call."""
         ...
 
 
@@ -70,12 +71,14 @@ class OpenVino:
         compiled = openvino.Core().compile_model(model, "CPU", options)
         self.inputs: Interface = {one.get_any_name(): _describe_port(one) for one in compiled.inputs}
         self.outputs: Interface = {one.get_any_name(): _describe_port(one) for one in compiled.outputs}
-        self._request = compiled.create_infer_request()
+        self._compiled, self._own = compiled, threading.local()
 
     def run(self, output: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """See `Graph.run`."""
-        self._request.infer(dict(inputs), share_inputs=True)
-        return np.array(self._request.get_tensor(output).data)  # a copy: the next call writes there
+        if not hasattr(self._own, "request"):  # each thread has its own
+            self._own.request = self._compiled.create_infer_request()
+        self._own.request.infer(dict(inputs), share_inputs=True)
+        return np.array(self._own.request.get_tensor(output).data)  # a copy: the next call writes there
 
 
 def _describe(kind: object, shape: Any) -> tuple[str, list[Any]]:
