@@ -63,11 +63,12 @@ def has_code(page: str) -> bool:
 
 
 SMALL = "--widths 16 32 --groups 4 --level-dim 16 --noise-levels 20 --steps 2 --batch-size 16 --device cpu"
+SHORT = "--env-kwargs '{\"max_episode_steps\": 10}'"
 MINIATURE = {
     "collect": "--episodes 4 --workers 1",
     "train": SMALL,
-    "evaluate": "--episodes 2 --repeats 1 --sampling-steps 1 --workers 1 --videos 0 --device cpu",
-    "rollout": "--episodes 1 --sampling-steps 1 --workers 1 --device cpu --env-kwargs '{\"max_episode_steps\": 10}'",
+    "evaluate": f"--episodes 2 --repeats 1 --sampling-steps 1 --workers 1 --videos 0 --device cpu {SHORT}",
+    "rollout": f"--episodes 1 --sampling-steps 1 --workers 1 --device cpu {SHORT}",
     "study": "--samplers ddim --steps 1 --episodes 1 --workers 1 --device cpu",
     "doctor": "--overfit-steps 2 --device cpu",
     "sweep": f"{SMALL} --episodes 1 --sampling-steps 2",
