@@ -77,6 +77,8 @@ MINIATURE = {
     "dataset": "",
     "toy": "",
     "demo": "",
+    "benchmark": "--only planning data --rows 1 --samples 1 --plans 2 --backends eager --sampling-steps 2 --device cpu",
+    "export": "--sampling-steps 2",
 }
 """What is added to a command, so that it takes seconds; a flag given twice counts as given last."""
 LONG = {"sweep", "toy", "demo"}

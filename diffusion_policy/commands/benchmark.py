@@ -26,8 +26,10 @@ from diffusion_policy.evaluation.engines import require_workers
 from diffusion_policy.policy import DiffusionPolicy, choose_device
 from diffusion_policy.report.evaluation_figures import to_png
 from diffusion_policy.report.figures import draw_benchmark
-from diffusion_policy.serving.backends import RUNTIMES, make_planner, resolve_backend, why_not
+from diffusion_policy.serving.backends import RUNTIMES, make_planner, why_not
 
+OF_AUTO = ("eager", "graph", *RUNTIMES)
+"""Backends that auto chooses from."""
 DEFAULT_ENV = "diffusion_policy/BlockPush-v0"
 JSON, CHART = "benchmark.json", "benchmark.png"
 
@@ -117,18 +119,17 @@ def measure_planning(
     limits: speeds.Limits,
     backends: Sequence[BackendName],
 ) -> list[dict[str, Any]]:
-    """The rows of `speeds.measure_planning`, and for each number of observations a row of what auto chooses."""
+    """The rows of `speeds.measure_planning`; of those that auto chooses from, the fastest is marked."""
     rows: list[dict[str, Any]] = []
     with console.status("planning") as status:
         for row in speeds.measure_planning(policy, options.sampling, options.cases, backends, options.plans, limits):
             status.update(f"planning: {row['rows']} x {row['samples']}, {row['backend']}")
             rows.append(row)
-        chosen = {}
-        for number in options.rows:
-            name = resolve_backend(policy, options.sampling, "auto", number)
-            chosen |= {(number, name): True}
-    for row in rows:
-        row["auto"] = row["samples"] == 1 and (row["rows"], row["backend"]) in chosen
+    for case in options.cases:
+        measured = [row for row in rows if (row["rows"], row["samples"]) == case and row["backend"] in OF_AUTO]
+        fastest = min(measured, key=lambda row: row["p50"], default=None)
+        for row in measured:
+            row["auto"] = row is fastest
     return rows
 
 
@@ -179,7 +180,7 @@ def show_planning(rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_row(
             str(row["rows"]),
             str(row["samples"]),
-            row["backend"] + (" *" if row["auto"] else ""),
+            row["backend"] + (" *" if row.get("auto") else ""),
             *(f"{row[name]:.1f}" for name in ("p50", "p95", "p99")),
             "-" if row["ratio"] is None else f"{row['ratio']:.2f}",
             f"{row['share_of_limit']:.0%}",
