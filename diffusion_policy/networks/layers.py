@@ -17,12 +17,18 @@ FEW_STEPS = 8
 
 
 class Mish(nn.Module):
-    """x · tanh(log(1 + e^x)) (Misra 2019, arXiv 1908.08681, eq. 1)."""
+    """See `mish`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # in one loop, with one exponential
-            return x * _factor(torch.sigmoid(x))
-        return _Mish.apply(x) if _learns_on_cpu(x) and x.numel() >= MANY else functional.mish(x)  # pyright: ignore
+        return mish(x)
+
+
+def mish(x: Tensor) -> Tensor:
+    """x · tanh(log(1 + e^x)) (Misra 2019, arXiv 1908.08681, eq. 1). In a graph that is compiled or exported it has one
+    exponential: runtimes have no fast Mish."""
+    if torch.compiler.is_compiling():
+        return x * _factor(torch.sigmoid(x))
+    return _Mish.apply(x) if _learns_on_cpu(x) and x.numel() >= MANY else functional.mish(x)  # pyright: ignore
 
 
 class GroupNorm(nn.GroupNorm):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusion_policy.networks.blocks import BlockPair, ConvBlock, Films, ResidualBlock
+from diffusion_policy.networks.layers import mish
 from diffusion_policy.networks.unet import TemporalUnet
 
 
@@ -137,7 +138,7 @@ class _RowsBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = rearrange(self.conv(x), "b t c -> b c t")
         x = functional.group_norm(x, self.groups, self.get_buffer("scale"), self.get_buffer("shift"), self.eps)
-        return _mish(rearrange(x, "b c t -> b t c"))
+        return mish(rearrange(x, "b c t -> b t c"))
 
 
 class _RowsResidual(nn.Module):
@@ -162,13 +163,3 @@ class _RowsPair(nn.Module):
 
     def forward(self, x: Tensor, first_film: Tensor, second_film: Tensor) -> Tensor:
         return self.second(self.first(x, first_film), second_film)
-
-
-def _mish(x: Tensor) -> Tensor:
-    """x · tanh(log(1 + e^x)) (Misra 2019, arXiv 1908.08681, eq. 1). In an exported graph with one exponential, since
-    runtimes have a fast one and no fast Mish: tanh(log(1 + e)) = n / (n + 2) with n = e (e + 2)."""
-    if not torch.compiler.is_exporting():
-        return functional.mish(x)
-    e = x.clamp(max=20).exp()  # beyond it the factor is 1
-    n = e * (e + 2)
-    return x * (n / (n + 2))
