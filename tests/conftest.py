@@ -1,14 +1,17 @@
 """Real miniatures that several tests share: demonstrations from the simulator, and a checkpoint trained on them."""
 
 import dataclasses
+import fcntl
 import hashlib
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -107,6 +110,56 @@ def make_version_2(make_version_3: Callable[[Path], None]) -> Callable[[Path], N
         (folder / "config.json").write_text(json.dumps(config | {"format_version": 2}))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def graphs_made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """torch's exporter takes seconds a policy: what it wrote in this run of tests is taken again, in all processes."""
+    import onnx
+
+    from diffusion_policy.serving import export
+
+    folder, make_graphs = tmp_path_factory.getbasetemp(), export.make_graphs
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+    def remember(policy, sampling, *options):
+        digest = hashlib.sha256(repr((policy.config, policy.shapes, policy.modes, sampling, options)).encode())
+        for value in policy.state_dict().values():
+            digest.update(value.numpy().tobytes())
+        file = folder / f"{digest.hexdigest()}.npz"
+        with open(file.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not file.exists():
+                *models, of_noise, of_x0 = make_graphs(policy, sampling, *options)
+                written = [np.frombuffer(model.SerializeToString(), np.uint8) for model in models]
+                np.savez(file, *written, of_noise, of_x0)
+        *written, of_noise, of_x0 = np.load(file).values()
+        models = [onnx.load_from_string(one.tobytes()) for one in written]
+        return export.Graphs(*models, of_noise, of_x0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "make_graphs", remember)
+        yield
+
+
+@pytest.fixture(scope="session")
+def graphs_made_once() -> Iterator[None]:
+    """torch's exporter takes seconds a policy: what it wrote for a policy and its sampling is taken again."""
+    from diffusion_policy.serving import export
+
+    made, make_graphs = {}, export.make_graphs
+
+    def remember(policy, sampling, *options):
+        weights = b"".join(value.numpy().tobytes() for value in policy.state_dict().values())
+        key = (policy.config, policy.shapes.angles.keys(), hashlib.sha256(weights).hexdigest(), sampling, options)
+        found = repr(key)
+        if found not in made:
+            made[found] = make_graphs(policy, sampling, *options)
+        return made[found]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "make_graphs", remember)
+        yield
 
 
 @pytest.fixture(scope="session")

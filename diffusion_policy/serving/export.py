@@ -72,8 +72,9 @@ def make_export(
         raise ConfigError(f"batch and samples must be at least 1; got {exporting.batch} and {exporting.samples}")
     if policy.device.type != "cpu":
         raise ExportError(f"a policy is exported from the CPU; this one is on {policy.device}: load it with device cpu")
-    levels = policy.resolve_sampling(sampling)[1]
-    config = _describe(policy, sampling, exporting, len(levels))  # what cannot be is found before the work
+    steps = len(policy.resolve_sampling(sampling)[1])
+    calls = steps + (steps - 1) * sampling.corrector_steps  # at least
+    config = _describe(policy, sampling, exporting, calls)  # what cannot be is found before the work
     graphs = make_graphs(policy, sampling, exporting.batch, exporting.samples, getattr(torch, exporting.dtype))
     if exporting.precision == "int8":
         graphs = graphs._replace(denoise=_quantize(graphs.denoise))
@@ -135,7 +136,7 @@ def compare(policy: DiffusionPolicy, planner: OnnxPlanner, config: PlanConfig) -
         found = torch.from_numpy(planner.sample(observations, noise))
         normalize = policy.normalizer.normalize
         differences = normalize(policy.target.key, found) - normalize(policy.target.key, expected)
-        worst = float(np.maximum(worst, differences.abs().max()))
+        worst = float(np.maximum(worst, differences.abs().max().item()))  # of NaN, NaN
     return worst
 
 

@@ -173,7 +173,8 @@ def quiet() -> Iterator[None]:
 
 
 def _rename(model: ModelProto, names: dict[str, str], prefix: str) -> ModelProto:
-    """Inputs and outputs by these names, all else with a prefix."""
+    """Inputs and outputs by these names, all else with a prefix; without the exporter's notes, which are longer than a
+    small network and hold paths of this machine."""
 
     def renamed(name: str) -> str:
         return names.get(name, prefix + name) if name else ""
@@ -186,6 +187,9 @@ def _rename(model: ModelProto, names: dict[str, str], prefix: str) -> ModelProto
         assert not any(attribute.HasField("g") for attribute in node.attribute)
     for one in (*graph.input, *graph.output, *graph.initializer):
         one.name = renamed(one.name)
+    for noted in (*graph.node, *graph.input, *graph.output, *graph.initializer, graph, model):
+        del noted.metadata_props[:]
+        noted.doc_string = ""
     del graph.value_info[:]
     return model
 

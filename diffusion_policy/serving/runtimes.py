@@ -46,7 +46,8 @@ class OnnxRuntime:
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 4  # what is wrong is raised
         options.add_session_config_entry("session.load_model_format", "ONNX")
-        self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        providers = ["CPUExecutionProvider"]
+        self._session = onnxruntime.InferenceSession(graph, options, providers=providers, enable_fallback=0)
         self.inputs: Interface = {one.name: _describe(one.type, one.shape) for one in self._session.get_inputs()}
         self.outputs: Interface = {one.name: _describe(one.type, one.shape) for one in self._session.get_outputs()}
 

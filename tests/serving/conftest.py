@@ -53,7 +53,8 @@ def make_policy() -> Callable[..., DiffusionPolicy]:
 @pytest.fixture(scope="session")
 def plain(make_policy: Callable[..., DiffusionPolicy]) -> Exported:
     """With angles among its columns, for one robot."""
-    policy = make_policy(angles={"noise": (1,), "action": (0,)})
+    config = with_options(SMALL, prediction="sample")
+    policy = make_policy(config, angles={"noise": (1,), "action": (0,)})
     return Exported(policy, SampleConfig(sampling_steps=3), Exporting())
 
 
