@@ -275,7 +275,7 @@ def test_any_value_in_any_field_of_the_plan_is_refused_or_acts(copy: Path, parts
         places += [(name, one) for name in ("files", "sampling", "observation_shapes") for one in tree[name]]
         places += [("files", name, what) for name in tree["files"] for what in ("size", "sha256")]
         for place in places:
-            for value in rng.sample(HOSTILE_VALUES, 5):
+            for value in rng.sample(HOSTILE_VALUES, 3):
                 (folder / PLAN).write_text(within(tree, place, value))
                 try:
                     loaded = exported.load(folder, threads=1)
@@ -284,7 +284,7 @@ def test_any_value_in_any_field_of_the_plan_is_refused_or_acts(copy: Path, parts
                 else:  # what only says where a policy is from may say anything
                     action = loaded.controller().act(observe(np.random.default_rng(0)))
                     counts["acted"] += action.shape == (2,)
-        assert sum(counts.values()) % (5 * len(places)) == 0 or folder is parts
+        assert sum(counts.values()) % (3 * len(places)) == 0 or folder is parts
     assert counts["refused"] > 5 * counts["acted"] > 0
 
 
@@ -459,7 +459,7 @@ print(json.dumps(counts))
 """
 
 
-@pytest.mark.parametrize("seed, count", [(0, 60), pytest.param(1, 3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed, count", [(0, 25), pytest.param(1, 3000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", FILES)
 def test_random_damage_with_right_checksums_crashes_nothing(copy: Path, parts: Path, form: str, seed, count) -> None:
     folder = copy if form == "loop" else parts
