@@ -69,10 +69,11 @@ class OpenVino:
             **({"INFERENCE_NUM_THREADS": threads} if threads else {}),
         }
         model = openvino.Core().read_model(model=graph)
-        compiled = openvino.Core().compile_model(model, "CPU", options)
-        self.inputs: Interface = {one.get_any_name(): _describe_port(one) for one in compiled.inputs}
-        self.outputs: Interface = {one.get_any_name(): _describe_port(one) for one in compiled.outputs}
-        self._compiled, self._own = compiled, threading.local()
+        # as it was read: compiled, an input is also called as what was folded into it
+        self.inputs: Interface = {one.get_any_name(): _describe_port(one) for one in model.inputs}
+        self.outputs: Interface = {one.get_any_name(): _describe_port(one) for one in model.outputs}
+        self._compiled = openvino.Core().compile_model(model, "CPU", options)
+        self._own = threading.local()
 
     def run(self, output: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """See `Graph.run`."""
