@@ -3,7 +3,7 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ LAW = {
     "policy": {"basics.streams", "config", "datasets.statistics", "diffusion", "networks", "normalizer"},
     "checkpoints": {"basics", "checkpoints", "config", "policy"},
     "control": {"basics.streams", "config", "control", "policy"},
+    "serving": {"basics", "config", "control", "policy", "serving"},
     "training": {
         "basics", "config", "datasets.statistics", "datasets.windows", "diffusion", "networks", "normalizer", "policy",
         "training",
@@ -55,16 +56,27 @@ LIBRARIES = {
     "diffusion": {"torch"},
     "networks": {"torch", "einops"},
     "control": {"numpy", "torch"},
+    "serving": {"numpy", "torch", "einops", "onnx", "onnxruntime"},
+    "serving.plan_folder": set(),
+    "serving.exported": {"numpy"},
+    "serving.runtimes": {"numpy", "onnxruntime", "openvino"},
     "training": {"numpy", "torch", "wandb"},
     "checkpoints": {"torch", "safetensors"},
     "evaluation": {"numpy", "scipy", "gymnasium", "ray"},
     "report": {"numpy", "torch", "matplotlib", "jinja2", "imageio", "gymnasium", "PIL"},
 }
 """Libraries that each room, or a file of its own kind, may use."""
+TORCH_FREE = (
+    "serving.exported", "serving.plan_folder", "serving.runtimes", "commands.loading", "control.single",
+    "control.latency", "control.controller", "control.planner",
+)  # fmt: skip
+"""What runs on a robot."""
 UNREACHABLE = {
     "policy": {"zarr", "fsspec", "pybullet", "gymnasium", "safetensors", "matplotlib"},
     "control": {"zarr", "fsspec", "pybullet", "gymnasium", "safetensors", "matplotlib"},
     "checkpoints": {"zarr", "fsspec", "pybullet", "gymnasium", "matplotlib"},
+    "serving": {"zarr", "fsspec", "pybullet", "gymnasium", "safetensors", "matplotlib"},
+    **{name: {"torch", "zarr", "fsspec", "einops", "onnx", "gymnasium"} for name in TORCH_FREE},
     "training": {"zarr", "fsspec", "pybullet", "gymnasium", "matplotlib", "safetensors"},
     "evaluation": {"pybullet", "zarr", "matplotlib", "safetensors"},
     "envs": {"torch", "zarr"},
@@ -73,16 +85,25 @@ UNREACHABLE = {
 """Libraries that a room must not reach, not even through what it imports."""
 
 
-def imports_of(path: Path) -> set[str]:
+def walk(tree: ast.AST) -> Iterator[ast.AST]:
+    """As `ast.walk`, but for what only type checkers see."""
+    yield tree
+    for child in ast.iter_child_nodes(tree):
+        if not (isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING"):
+            yield from walk(child)
+
+
+def imports_of(path: Path, walk: Callable[[ast.AST], Iterator[ast.AST]] = ast.walk) -> set[str]:
+    """With what is taken of a package, which may be a module: from diffusion_policy.serving import exported."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             members = [alias.name for alias in node.names]
-            if node.module == "diffusion_policy":  # from diffusion_policy import trainer: a module, unless __version__
-                names |= {f"diffusion_policy.{name}" for name in members if name != "__version__"}
+            if (node.module or "").startswith("diffusion_policy"):
+                names |= {f"{node.module}.{name}" for name in members if name != "__version__"}
             else:
                 names.add(node.module or "")
     return names
@@ -96,11 +117,13 @@ def name_of(path: Path) -> str:
 
 
 MODULES = {name_of(path): imports_of(path) for path in FILES}
+RUNNING = {name_of(path): imports_of(path, walk) for path in FILES}
+"""Without what only type checkers import."""
 
 
-def ours_of(name: str) -> set[str]:
+def ours_of(name: str, modules: dict[str, set[str]] = MODULES) -> set[str]:
     """Modules of ours that a module imports; packages are imported with what is taken of them."""
-    inside = {one.removeprefix("diffusion_policy.") for one in MODULES[name] if one.startswith("diffusion_policy.")}
+    inside = {one.removeprefix("diffusion_policy.") for one in modules[name] if one.startswith("diffusion_policy.")}
     return {one if one in MODULES else one.rpartition(".")[0] for one in inside} & MODULES.keys()
 
 
@@ -126,8 +149,8 @@ def test_a_room_does_not_reach_through_others_what_it_must_not_know(room: str) -
         name = waiting.pop()
         if name not in seen:
             seen.add(name)
-            waiting += ours_of(name) | ({name.rpartition(".")[0]} & MODULES.keys())
-    reached = {one.split(".")[0] for name in seen for one in MODULES[name]}
+            waiting += ours_of(name, RUNNING) | ({name.rpartition(".")[0]} & MODULES.keys())
+    reached = {one.split(".")[0] for name in seen for one in RUNNING[name]}
     assert reached & UNREACHABLE[room] == set()
 
 

@@ -84,7 +84,12 @@ def test_the_same_seed_gives_the_actions_of_torch(plain, form: str, request) -> 
 
 TORCH_FREE = """
 import sys
-sys.modules["torch"] = sys.modules["zarr"] = None  # importing one fails
+heavy = (
+    "torch", "zarr", "einops", "gymnasium", "pybullet", "fsspec", "google_crc32c", "scipy", "tyro", "rich",
+    "matplotlib", "jinja2", "imageio", "safetensors", "onnx", "onnxscript", "openvino",
+)
+for name in heavy:
+    sys.modules[name] = None  # importing it fails
 import numpy as np
 import diffusion_policy as dp
 
@@ -94,14 +99,12 @@ rng = np.random.default_rng(0)
 observation = {key: rng.normal(size=shape) for key, shape in loaded.config.observation_shapes.items()}
 actions = [controller.act(observation).tolist() for _ in range(6)]
 print(controller.latency(10, plans=3))
-heavy = ("torch", "zarr", "onnx", "onnxscript", "pybullet", "gymnasium", "matplotlib", "scipy", "einops")
-assert [name for name in heavy if sys.modules.get(name)] == []
 import json
 print(json.dumps(actions))
 """
 
 
-def test_a_robot_needs_neither_torch_nor_zarr(loop_folder: Path) -> None:
+def test_a_robot_needs_numpy_and_onnxruntime_alone(loop_folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", TORCH_FREE, str(loop_folder)], capture_output=True, text=True, check=True
     )
