@@ -104,7 +104,7 @@ AFTER = [
     (AvoidEnv, "path", lambda env, rows: rows["xyz"], "jerk and commitment are not measured: KeyError: 'xyz'"),
     (AvoidEnv, "planned_path", lambda env, row, actions: np.zeros((7, 3)), "no sampled plans are drawn"),
     (AvoidEnv, "choice", lambda env, row, actions: 1 / 0, "jerk and commitment are not measured: ZeroDivisionError"),
-    (evaluate, "measure_latency", fail(MemoryError()), "the time of planning could not be measured: MemoryError"),
+    (evaluate, "time_plans", fail(MemoryError()), "the time of planning could not be measured: MemoryError"),
     (evaluate, "sample_starts", fail(RuntimeError("CUDA out of memory")), "diversity could not be measured: RuntimeE"),
     (pictures, "choose_shown", fail(ValueError("odd")), "no episodes could be chosen to show: odd"),
     (pictures, "open_recorded", fail(OSError(5, "Input/output error")), "no demonstrations are drawn: OSError"),
@@ -188,7 +188,7 @@ def moving(function: Callable[..., Any], folder: Path) -> Callable[..., Any]:
     return moved
 
 
-@pytest.mark.parametrize("stop_at", ["measure_latency", "print_scorecard"])
+@pytest.mark.parametrize("stop_at", ["time_plans", "print_scorecard"])
 def test_an_evaluation_that_is_stopped_after_the_rollouts_goes_on(
     command: Evaluate, monkeypatch: pytest.MonkeyPatch, stop_at: str
 ) -> None:

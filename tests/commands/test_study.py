@@ -66,13 +66,16 @@ def test_lost_episodes_are_counted_and_the_study_goes_on_where_all_are_lost(
 ) -> None:
     roll_out = study_module.run_episodes
 
-    def lose(loaded: Any, seeds: range, sampling: Any, **options: Any) -> RolledOut:
+    calls = iter((1, 2, 3))
+
+    def lose(loaded: Any, seeds: range, planner: Any, **options: Any) -> RolledOut:
         lost = [FailedEpisode(seed, 0, "RuntimeError: it fell [over]") for seed in seeds]
-        if sampling.sampling_steps == 1:
+        call = next(calls)
+        if call == 1:
             return RolledOut([], lost, [])
-        if sampling.sampling_steps == 2:
+        if call == 2:
             raise RolloutError("the first 3 episodes failed 2 times each: it fell")
-        return roll_out(loaded, seeds, sampling, **options)._replace(lost=lost[:1])
+        return roll_out(loaded, seeds, planner, **options)._replace(lost=lost[:1])
 
     monkeypatch.setattr(study_module, "run_episodes", lose)
     study = Study(run, tmp_path / "s [1]", what="samplers", samplers=("ddim",), steps=(1, 2, 3), episodes=1, workers=1)
