@@ -43,7 +43,8 @@ def batch() -> Batch:
 def policy_that_says(answer: Callable[[Tensor, Tensor, int], Tensor], config: PolicyConfig = CONFIG) -> DiffusionPolicy:
     """A policy whose denoiser is `answer(cond, xt, level) -> x0`."""
     policy = DiffusionPolicy.for_data(config, walk())
-    policy.diffusion.denoiser = lambda network, cond, levels: lambda xt, level: answer(cond, xt, level)  # pyright: ignore
+    policy.diffusion.condition = lambda network, cond, levels: lambda xt, level: answer(cond, xt, level)  # pyright: ignore
+    policy.diffusion.decode = lambda outputs: outputs
     return policy
 
 
