@@ -78,7 +78,7 @@ MINIATURE = {
     "toy": "",
     "demo": "",
     "benchmark": "--only planning data --rows 1 --samples 1 --plans 2 --backends eager --sampling-steps 2 --device cpu",
-    "export": "--sampling-steps 2",
+    "export": "--sampling-steps 2 --tolerance 0.1",  # of a network that has learned nothing, which amplifies rounding
 }
 """What is added to a command, so that it takes seconds; a flag given twice counts as given last."""
 LONG = {"sweep", "toy", "demo"}
@@ -263,7 +263,8 @@ def help_of(*words: str) -> str:
 @pytest.mark.parametrize("page", PAGES)
 def test_the_flags_that_a_page_names_exist(page: str, flags: set[str]) -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]", PAGES[page]))
-    assert named - flags - {"--help", "--debug", "--version"} == set()
+    of_others = {"--no-deps"}  # of pip
+    assert named - flags - {"--help", "--debug", "--version"} - of_others == set()
 
 
 @pytest.mark.parametrize("page", PAGES)
