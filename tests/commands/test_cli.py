@@ -64,6 +64,7 @@ TITLES = {
     "dataset replay": ["positional arguments", "options", "episode", "environment"],
     "evaluate": ["options", "environment", "control", "simulation", "episode", "sampling"],
     "rollout": ["options", "environment", "control", "simulation", "episode", "sampling"],
+    "export": ["options", "graph", "sampling"],
     "study": ["positional arguments", "options", "environment", "control", "simulation", "sampling", "episode"],
     "doctor": ["options", "data", "sampling", "policy", "network", "diffusion"],
 }  # fmt: skip

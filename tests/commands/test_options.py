@@ -59,7 +59,7 @@ rollout --checkpoint r --episodes 1 --seed 100600 --video v.gif --record rec.zar
     --env-kwargs '{BRIEF}' --success none --fresh --mode-function {{module}}:label --mode-labels up down \
     --sampler unipc --sampling-steps 2 --spacing leading --clip none --guidance 0.5 --guidance-schedule middle \
     --mode right --corrector-steps 1 --corrector-size 0.1 --action-horizon 2 --workers 1 --device cpu
-rollout --checkpoint r --episodes 1 --sampling-steps 2 --eta 0.3 --workers 1
+rollout --checkpoint r --episodes 1 --sampling-steps 2 --eta 0.3 --workers 1 --backend eager --precision bf16
 rollout --checkpoint r --episodes 2 --sampling-steps 2 --env {{module}}:tiny/Window-v0 --render human
 study samplers --checkpoint r --output st --samplers ddim --steps 1 2 --mode left --guidance 0.5 --episodes 1 \
     --seed 100700 --env diffusion_policy/Avoid-v0 --env-kwargs '{BRIEF}' --success none --fresh \
@@ -85,10 +85,12 @@ train --dataset a.zarr --output r {SMALL} --compile
 dataset replay a.zarr --episodes 1 --video replay.gif
 evaluate --checkpoint r --output ev --episodes 2 --engine ray --sampling-steps 2
 evaluate --checkpoint r --output ew --episodes 2 --backend compile --sampling-steps 2
+export --checkpoint r --output ex --batch 2 --samples 2 --form network --precision int8 --dtype float32 --tolerance 9 \
+    --control-rate 10 --sampling-steps 2
 sweep --dataset a.zarr --output w {SMALL} --random learning-rate=log:1e-4:1e-3 --runs 1 --episodes 0 --engine ray
 sweep --dataset a.zarr --output w {SMALL} --random learning-rate=log:1e-4:1e-3 --runs 2 --episodes 0 --resume
 """
-"""What takes a compiler or a cluster."""
+"""What takes a compiler, an exporter or a cluster."""
 
 MODULE = """
 import gymnasium, numpy as np

@@ -31,8 +31,8 @@ class Export(Command):
     samples: int = 1
     """Action sequences drawn for each observation; a controller follows one."""
     form: Literal["loop", "network"] = "loop"
-    """loop: one graph from observations to actions, with the sampling loop inside; network: three graphs (observe,
-    denoise, act), whose loop the caller runs, for runtimes that have no loops."""
+    """What is written: one graph from observations to actions, with the sampling loop inside (loop); or three graphs,
+    observe, denoise and act, and a table by which the caller runs the loop, for runtimes that have none (network)."""
     precision: Literal["fp32", "int8"] = "fp32"
     """Numbers of the network's products: fp32, or int8, whose error is measured and written into plan.json."""
     dtype: Literal["float64", "float32"] = "float64"
