@@ -95,8 +95,9 @@ def resolve_backend(
     times: dict[BackendName, float] = {"eager": _time(PolicyPlanner(policy, sampling), rows)}
     if times["eager"] / 1000 * EXPECTED_SHARE * plans < EXPORT_TIME:
         return "eager"
+    asked: list[BackendName] = [known] if known in here else here
     with contextlib.suppress(ConfigError):  # what can be told only after the work
-        for name in [known] if known in here else here:
+        for name in asked:
             planner = make_onnx_planner(policy, sampling, rows, runtime=RUNTIMES[name])
             times[name] = 0.0 if name == known else _time(planner, rows)
     found = min(times, key=lambda name: times[name])
