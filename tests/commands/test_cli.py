@@ -65,6 +65,7 @@ TITLES = {
     "evaluate": ["options", "environment", "control", "simulation", "episode", "sampling"],
     "rollout": ["options", "environment", "control", "simulation", "episode", "sampling"],
     "export": ["options", "graph", "sampling"],
+    "benchmark": ["options", "rollout", "planning", "policy", "network", "diffusion", "sampling"],
     "study": ["positional arguments", "options", "environment", "control", "simulation", "sampling", "episode"],
     "doctor": ["options", "data", "sampling", "policy", "network", "diffusion"],
 }  # fmt: skip

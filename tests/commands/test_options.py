@@ -87,6 +87,15 @@ evaluate --checkpoint r --output ev --episodes 2 --engine ray --sampling-steps 2
 evaluate --checkpoint r --output ew --episodes 2 --backend compile --sampling-steps 2
 export --checkpoint r --output ex --batch 2 --samples 2 --form network --precision int8 --dtype float32 --tolerance 9 \
     --control-rate 10 --sampling-steps 2
+benchmark --checkpoint r --output b --only planning data --profile --rows 2 --samples 3 --backends eager --plans 2 \
+    --sampling-steps 2 --spacing even --clip none --control-rate 1000 --device cpu
+benchmark --only rollout planning --env diffusion_policy/Avoid-v0 --episodes 1 --workers 1 --rows 1 --samples 1 \
+    --backends eager --plans 1 --observation-horizon 3 --prediction-horizon 8 --action-horizon 4 --widths 16 32 \
+    --kernel-size 3 --groups 4 --level-dim 16 --schedule linear --noise-levels 20 --schedule-options 0.001 0.3 \
+    --prediction velocity --snr-gamma 5 --learn-variance --condition-dropout 0.2 --normalization moments \
+    --condition-on-mode --sampler euler --sampling-steps 2 --guidance 0.5 --guidance-schedule rising --mode one \
+    --corrector-steps 1 --corrector-size 0.1
+benchmark --only planning --rows 1 --samples 1 --backends eager --plans 1 --eta 0.3 --sampling-steps 2 --widths 8 16
 sweep --dataset a.zarr --output w {SMALL} --random learning-rate=log:1e-4:1e-3 --runs 1 --episodes 0 --engine ray
 sweep --dataset a.zarr --output w {SMALL} --random learning-rate=log:1e-4:1e-3 --runs 2 --episodes 0 --resume
 """
