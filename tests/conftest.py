@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -116,6 +117,7 @@ def make_version_2(make_version_3: Callable[[Path], None]) -> Callable[[Path], N
 def graphs_made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """torch's exporter takes seconds a policy: what it wrote in this run of tests is taken again, in all processes."""
     import onnx
+    from torch.onnx._internal.exporter import _registration
 
     from diffusion_policy.serving import export
 
@@ -139,4 +141,6 @@ def graphs_made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "make_graphs", remember)
+        operators = functools.cache(_registration.ONNXRegistry.from_torchlib)  # a second for each graph
+        patch.setattr(_registration.ONNXRegistry, "from_torchlib", staticmethod(operators))
         yield

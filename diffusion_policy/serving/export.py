@@ -84,7 +84,7 @@ def make_export(
         contents.append(_write_table(graphs))
     files = dict(zip(FILES[exporting.form], contents, strict=True))
     config = replace(config, calls=graphs.of_x0.shape[1], files=record(files))
-    error = compare(policy, OnnxPlanner(config, files, where="the exported graph"), config)
+    error = compare(policy, OnnxPlanner(config, files, torch.get_num_threads(), "the exported graph"), config)
     allowed = TOLERANCES[exporting.precision] if tolerance is None else tolerance
     if not error <= allowed:
         raise ExportError(

@@ -70,11 +70,13 @@ def test_an_exported_checkpoint_acts_as_the_checkpoint(run: Path, tmp_path: Path
     controllers = [
         loaded.controller(seed=3, sampling_steps=2),
         dp.load(tmp_path / "exported", threads=1).controller(seed=3),
+        loaded.controller(seed=3, sampling_steps=2, backend="onnx"),
     ]
     rng = np.random.default_rng(0)
     for _ in range(20):
         observation = {key: rng.uniform(-0.5, 0.5, shape) for key, shape in plan.observation_shapes.items()}
-        np.testing.assert_allclose(*(one.act(observation) for one in controllers), rtol=0, atol=1e-4)
+        expected, *found = [one.act(observation) for one in controllers]
+        np.testing.assert_allclose(found, [expected, expected], rtol=0, atol=1e-4)
     with pytest.raises(ConfigError, match="unknown option 'sampling_step'"):
         loaded.export(tmp_path / "no", sampling_step=2)
 
@@ -141,7 +143,7 @@ def test_a_rollout_samples_in_bf16_but_not_with_onnxruntime(run: Path, capsys) -
     )
 
 
-def test_an_evaluation_says_what_sampled(run: Path, tmp_path: Path, capsys) -> None:
+def test_an_evaluation_says_what_sampled(blank_pictures: None, run: Path, tmp_path: Path) -> None:
     outcomes = []
     for backend in ("eager", "onnx"):
         out = tmp_path / backend

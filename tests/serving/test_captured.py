@@ -170,7 +170,7 @@ class TestGpu:
         observations, noise = draw(on_gpu, plain.sampling, 4, 0)
         plans = [CapturedSampling(on_gpu, plain.sampling, name)(observations, noise) for name in ("fp32", "bf16")]
         normalized = [on_gpu.normalizer.normalize("action", plan.cuda()) for plan in plans]
-        assert 0 < (normalized[0] - normalized[1]).abs().max() < 0.1
+        assert 0 < (normalized[0] - normalized[1]).abs().median() < 0.05
 
     def test_auto_is_one_graph_and_a_planner_like_any_other(self, on_gpu: DiffusionPolicy, plain) -> None:
         planner = make_planner(on_gpu, plain.sampling, "auto")
