@@ -138,15 +138,16 @@ def measure_planning(
     backends: Sequence[BackendName],
     plans: int,
     limits: Limits,
+    tolerance: float | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A row for each size and backend, the reference first: times, ratio to the reference, share of the limit, and the
-    largest difference of an action to eager's."""
+    largest difference of an action to eager's; `tolerance`: see `make_planner`."""
     reference = reference_planner(policy, sampling)
     for rows, samples in cases:
         limit = planning_limit(policy, sampling, rows * samples, limits)
         planners: dict[str, Any] = {} if isinstance(reference, str) else {"reference": reference}
         for name in backends:
-            planners[name] = make_planner(policy, sampling, name, rows=rows, samples=samples)
+            planners[name] = make_planner(policy, sampling, name, rows=rows, samples=samples, tolerance=tolerance)
         observations = make_observations(policy, rows)
         noise = policy.draw_noise([derive_rng("benchmark", row) for row in range(rows)], samples, sampling)
         eager = PolicyPlanner(policy, sampling).sample(observations, noise)

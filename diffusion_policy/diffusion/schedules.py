@@ -136,7 +136,6 @@ def low_middle_high(schedule: Schedule) -> tuple[int, int, int]:
 SPACINGS = ("trailing", "leading", "even", "log-snr")
 
 
-@torch.compiler.assume_constant_result  # a compiled graph holds the levels, not how they are found
 def choose_levels(schedule: Schedule, steps: int, spacing: str = "trailing", with_signal: bool = False) -> list[int]:
     """`steps` distinct levels, from the noisiest in use to the least noised; each is visited once.
 
@@ -166,3 +165,8 @@ def choose_levels(schedule: Schedule, steps: int, spacing: str = "trailing", wit
         nearest = int((log_snr - target).abs().argmin())
         levels.append(max(min(nearest, levels[-1] - 1), steps - 1 - i))  # below the last one, with room for the rest
     return levels[1:]
+
+
+# A compiled graph holds the levels, not how they are found. This is torch.compiler.assume_constant_result, which would
+# import the compiler: a second of the start of every program.
+choose_levels._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]

@@ -53,10 +53,12 @@ def make_planner(
     rows: int = 1,
     samples: int = 1,
     precision: PlanningPrecision = "fp32",
+    tolerance: float | None = None,
 ) -> PolicyPlanner | exported.OnnxPlanner:
     """A planner by a backend. `rows`, `samples`: observations in one call and sequences for each, which it is chosen
-    and laid out for; `precision`: fp32, or bf16, which onnx has not. Raises ConfigError for a backend that this policy,
-    device or installation has not."""
+    and laid out for; `precision`: fp32, or bf16, which onnx has not; `tolerance`: largest difference of a
+    graph's action, as a share of its scale, if not 1e-4. Raises ConfigError for a backend that this policy, device or
+    installation has not."""
     sampling = sampling or SampleConfig()
     check_choice("backend", backend, get_args(BackendName))
     check_choice("precision", precision, get_args(PlanningPrecision))
@@ -65,7 +67,8 @@ def make_planner(
     elif backend == "auto":
         backend = "eager"
     if backend in RUNTIMES:
-        return make_onnx_planner(policy, sampling, rows, samples, runtime=RUNTIMES[backend], precision=precision)
+        options = {"runtime": RUNTIMES[backend], "precision": precision, "tolerance": tolerance}
+        return make_onnx_planner(policy, sampling, rows, samples, **options)
     if backend == "graph":
         return PolicyPlanner(policy, sampling, CapturedSampling(policy, sampling, precision))
     if backend == "eager":
@@ -138,9 +141,10 @@ def make_onnx_planner(
     *,
     runtime: RuntimeName = "onnxruntime",
     precision: PlanningPrecision = "fp32",
+    tolerance: float | None = None,
 ) -> exported.OnnxPlanner:
-    """A planner by a graph for calls of so many rows, which is taken from the cache folder, or put there. Raises
-    ConfigError where there can be none."""
+    """A planner by a graph for calls of so many rows, which is taken from the cache folder, or put there unless it was
+    allowed a `tolerance` of its own. Raises ConfigError where there can be none."""
     backend: BackendName = next(name for name, one in RUNTIMES.items() if one == runtime)
     reason = why_not(backend, policy, sampling)
     if backend == "onnx" and precision != "fp32":
@@ -153,10 +157,12 @@ def make_onnx_planner(
     with contextlib.suppress(ExportedError, ImportError, OSError):
         return exported.load(folder, threads, runtime, precision).planner
     try:
-        config, contents = make_export(policy, sampling, Exporting(rows, samples))
+        config, contents = make_export(policy, sampling, Exporting(rows, samples), tolerance)
         planner = exported.OnnxPlanner(config, contents, threads, "the graph", runtime=runtime, precision=precision)
     except (ExportError, ExportedError, ImportError) as error:
         raise ConfigError(f"--backend {backend}: {error}") from error
+    if tolerance is not None:
+        return planner
     with contextlib.suppress(ValueError, OSError):
         remove(folder)  # what is damaged
         write_export(folder, config, contents)
