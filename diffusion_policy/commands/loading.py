@@ -6,19 +6,28 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffusion_policy.config import PlanningPrecision
 from diffusion_policy.serving import exported
 from diffusion_policy.serving.plan_folder import PLAN, ExportedError, is_exported
+from diffusion_policy.serving.runtimes import RuntimeName
 
 if TYPE_CHECKING:
     from diffusion_policy.commands.front_door import LoadedPolicy
 
 
-def load(path: str | Path, device: str = "auto", threads: int | None = None) -> LoadedPolicy | exported.ExportedPolicy:
+def load(
+    path: str | Path,
+    device: str = "auto",
+    threads: int | None = None,
+    runtime: RuntimeName = "onnxruntime",
+    precision: PlanningPrecision = "fp32",
+) -> LoadedPolicy | exported.ExportedPolicy:
     """The policy of a run (its newest checkpoint), of one checkpoint, or of a folder that `diffusion-policy export`
-    wrote, which needs no torch. `device`: of a checkpoint; `threads`: of an exported policy, by default one a core.
-    Raises CheckpointError or ExportedError, and ValueError for a device that is not there."""
+    wrote, which needs no torch. `device`: of a checkpoint; `threads`, `runtime` and `precision`: of an exported
+    policy, see `serving.exported.load`. Raises CheckpointError or ExportedError, and ValueError for a device that is
+    not there."""
     if is_exported(path):
-        return exported.load(path, threads)
+        return exported.load(path, threads, runtime, precision)
     try:
         front_door = importlib.import_module("diffusion_policy.commands.front_door")
     except ModuleNotFoundError as error:
