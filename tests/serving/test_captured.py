@@ -19,7 +19,12 @@ from diffusion_policy.serving.backends import make_planner
 from diffusion_policy.serving.captured import CapturedSampling
 from diffusion_policy.serving.export import draw_observations
 
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+def gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """It needs a CUDA device."""
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
+
+
 SAMPLINGS = [
     SampleConfig("ddim", 3),
     SampleConfig("ddpm", 3),
@@ -150,43 +155,47 @@ def on_gpu(plain) -> Iterator[DiffusionPolicy]:
     plain.policy.cpu()
 
 
-class TestGpu:
-    pytestmark = GPU
+@gpu
+@pytest.mark.parametrize("sampling", [*SAMPLINGS, DYNAMIC], ids=lambda sampling: sampling.sampler)
+def test_a_captured_graph_gives_what_eager_gives(on_gpu: DiffusionPolicy, sampling: SampleConfig) -> None:
+    sample, eager = CapturedSampling(on_gpu, sampling), EagerSampling(on_gpu, sampling)
+    for rows in (1, 3, 1):
+        plans = []
+        for seed in range(3):
+            observations, noise = draw(on_gpu, sampling, rows, seed)
+            sent = {key: one.cuda() for key, one in observations.items()}
+            plans.append(sample(observations, noise))
+            torch.testing.assert_close(plans[-1], eager(sent, noise).cpu(), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(plans[0], plans[1])
+    assert len(sample._graphs) == 2  # one for each number of rows
 
-    @pytest.mark.parametrize("sampling", [*SAMPLINGS, DYNAMIC], ids=lambda sampling: sampling.sampler)
-    def test_a_captured_graph_gives_what_eager_gives(self, on_gpu: DiffusionPolicy, sampling: SampleConfig) -> None:
-        sample, eager = CapturedSampling(on_gpu, sampling), EagerSampling(on_gpu, sampling)
-        for rows in (1, 3, 1):
-            plans = []
-            for seed in range(3):
-                observations, noise = draw(on_gpu, sampling, rows, seed)
-                sent = {key: one.cuda() for key, one in observations.items()}
-                plans.append(sample(observations, noise))
-                torch.testing.assert_close(plans[-1], eager(sent, noise).cpu(), rtol=1e-5, atol=1e-5)
-            assert not torch.allclose(plans[0], plans[1])
-        assert len(sample._graphs) == 2  # one for each number of rows
 
-    def test_bf16_is_near_fp32(self, on_gpu: DiffusionPolicy, plain) -> None:
-        observations, noise = draw(on_gpu, plain.sampling, 4, 0)
-        plans = [CapturedSampling(on_gpu, plain.sampling, name)(observations, noise) for name in ("fp32", "bf16")]
-        normalized = [on_gpu.normalizer.normalize("action", plan.cuda()) for plan in plans]
-        assert 0 < (normalized[0] - normalized[1]).abs().median() < 0.05
+@gpu
+def test_bf16_is_near_fp32(on_gpu: DiffusionPolicy, plain) -> None:
+    observations, noise = draw(on_gpu, plain.sampling, 4, 0)
+    plans = [CapturedSampling(on_gpu, plain.sampling, name)(observations, noise) for name in ("fp32", "bf16")]
+    normalized = [on_gpu.normalizer.normalize("action", plan.cuda()) for plan in plans]
+    assert 0 < (normalized[0] - normalized[1]).abs().median() < 0.05
 
-    def test_auto_is_one_graph_and_a_planner_like_any_other(self, on_gpu: DiffusionPolicy, plain) -> None:
-        planner = make_planner(on_gpu, plain.sampling, "auto")
-        assert isinstance(planner, PolicyPlanner)
-        assert len(time_plans(planner, 1, 3)) == 3
-        observations, noise = draw(on_gpu, plain.sampling, 2, 0)
-        rows = {key: one.numpy() for key, one in observations.items()}
-        expected = make_planner(plain.policy.cpu(), plain.sampling, "eager").sample(rows, noise)
-        on_gpu.cuda()
-        np.testing.assert_allclose(planner.sample(rows, noise), expected, rtol=1e-3, atol=1e-3)
 
-    def test_memory_is_flat_over_many_plans(self, on_gpu: DiffusionPolicy, plain) -> None:
-        sample = CapturedSampling(on_gpu, plain.sampling)
-        observations, noise = draw(on_gpu, plain.sampling, 1, 0)
+@gpu
+def test_auto_is_one_graph_and_a_planner_like_any_other(on_gpu: DiffusionPolicy, plain) -> None:
+    planner = make_planner(on_gpu, plain.sampling, "auto")
+    assert isinstance(planner, PolicyPlanner)
+    assert len(time_plans(planner, 1, 3)) == 3
+    observations, noise = draw(on_gpu, plain.sampling, 2, 0)
+    rows = {key: one.numpy() for key, one in observations.items()}
+    found = planner.sample(rows, noise)  # before the weights, which the graph reads, leave their place
+    expected = make_planner(plain.policy.cpu(), plain.sampling, "eager").sample(rows, noise)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@gpu
+def test_memory_is_flat_over_many_plans(on_gpu: DiffusionPolicy, plain) -> None:
+    sample = CapturedSampling(on_gpu, plain.sampling)
+    observations, noise = draw(on_gpu, plain.sampling, 1, 0)
+    sample(observations, noise)
+    before = torch.cuda.memory_allocated()
+    for _ in range(200):
         sample(observations, noise)
-        before = torch.cuda.memory_allocated()
-        for _ in range(200):
-            sample(observations, noise)
-        assert torch.cuda.memory_allocated() == before
+    assert torch.cuda.memory_allocated() == before
