@@ -37,7 +37,7 @@ def write(options: Export, loaded: Checkpoint) -> PlanConfig:
     size = sum(file.size for file in config.files.values()) / 2**20
     out.print(
         f"{', '.join(config.files)} and {PLAN} in {options.output}: {size:.1f} MB, actions within "
-        f"{config.action_error:.1g} of the checkpoint's (share of the action's scale)",
+        f"{config.action_error:.2g} of the checkpoint's (share of the action's scale)",
         soft_wrap=True,
     )
     if config.control_rate and config.samples == 1:

@@ -47,7 +47,7 @@ def test_export_says_what_it_wrote_and_whether_a_plan_fits(run: Path, tmp_path: 
     said = capsys.readouterr()
     first, second = said.out.splitlines()
     assert re.fullmatch(
-        rf"plan\.onnx and plan\.json in {out}: \d\.\d MB, actions within \de-\d\d of the checkpoint's "
+        rf"plan\.onnx and plan\.json in {out}: \d\.\d MB, actions within [\d.]+e-\d\d of the checkpoint's "
         r"\(share of the action's scale\)",
         first,
     )
