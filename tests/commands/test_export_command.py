@@ -144,17 +144,12 @@ def test_a_rollout_samples_in_bf16_but_not_with_onnxruntime(run: Path, capsys) -
 
 
 def test_an_evaluation_says_what_sampled(blank_pictures: None, run: Path, tmp_path: Path) -> None:
-    outcomes = []
-    for backend in ("eager", "onnx"):
-        out = tmp_path / backend
-        command = ["evaluate", "--checkpoint", str(run), "--output", str(out), "--episodes", "2", "--workers", "1"]
-        options = ["--videos", "0", "--parallel", "1", "--device", "cpu", "--backend", backend, *QUICK]
-        assert main([*command, *options]) == 0
-        results = json.loads((out / "results.json").read_text())
-        assert results["backend"]["mode"] == backend
-        assert results["planning_latency_ms"]["p50"]["value"] > 0
-        outcomes.append([(one["seed"], one["success"]) for one in results["outcomes"]])
-    assert outcomes[0] == outcomes[1]
+    command = ["evaluate", "--checkpoint", str(run), "--output", str(tmp_path), "--episodes", "2", "--workers", "1"]
+    options = ["--videos", "0", "--parallel", "1", "--device", "cpu", "--backend", "onnx", *QUICK]
+    assert main([*command, *options]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["backend"]["mode"] == "onnx"
+    assert results["planning_latency_ms"]["p50"]["value"] > 0
 
 
 def test_a_policy_whose_graph_differs_too_much_is_rolled_out_by_eager(
