@@ -196,21 +196,11 @@ def _rename(model: ModelProto, names: dict[str, str], prefix: str) -> ModelProto
 
 def join(graphs: Graphs) -> ModelProto:
     """One graph of all parts, with the loop over the table's rows."""
-    calls = graphs.of_x0.shape[1]
     shape = _shape(graphs.denoise.graph.output[0])  # (B N, T, D)
     body = _make_body(graphs, shape)
     actions = graphs.act.graph.output[0]
     batch, samples = _shape(actions)[:2]
     draws = graphs.of_noise.shape[1]
-    constants = {
-        "loop/of_noise": graphs.of_noise,
-        "loop/of_x0": np.ascontiguousarray(graphs.of_x0.T),  # (E, E + 1)
-        "loop/flat": np.array([draws, -1]),
-        "loop/inputs_shape": np.array([calls + 1, *shape]),
-        "loop/weights_shape": np.array([calls + 1, 1, 1, 1]),
-        "loop/calls": np.array(calls),
-        "loop/true": np.array(True),
-    }
     nodes = [
         *graphs.observe.graph.node,
         helper.make_node("Transpose", [NOISE], ["loop/noise"], perm=[2, 0, 1, 3, 4]),
@@ -230,13 +220,27 @@ def join(graphs: Graphs) -> ModelProto:
         [
             *graphs.observe.graph.initializer,
             *graphs.act.graph.initializer,
-            *(numpy_helper.from_array(value, name) for name, value in constants.items()),
+            *(numpy_helper.from_array(value, name) for name, value in _list_constants(graphs, shape).items()),
         ],
     )
     imports = {one.domain: one for part in graphs[:3] for one in part.opset_import}
     model = helper.make_model(graph, opset_imports=list(imports.values()), ir_version=graphs.denoise.ir_version)
     onnx.checker.check_model(model)
     return model
+
+
+def _list_constants(graphs: Graphs, shape: list[int]) -> dict[str, np.ndarray]:
+    """The table, and sizes, by their names in the graph."""
+    calls, draws = graphs.of_x0.shape[1], graphs.of_noise.shape[1]
+    return {
+        "loop/of_noise": graphs.of_noise,
+        "loop/of_x0": np.ascontiguousarray(graphs.of_x0.T),  # (E, E + 1)
+        "loop/flat": np.array([draws, -1]),
+        "loop/inputs_shape": np.array([calls + 1, *shape]),
+        "loop/weights_shape": np.array([calls + 1, 1, 1, 1]),
+        "loop/calls": np.array(calls),
+        "loop/true": np.array(True),
+    }
 
 
 def _make_body(graphs: Graphs, shape: list[int]) -> Any:
