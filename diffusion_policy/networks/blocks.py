@@ -5,11 +5,10 @@ from types import EllipsisType
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusion_policy.networks.layers import GroupNorm, Mish
+from diffusion_policy.networks.layers import Conv, Mish
 
 
 class LevelEmbedding(nn.Module):
@@ -41,12 +40,12 @@ class Films(NamedTuple):
 
 
 class ConvBlock(nn.Sequential):
-    """Convolution over time, GroupNorm, Mish: (B, C_in, T) → (B, C_out, T)."""
+    """Convolution over time, GroupNorm, Mish: (B, C_in, T) → (B, C_out, T), or as images (see `layers`)."""
 
     def __init__(self, channels_in: int, channels_out: int, kernel_size: int, groups: int) -> None:
         super().__init__(
-            nn.Conv1d(channels_in, channels_out, kernel_size, padding=kernel_size // 2),
-            GroupNorm(groups, channels_out),
+            Conv(channels_in, channels_out, kernel_size, padding=kernel_size // 2),
+            nn.GroupNorm(groups, channels_out),
             Mish(),
         )
 
@@ -62,20 +61,20 @@ class ResidualBlock(nn.Module):
         self.first = ConvBlock(channels_in, channels_out, kernel_size, groups)
         self.film = nn.Sequential(Mish(), nn.Linear(level_dim + cond_dim, 2 * channels_out))
         self.second = ConvBlock(channels_out, channels_out, kernel_size, groups)
-        self.skip = nn.Conv1d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+        self.skip = Conv(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
         self._level_dim = level_dim
 
     def condition(self, level: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
-        """The parts of scale and shift that embedded levels (L, level_dim) and conditions (B, C) give, (L, 2 C_out) and
-        (B, 2 C_out): Linear([a; b]) = A a + B b + c, so each is computed once."""
-        mish, linear = self.film
+        """The parts of scale and shift that embedded levels (L, level_dim) and conditions (B, C) give, both after Mish,
+        (L, 2 C_out) and (B, 2 C_out): Linear([a; b]) = A a + B b + c, so each is computed once."""
+        _, linear = self.film
         assert isinstance(linear, nn.Linear)
         of_level, of_cond = linear.weight.split([self._level_dim, cond.shape[-1]], dim=1)
-        return functional.linear(mish(level), of_level), functional.linear(mish(cond), of_cond, linear.bias)
+        return functional.linear(level, of_level), functional.linear(cond, of_cond, linear.bias)
 
     def forward(self, x: Tensor, film: Tensor) -> Tensor:
-        """x: (B, C_in, T), film: (B, 2 C_out) → (B, C_out, T)."""
-        scale, shift = rearrange(film, "b (two c) -> two b c 1", two=2)
+        """x: (B, C_in, T), film: (B, 2 C_out) → (B, C_out, T); or as images (see `layers`)."""
+        scale, shift = film.reshape(*film.shape, *[1] * (x.ndim - 2)).chunk(2, dim=1)
         return self.second(scale * self.first(x) + shift) + self.skip(x)
 
 

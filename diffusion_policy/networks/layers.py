@@ -1,7 +1,8 @@
-"""Mish and GroupNorm as torch has them, but faster where a network is trained on the CPU.
+"""Layers of torch, faster where a network is trained on the CPU; elsewhere they are torch's own.
 
-There torch's Mish takes three transcendental functions forwards and as many backwards, and its GroupNorm is slow
-backwards for few steps: together a fifth of a training step. Elsewhere these are torch's own. Knows no network.
+There torch's Mish takes three transcendental functions forwards and as many backwards. Of many sequences with their
+channels side by side, (B, C, 1, T) in the order (B, T, C), convolutions and GroupNorm are faster backwards; torch has
+that order for images only, so sequences become images of one line. Knows no network.
 """
 
 from typing import Any
@@ -10,10 +11,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-MANY = 2**16
-"""Numbers from which on the passes over memory cost more than the calls."""
-FEW_STEPS = 8
-"""GroupNorm is slow backwards for fewer."""
+MANY_NUMBERS = 2**16
+"""Of so many on, Mish is more than the calls that it takes."""
+MANY_ROWS = 64
+"""Of so many sequences on, images are faster."""
+
+
+def arrange(x: Tensor) -> Tensor:
+    """Sequences (B, C, T) to be learned from, as images (B, C, 1, T) where that is faster."""
+    if not torch.is_grad_enabled() or x.device.type != "cpu" or len(x) < MANY_ROWS:
+        return x
+    return x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+
+
+class Conv(nn.Conv1d):
+    """Convolution over time, of sequences (B, C, T) or of images (B, C, 1, T)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.ndim == 3:
+            return super().forward(input)
+        (stride,), (padding,) = self.stride, self.padding
+        return functional.conv2d(input, _as_image(self.weight), self.bias, (1, stride), (0, int(padding)))
+
+
+class ConvTranspose(nn.ConvTranspose1d):
+    """Transposed convolution over time, of sequences (B, C, T) or of images (B, C, 1, T)."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if input.ndim == 3:
+            return super().forward(input, output_size)
+        (stride,), (padding,) = self.stride, self.padding
+        return functional.conv_transpose2d(input, _as_image(self.weight), self.bias, (1, stride), (0, int(padding)))
 
 
 class Mish(nn.Module):
@@ -28,17 +56,10 @@ def mish(x: Tensor) -> Tensor:
     exponential: runtimes have no fast Mish."""
     if torch.compiler.is_compiling():
         return x * _factor(torch.sigmoid(x))
-    return _Mish.apply(x) if _learns_on_cpu(x) and x.numel() >= MANY else functional.mish(x)  # pyright: ignore
-
-
-class GroupNorm(nn.GroupNorm):
-    """GroupNorm over (B, C, T)."""
-
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if x.shape[-1] >= FEW_STEPS or not _learns_on_cpu(x):
-            return super().forward(x)
-        steps_outside = x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
-        return super().forward(steps_outside).squeeze(2)
+    learns = x.requires_grad and torch.is_grad_enabled()
+    if learns and x.device.type == "cpu" and x.dtype != torch.float64 and x.numel() >= MANY_NUMBERS:
+        return _Mish.apply(x)  # pyright: ignore[reportReturnType]
+    return functional.mish(x)
 
 
 class _Mish(torch.autograd.Function):
@@ -49,9 +70,9 @@ class _Mish(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         s = torch.sigmoid(x.float())  # in half precision each operation would round
         t = _factor(s)
-        mish = (x * t).to(x.dtype)
+        result = (x * t).to(x.dtype)
         ctx.save_for_backward(s.addcmul_(s, t * t, value=-1).mul_(x).add_(t).to(x.dtype))
-        return mish
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -67,12 +88,6 @@ def _factor(s: Tensor) -> Tensor:
     return q.div_(2 - q)
 
 
-def _learns_on_cpu(x: Tensor) -> bool:
-    """Whether gradients pass through x, and torch runs operation by operation on the CPU, in float32 or less."""
-    return (
-        x.requires_grad
-        and torch.is_grad_enabled()
-        and x.device.type == "cpu"
-        and x.dtype != torch.float64
-        and not torch.compiler.is_compiling()
-    )
+def _as_image(weight: Tensor) -> Tensor:
+    """A convolution's weight for images, in their order."""
+    return weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)

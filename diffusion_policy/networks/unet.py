@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from diffusion_policy.networks.blocks import BlockPair, ConvBlock, Films, LevelEmbedding
+from diffusion_policy.networks.layers import Conv, ConvTranspose, arrange, mish
 
 
 class TemporalUnet(nn.Module):
@@ -35,14 +36,14 @@ class TemporalUnet(nn.Module):
             return BlockPair(channels_in, channels_out, level_dim, cond_dim, kernel_size, groups)
 
         self.down = nn.ModuleList(blocks(*widths_in_out) for widths_in_out in pairwise((target_dim, *widths)))
-        self.shorten = nn.ModuleList(nn.Conv1d(width, width, 3, stride=2, padding=1) for width in widths[:-1])
+        self.shorten = nn.ModuleList(Conv(width, width, 3, stride=2, padding=1) for width in widths[:-1])
         self.middle = blocks(widths[-1], widths[-1])
         self.lengthen = nn.ModuleList(
-            nn.ConvTranspose1d(deep, shallow, 4, stride=2, padding=1) for shallow, deep in reversed([*pairwise(widths)])
+            ConvTranspose(deep, shallow, 4, stride=2, padding=1) for shallow, deep in reversed([*pairwise(widths)])
         )
         self.up = nn.ModuleList(blocks(2 * width, width) for width in reversed(widths[:-1]))
         self.out = nn.Sequential(
-            ConvBlock(widths[0], widths[0], kernel_size, groups), nn.Conv1d(widths[0], outputs or target_dim, 1)
+            ConvBlock(widths[0], widths[0], kernel_size, groups), Conv(widths[0], outputs or target_dim, 1)
         )
 
     def forward(self, xt: Tensor, level: Tensor, cond: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ class TemporalUnet(nn.Module):
 
     def condition(self, level: Tensor, cond: Tensor) -> Films:
         """Levels (L,) and conditions (B, C) → scale and shift of each residual block."""
-        embedded = self.embed_level(level)  # (L, level_dim)
+        embedded, cond = mish(self.embed_level(level)), mish(cond)  # (L, level_dim), (B, C)
         parts = [block.condition(embedded, cond) for pair in self._pairs() for block in (pair.first, pair.second)]
         return Films(tuple(one for one, _ in parts), tuple(other for _, other in parts))
 
@@ -61,6 +62,7 @@ class TemporalUnet(nn.Module):
         self.require_steps(xt.shape[1])
         pairs_of_films = iter(zip(films[::2], films[1::2], strict=True))
         x = rearrange(xt, "b t d -> b d t")
+        x = arrange(x) if self.training else x
         skips = []
         for i, pair in enumerate(self.down):
             x = pair(x, *next(pairs_of_films))
@@ -70,7 +72,7 @@ class TemporalUnet(nn.Module):
         x = self.middle(x, *next(pairs_of_films))
         for lengthen, pair in zip(self.lengthen, self.up, strict=True):
             x = pair(torch.cat([lengthen(x), skips.pop()], dim=1), *next(pairs_of_films))
-        return rearrange(self.out(x), "b d t -> b t d")
+        return rearrange(self.out(x).flatten(2), "b d t -> b t d")
 
     def require_steps(self, steps: int) -> None:
         """Raise ValueError when a prediction horizon is not a multiple of `stride`."""

@@ -3,6 +3,7 @@ import torch
 
 from diffusion_policy.networks.blocks import LevelEmbedding, ResidualBlock
 from diffusion_policy.networks.encoders import StateEncoder
+from diffusion_policy.networks.layers import mish
 from diffusion_policy.networks.unet import TemporalUnet
 
 
@@ -71,5 +72,5 @@ def test_what_does_not_depend_on_the_sequence_is_computed_once_and_gives_the_sam
 def test_a_linear_layer_of_two_vectors_is_the_sum_of_one_of_each() -> None:
     block = ResidualBlock(4, 8, 6, 5, kernel_size=3, groups=2).double()
     level, cond = torch.randn(3, 6).double(), torch.randn(3, 5).double()
-    of_level, of_cond = block.condition(level, cond)
+    of_level, of_cond = block.condition(mish(level), mish(cond))
     torch.testing.assert_close(of_level + of_cond, block.film(torch.cat([level, cond], dim=-1)))
