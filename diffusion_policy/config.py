@@ -11,6 +11,7 @@ import reprlib
 import types
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from diffusion_policy.basics.bounds import MOST_SEED
@@ -30,6 +31,8 @@ BackendName = Literal["eager", "compile", "graph", "onnx", "openvino", "auto"]
 MetricName = Literal["validation_loss", "action_error", "action_error_best", "success_rate"]
 ClipName = Literal["auto", "static", "dynamic", "none"]
 GuidanceScheduleName = Literal["constant", "falling", "rising", "middle"]
+ChunkingName = Literal["receding", "rtc", "trained-rtc", "bid", "ensemble"]
+RtcMask = Literal["exp", "linear", "ones", "zeros"]
 
 # What options may ask for, far beyond what anyone trains: a checkpoint that asks for more is a stranger's.
 MAX_HORIZON = 1024
@@ -39,6 +42,10 @@ MAX_WIDTH = 8192
 MAX_KERNEL_SIZE = 255
 MAX_LEVELS = 100_000
 MAX_STEP = 10**12
+MAX_PLANS = 1024
+"""Made for one observation, to choose from."""
+BID_PLANS = 15
+"""As published for Push-T (arXiv 2408.17355)."""
 MAX_ITEMS = 1024
 """Items of a list in JSON."""
 MAX_EPISODES = 100_000
@@ -176,9 +183,13 @@ class PolicyConfig:
     its quantiles 0.01 and 0.99 become -1 and 1."""
     condition_on_mode: bool = False
     """Give the demonstration's mode label to the network too, so that the policy can be steered with --mode."""
+    max_delay: int = 0
+    """Learn to go on from up to so many actions that are executed while a plan is made, for --chunking trained-rtc; 0
+    learns no such thing. At most T - To."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, ("observation_horizon", "prediction_horizon", "action_horizon"))
+        require_at_least(self, 0, ("max_delay",))
         require_at_least(self, 2, ("noise_levels",))
         require_at_most(self, MAX_HORIZON, ("prediction_horizon",))
         require_at_most(self, MAX_LEVELS, ("noise_levels",))
@@ -195,6 +206,9 @@ class PolicyConfig:
                 f"action-horizon must be at most {longest} (prediction-horizon {self.prediction_horizon} - "
                 f"observation-horizon {self.observation_horizon} + 1); got {self.action_horizon}"
             )
+        _require(self.max_delay < longest, "max_delay", f"below {longest}, the steps of a plan", self.max_delay)
+        if self.max_delay and self.learn_variance:
+            raise ConfigError("learn-variance cannot be joined with max-delay; choose one of them")
         check_choice("schedule", self.schedule, get_args(ScheduleName))
         check_choice("prediction", self.prediction, get_args(PredictionName))
         check_choice("normalization", self.normalization, get_args(NormalizationName))
@@ -335,6 +349,55 @@ class SampleConfig:
         _require(-1 <= self.guidance < math.inf, "guidance", "at least -1", self.guidance)
         _require(0 < self.corrector_size <= 1, "corrector_size", "above 0 and at most 1", self.corrector_size)
         require_numbers(self)
+
+
+@dataclass(frozen=True)
+class ChunkingConfig:
+    """How a new plan is joined to the one that is being executed."""
+
+    chunking: ChunkingName = "receding"
+    """How a new plan follows the one before: as soon as it is ready (receding); sampled so that it begins as the one
+    before goes on, by guidance (rtc) or as training with --max-delay has taught (trained-rtc); the closest to it of
+    several plans (bid); or averaged with all before (ensemble), which smooths, and averages modes too."""
+    rtc_strength: float = 5.0
+    """Largest weight of the guidance of rtc."""
+    rtc_mask: RtcMask = "exp"
+    """How the guidance of rtc falls behind the delay: exp, linear, not at all (ones), or at once (zeros)."""
+    plans: int | None = None
+    """Plans that are made each time, of which one is followed: the best by --score, or the closest with bid. By default
+    15 with bid, else 1."""
+    score: str | None = None
+    """Function, as module:function, of observations {key: (B, To, ...)} and plans (B, N, steps, A) that gives a score
+    (B, N); the plan with the highest is followed. The module may lie in the working directory."""
+    bid_decay: float = 0.5
+    """Weight of a step in the distance of bid, relative to the step before."""
+    weak_checkpoint: Path | None = None
+    """A weaker policy for bid, such as an early checkpoint: plans like its own are avoided."""
+    ensemble_decay: float = 0.01
+    """How much less each later plan weighs than the one before in ensemble: exp(-this); below 0 more."""
+    roll_forward: bool = False
+    """Plan from what will be observed when the plan is ready, where the environment can tell it from the actions until
+    then; instead of what is observed now."""
+
+    def __post_init__(self) -> None:
+        check_choice("chunking", self.chunking, get_args(ChunkingName))
+        check_choice("rtc-mask", self.rtc_mask, get_args(RtcMask))
+        _require(self.rtc_strength >= 0, "rtc_strength", "at least 0", self.rtc_strength)
+        _require(0 < self.bid_decay <= 1, "bid_decay", "above 0 and at most 1", self.bid_decay)
+        _require(abs(self.ensemble_decay) <= 10, "ensemble_decay", "from -10 to 10", self.ensemble_decay)
+        _require(self.plans is None or 1 <= self.plans <= MAX_PLANS, "plans", f"from 1 to {MAX_PLANS}", self.plans)
+        require_numbers(self)
+        if self.score is not None and self.chunking == "bid":
+            raise ConfigError("bid chooses by its own score; name --score with another --chunking")
+        if self.plans is not None and self.plans > 1 and self.score is None and self.chunking != "bid":
+            raise ConfigError(f"one of {self.plans} plans is chosen by a --score, or with --chunking bid; got neither")
+        if self.weak_checkpoint is not None and self.chunking != "bid":
+            raise ConfigError("--weak-checkpoint is for --chunking bid")
+
+    @property
+    def samples(self) -> int:
+        """Plans that are made for each observation."""
+        return self.plans or (BID_PLANS if self.chunking == "bid" else 1)
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.nn import functional
 
 from diffusion_policy.config import PolicyConfig, SampleConfig, to_json
 from diffusion_policy.datasets.statistics import Statistics, measure
-from diffusion_policy.diffusion.guidance import CLIPS, GUIDANCE_SCHEDULES, classifier_free
+from diffusion_policy.diffusion.guidance import CLIPS, GUIDANCE_SCHEDULES, classifier_free, inpainted
 from diffusion_policy.diffusion.prediction import PREDICTIONS
 from diffusion_policy.diffusion.process import Diffusion, count_draws
 from diffusion_policy.diffusion.samplers import SAMPLERS, Denoise, Levels, Sampler, ddim, ddpm
@@ -54,6 +55,15 @@ class Target(NamedTuple):
     """Its name in windows, statistics and normalizer."""
     executed: slice = slice(None)
     """Which columns of a step are the action that is executed."""
+
+
+class Given(NamedTuple):
+    """Steps of a sequence that are known: the network sees them clean, and marked."""
+
+    sequence: Tensor
+    """Normalized, (B, T, D)."""
+    known: Tensor
+    """Which steps, (B, T, 1) bool."""
 
 
 Wrap = Callable[[Denoise], Denoise]
@@ -96,7 +106,7 @@ class DiffusionPolicy(nn.Module):
         """C, numbers of a condition."""
         options = {name: value for name, value in to_json(config.network).items() if name != "kind"}
         self.network = NETWORKS[config.network.kind](
-            target_dim,
+            target_dim + bool(config.max_delay),  # a column that marks what is given
             self.cond_dim,
             outputs=(2 if config.learn_variance else 1) * target_dim,
             **options,
@@ -206,18 +216,24 @@ class DiffusionPolicy(nn.Module):
         noise: np.ndarray,
         config: SampleConfig | None = None,
         wrap: Sequence[Wrap] = (),
+        given: Given | None = None,
     ) -> Tensor:
-        """As `sample`, from noise that was drawn, (B, N, draws, T, D). Raises ValueError for observations that are not
-        finite."""
+        """As `sample`, from noise that was drawn, (B, N, draws, T, D). `given`: steps of each sequence, for a policy
+        that was trained with a max_delay. Raises ValueError for observations that are not finite."""
         config = config or SampleConfig()
         self.resolve_sampling(config)
         for key, rows in observations.items():
             if not torch.isfinite(rows).all():
                 raise ValueError(f"the observation {key} holds NaN or infinity")
-        return self.sample_on_device(observations, torch.from_numpy(noise).to(self.device), config, wrap)
+        return self.sample_on_device(observations, torch.from_numpy(noise).to(self.device), config, wrap, given)
 
     def sample_on_device(
-        self, observations: Mapping[str, Tensor], noise: Tensor, config: SampleConfig, wrap: Sequence[Wrap] = ()
+        self,
+        observations: Mapping[str, Tensor],
+        noise: Tensor,
+        config: SampleConfig,
+        wrap: Sequence[Wrap] = (),
+        given: Given | None = None,
     ) -> Tensor:
         """`sample_from` without a look at the numbers: with all tensors on the device nothing waits for it, so that
         encoder, sampling loop and normalizer compile, and are captured, as one graph."""
@@ -226,13 +242,24 @@ class DiffusionPolicy(nn.Module):
         cond = self.encode(observations, torch.full((len(noise),), mode, device=self.device))
         drawn = rearrange(noise, "b n draws t d -> draws (b n) t d")
         _, levels = self.resolve_sampling(config)
-        x0 = self.denoise_from(drawn, repeat(cond, "b c -> (b n) c", n=number), levels, config, wrap)
+        cond = repeat(cond, "b c -> (b n) c", n=number)
+        x0 = self.denoise_from(drawn, cond, levels, config, wrap, given)
         return self.unnormalize(x0, number)
 
     def unnormalize(self, x0: Tensor, number: int) -> Tensor:
         """Normalized sequences (B N, T, D) → raw actions (B, N, T, A)."""
         sequences = self.normalizer.unnormalize(self.target.key, x0)[..., self.target.executed]
         return rearrange(sequences, "(b n) t a -> b n t a", n=number)
+
+    def place(self, actions: Tensor, weights: Tensor, number: int = 1) -> tuple[Tensor, Tensor]:
+        """Raw actions from *now* on, (B, steps, A), and a weight of each step, (B, steps) → the normalized sequences
+        that they are in, (B N, T, D), and weights of all steps, (B N, T, 1); 0 before now, and where an action is
+        NaN."""
+        weights = torch.where(actions.isnan().any(dim=-1), 0, weights)
+        sequence = self.normalizer.normalize(self.target.key, actions.nan_to_num())
+        before = self.config.observation_horizon - 1
+        sequence, weights = (functional.pad(one, (0, 0, before, 0)) for one in (sequence, weights[..., None]))
+        return sequence.repeat_interleave(number, 0), weights.to(sequence).repeat_interleave(number, 0)
 
     def for_few_rows(self) -> "DiffusionPolicy":
         """This policy with its network laid out for few sequences, by which plans for one robot are ready sooner on the
@@ -284,17 +311,21 @@ class DiffusionPolicy(nn.Module):
         unconditional ones where they guide, (2 B, C)."""
         return torch.cat([cond, self.unconditional(cond)]) if config.guidance else cond
 
-    def decode(self, outputs: Denoise, config: SampleConfig, wrap: Sequence[Wrap] = ()) -> Denoise:
+    def decode(
+        self, outputs: Denoise, config: SampleConfig, wrap: Sequence[Wrap] = (), given: Given | None = None
+    ) -> Denoise:
         """What the network's outputs under `conditions` mean, guided, clipped and wrapped: (xt (B, T, D), level) →
         x0."""
+        if self.config.max_delay:
+            outputs = giving(outputs, given)
         denoise = self.diffusion.decode(outputs)
         if config.guidance:
             weights = config.guidance * GUIDANCE_SCHEDULES[config.guidance_schedule](self.config.noise_levels)
             denoise = classifier_free(denoise, weights)
-        denoise = CLIPS[self.choose_clip(config)](denoise)
         for one in wrap:
             denoise = one(denoise)
-        return denoise
+        denoise = CLIPS[self.choose_clip(config)](denoise)
+        return denoise if given is None else inpainted(denoise, *given)
 
     def denoiser(self, cond: Tensor, config: SampleConfig, levels: Levels | None = None) -> Denoise:
         """The network under these conditions (B, C), guided and clipped: (xt (B, T, D), level) → x0, for these levels,
@@ -302,7 +333,13 @@ class DiffusionPolicy(nn.Module):
         return self.decode(self.diffusion.condition(self.network, self.conditions(cond, config), levels), config)
 
     def denoise_from(
-        self, noise: Tensor, cond: Tensor, levels: Levels, config: SampleConfig, wrap: Sequence[Wrap] = ()
+        self,
+        noise: Tensor,
+        cond: Tensor,
+        levels: Levels,
+        config: SampleConfig,
+        wrap: Sequence[Wrap] = (),
+        given: Given | None = None,
     ) -> Tensor:
         """The sampling loop alone: noise (draws, B, T, D) → normalized sequences (B, T, D). No random numbers and no
         synchronisation inside, so it compiles as one graph."""
@@ -311,8 +348,21 @@ class DiffusionPolicy(nn.Module):
             share = self.diffusion.learned_share(self.diffusion.condition(self.network, cond, levels))
             sampler = sampler._replace(formula=partial(ddpm, share=share))
         outputs = self.diffusion.condition(self.network, self.conditions(cond, config), levels)
-        denoise = self.decode(outputs, config, wrap)
+        denoise = self.decode(outputs, config, wrap, given)
         return self.diffusion.sample(denoise, noise, sampler, levels, config.corrector_steps, config.corrector_size)
+
+
+def giving(outputs: Denoise, given: Given | None) -> Denoise:
+    """Outputs of a network that takes a sequence with a column of marks: the given steps clean and marked."""
+
+    def network(xt: Tensor, level: int) -> Tensor:
+        if given is None:
+            return outputs(functional.pad(xt, (0, 1)), level)
+        times = len(xt) // len(given.sequence)  # guidance doubles the rows
+        sequence, known = (torch.cat([part] * times) for part in given)
+        return outputs(torch.cat([torch.where(known, sequence, xt), known.to(xt)], dim=-1), level)
+
+    return network
 
 
 def find_sampler(config: SampleConfig) -> Sampler:

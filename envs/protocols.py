@@ -67,6 +67,14 @@ class Choosing(Protocol):
         ...
 
 
+class Foreseeing(Protocol):
+    """Knows where actions lead before they are executed, as far as they are commands."""
+
+    def roll_forward(self, observations: Observations, actions: np.ndarray) -> dict[str, np.ndarray]:
+        """What is expected to be observed, {key: (B, To, ...)}, once actions (B, d, A) have followed these."""
+        ...
+
+
 def as_multimodal(env: gymnasium.Env) -> Multimodal | None:
     """The environment, or the wrapper around it, that knows the modes of what `env` observes. Raises EnvSpecError for
     labels that cannot be printed."""
@@ -98,6 +106,12 @@ def as_choosing(env: gymnasium.Env) -> Choosing | None:
     """The environment within, where it knows its decisions and no wrapper changes what it observes or takes."""
     task: Any = env.unwrapped
     return task if _takes(task, "choice", 2) and _observes_alike(env, task) and _acts_alike(env, task) else None
+
+
+def as_foreseeing(env: gymnasium.Env) -> Foreseeing | None:
+    """The environment within, where it foresees and no wrapper changes what it observes or takes."""
+    task: Any = env.unwrapped
+    return task if _takes(task, "roll_forward", 2) and _observes_alike(env, task) and _acts_alike(env, task) else None
 
 
 def layers(env: gymnasium.Env) -> list[gymnasium.Env]:

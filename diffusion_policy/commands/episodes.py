@@ -21,6 +21,7 @@ from diffusion_policy.commands.interrupts import Interrupted
 from diffusion_policy.commands.policy_in_env import PolicyInEnv
 from diffusion_policy.commands.terminal import progress_bar
 from diffusion_policy.config import BackendName, ConfigError, PlanningPrecision, SampleConfig
+from diffusion_policy.control.chunking import Chunking
 from diffusion_policy.control.controller import Controller, require_horizons
 from diffusion_policy.control.planner import Planner
 from diffusion_policy.diffusion.process import count_draws
@@ -109,6 +110,7 @@ def run_episodes(
     repeats: int = 1,
     delay_steps: int = 0,
     action_horizon: int | None = None,
+    chunking: Chunking | None = None,
     hang_after: float = HANG_AFTER,
     engine: Engine = "local",
 ) -> RolledOut:
@@ -122,7 +124,7 @@ def run_episodes(
         with bar, sharing_cores(loaded.policy):
             episodes = rollout(
                 loaded.make_env,
-                make_controllers(loaded, planner, delay_steps, action_horizon),
+                make_controllers(loaded, planner, delay_steps, action_horizon, chunking),
                 seeds,
                 task.mode if task else lambda _: None,
                 parallel,
@@ -157,10 +159,12 @@ def make_group_planner(
     backend: BackendName,
     parallel: int,
     precision: PlanningPrecision = "fp32",
+    samples: int = 1,
 ) -> Planner:
-    """What plans for each group of so many environments that run at once."""
+    """What makes so many plans for each of a group's environments, of which so many run at once."""
     with sharing_cores(policy):
-        return make_planner(policy, sampling, backend, rows=planning_batch(parallel), precision=precision)
+        rows = planning_batch(parallel)
+        return make_planner(policy, sampling, backend, rows=rows, samples=samples, precision=precision)
 
 
 def shares_cores(policy: DiffusionPolicy) -> bool:
@@ -183,12 +187,17 @@ def sharing_cores(policy: DiffusionPolicy) -> Iterator[None]:
 
 
 def make_controllers(
-    loaded: PolicyInEnv, planner: Planner, delay_steps: int, action_horizon: int | None
+    loaded: PolicyInEnv,
+    planner: Planner,
+    delay_steps: int,
+    action_horizon: int | None,
+    chunking: Chunking | None = None,
 ) -> MakeController:
     """What makes a controller that asks the planner, for so many environments."""
     require_horizons(planner.steps, action_horizon or planner.action_horizon, delay_steps)
+    (chunking or Chunking()).require(planner, delay_steps)
     dtype = loaded.env.action_space.dtype
-    options = {"delay_steps": delay_steps, "action_horizon": action_horizon, "dtype": dtype}
+    options = {"delay_steps": delay_steps, "action_horizon": action_horizon, "chunking": chunking, "dtype": dtype}
     return partial(Controller, planner, **options)
 
 

@@ -19,6 +19,7 @@ from diffusion_policy.commands.episodes import (
     sample_starts,
 )
 from diffusion_policy.commands.interrupts import Failed, Interrupted
+from diffusion_policy.commands.joining import choose_backend, choose_chunking, find_roll
 from diffusion_policy.commands.kept_episodes import choose_kept, has_kept, keep_episodes, read_kept, trace
 from diffusion_policy.commands.options.evaluate import Evaluate
 from diffusion_policy.commands.pictures import gather_pictures, without_episodes
@@ -28,7 +29,8 @@ from diffusion_policy.commands.policy_in_env import (
     refuse_seen_seeds,
 )
 from diffusion_policy.commands.terminal import console
-from diffusion_policy.config import BackendName
+from diffusion_policy.config import BackendName, ChunkingConfig, to_json
+from diffusion_policy.control.chunking import Chunking
 from diffusion_policy.control.controller import require_horizons
 from diffusion_policy.control.latency import time_plans
 from diffusion_policy.control.planner import Planner
@@ -54,6 +56,7 @@ class Evaluation(NamedTuple):
     asked: Mapping[str, Any]
     """What decides the results: see `tell_asked`."""
     remarks: Remarks
+    chunking: Chunking
     backend: BackendName = "eager"
     """What samples."""
 
@@ -70,12 +73,14 @@ def run(options: Evaluate) -> dict[str, Any]:
         require_horizons(steps, action_horizon_of(options, loaded), delay)
     require_memory(policy, options.sampling, options.parallel)
     refuse_seen_seeds(loaded, options.seeds)
-    evaluation = Evaluation(options, loaded, tell_asked(options, loaded), Remarks())
+    chunking = choose_chunking(options.chunking, policy, options.sampling, find_roll(loaded.env))
+    evaluation = Evaluation(options, loaded, tell_asked(options, loaded), Remarks(), chunking)
     with hold_output(options.output) as waits:
         if waits:
             return go_on(evaluation)
         sampling, episodes = options.sampling, options.episodes * options.repeats
-        backend = resolve_for_episodes(loaded, sampling, options.backend, options.parallel, episodes)
+        asked = choose_backend(options.backend, chunking)
+        backend = resolve_for_episodes(loaded, sampling, asked, options.parallel, episodes)
         return evaluate(evaluation._replace(backend=backend))
 
 
@@ -100,6 +105,7 @@ def tell_asked(options: Evaluate, loaded: PolicyInEnv) -> dict[str, Any]:
         "sampling": dataclasses.asdict(options.sampling) | {"clip": loaded.policy.choose_clip(options.sampling)},
         "planning_batch": planning_batch(options.parallel),
         "action_horizon": action_horizon_of(options, loaded),
+        **({"chunking": to_json(options.chunking)} if options.chunking != ChunkingConfig() else {}),
     }
 
 
@@ -140,7 +146,8 @@ def roll_out_each_delay(evaluation: Evaluation) -> tuple[dict[int, RolledOut], d
     """The episodes by delay, and the results, which are kept after each delay. A delay that fails after another
     succeeded is a remark; raises Failed, ValueError, FloatingPointError where it is the first, and Interrupted."""
     options, remarks, policy = evaluation.options, evaluation.remarks, evaluation.loaded.policy
-    planner = make_group_planner(policy, options.sampling, evaluation.backend, options.parallel)
+    chunking, sampling = evaluation.chunking, options.sampling
+    planner = make_group_planner(policy, sampling, evaluation.backend, options.parallel, samples=chunking.samples)
     rolled_out: dict[int, RolledOut] = {}
     results: dict[str, Any] = {}
     for delay in options.delay_steps:
@@ -194,6 +201,7 @@ def roll_out(evaluation: Evaluation, planner: Planner, delay: int) -> RolledOut:
         repeats=options.repeats,
         delay_steps=delay,
         action_horizon=options.action_horizon,
+        chunking=evaluation.chunking,
         hang_after=options.hang_after,
         engine=options.engine,
     )

@@ -12,13 +12,15 @@ from typing import Any, TypeVar
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.checkpoints.checkpoint import Checkpoint
 from diffusion_policy.commands import export
+from diffusion_policy.commands.joining import choose_backend, choose_chunking
 from diffusion_policy.commands.options.collect import Collect
 from diffusion_policy.commands.options.evaluate import Evaluate
 from diffusion_policy.commands.options.export import Export
 from diffusion_policy.commands.options.flags import list_types
 from diffusion_policy.commands.options.rollout import Rollout
 from diffusion_policy.commands.options.train import Train
-from diffusion_policy.config import BackendName, PlanningPrecision, SampleConfig, with_options
+from diffusion_policy.config import BackendName, ChunkingName, PlanningPrecision, SampleConfig, with_options
+from diffusion_policy.control.chunking import Chunking, Roll, split_options
 from diffusion_policy.control.latency import time_plans
 from diffusion_policy.control.single import SingleController
 from diffusion_policy.policy import DiffusionPolicy, choose_device
@@ -74,22 +76,30 @@ class LoadedPolicy:
         *,
         action_horizon: int | None = None,
         delay_steps: int = 0,
+        chunking: ChunkingName | Chunking = "receding",
+        roll: Roll | None = None,
         backend: BackendName = "eager",
         precision: PlanningPrecision = "fp32",
-        **sampling: Any,
+        **options: Any,
     ) -> SingleController:
         """Steers one robot: `action = controller.act(observation)`, once a control step. `seed`: of the planning noise;
         `action_horizon`: steps executed before planning again, by default that of training; `delay_steps`: control
-        steps that planning takes; `backend` and `precision`: what samples, as `diffusion-policy rollout --help` says;
-        the others are sampling options, such as sampling_steps=8. Raises ConfigError for options that the policy cannot
-        follow."""
+        steps that planning takes; `chunking`: how plans are joined, by name or made; `roll`: what is expected to be
+        observed after some actions, for roll_forward (see `control.chunking.Roll`); `backend` and `precision`: what
+        samples, as `diffusion-policy rollout --help` says; the others are options of chunking and sampling, such as
+        rtc_strength=8 and sampling_steps=8. Raises ConfigError for options that the policy cannot follow."""
+        joined, sampling = split_options(chunking, options)
         config = with_options(SampleConfig(), **sampling)
-        planner = make_planner(self.policy, config, backend, rows=1, precision=precision)
+        if not isinstance(joined, Chunking):
+            joined = choose_chunking(joined, self.policy, config, roll)
+        backend = choose_backend(backend, joined)
+        planner = make_planner(self.policy, config, backend, rows=1, samples=joined.samples, precision=precision)
         controller = SingleController(
             planner,
             seed,
             action_horizon=action_horizon,
             delay_steps=delay_steps,
+            chunking=joined,
             sampling_steps=config.sampling_steps,
         )
         if backend == "graph" or (backend == "auto" and self.policy.device.type == "cuda"):

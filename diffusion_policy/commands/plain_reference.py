@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from diffusion_policy.config import SampleConfig
+from diffusion_policy.control.planner import Steering
 from diffusion_policy.policy import DiffusionPolicy
 
 KINDS: dict[str, Any] = {"noise": "epsilon", "sample": "sample", "velocity": "v_prediction"}
@@ -29,6 +30,8 @@ class Scheduler(Protocol):
 class PlainSampling:
     """DDIM as Diffusion Policy's code runs it: network and scheduler in turn. See `control.policy_planner.Sample`."""
 
+    guides = False
+
     def __init__(self, policy: DiffusionPolicy, sampling: SampleConfig) -> None:
         """Raises ImportError without diffusers, ValueError for what its DDIM cannot do as ours does."""
         self._policy, self._sampling = policy, sampling
@@ -37,8 +40,8 @@ class PlainSampling:
         self._next = dict(zip(self._levels, [*self._levels[1:], -1], strict=True))
 
     @torch.no_grad()
-    def __call__(self, observations: dict[str, Tensor], noise: np.ndarray) -> Tensor:
-        """See `Sample`."""
+    def __call__(self, observations: dict[str, Tensor], noise: np.ndarray, steering: Steering | None = None) -> Tensor:
+        """See `Sample`; it is not steered."""
         policy = self._policy
         xt = rearrange(torch.from_numpy(noise), "b n 1 t d -> (b n) t d").to(policy.device)
         cond = repeat(policy.encode(observations), "b c -> (b n) c", n=noise.shape[1])
@@ -58,6 +61,8 @@ def make_scheduler(policy: DiffusionPolicy, sampling: SampleConfig) -> Scheduler
     _, chosen = policy.resolve_sampling(sampling)
     if prediction not in KINDS or policy.config.learn_variance:
         raise ValueError("the reference takes noise, sample and velocity prediction")
+    if policy.config.max_delay:
+        raise ValueError("the reference has no --max-delay")
     kept = policy.diffusion.schedule.alpha.double() ** 2  # ᾱ
     betas = 1 - kept / torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
     scheduler = DDIMScheduler(

@@ -6,8 +6,14 @@ from pathlib import Path
 
 from diffusion_policy.commands.afterwards import explain
 from diffusion_policy.commands.environment import describe_episodes
-from diffusion_policy.commands.episodes import make_group_planner, require_memory, resolve_for_episodes, run_episodes
+from diffusion_policy.commands.episodes import (
+    make_group_planner,
+    require_memory,
+    resolve_for_episodes,
+    run_episodes,
+)
 from diffusion_policy.commands.interrupts import Failed
+from diffusion_policy.commands.joining import choose_backend, choose_chunking, find_roll
 from diffusion_policy.commands.options.acting import PARALLEL
 from diffusion_policy.commands.options.rollout import Rollout
 from diffusion_policy.commands.pictures import draw_plans, pixels_of
@@ -64,8 +70,10 @@ def roll_out(options: Rollout, loaded: PolicyInEnv) -> list[Episode]:
         loaded = loaded._replace(make_env=partial(loaded.make_env, render_mode=options.render))
         parallel = workers = 1
     sampling = options.sampling
-    backend = resolve_for_episodes(loaded, sampling, options.backend, parallel, options.episodes)
-    planner = make_group_planner(loaded.policy, sampling, backend, parallel, options.precision)
+    chunking = choose_chunking(options.chunking, loaded.policy, sampling, find_roll(loaded.env))
+    asked = choose_backend(options.backend, chunking)
+    backend = resolve_for_episodes(loaded, sampling, asked, parallel, options.episodes)
+    planner = make_group_planner(loaded.policy, sampling, backend, parallel, options.precision, chunking.samples)
     episodes, lost, mode_failures = run_episodes(
         loaded,
         options.seeds,
@@ -73,7 +81,9 @@ def roll_out(options: Rollout, loaded: PolicyInEnv) -> list[Episode]:
         backend=backend,
         parallel=parallel,
         workers=workers,
+        delay_steps=options.delay_steps,
         action_horizon=options.action_horizon,
+        chunking=chunking,
     )
     for one in lost:
         console.print(f"seed {one.seed} could not be run: {one.reason}", soft_wrap=True)

@@ -249,10 +249,10 @@ class _Timed:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._planner, name)
 
-    def plan(self, *arguments: Any) -> np.ndarray:
-        """See `Planner.plan`."""
+    def sample(self, *arguments: Any) -> np.ndarray:
+        """See `Planner.sample`."""
         started = time.perf_counter()
-        plans = self._planner.plan(*arguments)
+        plans = self._planner.sample(*arguments)
         self.seconds += time.perf_counter() - started
         return plans
 

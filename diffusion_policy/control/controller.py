@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from diffusion_policy.config import ConfigError
-from diffusion_policy.control.chunking import Chunking, RecedingHorizon
+from diffusion_policy.control.chunking import Chunking, Handover
 from diffusion_policy.control.planner import Planner, planning_rng
 
 
@@ -32,7 +32,7 @@ class Controller:
         dtype: np.dtype | type | None = np.float64,
     ) -> None:
         """`environments`: B; `action_horizon`: Ta, by default the planner's; `plan_batch`: observations in one planning
-        call, by default B; `chunking`: how a plan is joined to the one before, by default `RecedingHorizon`; `dtype`:
+        call, by default B; `chunking`: how a plan is joined to the one before, by default receding horizon; `dtype`:
         float32 or float64, of the actions, such as that of an environment's action space. Raises ValueError for another
         type, for horizons and delays that a plan is too short for. The first plan of an episode is always waited
         for."""
@@ -44,7 +44,8 @@ class Controller:
         for name, value in (("environments", environments), ("plan_batch", plan_batch)):
             if value is not None and not value >= 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
-        self._planner, self._chunking = planner, chunking or RecedingHorizon()
+        self._planner, self._chunking = planner, chunking or Chunking()
+        self._chunking.require(planner, delay_steps)
         self._plan_batch = plan_batch or environments
         self.observation_shapes = dict(planner.observation_shapes)
         """What `act` reads of one environment's observation."""
@@ -74,7 +75,7 @@ class Controller:
 
     def act(self, observations: Mapping[str, np.ndarray], active: np.ndarray | None = None) -> np.ndarray:
         """Observations of now {key: (B, ...)} → raw actions (B, A). Environments that are not `active` (B,) are left
-        out: they neither plan nor move on. Raises FloatingPointError when the policy's plan is not finite."""
+        out: they neither plan nor move on. Raises FloatingPointError when a plan is not finite."""
         active = self._mask(np.ones(len(self._position), bool) if active is None else active)
         self.observe(observations, active)
         self._plan_where_needed(active)
@@ -125,7 +126,7 @@ class Controller:
         executing[:, : -self.action_horizon or None] = self._queue[rows, self.action_horizon :]
         padded = np.resize(np.arange(len(rows)), self._plan_batch)  # repeats rows; what the copies yield is dropped
         observations = {key: history[rows[padded]] for key, history in self._history.items()}
-        noise = np.zeros((self._plan_batch, *self._planner.noise_shape), np.float32)
+        noise = np.zeros((self._plan_batch, self._chunking.samples, *self._planner.noise_shape), np.float32)
         for i, row in enumerate(rows):
             episode = self._episodes[row]
             if episode is None:
@@ -133,10 +134,9 @@ class Controller:
             seed, repeat = episode
             rng = planning_rng(seed, repeat, int(self._plans[row]))
             noise[i] = rng.standard_normal(noise.shape[1:], np.float32)
-        plans = self._planner.plan(observations, noise, executing[padded])[: len(rows)].astype(self._queue.dtype)
-        if not np.isfinite(plans).all():
-            raise FloatingPointError("the policy planned NaN or infinity; it is not trained, or its training diverged")
-        self._queue[rows] = self._chunking.join(executing, plans, self._delay)
+        handover = Handover(executing[padded], self._delay, self.action_horizon, self._plans[rows[padded]])
+        joined = self._chunking.plan(self._planner, observations, noise, handover)
+        plans, self._queue[rows] = joined.plans[: len(rows)], joined.executed[: len(rows)]
         self._position[rows] = 0
         self._plans[rows] += 1
         self.planned |= dict(zip(rows.tolist(), plans, strict=True))

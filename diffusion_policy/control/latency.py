@@ -52,11 +52,11 @@ def time_plans(planner: Planner, rows: int = 1, plans: int = 50) -> list[float]:
     observations = {
         key: np.zeros((rows, planner.observation_horizon, *shape)) for key, shape in planner.observation_shapes.items()
     }
-    noise = rng.standard_normal((rows, *planner.noise_shape), np.float32)
+    noise = rng.standard_normal((rows, 1, *planner.noise_shape), np.float32)
     times = []
     for _ in range(WARM_UPS + plans):
         started = time.perf_counter()
-        planner.plan(observations, noise)
+        planner.sample(observations, noise)
         times.append(1000 * (time.perf_counter() - started))
     return times[WARM_UPS:]
 

@@ -5,16 +5,27 @@ Knows no policy and no time: when to plan is the controller's.
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from diffusion_policy.basics.streams import derive_rng
 
 
+class Steering(NamedTuple):
+    """What plans are to agree with while they are sampled."""
+
+    actions: np.ndarray
+    """From *now* on, (B, steps, A); NaN where nothing is asked."""
+    weights: np.ndarray
+    """How much each step is to agree, 0 to 1, (B, steps)."""
+    strength: float | None
+    """Largest weight β of the guidance by gradients; None: steps of weight 1 are given, as a policy has learned to."""
+
+
 class Planner(Protocol):
-    """Plans sequences of actions for several environments at once. A row's plan depends on nothing but its observation,
-    its noise and the plan before."""
+    """Plans sequences of actions for several environments at once. A row's plans depend on nothing but its observation,
+    its noise and its steering."""
 
     observation_horizon: int
     """To: observed steps that it is given."""
@@ -28,12 +39,16 @@ class Planner(Protocol):
     """(A,)"""
     noise_shape: tuple[int, ...]
     """What a plan takes of standard normal noise."""
+    guides: bool
+    """Whether it can be steered by gradients."""
+    longest_prefix: int
+    """Steps that it has learned to be given; 0: none."""
 
-    def plan(
-        self, observations: Mapping[str, np.ndarray], noise: np.ndarray, previous: np.ndarray | None = None
+    def sample(
+        self, observations: Mapping[str, np.ndarray], noise: np.ndarray, steering: Steering | None = None
     ) -> np.ndarray:
-        """Raw {key: (B, To, ...)}, (B, *noise_shape) float32 → raw actions (B, steps, A). `previous`: what is left of
-        the plans before, from *now* on, (B, steps, A), NaN where there is none."""
+        """N plans for each observation: raw {key: (B, To, ...)}, (B, N, *noise_shape) float32 → raw actions
+        (B, N, steps, A)."""
         ...
 
 

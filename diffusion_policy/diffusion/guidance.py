@@ -51,6 +51,30 @@ def middle(levels: int) -> Tensor:
 GUIDANCE_SCHEDULES = {"constant": constant, "falling": falling, "rising": rising, "middle": middle}
 
 
+def agreeing(
+    denoise: Denoise, sequence: Tensor, weights: Tensor, alphas: Tensor, sigmas: Tensor, strength: float
+) -> Denoise:
+    """x0 guided towards a sequence (B, T, D) where the weights (B, T, 1) say so: x0 + σ min(β, (α² + σ²) / (α σ)) g,
+    with g = J^T [W (Y - x0)], J the Jacobian of x0 by xt (pseudoinverse guidance, Song et al. 2023; its weight
+    clipped to β = `strength` as in real-time chunking, Black et al. 2025, arXiv 2506.07339, eq. 2 to 4, there for
+    flows). `alphas`, `sigmas`: of each level, (K,)."""
+    pulls = sigmas * ((alphas**2 + sigmas**2) / (alphas * sigmas)).clamp(max=strength)
+
+    def guided(xt: Tensor, level: int) -> Tensor:
+        with torch.enable_grad():
+            xt = xt.detach().requires_grad_()
+            x0 = denoise(xt, level)
+            (gradient,) = torch.autograd.grad(x0, xt, weights * (sequence - x0.detach()))
+        return x0.detach() + pulls[level] * gradient
+
+    return guided
+
+
+def inpainted(denoise: Denoise, sequence: Tensor, known: Tensor) -> Denoise:
+    """x0 with the known steps (B, T, 1) bool of a sequence (B, T, D) in place."""
+    return lambda xt, level: torch.where(known, sequence, denoise(xt, level))
+
+
 def unclipped(denoise: Denoise) -> Denoise:
     """The denoiser as it is."""
     return denoise

@@ -61,6 +61,8 @@ class Noising(NamedTuple):
     """(B,) int64"""
     eps: Tensor
     """(B, ..., D)"""
+    known: Tensor | None = None
+    """Steps that the network is given clean and marked, and that its loss leaves out, (B, T, 1) bool."""
 
 
 class Diffusion(nn.Module):
@@ -100,9 +102,16 @@ class Diffusion(nn.Module):
         learned, (B,)."""
         level, eps = noising.level.to(x0.device), noising.eps.to(x0)
         alpha, sigma = self.tables(level, x0)
-        xt = alpha * x0 + sigma * eps
-        output, share = self._split(network(xt, level, cond))
-        errors = (output - self.prediction.target(x0, eps, alpha, sigma)).square().flatten(1).mean(dim=1)  # (B,)
+        xt, known = alpha * x0 + sigma * eps, noising.known
+        if known is not None:
+            known = known.to(x0.device)
+            xt = torch.where(known, x0, xt)
+        marked = xt if known is None else torch.cat([xt, known.to(xt)], dim=-1)
+        output, share = self._split(network(marked, level, cond))
+        errors = (output - self.prediction.target(x0, eps, alpha, sigma)).square()
+        if known is not None:
+            errors = errors * ~known / (~known).float().mean(dim=1, keepdim=True)
+        errors = errors.flatten(1).mean(dim=1)  # (B,)
         losses = self.get_buffer("weight")[level] * errors
         if self.variance is not None and share is not None:
             predicted_x0, _ = self.prediction.decode(output, xt, alpha, sigma)

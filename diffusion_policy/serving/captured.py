@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from diffusion_policy.config import ConfigError, PlanningPrecision, SampleConfig
-from diffusion_policy.control.policy_planner import half_precision
-from diffusion_policy.policy import DiffusionPolicy
+from diffusion_policy.control.planner import Steering
+from diffusion_policy.control.policy_planner import half_precision, steer
+from diffusion_policy.policy import DiffusionPolicy, Given
 
 WARM_UPS = 3
 """Calls before the capture: libraries choose their kernels and memory in these."""
@@ -24,11 +25,14 @@ class _Captured(NamedTuple):
     graph: torch.cuda.CUDAGraph
     observations: dict[str, Tensor]
     noise: Tensor
+    given: Given | None
     sequences: Tensor
 
 
 class CapturedSampling:
     """Samples as `EagerSampling`, with the same result but for rounding; see `control.policy_planner.Sample`."""
+
+    guides = False
 
     def __init__(self, policy: DiffusionPolicy, sampling: SampleConfig, precision: PlanningPrecision = "fp32") -> None:
         """Raises ConfigError for a policy that is not on a CUDA device."""
@@ -38,29 +42,33 @@ class CapturedSampling:
         self._precision: PlanningPrecision = precision
         self._graphs: dict[tuple[int, ...], _Captured] = {}
 
-    def __call__(self, observations: dict[str, Tensor], noise: np.ndarray) -> Tensor:
+    def __call__(self, observations: dict[str, Tensor], noise: np.ndarray, steering: Steering | None = None) -> Tensor:
         """See `Sample`. Raises ValueError for observations that are not finite."""
         for key, rows in observations.items():
             if not torch.isfinite(rows).all():  # on the CPU, before they are sent
                 raise ValueError(f"the observation {key} holds NaN or infinity")
-        captured = self._graphs.get(noise.shape[:2])
+        _, given = steer(self._policy, steering, noise.shape[1])
+        case = (*noise.shape[:2], given is not None)
+        captured = self._graphs.get(case)
         if captured is None:
-            captured = self._graphs[noise.shape[:2]] = self._capture(observations, noise)
+            captured = self._graphs[case] = self._capture(observations, noise, given)
         for key, buffer in captured.observations.items():
             buffer.copy_(observations[key], non_blocking=True)
         captured.noise.copy_(torch.from_numpy(noise), non_blocking=True)
+        for buffer, part in zip(captured.given or (), given or (), strict=True):
+            buffer.copy_(part, non_blocking=True)
         captured.graph.replay()
         return captured.sequences.cpu()
 
     @torch.no_grad()
-    def _capture(self, observations: dict[str, Tensor], noise: np.ndarray) -> _Captured:
+    def _capture(self, observations: dict[str, Tensor], noise: np.ndarray, given: Given | None) -> _Captured:
         device = self._policy.device
         buffers = {key: observations[key].to(device) for key in self._policy.keys}
         drawn = torch.from_numpy(noise).to(device)
 
         def sample() -> Tensor:
             with half_precision(self._precision, device):
-                return self._policy.sample_on_device(buffers, drawn, self._sampling)
+                return self._policy.sample_on_device(buffers, drawn, self._sampling, given=given)
 
         aside = torch.cuda.Stream(device)
         aside.wait_stream(torch.cuda.current_stream(device))
@@ -71,4 +79,4 @@ class CapturedSampling:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             sequences = sample()
-        return _Captured(graph, buffers, drawn, sequences)
+        return _Captured(graph, buffers, drawn, given, sequences)

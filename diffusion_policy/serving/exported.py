@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_policy.config import ConfigError, PlanningPrecision, with_options
+from diffusion_policy.config import ChunkingName, ConfigError, PlanningPrecision, with_options
+from diffusion_policy.control.chunking import Chunking, make_chunking, split_options
+from diffusion_policy.control.planner import Steering
 from diffusion_policy.control.single import SingleController
 from diffusion_policy.serving.plan_folder import (
     ACTIONS,
@@ -49,10 +51,22 @@ class ExportedPolicy:
     planner: "OnnxPlanner"
 
     def controller(
-        self, seed: int = 0, *, action_horizon: int | None = None, delay_steps: int = 0, **sampling: Any
+        self,
+        seed: int = 0,
+        *,
+        action_horizon: int | None = None,
+        delay_steps: int = 0,
+        chunking: ChunkingName | Chunking = "receding",
+        **options: Any,
     ) -> SingleController:
         """As `LoadedPolicy.controller`, with the same actions but for rounding. Raises ConfigError for another sampling
-        than the exported one, and for a graph that samples several sequences for an observation."""
+        than the exported one, and for a chunking that this graph cannot follow, such as one of several plans where one
+        is sampled for an observation."""
+        joined, sampling = split_options(chunking, options)
+        if not isinstance(joined, Chunking):
+            if joined.weak_checkpoint or joined.score:
+                raise ConfigError("an exported policy takes its weak policy or score as chunking=Chunking(...)")
+            joined = make_chunking(joined)
         exported = self.config.sampling
         asked = with_options(exported, **sampling)
         for name in sampling:
@@ -61,19 +75,25 @@ class ExportedPolicy:
                     f"this policy was exported with {name}={getattr(exported, name)!r}; got {sampling[name]!r}; export "
                     "it again"
                 )
-        if self.config.samples != 1:
-            raise ConfigError(_one_sequence(self.config.samples))
+        if self.config.samples != joined.samples:
+            raise ConfigError(
+                f"this chunking makes {joined.samples} plans for an observation; this policy was exported with "
+                f"--samples {self.config.samples}"
+            )
         return SingleController(
             self.planner,
             seed,
             action_horizon=action_horizon,
             delay_steps=delay_steps,
+            chunking=joined,
             sampling_steps=exported.sampling_steps,
         )
 
 
 class OnnxPlanner:
     """Plans with ONNX graphs; see `control.planner.Planner`."""
+
+    guides = False
 
     def __init__(
         self,
@@ -92,6 +112,7 @@ class OnnxPlanner:
         self.action_horizon = config.action_horizon
         self.observation_shapes = dict(config.observation_shapes)
         self.action_shape, self.noise_shape = config.action_shape, config.noise_shape
+        self.longest_prefix = 0
         graphs = {name: content for name, content in contents.items() if name != TABLE}
         self._graphs = [open_graph(one, runtime, threads, precision, where) for one in graphs.values()]
         self._sequences = config.batch * config.samples, *config.noise_shape[1:]  # (B N, T, D)
@@ -100,18 +121,12 @@ class OnnxPlanner:
             self._of_noise, self._of_x0 = np.split(table, [config.noise_shape[0]], axis=1)
         self._require_interface()
 
-    def plan(
-        self, observations: Mapping[str, np.ndarray], noise: np.ndarray, previous: np.ndarray | None = None
+    def sample(
+        self, observations: Mapping[str, np.ndarray], noise: np.ndarray, steering: Steering | None = None
     ) -> np.ndarray:
-        """See `Planner.plan`. Raises ValueError where the graph samples several sequences for an observation."""
-        if self._config.samples != 1:
-            raise ValueError(_one_sequence(self._config.samples))
-        return self.sample(observations, noise[:, None])[:, 0]
-
-    def sample(self, observations: Mapping[str, np.ndarray], noise: np.ndarray) -> np.ndarray:
-        """Raw {key: (B, To, ...)}, (B, N, draws, T, D) float32 → raw actions (B, N, steps, A). Any B from 1 on: it is
-        cut into calls of the exported size, the last one filled up. Raises ValueError for observations or noise of
-        other shapes, or not finite, ExportedError where the graph fails."""
+        """See `Planner.sample`; N as exported. Any B from 1 on: it is cut into calls of the exported size, the last one
+        filled up. Raises ValueError for observations or noise of other shapes, or not finite, ExportedError where the
+        graph fails."""
         count, batch = len(noise), self._config.batch
         if count < 1 or noise.shape[1:] != (self._config.samples, *self.noise_shape):
             raise ValueError(
@@ -174,10 +189,6 @@ class OnnxPlanner:
             if graph.inputs != takes or graph.outputs != gives:
                 found = f"takes {graph.inputs} and gives {graph.outputs}"
                 raise ExportedError(f"{self._where}: a graph {found}; {PLAN} says {takes} and {gives}")
-
-
-def _one_sequence(samples: int) -> str:
-    return f"a controller follows one sequence; this policy was exported with --samples {samples}"
 
 
 def _read_table(content: bytes, shape: tuple[int, int], where: str) -> np.ndarray:

@@ -28,11 +28,17 @@ class Draws(NamedTuple):
 
     def rows(self, first: int, last: int) -> Draws:
         """Those of some rows."""
-        return Draws(Noising(*(part[first:last] for part in self.noising)), self.dropped[first:last])
+        return self._map(lambda part: part[first:last])
 
     def to(self, device: torch.device) -> Draws:
         """The same on a device."""
-        return Draws(Noising(*(send(part, device) for part in self.noising)), send(self.dropped, device))
+        return self._map(lambda part: send(part, device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Draws:
+        level, eps, known = self.noising
+        return Draws(
+            Noising(change(level), change(eps), None if known is None else change(known)), change(self.dropped)
+        )
 
 
 Loss = Callable[[DiffusionPolicy, Batch, Draws], Tensor]
@@ -44,7 +50,12 @@ def draw(policy: DiffusionPolicy, rows: int, generator: torch.Generator, drop: b
     share = policy.config.condition_dropout if drop else 0.0
     dropped = torch.rand(rows, generator=generator) < share if share else torch.zeros(rows, dtype=torch.bool)
     shape = (rows, policy.config.prediction_horizon, *policy.normalizer.shapes[policy.target.key])
-    return Draws(policy.diffusion.draw(shape, generator), dropped)
+    noising = policy.diffusion.draw(shape, generator)
+    if policy.config.max_delay:
+        delay = torch.randint(policy.config.max_delay + 1, (rows, 1), generator=generator)
+        step = torch.arange(shape[1]) - (policy.config.observation_horizon - 1)  # from now
+        noising = noising._replace(known=((step >= 0) & (step < delay))[..., None])
+    return Draws(noising, dropped)
 
 
 def denoising_loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from diffusion_policy.basics.files import once_each, parse_json
 from diffusion_policy.commands.options.command import Command
-from diffusion_policy.config import MAX_EPISODES, ConfigError, Group, SuccessAndModes
+from diffusion_policy.config import MAX_EPISODES, ChunkingConfig, ConfigError, Group, SuccessAndModes
 from diffusion_policy.evaluation.engines import available_cores
 
 FIRST_TEST_SEED, FIRST_ROLLOUT_SEED = 100_000, 200_000
@@ -38,6 +38,7 @@ class ActingCommand(Command):
     signals: Annotated[SuccessAndModes, Group("environment")] = field(default_factory=SuccessAndModes, kw_only=True)
     action_horizon: Annotated[int | None, Group("control")] = field(default=None, kw_only=True)
     """Steps executed before planning again (Ta); by default that of the policy's training."""
+    chunking: Annotated[ChunkingConfig, Group("control")] = field(default_factory=ChunkingConfig, kw_only=True)
     workers: Annotated[int, Group("simulation")] = field(default_factory=available_cores, kw_only=True)
     """Processes that simulate; the result is the same for any number."""
     device: Annotated[str, Group("")] = field(default="auto", kw_only=True)

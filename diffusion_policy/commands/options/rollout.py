@@ -31,6 +31,8 @@ class Rollout(ActingCommand):
     """Episodes to run, one a seed."""
     seed: int = FIRST_TEST_SEED
     """Seed of the first episode."""
+    delay_steps: int = 0
+    """Control steps that planning takes, while the plan before runs on."""
     video: Annotated[Path | None, Group("")] = None
     """Film the episodes side by side into this .mp4 or .gif, with sampled sequences drawn in at every re-planning where
     the environment says where they would lead."""
@@ -49,6 +51,7 @@ class Rollout(ActingCommand):
     def __post_init__(self) -> None:
         anchor(self)
         require_at_least(self, 1, ("episodes", "workers"))
+        require_at_least(self, 0, ("delay_steps",))
         require_episodes(self.episodes)
         require_seed(self)
         require_video(self.video, self.episodes)

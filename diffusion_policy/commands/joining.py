@@ -1,0 +1,35 @@
+"""What options name to join plans with: functions of the user, another checkpoint, what an environment foresees."""
+
+from pathlib import Path
+
+import gymnasium
+
+from diffusion_policy.checkpoints import checkpoint
+from diffusion_policy.config import BackendName, ChunkingConfig, SampleConfig
+from diffusion_policy.control.chunking import Chunking, Roll, make_chunking, scored
+from diffusion_policy.control.policy_planner import PolicyPlanner
+from diffusion_policy.envs import modules
+from diffusion_policy.envs.protocols import as_foreseeing
+from diffusion_policy.policy import DiffusionPolicy
+
+
+def choose_chunking(
+    config: ChunkingConfig, policy: DiffusionPolicy, sampling: SampleConfig, roll: Roll | None = None
+) -> Chunking:
+    """The strategy that the options name. Raises ConfigError for one that lacks what it takes."""
+    weak = None
+    if config.weak_checkpoint is not None:
+        weak = PolicyPlanner(checkpoint.load(Path(config.weak_checkpoint), policy.device).policy, sampling)
+    score = scored(modules.load(config.score)) if config.score else None
+    return make_chunking(config, roll=roll, score=score, weak=weak)
+
+
+def find_roll(env: gymnasium.Env) -> Roll | None:
+    """How an environment foresees what is observed, None where it does not."""
+    foreseeing = as_foreseeing(env)
+    return None if foreseeing is None else foreseeing.roll_forward
+
+
+def choose_backend(backend: BackendName, chunking: Chunking) -> BackendName:
+    """What samples: `auto` is eager where sampling is steered, since graphs have no gradient and no given steps."""
+    return "eager" if backend == "auto" and chunking.steer else backend
