@@ -27,6 +27,7 @@ from diffusion_policy.commands.options.export import Export
 from diffusion_policy.commands.options.flags import fill_in, make_form
 from diffusion_policy.commands.options.report import Report
 from diffusion_policy.commands.options.rollout import Rollout
+from diffusion_policy.commands.options.run_robot import RunRobot
 from diffusion_policy.commands.options.study import Study
 from diffusion_policy.commands.options.sweep import OF_A_TRAINING, Sweep
 from diffusion_policy.commands.options.toy import Toy
@@ -47,6 +48,7 @@ VERBS: dict[str, type[Command]] = {
     "report": Report,
     "compare": Compare,
     "rollout": Rollout,
+    "run-robot": RunRobot,
     "export": Export,
     "benchmark": Benchmark,
     "study": Study,

@@ -170,6 +170,10 @@ class Inpainted:
         """What is committed, and nothing behind it."""
         return Steering(handover.executing, handover.committed.astype(np.float64), None)
 
+    def longest(self, planner: Planner) -> int:
+        """The longest delay that it can bridge [steps]."""
+        return planner.longest_prefix
+
     def require(self, planner: Planner, delay_steps: int) -> None:
         """Raise ConfigError for a policy that has not learned it, or not for so long a delay."""
         if not planner.longest_prefix:

@@ -46,13 +46,13 @@ def allowed(period: float, delay_steps: int) -> float:
     return period * max(1, delay_steps)
 
 
-def time_plans(planner: Planner, rows: int = 1, plans: int = 50) -> list[float]:
-    """Wall times [ms] of so many plans for `rows` observations, after a warm-up."""
+def time_plans(planner: Planner, rows: int = 1, plans: int = 50, samples: int = 1) -> list[float]:
+    """Wall times [ms] of planning so often for `rows` observations, `samples` plans for each, after a warm-up."""
     rng = derive_rng("latency")
     observations = {
         key: np.zeros((rows, planner.observation_horizon, *shape)) for key, shape in planner.observation_shapes.items()
     }
-    noise = rng.standard_normal((rows, 1, *planner.noise_shape), np.float32)
+    noise = rng.standard_normal((rows, samples, *planner.noise_shape), np.float32)
     times = []
     for _ in range(WARM_UPS + plans):
         started = time.perf_counter()

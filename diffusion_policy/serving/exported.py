@@ -75,11 +75,7 @@ class ExportedPolicy:
                     f"this policy was exported with {name}={getattr(exported, name)!r}; got {sampling[name]!r}; export "
                     "it again"
                 )
-        if self.config.samples != joined.samples:
-            raise ConfigError(
-                f"this chunking makes {joined.samples} plans for an observation; this policy was exported with "
-                f"--samples {self.config.samples}"
-            )
+        self.require_samples(joined)
         return SingleController(
             self.planner,
             seed,
@@ -88,6 +84,14 @@ class ExportedPolicy:
             chunking=joined,
             sampling_steps=exported.sampling_steps,
         )
+
+    def require_samples(self, chunking: Chunking) -> None:
+        """Raise ConfigError for a chunking that makes another number of plans than was exported."""
+        if self.config.samples != chunking.samples:
+            raise ConfigError(
+                f"this chunking makes {chunking.samples} plans for an observation; this policy was exported with "
+                f"--samples {self.config.samples}"
+            )
 
 
 class OnnxPlanner:

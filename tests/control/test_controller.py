@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from diffusion_policy.config import ConfigError
+from diffusion_policy.control.chunking import Chunking, Handover
 from diffusion_policy.control.controller import Controller
-from diffusion_policy.control.planner import planning_rng
+from diffusion_policy.control.planner import Steering, planning_rng
 
 
 class ScriptedPlanner:
@@ -19,18 +20,20 @@ class ScriptedPlanner:
         self.observation_shapes = {"x": (1,)}
         self.action_shape = (1,)
         self.noise_shape = (2, 3)
+        self.guides, self.longest_prefix = True, self.steps - 1
         self.seen: list[np.ndarray] = []
         self.noise: list[np.ndarray] = []
-        self.previous: list[np.ndarray | None] = []
+        self.steering: list[Steering | None] = []
 
-    def plan(
-        self, observations: Mapping[str, np.ndarray], noise: np.ndarray, previous: np.ndarray | None = None
+    def sample(
+        self, observations: Mapping[str, np.ndarray], noise: np.ndarray, steering: Steering | None = None
     ) -> np.ndarray:
         self.seen.append(observations["x"][..., 0].copy())
         self.noise.append(noise)
-        self.previous.append(previous)
+        self.steering.append(steering)
         now = observations["x"][:, -1]  # (B, 1)
-        return (now + np.arange(self.steps))[..., None]  # (B, steps, 1)
+        plans = (now + np.arange(self.steps))[:, None, :, None]  # (B, 1, steps, 1)
+        return plans + np.arange(noise.shape[1])[:, None, None] / 1000
 
 
 def controller(planner: ScriptedPlanner, environments: int = 1, plan_batch: int = 4) -> Controller:
@@ -164,19 +167,26 @@ def test_planning_noise_derives_from_seed_repeat_and_the_number_of_the_plan() ->
         assert noise.dtype == np.float32
         for repeat in range(2):
             expected = planning_rng(5, repeat, plan).standard_normal((2, 3), np.float32)
-            np.testing.assert_array_equal(noise[repeat], expected)
+            np.testing.assert_array_equal(noise[repeat, 0], expected)
 
 
-def test_a_planner_is_told_what_is_left_of_the_plan_before() -> None:
-    planner = ScriptedPlanner(1, 6, 2)
-    act = controller(planner, plan_batch=1)
+def test_a_strategy_is_told_what_is_left_of_the_plan_before() -> None:
+    told = []
+
+    def merge(handover: Handover, plans: np.ndarray) -> np.ndarray:
+        told.append(handover)
+        return plans
+
+    act = Controller(ScriptedPlanner(1, 6, 2), 1, chunking=Chunking(merge=merge), delay_steps=1)
+    act.reset(np.ones(1, bool), [(0, 0)])
     for step in range(4):
         act.act({"x": np.array([[10.0 * step]])})
-    first, second = planner.previous
-    assert first is not None
-    assert second is not None
-    assert np.isnan(first).all()
-    np.testing.assert_array_equal(second[0, :, 0], [2, 3, 4, 5, np.nan, np.nan])
+    first, second = told
+    assert np.isnan(first.executing).all()
+    np.testing.assert_array_equal(second.executing[0, :, 0], [2, 3, 4, 5, np.nan, np.nan])
+    assert [(one.delay_steps, one.action_horizon, *one.made) for one in told] == [(1, 2, 0), (1, 2, 1)]
+    assert [one.known.sum() for one in told] == [0, 4]
+    assert [one.committed.sum() for one in told] == [0, 1]
 
 
 def test_the_action_horizon_of_running_may_differ_from_that_of_training() -> None:
@@ -192,12 +202,9 @@ def test_the_action_horizon_of_running_may_differ_from_that_of_training() -> Non
 
 
 def test_another_chunking_decides_what_is_executed() -> None:
-    class Slowest:
-        def join(self, executing: np.ndarray, plans: np.ndarray, delay_steps: int) -> np.ndarray:
-            return np.fmin(executing, plans)
-
     planner = ScriptedPlanner(1, 4, 1)
-    act = Controller(planner, 1, chunking=Slowest())
+    slowest = Chunking(merge=lambda handover, plans: np.fmin(handover.executing, plans))
+    act = Controller(planner, 1, chunking=slowest)
     act.reset(np.ones(1, bool), [(0, 0)])
     assert [act.act({"x": np.array([[x]])})[0, 0] for x in (5.0, 9.0, 3.0)] == [5, 6, 3]
 
@@ -236,7 +243,7 @@ def test_what_was_planned_is_told_for_those_who_planned() -> None:
 
 def test_actions_are_as_precise_as_they_were_planned_unless_told_otherwise() -> None:
     planner = ScriptedPlanner(1, 4, 2)
-    planner.plan = lambda *_: np.full((1, 4, 1), 5399999.35)
+    planner.sample = lambda *_: np.full((1, 1, 4, 1), 5399999.35)
     assert controller(planner, plan_batch=1).act({"x": np.zeros((1, 1))})[0, 0] == 5399999.35
 
 

@@ -16,15 +16,16 @@ class Planner:
     observation_shapes = {"x": (3,), "frame": (4, 2)}  # noqa: RUF012
     action_shape = (2,)
     noise_shape = (1, 16, 2)
+    guides, longest_prefix = False, 0
 
     def __init__(self) -> None:
         self.asked: list[tuple[dict[str, tuple[int, ...]], tuple[int, ...]]] = []
 
-    def plan(self, observations, noise, previous=None) -> np.ndarray:
+    def sample(self, observations, noise, steering=None) -> np.ndarray:
         self.asked.append(({key: rows.shape for key, rows in observations.items()}, noise.shape))
         assert noise.dtype == np.float32
         assert noise.std() > 0.5
-        return np.zeros((len(noise), self.steps, 2))
+        return np.zeros((*noise.shape[:2], self.steps, 2))
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_plans_are_timed_after_a_warm_up_for_as_many_rows_as_asked() -> None:
     times = time_plans(planner, rows=3, plans=5)
     assert len(times) == 5
     assert all(time >= 0 for time in times)
-    assert planner.asked == [({"x": (3, 2, 3), "frame": (3, 2, 4, 2)}, (3, 1, 16, 2))] * (WARM_UPS + 5)
+    assert planner.asked == [({"x": (3, 2, 3), "frame": (3, 2, 4, 2)}, (3, 1, 1, 16, 2))] * (WARM_UPS + 5)
 
 
 def test_a_plan_fits_where_99_of_100_are_ready_in_a_control_step(taking) -> None:

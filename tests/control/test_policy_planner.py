@@ -36,8 +36,9 @@ def test_it_promises_what_a_planner_does(policy: DiffusionPolicy) -> None:
     assert (planner.observation_shapes, planner.action_shape) == ({"state": (4,)}, (2,))
     assert planner.noise_shape == (1, 16, 2)
     assert PolicyPlanner(policy, SampleConfig("ddpm", 4)).noise_shape == (5, 16, 2)
-    plans = planner.plan(observe(2), draw(2)[:, 0])
-    assert (plans.shape, plans.dtype) == ((2, 14, 2), np.float64)
+    assert (planner.guides, planner.longest_prefix) == (True, 0)
+    plans = planner.sample(observe(2), draw(2, 3))
+    assert (plans.shape, plans.dtype) == ((2, 3, 14, 2), np.float64)
     with pytest.raises(ValueError, match="sampling steps must be from 1 to the 100 noise levels"):
         PolicyPlanner(policy, SampleConfig(sampling_steps=101))
 
@@ -49,8 +50,8 @@ def test_a_plan_is_what_the_policy_samples_from_now_on(policy: DiffusionPolicy) 
     found = planner.sample(observations, noise)
     assert found.shape == (3, 5, 14, 2)
     np.testing.assert_allclose(found, expected[:, :, 2:].numpy(), rtol=1e-5, atol=1e-5)
-    first = planner.plan(observations, np.ascontiguousarray(noise[:, 0]))
-    np.testing.assert_allclose(first, found[:, 0], rtol=1e-5, atol=1e-5)
+    first = planner.sample(observations, np.ascontiguousarray(noise[:, :1]))
+    np.testing.assert_allclose(first, found[:, :1], rtol=1e-5, atol=1e-5)
 
 
 def test_few_sequences_take_the_network_that_is_laid_out_for_them(policy: DiffusionPolicy) -> None:
@@ -94,17 +95,22 @@ def test_what_computes_in_bf16_is_what_the_network_computes() -> None:
 def test_another_way_of_sampling_is_passed_in(policy: DiffusionPolicy) -> None:
     seen = []
 
-    def sample(observations: dict[str, torch.Tensor], noise: np.ndarray) -> torch.Tensor:
-        seen.append((observations["state"].dtype, noise.shape))
-        return torch.arange(16.0)[None, None, :, None].expand(2, 1, 16, 2)
+    class Counting:
+        guides = False
 
-    plans = PolicyPlanner(policy, SAMPLING, sample).plan(observe(2), draw(2)[:, 0])
-    assert seen == [(torch.float64, (2, 1, 1, 16, 2))]
-    assert plans[0, :, 0].tolist() == list(range(2, 16))
+        def __call__(self, observations, noise, steering=None) -> torch.Tensor:
+            seen.append((observations["state"].dtype, noise.shape, steering))
+            return torch.arange(16.0)[None, None, :, None].expand(2, 1, 16, 2)
+
+    planner = PolicyPlanner(policy, SAMPLING, Counting())
+    plans = planner.sample(observe(2), draw(2))
+    assert not planner.guides
+    assert seen == [(torch.float64, (2, 1, 1, 16, 2), None)]
+    assert plans[0, 0, :, 0].tolist() == list(range(2, 16))
 
 
 def test_observations_that_are_not_finite_are_refused(policy: DiffusionPolicy) -> None:
     observations = observe(2)
     observations["state"][1, 0, 2] = np.inf
     with pytest.raises(ValueError, match="the observation state holds NaN or infinity"):
-        PolicyPlanner(policy, SAMPLING).plan(observations, draw(2)[:, 0])
+        PolicyPlanner(policy, SAMPLING).sample(observations, draw(2))

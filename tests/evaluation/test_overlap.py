@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from diffusion_policy.control.controller import Controller
+from diffusion_policy.control.planner import Steering
 from diffusion_policy.evaluation import rollout as rollouts
 from diffusion_policy.evaluation.episode import Episode, FailedEpisode
 from diffusion_policy.evaluation.host import EnvFailure, StepsResult
@@ -60,13 +61,14 @@ class Planner:
 
     observation_horizon, action_horizon, steps = 1, 4, 6
     action_shape, noise_shape = (2,), (6, 2)
+    guides, longest_prefix = False, 0
 
     def __init__(self) -> None:
         self.observation_shapes = {"x": (2,)}
         self.sizes: set[int] = set()
 
-    def plan(
-        self, observations: Mapping[str, np.ndarray], noise: np.ndarray, previous: np.ndarray | None = None
+    def sample(
+        self, observations: Mapping[str, np.ndarray], noise: np.ndarray, steering: Steering | None = None
     ) -> np.ndarray:
         self.sizes.add(len(noise))
         return noise.astype(np.float64)
@@ -76,11 +78,11 @@ class Mixing(Planner):
     """Each of its plans depends on all observations and all noise in the call, and on their order: as the last digits
     of a network's do, only more."""
 
-    def plan(
-        self, observations: Mapping[str, np.ndarray], noise: np.ndarray, previous: np.ndarray | None = None
+    def sample(
+        self, observations: Mapping[str, np.ndarray], noise: np.ndarray, steering: Steering | None = None
     ) -> np.ndarray:
-        order = np.arange(1, len(noise) + 1) @ (noise[:, 0, 0] + observations["x"][:, 0, 0])
-        return super().plan(observations, noise) + np.sin(order)
+        order = np.arange(1, len(noise) + 1) @ (noise[:, 0, 0, 0] + observations["x"][:, 0, 0])
+        return super().sample(observations, noise) + np.sin(order)
 
 
 def roll_out(
@@ -165,14 +167,14 @@ class Waiting(Planner):
         self._folder, self._calls = folder, 0
         self.overlapped: list[bool] = []
 
-    def plan(
-        self, observations: Mapping[str, np.ndarray], noise: np.ndarray, previous: np.ndarray | None = None
+    def sample(
+        self, observations: Mapping[str, np.ndarray], noise: np.ndarray, steering: Steering | None = None
     ) -> np.ndarray:
         (self._folder / f"plan {self._calls}").touch()
         if 1 <= self._calls < 6:
             self.overlapped.append(appears(self._folder / f"step of plan {self._calls - 1}"))
         self._calls += 1
-        return np.full((len(noise), self.steps, 2), self._calls - 1.0)
+        return np.full((len(noise), 1, self.steps, 2), self._calls - 1.0)
 
 
 class Watched(Walk):

@@ -116,7 +116,7 @@ def test_a_network_that_is_compiled_gives_the_actions_of_eager(plain, rows: int)
     policy, sampling, _ = plain
     planners = [make_planner(policy, sampling, name, rows=rows) for name in ("eager", "compile")]
     observations, noise = draw_observations(policy, rows, RNG), policy.draw_noise([RNG] * rows, 1, sampling)
-    plans = [planner.plan(observations, noise[:, 0]) for planner in planners]
+    plans = [planner.sample(observations, noise) for planner in planners]
     np.testing.assert_allclose(plans[1], plans[0], rtol=0, atol=1e-4)
 
 

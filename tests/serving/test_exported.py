@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 import diffusion_policy as dp
 from diffusion_policy.checkpoints.checkpoint import CheckpointError
 from diffusion_policy.config import ConfigError
+from diffusion_policy.control.chunking import Chunking, Guided, scored
 from diffusion_policy.control.policy_planner import PolicyPlanner
 from diffusion_policy.control.single import SingleController
 from diffusion_policy.serving import exported
@@ -162,9 +163,9 @@ def test_another_sampling_than_the_exported_one_is_refused(loop_folder: Path, op
 @pytest.mark.parametrize("form", FILES)
 def test_observations_of_other_shapes_or_not_finite_are_refused(request, form: str) -> None:
     planner = exported.load(request.getfixturevalue(f"{form}_folder"), threads=1).planner
-    noise = np.zeros((2, *planner.noise_shape), np.float32)
+    noise = np.zeros((2, 1, *planner.noise_shape), np.float32)
     sound = {key: np.zeros((2, 2, *shape)) for key, shape in planner.observation_shapes.items()}
-    assert planner.plan(sound | {"beside": np.zeros(3)}, noise).shape == (2, 7, 2)
+    assert planner.sample(sound | {"beside": np.zeros(3)}, noise).shape == (2, 1, 7, 2)
     for change, message in (
         ({"noise": np.zeros((2, 2, 4))}, r"the policy observes noise of shape \(2, 2, 3\); got \(2, 2, 4\)"),
         ({"noise": np.zeros((1, 2, 3))}, r"noise of shape \(2, 2, 3\); got \(1, 2, 3\)"),
@@ -172,15 +173,15 @@ def test_observations_of_other_shapes_or_not_finite_are_refused(request, form: s
         ({"actions": np.full((2, 2, 2, 2), np.inf)}, "the observation actions holds NaN or infinity"),
     ):
         with pytest.raises(ValueError, match=message):
-            planner.plan(sound | change, noise)
+            planner.sample(sound | change, noise)
     with pytest.raises(ValueError, match=r"the policy observes actions of shape \(2, 2, 2, 2\); got nothing"):
-        planner.plan({"noise": sound["noise"]}, noise)
-    for wrong in (noise[:0], noise[:, :, :4], np.zeros((2, 5, 8, 3), np.float32)):
+        planner.sample({"noise": sound["noise"]}, noise)
+    for wrong in (noise[:0], noise[:, :, :, :4], np.zeros((2, 1, 5, 8, 3), np.float32)):
         with pytest.raises(
             ValueError, match=r"exported for noise of shape \(B, 1, 1, 8, 3\); got .*as it was exported"
         ):
-            planner.plan({key: rows[: len(wrong)] for key, rows in sound.items()}, wrong)
-    assert planner.plan(sound, noise.astype(np.float64)).shape == (2, 7, 2)
+            planner.sample({key: rows[: len(wrong)] for key, rows in sound.items()}, wrong)
+    assert planner.sample(sound, noise.astype(np.float64)).shape == (2, 1, 7, 2)
 
 
 def test_a_controller_says_how_many_sampling_steps_would_fit(loop_folder: Path, monkeypatch) -> None:
@@ -322,16 +323,21 @@ def test_a_graph_that_is_what_it_says_is_run_whoever_made_it(copy: Path, seal) -
     assert controller.act(observe(np.random.default_rng(0))).tolist() == [5, 5]
 
 
-def test_a_controller_follows_one_sequence(copy: Path, seal) -> None:
+def test_a_controller_makes_as_many_plans_as_were_exported(copy: Path, seal) -> None:
     inputs, outputs = INPUTS | {"noise": [1, 3, 1, 8, 3]}, {"actions": [1, 3, 7, 2]}
-    (copy / "plan.onnx").write_bytes(graph_of([constant(np.zeros((1, 3, 7, 2)))], inputs, outputs))
+    plans = np.array([5.0, 1.0, 9.0])[None, :, None, None] * np.ones((1, 3, 7, 2))
+    (copy / "plan.onnx").write_bytes(graph_of([constant(plans)], inputs, outputs))
     seal(copy, lambda tree: tree.update(samples=3))
     loaded = exported.load(copy, threads=1)
-    message = "a controller follows one sequence; this policy was exported with --samples 3"
+    message = "this chunking makes 1 plans for an observation; this policy was exported with --samples 3"
     with pytest.raises(ConfigError, match=message):
         loaded.controller()
-    with pytest.raises(ValueError, match=message):
-        loaded.planner.plan({}, np.zeros((2, *loaded.planner.noise_shape), np.float32))
+    with pytest.raises(ConfigError, match="needs the network's gradient"):
+        loaded.controller(chunking=Chunking(Guided(), samples=3))
+    smallest = Chunking(score=scored(lambda observations, plans: -plans[:, :, 0, 0]), samples=3)
+    controller = loaded.controller(chunking=smallest)
+    assert controller.act(observe(np.random.default_rng(0))).tolist() == [1, 1]
+    assert loaded.controller(chunking="bid", plans=3).act(observe(np.random.default_rng(0))).tolist() == [5, 5]
 
 
 @pytest.mark.parametrize(

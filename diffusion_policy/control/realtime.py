@@ -1,0 +1,452 @@
+"""A control loop that keeps time: observe and act at a fixed rate, while plans are made beside it.
+
+    robot.observe() -> history -> planner, in its own thread -> joined to what runs -> limits -> robot.act(action)
+
+The clock is absolute, so that one late step does not delay those after it. A plan's delay is counted in the actions that
+were consumed while it was made. Whatever ends the run, `robot.stop()` is called, and the log says what happened until
+then. Knows planners and what a robot promises. Knows neither policy nor simulator.
+"""
+
+import concurrent.futures
+import math
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+
+from diffusion_policy.config import ConfigError
+from diffusion_policy.control.chunking import Chunking, Handover, Joined
+from diffusion_policy.control.controller import require_horizons
+from diffusion_policy.control.latency import time_plans
+from diffusion_policy.control.planner import Planner, planning_rng
+
+T = TypeVar("T")
+
+REMEMBERED = 10
+"""Plans whose delays say how long the next one may take."""
+AT_ONCE = 0.2
+"""Share of a period that a plan may take to be waited for, rather than joined a step later."""
+LATE = 0.010
+"""From so late on an action counts as late [s]."""
+
+
+class Robot(Protocol):
+    """What is controlled. Its methods are called from one thread, `stop` from any, also while another one hangs."""
+
+    def observe(self) -> Mapping[str, np.ndarray] | None:
+        """What is observed now, {key: (...)}; None ends the run."""
+        ...
+
+    def act(self, action: np.ndarray) -> None:
+        """Take an action (A,), and return at once."""
+        ...
+
+    def stop(self) -> None:
+        """Come to rest."""
+        ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an action may be, number by number; one number stands for all. None: anything."""
+
+    low: tuple[float, ...] | None = None
+    high: tuple[float, ...] | None = None
+    change: tuple[float, ...] | None = None
+    """Largest change from one action to the next."""
+    rate: tuple[float, ...] | None = None
+    """Largest change in a second."""
+
+    def resolve(self, numbers: int, period: float) -> "Bounds":
+        """For actions of so many numbers. Raises ConfigError for limits of another length, or that no action meets."""
+
+        def row(name: str, default: float) -> np.ndarray:
+            given = getattr(self, name)
+            if given is not None and len(given) not in (1, numbers):
+                raise ConfigError(
+                    f"--{name} takes 1 number, or one for each of the action's {numbers}; got {len(given)}"
+                )
+            found = np.broadcast_to(np.array(default if given is None else given, float), numbers)
+            if np.isnan(found).any():
+                raise ConfigError(f"--{name} must be numbers; got {given}")
+            return found
+
+        low, high = row("low", -math.inf), row("high", math.inf)
+        change = np.minimum(row("change", math.inf), row("rate", math.inf) * period)
+        if (low > high).any():
+            raise ConfigError(f"no action meets these limits: --low {self.low} lies above --high {self.high}")
+        if (change <= 0).any():
+            raise ConfigError("no action meets these limits: --change and --rate must be above 0")
+        return Bounds(low, high, change)
+
+
+class Bounds(NamedTuple):
+    """Limits for each number of an action, (A,)."""
+
+    low: np.ndarray
+    high: np.ndarray
+    change: np.ndarray
+
+    def apply(self, action: np.ndarray, before: np.ndarray | None) -> np.ndarray:
+        """The nearest action within the limits; `before`: the last one, from which it may not differ too much."""
+        if before is not None:
+            action = np.clip(action, before - self.change, before + self.change)
+        return np.clip(action, self.low, self.high)
+
+
+class PlanRecord(NamedTuple):
+    """A plan as it was made."""
+
+    asked: int
+    """Step at whose observation it was asked for."""
+    ready: int
+    """Step from which on it was followed; `ready - asked` actions were consumed meanwhile."""
+    expected: int
+    """Delay that it was made for [steps]."""
+    seconds: float
+    """What planning took [s]."""
+    plan: np.ndarray
+    """As sampled, from `asked` on, (steps, A)."""
+
+
+@dataclass
+class RunLog:
+    """What happened, a row for each step."""
+
+    period: float
+    """Time between two steps [s]."""
+    observations: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    actions: list[np.ndarray] = field(default_factory=list)
+    """As executed, within the limits."""
+    times: list[float] = field(default_factory=list)
+    """When each action was handed over, since the first step [s]."""
+    lateness: list[float] = field(default_factory=list)
+    """By how much after its due time [s]."""
+    plan_of: list[int] = field(default_factory=list)
+    """Which plan was followed."""
+    plans: list[PlanRecord] = field(default_factory=list)
+    missed: int = 0
+    """Steps that were left out, since the one before took longer than a period."""
+    starved: int = 0
+    """Steps without an action, since the old plan had ended and the new one was not ready."""
+    limited: int = 0
+    """Actions that the limits changed."""
+    warnings: list[str] = field(default_factory=list)
+    ended: str = ""
+    """Why the run ended."""
+    failed: bool = False
+    """Whether that was a fault."""
+
+    @property
+    def late(self) -> int:
+        """Actions over 10 ms late."""
+        return sum(one > LATE for one in self.lateness)
+
+    def warn(self, sentence: str) -> None:
+        """Keep a warning, once."""
+        if sentence not in self.warnings:
+            self.warnings.append(sentence)
+
+
+class Fault(Exception):
+    """The run must end; the message says why."""
+
+
+class Stopped(Exception):
+    """The run was told to end."""
+
+
+class RealTimeRunner:
+    """Steers one robot at a fixed rate."""
+
+    def __init__(
+        self,
+        planner: Planner,
+        rate: float,
+        *,
+        chunking: Chunking | None = None,
+        action_horizon: int | None = None,
+        delay_steps: int | None = None,
+        limits: Limits = Limits(),
+        watchdog: float = 1.0,
+        dry_run: bool = False,
+        seed: int = 0,
+        on_step: Callable[["RunLog"], None] = lambda log: None,
+    ) -> None:
+        """`rate`: steps a second; `delay_steps`: steps for which plans are made to be late, by default as many as the
+        last ten took; 0: each plan is waited for; `watchdog`: longest time [s] for which the robot may not answer, or
+        be without a plan; `dry_run`: all but `robot.act`; `seed`: of the planning noise; the others as `Controller` has
+        them. Raises ConfigError for what cannot work, and for plans that take longer than they last."""
+        if not 0 < rate < math.inf:
+            raise ConfigError(f"the rate must be above 0 steps a second; got {rate}")
+        if not watchdog > 0:
+            raise ConfigError(f"the watchdog must be above 0 seconds; got {watchdog}")
+        self._planner, self._chunking, self._seed = planner, chunking or Chunking(), seed
+        self._period, self._watchdog, self._dry_run, self._on_step = 1 / rate, watchdog, dry_run, on_step
+        self._horizon = planner.action_horizon if action_horizon is None else action_horizon
+        require_horizons(planner.steps, self._horizon, delay_steps or 0)
+        self._chunking.require(planner, delay_steps or 0)
+        self._bounds = limits.resolve(int(np.prod(planner.action_shape)), self._period)
+        self._delay_steps = delay_steps
+        self._longest = planner.steps - self._horizon
+        steer = getattr(self._chunking.steer, "longest", None)
+        if steer is not None and self._chunking.roll is None:
+            self._longest = min(self._longest, steer(planner))
+        self.log = RunLog(self._period)
+        self._first_delay = self._measure_delay() if delay_steps is None else delay_steps
+
+    def _measure_delay(self) -> int:
+        """The delay to begin with: of some plans before the start, the first, compiling ones left out."""
+        took = float(np.median(time_plans(self._planner, 1, 5, self._chunking.samples))) / 1000
+        if took <= AT_ONCE * self._period:
+            return 0
+        delay = math.ceil(took / self._period)
+        if delay > self._longest:
+            raise ConfigError(
+                f"a plan takes {1000 * took:.0f} ms, {delay} steps of {1000 * self._period:.0f} ms, and plans can bridge "
+                f"{self._longest}: fewer --sampling-steps, a faster --backend, a lower --hz, or a smaller "
+                "--action-horizon"
+            )
+        return delay
+
+    def run(self, robot: Robot, steps: int | None = None, stop: threading.Event | None = None) -> RunLog:
+        """Control until so many steps are done, the robot observes None, `stop` is set, or a fault; returns the log,
+        which is also `self.log`. It never raises for what robot and planner do."""
+        self.log = log = RunLog(self._period)
+        run = _Run(self, robot, log, stop or threading.Event())
+        try:
+            log.ended = run.loop(steps)
+        except Stopped:
+            log.ended = "stopped"
+        except Fault as fault:
+            log.ended, log.failed = str(fault), True
+        finally:
+            run.halt()
+        return log
+
+
+class _Run:
+    """One run of a runner."""
+
+    def __init__(self, runner: RealTimeRunner, robot: Robot, log: RunLog, stop: threading.Event) -> None:
+        self.r, self.robot, self.log, self.stop = runner, robot, log, stop
+        self.hands, self.brain = _Worker("robot"), _Worker("planner")
+        self.history: dict[str, np.ndarray] = {}
+        self.queue = np.full((runner._planner.steps, *runner._planner.action_shape), np.nan)
+        self.position = 0  # of the next action in the queue
+        self.consumed = 0  # actions since the first
+        self.made = 0
+        self.waiting: _Asked | None = None
+        self.delays: deque[int] = deque(maxlen=REMEMBERED)
+        self.before: np.ndarray | None = None
+        self.fed = 0.0  # when there was an action last
+
+    def loop(self, steps: int | None) -> str:
+        """Until it ends; says why. Raises Fault."""
+        if not self._look():
+            return "the robot's episode has ended"
+        self._ask(0)
+        self._take(math.inf)
+        start = self.fed = time.perf_counter()
+        tick = 0
+        while steps is None or tick < steps:
+            if tick:
+                if self.stop.wait(max(0.0, start + tick * self.r._period - time.perf_counter())):
+                    raise Stopped
+                behind = int((time.perf_counter() - start) / self.r._period) - tick
+                if behind > 0:  # those are left out
+                    self.log.missed += behind
+                    start += behind * self.r._period
+                if not self._look():
+                    return "the robot's episode has ended"
+            if self.stop.is_set():
+                raise Stopped
+            self._follow_plans()
+            self._act(start, tick)
+            tick += 1
+        return f"{steps} steps are done"
+
+    def _look(self) -> bool:
+        """Observe; False where the episode has ended."""
+        observation = self._call(self.robot.observe, "observe")
+        if observation is None:
+            return False
+        for key, shape in self.r._planner.observation_shapes.items():
+            now = np.asarray(observation[key], float) if key in observation else None
+            if now is None or now.size != math.prod(shape):
+                found = "nothing" if now is None else f"shape {now.shape}"
+                raise Fault(f"the robot's observe() must give {key} of shape {shape}; got {found}")
+            if not np.isfinite(now).all():
+                raise Fault(f"the robot observed NaN or infinity in {key}")
+            now = now.reshape(shape)
+            rows = self.history.get(key)
+            if rows is None:
+                rows = np.stack([now] * self.r._planner.observation_horizon)
+            self.history[key] = np.concatenate([rows[1:], now[None]])
+        return True
+
+    def _follow_plans(self) -> None:
+        """Take a plan that is ready; ask for the next one once Ta actions of this one are consumed."""
+        if self.waiting is not None:
+            self._take(0.0)
+        if self.waiting is None and self.position >= self.r._horizon:
+            delay = self._expect()
+            self._ask(delay)
+            if delay == 0:
+                self._take(self.r._watchdog)
+
+    def _expect(self) -> int:
+        """The delay of the next plan [steps]."""
+        if self.r._delay_steps is not None:
+            return self.r._delay_steps
+        delay = max(self.delays, default=self.r._first_delay)
+        if delay > self.r._longest:
+            self.log.warn(
+                f"planning takes {delay} steps, and plans can bridge {self.r._longest}: fewer --sampling-steps, a faster "
+                "--backend, a lower --hz, or a smaller --action-horizon"
+            )
+        return min(delay, self.r._longest)
+
+    def _ask(self, delay: int) -> None:
+        """Have a plan made from what is observed now."""
+        planner, chunking = self.r._planner, self.r._chunking
+        executing = np.full_like(self.queue, np.nan)
+        left = self.queue[self.position :]
+        executing[: len(left)] = left
+        handover = Handover(executing[None], delay, self.r._horizon, np.array([self.made]))
+        observations = {key: rows[None] for key, rows in self.history.items()}
+        shape = (1, chunking.samples, *planner.noise_shape)
+        noise = planning_rng(self.r._seed, 0, self.made).standard_normal(shape, np.float32)
+
+        def plan() -> tuple[Joined, float]:
+            began = time.perf_counter()
+            joined = chunking.plan(planner, observations, noise, handover)
+            return joined, time.perf_counter() - began
+
+        self.waiting = _Asked(self.brain.submit(plan), self.consumed, delay)
+        self.made += 1
+
+    def _take(self, patience: float) -> bool:
+        """Follow the plan that was asked for, if it is ready within so many seconds; False if it is not. Raises Fault
+        where planning failed, and Stopped."""
+        asked = self.waiting
+        assert asked is not None
+        if not self._ready(asked.future, patience):
+            if self.stop.is_set():
+                raise Stopped
+            return False
+        try:
+            joined, seconds = asked.future.result()
+        except Exception as error:
+            raise Fault(f"planning failed: {type(error).__name__}: {error}") from error
+        self.waiting = None
+        delay = self.consumed - asked.consumed
+        if self.log.plans:  # the first is waited for
+            self.delays.append(delay)
+        self.queue, self.position = joined.executed[0], delay
+        self.log.plans.append(PlanRecord(asked.consumed, self.consumed, asked.delay, seconds, joined.plans[0]))
+        return True
+
+    def _act(self, start: float, tick: int) -> None:
+        """Hand the next action to the robot."""
+        now = time.perf_counter()
+        if self.position >= len(self.queue) or np.isnan(self.queue[self.position]).any():
+            self.log.starved += 1
+            self.log.warn("the plan ended before the next one was ready; the robot got no action meanwhile")
+            if now - self.fed > self.r._watchdog:
+                raise Fault(f"no plan was ready for {self.r._watchdog:g} s")
+            return
+        planned = self.queue[self.position]
+        action = self.r._bounds.apply(planned, self.before)
+        self.log.limited += bool((action != planned).any())
+        due = start + tick * self.r._period
+        self.log.times.append(now - start)
+        self.log.lateness.append(now - due)
+        if not self.r._dry_run:
+            self._call(lambda: self.robot.act(action.copy()), "act")
+        for key, rows in self.history.items():
+            self.log.observations.setdefault(key, []).append(rows[-1])
+        self.log.actions.append(action)
+        self.log.plan_of.append(len(self.log.plans) - 1)
+        if self.log.lateness[-1] > LATE:
+            self.log.warn("some actions were over 10 ms late")
+        self.before, self.fed = action, now
+        self.position += 1
+        self.consumed += 1
+        self.r._on_step(self.log)
+
+    def _call(self, function: Callable[[], T], what: str) -> T:
+        """One call to the robot. Raises Fault where it raises, or does not return in time."""
+        future = self.hands.submit(function)
+        if not self._ready(future, self.r._watchdog):
+            if self.stop.is_set():
+                raise Stopped
+            raise Fault(f"the robot's {what}() has not returned for {self.r._watchdog:g} s")
+        try:
+            return future.result()
+        except Exception as error:
+            raise Fault(f"the robot's {what}() raised {type(error).__name__}: {error}") from error
+
+    def _ready(self, future: Future[Any], patience: float) -> bool:
+        """Whether it is done within so many seconds; a stop is obeyed within a period."""
+        deadline = time.perf_counter() + patience
+        while not future.done():
+            left = deadline - time.perf_counter()
+            if left <= 0 or (self.stop.is_set() and patience > 0):
+                return future.done()
+            concurrent.futures.wait([future], timeout=min(left, self.r._period / 2))
+        return True
+
+    def halt(self) -> None:
+        """Stop the robot, whatever its other methods do, and wait for that at most as long as the watchdog has it."""
+        last = _Worker("stop")
+        future = last.submit(self.robot.stop)
+        done, _ = concurrent.futures.wait([future], timeout=self.r._watchdog)
+        error = future.exception() if done else None
+        if not done or error is not None:
+            why = f"raised {type(error).__name__}: {error}" if done else f"has not returned for {self.r._watchdog:g} s"
+            self.log.ended, self.log.failed = f"{self.log.ended}; the robot's stop() {why}".lstrip("; "), True
+        for worker in (self.hands, self.brain, last):
+            worker.close()
+
+
+class _Asked(NamedTuple):
+    """A plan that is being made."""
+
+    future: Future[tuple[Joined, float]]
+    consumed: int
+    """Actions consumed before."""
+    delay: int
+
+
+class _Worker:
+    """A thread that calls functions one after another. It does not keep the program from ending, even where one
+    hangs."""
+
+    def __init__(self, name: str) -> None:
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._work, name=name, daemon=True).start()
+
+    def submit(self, function: Callable[[], T]) -> "Future[T]":
+        """Have it called."""
+        future: Future[T] = Future()
+        self._calls.put((future, function))
+        return future
+
+    def close(self) -> None:
+        """End the thread once its calls are done."""
+        self._calls.put(None)
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            future, function = call
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
