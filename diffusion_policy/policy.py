@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from diffusion_policy.config import PolicyConfig, SampleConfig, to_json
 from diffusion_policy.datasets.statistics import Statistics, measure
-from diffusion_policy.diffusion.guidance import CLIPS, GUIDANCE_SCHEDULES, classifier_free, inpainted
+from diffusion_policy.diffusion.guidance import CLIPS, GUIDANCE_SCHEDULES, agreeing, classifier_free, inpainted
 from diffusion_policy.diffusion.prediction import PREDICTIONS
 from diffusion_policy.diffusion.process import Diffusion, count_draws
 from diffusion_policy.diffusion.samplers import SAMPLERS, Denoise, Levels, Sampler, ddim, ddpm
@@ -260,6 +260,12 @@ class DiffusionPolicy(nn.Module):
         before = self.config.observation_horizon - 1
         sequence, weights = (functional.pad(one, (0, 0, before, 0)) for one in (sequence, weights[..., None]))
         return sequence.repeat_interleave(number, 0), weights.to(sequence).repeat_interleave(number, 0)
+
+    def guide(self, sequence: Tensor, weights: Tensor, strength: float) -> Wrap:
+        """A wrapper by which samples agree with a normalized sequence (B, T, D) where weights (B, T, 1) say so; see
+        `diffusion.guidance.agreeing`."""
+        schedule = self.diffusion.schedule
+        return lambda denoise: agreeing(denoise, sequence, weights, schedule.alpha, schedule.sigma, strength)
 
     def for_few_rows(self) -> "DiffusionPolicy":
         """This policy with its network laid out for few sequences, by which plans for one robot are ready sooner on the

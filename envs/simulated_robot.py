@@ -1,6 +1,7 @@
 """An environment as a robot that is controlled in real time: it answers `observe` and takes `act`, and does not wait.
 
-    diffusion-policy run-robot diffusion_policy.envs.simulated_robot:SimulatedRobot --checkpoint runs/demo/policy --hz 28.6
+    diffusion-policy run-robot diffusion_policy.envs.simulated_robot:SimulatedRobot \\
+        --checkpoint runs/demo/policy --hz 28.6 --output runs/robot
 
 Each action is one step of the simulator, whenever it comes. Knows no policy.
 """

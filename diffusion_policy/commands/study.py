@@ -1,4 +1,4 @@
-"""diffusion-policy study: one checkpoint under every sampler."""
+"""diffusion-policy study: one checkpoint under every sampler (here), or every way to join plans."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import Any
 from diffusion_policy.basics.files import format_json, write_whole
 from diffusion_policy.basics.metric_table import METRICS
 from diffusion_policy.basics.text import one_line
+from diffusion_policy.commands import study_chunking
 from diffusion_policy.commands.afterwards import Remarks
 from diffusion_policy.commands.episodes import (
     describe_machine,
@@ -24,7 +25,7 @@ from diffusion_policy.commands.policy_in_env import (
     load_with_environment,
     refuse_seen_seeds,
 )
-from diffusion_policy.commands.terminal import console, print_by_steps
+from diffusion_policy.commands.terminal import console, print_cells
 from diffusion_policy.config import SampleConfig, SamplerName
 from diffusion_policy.control.latency import time_plans
 from diffusion_policy.control.policy_planner import PolicyPlanner
@@ -47,6 +48,8 @@ def run(options: Study) -> dict[str, Any]:
     loaded = load_with_environment(options)
     refuse_seen_seeds(loaded, options.seeds)
     options.output.mkdir(parents=True, exist_ok=True)
+    if options.what == "chunking":
+        return study_chunking.run(options, loaded)
     cells: Cells = {}
     results = {**tell_asked(options, loaded), "samplers": cells}
     for name in options.samplers:
@@ -127,10 +130,10 @@ def measure(options: Study, loaded: PolicyInEnv, sampling: SampleConfig) -> dict
 def print_tables(cells: Cells) -> None:
     """A table a figure: a row a sampler, a column a number of steps."""
     for name in ("success_rate", "mode_entropy"):
-        print_by_steps(METRICS[name].label, cells, name, "{:.2f}")
-    print_by_steps("milliseconds of one plan", cells, "milliseconds", "{:.0f}")
+        print_cells(METRICS[name].label, "sampler", "steps", cells, name, "{:.2f}")
+    print_cells("milliseconds of one plan", "sampler", "steps", cells, "milliseconds", "{:.0f}")
     if any(cell.get("lost") for of_sampler in cells.values() for cell in of_sampler.values()):
-        print_by_steps("episodes lost", cells, "lost", "{:.0f}")
+        print_cells("episodes lost", "sampler", "steps", cells, "lost", "{:.0f}")
 
 
 def draw(options: Study, results: Mapping[str, Any]) -> None:

@@ -92,13 +92,13 @@ def progress_bar(unit: str) -> Progress:
     )
 
 
-def print_by_steps(title: str, samplers: Mapping[str, Mapping[str, Any]], figure: str, form: str) -> None:
-    """A table of one figure: a row a sampler, a column a number of steps. Cells are {figure: number or None, or
-    {"value": ...}}; a dash where there is none."""
-    columns = list(dict.fromkeys(steps for cells in samplers.values() for steps in cells))
-    table = Table("sampler", *columns, title=f"{title}, by steps", title_justify="left")
-    for name, cells in samplers.items():
-        found = [cells.get(steps, {}).get(figure) for steps in columns]
+def print_cells(title: str, rows: str, by: str, cells: Mapping[str, Mapping[str, Any]], figure: str, form: str) -> None:
+    """A table of one figure: a row a sampler or strategy (`rows`), a column a number of steps or a delay (`by`). Cells
+    are {figure: number or None, or {"value": ...}}; a dash where there is none."""
+    columns = list(dict.fromkeys(column for row in cells.values() for column in row))
+    table = Table(rows, *columns, title=f"{title}, by {by}", title_justify="left")
+    for name, row in cells.items():
+        found = [row.get(column, {}).get(figure) for column in columns]
         values = [value["value"] if isinstance(value, dict) else value for value in found]
         table.add_row(name, *("-" if value is None else form.format(value) for value in values))
     console.print(table)

@@ -10,7 +10,7 @@ from diffusion_policy import __version__
 from diffusion_policy.basics.files import format_json, write_whole
 from diffusion_policy.commands.options.toy import Toy
 from diffusion_policy.commands.outputs import require_fresh
-from diffusion_policy.commands.terminal import console, print_by_steps, progress_bar
+from diffusion_policy.commands.terminal import console, print_cells, progress_bar
 from diffusion_policy.report.evaluation_figures import to_png
 from diffusion_policy.report.figures import draw_toy
 from diffusion_policy.training import toy
@@ -64,8 +64,10 @@ def _measure(options: Toy, problem: toy.Problem, fitted: toy.Fitted) -> dict[str
 
 def print_results(results: Mapping[str, Any]) -> None:
     """The tables of samplers, then what is particular to the problem."""
-    print_by_steps("energy distance of samples to data", results["samplers"], "energy_distance", "{:.3f}")
-    print_by_steps("milliseconds for all points", results["samplers"], "milliseconds", "{:.0f}")
+    print_cells(
+        "energy distance of samples to data", "sampler", "steps", results["samplers"], "energy_distance", "{:.3f}"
+    )
+    print_cells("milliseconds for all points", "sampler", "steps", results["samplers"], "milliseconds", "{:.0f}")
     training = results["training"]
     console.print(
         f"loss {training['loss_of_first_50_steps']:.3f} -> {training['loss_of_last_500_steps']:.3f} in "

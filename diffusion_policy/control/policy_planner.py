@@ -10,7 +10,6 @@ from torch import Tensor
 
 from diffusion_policy.config import PlanningPrecision, SampleConfig
 from diffusion_policy.control.planner import Steering
-from diffusion_policy.diffusion.guidance import agreeing
 from diffusion_policy.policy import DiffusionPolicy, Given, Wrap
 
 FEW_STEPS = 128
@@ -101,8 +100,7 @@ def steer(policy: DiffusionPolicy, steering: Steering | None, number: int) -> tu
     sequence, weights = policy.place(actions, weights, number)
     if steering.strength is None:
         return [], Given(sequence, weights == 1)
-    schedule, strength = policy.diffusion.schedule, steering.strength
-    return [lambda denoise: agreeing(denoise, sequence, weights, schedule.alpha, schedule.sigma, strength)], None
+    return [policy.guide(sequence, weights, steering.strength)], None
 
 
 def half_precision(precision: PlanningPrecision, device: torch.device) -> contextlib.AbstractContextManager[object]:

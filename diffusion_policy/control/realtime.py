@@ -2,9 +2,9 @@
 
     robot.observe() -> history -> planner, in its own thread -> joined to what runs -> limits -> robot.act(action)
 
-The clock is absolute, so that one late step does not delay those after it. A plan's delay is counted in the actions that
-were consumed while it was made. Whatever ends the run, `robot.stop()` is called, and the log says what happened until
-then. Knows planners and what a robot promises. Knows neither policy nor simulator.
+The clock is absolute, so that one late step does not delay those after it. A plan's delay is counted in actions: those
+that were consumed while it was made. Whatever ends the run, `robot.stop()` is called, and the log says what happened.
+Knows planners and what a robot promises. Knows neither policy nor simulator.
 """
 
 import concurrent.futures
@@ -31,7 +31,7 @@ T = TypeVar("T")
 REMEMBERED = 10
 """Plans whose delays say how long the next one may take."""
 AT_ONCE = 0.2
-"""Share of a period that a plan may take to be waited for, rather than joined a step later."""
+"""Share of a period for which a plan is waited for, rather than joined a step later."""
 LATE = 0.010
 """From so late on an action counts as late [s]."""
 
@@ -198,6 +198,10 @@ class RealTimeRunner:
         steer = getattr(self._chunking.steer, "longest", None)
         if steer is not None and self._chunking.roll is None:
             self._longest = min(self._longest, steer(planner))
+        self._remedy = (
+            f"plans can bridge {self._longest}: fewer --sampling-steps, a faster --backend, a lower --hz, or a smaller "
+            "--action-horizon"
+        )
         self.log = RunLog(self._period)
         self._first_delay = self._measure_delay() if delay_steps is None else delay_steps
 
@@ -209,9 +213,7 @@ class RealTimeRunner:
         delay = math.ceil(took / self._period)
         if delay > self._longest:
             raise ConfigError(
-                f"a plan takes {1000 * took:.0f} ms, {delay} steps of {1000 * self._period:.0f} ms, and plans can bridge "
-                f"{self._longest}: fewer --sampling-steps, a faster --backend, a lower --hz, or a smaller "
-                "--action-horizon"
+                f"a plan takes {1000 * took:.0f} ms, {delay} steps of {1000 * self._period:.0f} ms; {self._remedy}"
             )
         return delay
 
@@ -299,7 +301,8 @@ class _Run:
             delay = self._expect()
             self._ask(delay)
             if delay == 0:
-                self._take(self.r._watchdog)
+                told = self.r._delay_steps == 0
+                self._take(self.r._watchdog if told else AT_ONCE * self.r._period)
 
     def _expect(self) -> int:
         """The delay of the next plan [steps]."""
@@ -307,10 +310,7 @@ class _Run:
             return self.r._delay_steps
         delay = max(self.delays, default=self.r._first_delay)
         if delay > self.r._longest:
-            self.log.warn(
-                f"planning takes {delay} steps, and plans can bridge {self.r._longest}: fewer --sampling-steps, a faster "
-                "--backend, a lower --hz, or a smaller --action-horizon"
-            )
+            self.log.warn(f"planning takes {delay} steps; {self.r._remedy}")
         return min(delay, self.r._longest)
 
     def _ask(self, delay: int) -> None:

@@ -1,27 +1,49 @@
 """What `diffusion-policy study` can be told."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args
 
 import tyro
 
 from diffusion_policy.commands.options.acting import FIRST_TEST_SEED, ActingCommand, anchor, require_episodes
-from diffusion_policy.config import ConfigError, Group, SampleConfig, SamplerName, require_at_least, require_seed
+from diffusion_policy.config import (
+    ChunkingConfig,
+    ConfigError,
+    Group,
+    SampleConfig,
+    SamplerName,
+    require_at_least,
+    require_seed,
+)
+
+ROLLED = "+roll"
+"""Behind the name of a strategy: its observation is rolled forward."""
 
 
 @dataclass(frozen=True)
 class Study(ActingCommand):
-    """Roll one checkpoint out under each sampler at several numbers of steps: success, mode entropy and milliseconds,
-    as a table, results.json and samplers.png. What is done is kept in results.json at every moment. Episodes that could
-    not be run are counted for each of them; where none could be run, it says why, and the study goes on."""
+    """Roll one checkpoint out many times, and compare success, mode entropy and the milliseconds of a plan.
+
+    samplers: under each sampler at several numbers of steps; table, results.json and samplers.png. chunking: under each
+    way to join plans, against the control steps that planning takes, with commitment and jerk too; table, results.json
+    and chunking.html. What is done is kept in results.json at every moment. Episodes that could not be run are counted
+    for each of them; where none could be run, it says why, and the study goes on.
+    """
 
     program: ClassVar[str] = "diffusion_policy.commands.study"
 
     output: Path
     """Folder of this study."""
-    what: tyro.conf.Positional[Literal["samplers"]] = field(kw_only=True)
+    what: tyro.conf.Positional[Literal["samplers", "chunking"]] = field(kw_only=True)
     """What the study varies."""
+    delay_steps: Annotated[tuple[int, ...], Group("control")] = (0, 2, 4, 6)
+    """With chunking: control steps that planning takes, while the plan before runs on."""
+    strategies: tuple[str, ...] = ()
+    """With chunking: ways to join plans, as --chunking names them; with +roll, as in rtc+roll, plans are made from what
+    will be observed when they are ready. By default all that the policy and the environment can do."""
+    action_noise: float = 0.0
+    """With chunking: standard deviation of the noise on each executed action, as a share of its length."""
     samplers: Annotated[tuple[SamplerName, ...], Group("sampling")] = get_args(SamplerName)
     """Samplers to try; by default all."""
     steps: tuple[int, ...] = ()
@@ -40,6 +62,13 @@ class Study(ActingCommand):
         require_at_least(self, 1, ("episodes", "workers"))
         require_seed(self)
         require_episodes(self.episodes)
+        require_at_least(self, 0, ("action_noise",))
+        if not self.delay_steps or min(self.delay_steps) < 0 or len(set(self.delay_steps)) < len(self.delay_steps):
+            raise ConfigError(f"delay-steps must be different numbers from 0 on; got {self.delay_steps}")
+        for name in self.strategies:
+            self.strategy(name)
+        if self.chunking.chunking != "receding" and self.what == "chunking":
+            raise ConfigError("study chunking tries several; name them with --strategies instead of --chunking")
         if not self.samplers:
             raise ConfigError(f"name at least one of the samplers {', '.join(get_args(SamplerName))}")
         for name in self.samplers:
@@ -50,6 +79,18 @@ class Study(ActingCommand):
     def seeds(self) -> range:
         """Those of the episodes, for each sampler and number of steps."""
         return range(self.seed, self.seed + self.episodes)
+
+    @property
+    def sample_config(self) -> SampleConfig:
+        """How plans are sampled while chunking is studied: the first of samplers and steps."""
+        return self.sampling(self.samplers[0], self.steps[0] if self.steps else SampleConfig().sampling_steps)
+
+    def strategy(self, name: str) -> ChunkingConfig:
+        """What a strategy of this name is; raises ConfigError where there is none."""
+        base, _, rolled = name.partition(ROLLED[0])
+        if name not in (base, base + ROLLED):
+            raise ConfigError(f"a strategy is named as --chunking does, or with {ROLLED} behind it; got {name!r}")
+        return replace(self.chunking, chunking=base, roll_forward=bool(rolled))  # pyright: ignore[reportArgumentType]
 
     def sampling(self, name: SamplerName, steps: int) -> SampleConfig:
         """How one sampler draws at one number of steps; raises ConfigError where it cannot."""
