@@ -363,6 +363,9 @@ class ChunkingConfig:
     """Largest weight of the guidance of rtc."""
     rtc_mask: RtcMask = "exp"
     """How the guidance of rtc falls behind the delay: exp, linear, not at all (ones), or at once (zeros)."""
+    rtc_deviation: float = 1.0
+    """How far plans spread for one observation, in normalized numbers, as rtc assumes; below 1 it corrects more at high
+    noise."""
     plans: int | None = None
     """Plans that are made each time, of which one is followed: the best by --score, or the closest with bid. By default
     15 with bid, else 1."""
@@ -383,6 +386,7 @@ class ChunkingConfig:
         check_choice("chunking", self.chunking, get_args(ChunkingName))
         check_choice("rtc-mask", self.rtc_mask, get_args(RtcMask))
         _require(self.rtc_strength >= 0, "rtc_strength", "at least 0", self.rtc_strength)
+        _require(self.rtc_deviation > 0, "rtc_deviation", "above 0", self.rtc_deviation)
         _require(0 < self.bid_decay <= 1, "bid_decay", "above 0 and at most 1", self.bid_decay)
         _require(abs(self.ensemble_decay) <= 10, "ensemble_decay", "from -10 to 10", self.ensemble_decay)
         _require(self.plans is None or 1 <= self.plans <= MAX_PLANS, "plans", f"from 1 to {MAX_PLANS}", self.plans)

@@ -261,11 +261,11 @@ class DiffusionPolicy(nn.Module):
         sequence, weights = (functional.pad(one, (0, 0, before, 0)) for one in (sequence, weights[..., None]))
         return sequence.repeat_interleave(number, 0), weights.to(sequence).repeat_interleave(number, 0)
 
-    def guide(self, sequence: Tensor, weights: Tensor, strength: float) -> Wrap:
+    def guide(self, sequence: Tensor, weights: Tensor, strength: float, deviation: float = 1.0) -> Wrap:
         """A wrapper by which samples agree with a normalized sequence (B, T, D) where weights (B, T, 1) say so; see
         `diffusion.guidance.agreeing`."""
-        schedule = self.diffusion.schedule
-        return lambda denoise: agreeing(denoise, sequence, weights, schedule.alpha, schedule.sigma, strength)
+        tables = self.diffusion.schedule.alpha, self.diffusion.schedule.sigma
+        return lambda denoise: agreeing(denoise, sequence, weights, *tables, strength, deviation)
 
     def for_few_rows(self) -> "DiffusionPolicy":
         """This policy with its network laid out for few sequences, by which plans for one robot are ready sooner on the

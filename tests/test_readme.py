@@ -69,7 +69,9 @@ MINIATURE = {
     "train": SMALL,
     "evaluate": f"--episodes 2 --repeats 1 --sampling-steps 1 --workers 1 --videos 0 --device cpu {SHORT}",
     "rollout": f"--episodes 1 --sampling-steps 1 --workers 1 --device cpu {SHORT}",
-    "study": "--samplers ddim --steps 1 --episodes 1 --workers 1 --device cpu",
+    "study": "--samplers ddim --steps 1 --delay-steps 2 --strategies receding rtc+roll --episodes 1 --workers 1 "
+    "--device cpu",
+    "run-robot": "--steps 5 --hz 20 --sampling-steps 1 --backend eager --device cpu --watchdog 30",
     "doctor": "--overfit-steps 2 --device cpu",
     "sweep": f"{SMALL} --episodes 1 --sampling-steps 2",
     "compare": "",
@@ -85,6 +87,7 @@ LONG = {"sweep", "toy", "demo"}
 """Commands that take long all the same."""
 LEFT = {"benchmark": "runs/speed", "export": "runs/robot"}
 """What commands of some seconds leave in the README; in miniature those of another page leave the same."""
+MY_ROBOT = "from diffusion_policy.envs.simulated_robot import SimulatedRobot as Robot"
 FEW = {
     "episodes=40)": "episodes=4, workers=1)",
     "episodes=40,": "episodes=4,",
@@ -104,6 +107,7 @@ def run_page(page: str, folder: Path, *, only_long: bool = False) -> None:
         patch.setattr(demo, "STEPS", 4)
         patch.setattr(demo, "EPISODES", 2)
         patch.setattr(evaluate, "LATENCY_PLANS", 6)
+        Path("my_robot.py").write_text(MY_ROBOT)
         for block in blocks(page):
             if block.language == "python" and not only_long:
                 exec(in_miniature(block.text), {"observation": observation()})

@@ -259,7 +259,14 @@ def measure_plans(evaluation: Evaluation, episodes: Sequence[Episode]) -> dict[s
         return {"diversity": dataclasses.asdict(metrics.diversity(sample_starts(policy, episodes, sampling)))}
 
     def latency() -> dict[str, Any]:
-        found = metrics.latency(time_plans(make_planner(policy, sampling, evaluation.backend), 1, LATENCY_PLANS))
+        chunking, delay, horizon = (
+            evaluation.chunking,
+            evaluation.options.delay_steps[0],
+            evaluation.options.action_horizon,
+        )
+        planner = make_planner(policy, sampling, evaluation.backend, samples=chunking.samples)
+        times = time_plans(planner, 1, LATENCY_PLANS, chunking, delay_steps=delay, action_horizon=horizon)
+        found = metrics.latency(times)
         return {"planning_latency_ms": {name: dataclasses.asdict(metric) for name, metric in found.items()}}
 
     return {

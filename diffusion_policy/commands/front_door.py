@@ -103,7 +103,7 @@ class LoadedPolicy:
             sampling_steps=config.sampling_steps,
         )
         if backend == "graph" or (backend == "auto" and self.policy.device.type == "cuda"):
-            time_plans(planner, 1, 1)  # the graph is captured before the first control step
+            time_plans(planner, 1, 1, joined)  # the graph is captured before the first control step
         return controller
 
     def export(self, output: str | Path, **options: Any) -> PlanConfig:

@@ -16,6 +16,7 @@ from diffusion_policy.commands.episodes import (
     run_episodes,
 )
 from diffusion_policy.commands.interrupts import Interrupted
+from diffusion_policy.commands.joining import choose_chunking, find_roll
 from diffusion_policy.commands.options.acting import PARALLEL
 from diffusion_policy.commands.options.study import Study
 from diffusion_policy.commands.outputs import require_fresh
@@ -100,13 +101,15 @@ def measure(options: Study, loaded: PolicyInEnv, sampling: SampleConfig) -> dict
     try:
         policy.resolve_sampling(sampling)
         require_memory(policy, sampling, PARALLEL)
+        chunking = choose_chunking(options.chunking, policy, sampling, find_roll(loaded.env))
         episodes, lost, mode_failures = run_episodes(
             loaded,
             options.seeds,
-            make_group_planner(policy, sampling, "eager", PARALLEL),
+            make_group_planner(policy, sampling, "eager", PARALLEL, samples=chunking.samples),
             parallel=PARALLEL,
             workers=options.workers,
             action_horizon=options.action_horizon,
+            chunking=chunking,
         )
     except (ValueError, FloatingPointError) as error:
         return {"refused": one_line(str(error))}
@@ -114,7 +117,8 @@ def measure(options: Study, loaded: PolicyInEnv, sampling: SampleConfig) -> dict
         return {"refused": f"every episode failed: {lost[0].reason}", "lost": len(lost)}
     modes, _ = choose_modes(loaded)
     solved = metrics.successes_by_mode(episodes)
-    latencies = time_plans(PolicyPlanner(policy, sampling), 1, LATENCY_PLANS)
+    horizon = options.action_horizon
+    latencies = time_plans(PolicyPlanner(policy, sampling), 1, LATENCY_PLANS, chunking, action_horizon=horizon)
     return {
         "success_rate": dataclasses.asdict(metrics.success_rate(episodes)),
         "mode_entropy": dataclasses.asdict(metrics.behaviour_entropy(solved, modes)),

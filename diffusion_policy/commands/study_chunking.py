@@ -1,7 +1,6 @@
 """diffusion-policy study chunking: one checkpoint under every way to join plans, against how long planning takes."""
 
 import dataclasses
-import time
 from functools import partial
 from typing import Any
 
@@ -25,9 +24,8 @@ from diffusion_policy.commands.options.acting import PARALLEL
 from diffusion_policy.commands.options.study import ROLLED, Study
 from diffusion_policy.commands.policy_in_env import PolicyInEnv, choose_modes
 from diffusion_policy.commands.terminal import console, print_cells
-from diffusion_policy.control.chunking import Chunking, Handover
 from diffusion_policy.control.controller import require_horizons
-from diffusion_policy.control.planner import Planner, planning_rng
+from diffusion_policy.control.latency import time_plans
 from diffusion_policy.control.policy_planner import PolicyPlanner
 from diffusion_policy.report.chunking_page import FIGURES, write_chunking_page
 
@@ -113,7 +111,8 @@ def measure(options: Study, loaded: PolicyInEnv, name: str, delay: int) -> dict[
         return {"refused": f"every episode failed: {lost[0].reason}", "lost": len(lost)}
     modes, _ = choose_modes(loaded)
     card = measure_episodes(loaded, episodes, modes, 1 / loaded.frames_per_second, Remarks()).fields()
-    times = time_chunking(PolicyPlanner(policy, sampling), chunking, delay, options.action_horizon)
+    horizon, plain_planner = options.action_horizon, PolicyPlanner(policy, sampling)
+    times = time_plans(plain_planner, 1, TIMED, chunking, delay_steps=delay, action_horizon=horizon)
     return plain(
         {figure: card[figure] for figure in FIGURES}
         | {
@@ -125,24 +124,3 @@ def measure(options: Study, loaded: PolicyInEnv, name: str, delay: int) -> dict[
             "mode_failures": [dataclasses.asdict(one) for one in mode_failures],
         }
     )
-
-
-def time_chunking(
-    planner: Planner, chunking: Chunking, delay: int, action_horizon: int | None = None, plans: int = TIMED
-) -> list[float]:
-    """Wall times [ms] of planning for one observation in the middle of an episode."""
-    horizon = action_horizon or planner.action_horizon
-    rng = planning_rng(0)
-    observations = {
-        key: np.zeros((1, planner.observation_horizon, *shape)) for key, shape in planner.observation_shapes.items()
-    }
-    executing = np.full((1, planner.steps, *planner.action_shape), np.nan)
-    times = []
-    for made in range(plans + 3):
-        noise = rng.standard_normal((1, chunking.samples, *planner.noise_shape), np.float32)
-        began = time.perf_counter()
-        joined = chunking.plan(planner, observations, noise, Handover(executing, delay, horizon, np.array([made])))
-        times.append(1000 * (time.perf_counter() - began))
-        executing = np.full_like(executing, np.nan)
-        executing[:, : planner.steps - horizon] = joined.executed[:, horizon:]
-    return times[3:]

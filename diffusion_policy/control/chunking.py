@@ -138,6 +138,8 @@ class Guided:
     """β, the largest weight of the guidance."""
     mask: RtcMask = "exp"
     """How the weights fall behind the delay; `zeros`: none behind it."""
+    deviation: float = 1.0
+    """See `Steering`."""
 
     def __call__(self, handover: Handover) -> Steering:
         """Weights of the steps (eq. 5 there)."""
@@ -151,7 +153,7 @@ class Guided:
             "zeros": np.zeros_like(left),
         }[self.mask]
         weights = np.where(handover.committed, 1.0, np.where(handover.known, fallen, 0.0))
-        return Steering(handover.executing, weights, self.strength)
+        return Steering(handover.executing, weights, self.strength, self.deviation)
 
     def require(self, planner: Planner, delay_steps: int) -> None:
         """Raise ConfigError for a planner without gradients."""
@@ -261,7 +263,7 @@ def make_chunking(
     if config.roll_forward and roll is None:
         raise ConfigError("--roll-forward needs an environment with a method roll_forward; this one has none")
     steer: dict[ChunkingName, Steer] = {
-        "rtc": Guided(config.rtc_strength, config.rtc_mask),
+        "rtc": Guided(config.rtc_strength, config.rtc_mask, config.rtc_deviation),
         "trained-rtc": Inpainted(),
     }
     return Chunking(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_policy.basics.streams import derive_rng
+from diffusion_policy.control.chunking import Chunking, Handover
 from diffusion_policy.control.planner import Planner
 
 WARM_UPS = 3
@@ -46,18 +47,32 @@ def allowed(period: float, delay_steps: int) -> float:
     return period * max(1, delay_steps)
 
 
-def time_plans(planner: Planner, rows: int = 1, plans: int = 50, samples: int = 1) -> list[float]:
-    """Wall times [ms] of planning so often for `rows` observations, `samples` plans for each, after a warm-up."""
+def time_plans(
+    planner: Planner,
+    rows: int = 1,
+    plans: int = 50,
+    chunking: Chunking | None = None,
+    *,
+    delay_steps: int = 0,
+    action_horizon: int | None = None,
+) -> list[float]:
+    """Wall times [ms] of planning so often for `rows` observations, after a warm-up, each plan joined to the one before
+    as `chunking` says."""
+    chunking, horizon = chunking or Chunking(), action_horizon or planner.action_horizon
     rng = derive_rng("latency")
     observations = {
         key: np.zeros((rows, planner.observation_horizon, *shape)) for key, shape in planner.observation_shapes.items()
     }
-    noise = rng.standard_normal((rows, samples, *planner.noise_shape), np.float32)
+    noise = rng.standard_normal((rows, chunking.samples, *planner.noise_shape), np.float32)
+    executing = np.full((rows, planner.steps, *planner.action_shape), np.nan)
     times = []
-    for _ in range(WARM_UPS + plans):
+    for made in range(WARM_UPS + plans):
+        handover = Handover(executing, delay_steps, horizon, np.full(rows, made))
         started = time.perf_counter()
-        planner.sample(observations, noise)
+        joined = chunking.plan(planner, observations, noise, handover)
         times.append(1000 * (time.perf_counter() - started))
+        executing = np.full_like(executing, np.nan)
+        executing[:, : planner.steps - horizon] = joined.executed[:, horizon:]
     return times[WARM_UPS:]
 
 
@@ -67,6 +82,7 @@ def check_latency(
     *,
     action_horizon: int | None = None,
     delay_steps: int = 0,
+    chunking: Chunking | None = None,
     sampling_steps: int | None = None,
     plans: int = 50,
 ) -> Latency:
@@ -74,7 +90,7 @@ def check_latency(
     Raises ValueError for a rate that is not above 0."""
     if not 0 < control_rate < np.inf:
         raise ValueError(f"the control rate must be above 0 [1/s]; got {control_rate}")
-    times = time_plans(planner, 1, plans)
+    times = time_plans(planner, 1, plans, chunking, delay_steps=delay_steps, action_horizon=action_horizon)
     p50, p95, p99 = (float(value) for value in np.percentile(times, [50, 95, 99]))
     latency = Latency(p50, p95, p99, 1000 / control_rate, delay_steps, ())
     if latency.fits:

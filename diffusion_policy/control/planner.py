@@ -21,6 +21,8 @@ class Steering(NamedTuple):
     """How much each step is to agree, 0 to 1, (B, steps)."""
     strength: float | None
     """Largest weight β of the guidance by gradients; None: steps of weight 1 are given, as a policy has learned to."""
+    deviation: float = 1.0
+    """How far plans spread for one observation, as the guidance assumes; in normalized numbers."""
 
 
 class Planner(Protocol):

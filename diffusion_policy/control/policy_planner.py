@@ -100,7 +100,7 @@ def steer(policy: DiffusionPolicy, steering: Steering | None, number: int) -> tu
     sequence, weights = policy.place(actions, weights, number)
     if steering.strength is None:
         return [], Given(sequence, weights == 1)
-    return [policy.guide(sequence, weights, steering.strength)], None
+    return [policy.guide(sequence, weights, steering.strength, steering.deviation)], None
 
 
 def half_precision(precision: PlanningPrecision, device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -207,7 +207,7 @@ class RealTimeRunner:
 
     def _measure_delay(self) -> int:
         """The delay to begin with: of some plans before the start, the first, compiling ones left out."""
-        took = float(np.median(time_plans(self._planner, 1, 5, self._chunking.samples))) / 1000
+        took = float(np.median(time_plans(self._planner, 1, 5, self._chunking, action_horizon=self._horizon))) / 1000
         if took <= AT_ONCE * self._period:
             return 0
         delay = math.ceil(took / self._period)
@@ -366,10 +366,10 @@ class _Run:
         action = self.r._bounds.apply(planned, self.before)
         self.log.limited += bool((action != planned).any())
         due = start + tick * self.r._period
-        self.log.times.append(now - start)
-        self.log.lateness.append(now - due)
         if not self.r._dry_run:
             self._call(lambda: self.robot.act(action.copy()), "act")
+        self.log.times.append(now - start)
+        self.log.lateness.append(now - due)
         for key, rows in self.history.items():
             self.log.observations.setdefault(key, []).append(rows[-1])
         self.log.actions.append(action)

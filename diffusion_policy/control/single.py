@@ -29,6 +29,7 @@ class SingleController:
             planner, 1, action_horizon=action_horizon, delay_steps=delay_steps, chunking=chunking
         )
         self._planner, self._delay_steps, self._sampling_steps = planner, delay_steps, sampling_steps
+        self._chunking = chunking
         self.reset(seed)
 
     def reset(self, seed: int = 0) -> None:
@@ -48,6 +49,7 @@ class SingleController:
             control_rate,
             action_horizon=self._controller.action_horizon,
             delay_steps=self._delay_steps,
+            chunking=self._chunking,
             sampling_steps=self._sampling_steps,
             plans=plans,
         )

@@ -52,13 +52,21 @@ GUIDANCE_SCHEDULES = {"constant": constant, "falling": falling, "rising": rising
 
 
 def agreeing(
-    denoise: Denoise, sequence: Tensor, weights: Tensor, alphas: Tensor, sigmas: Tensor, strength: float
+    denoise: Denoise,
+    sequence: Tensor,
+    weights: Tensor,
+    alphas: Tensor,
+    sigmas: Tensor,
+    strength: float,
+    deviation: float = 1.0,
 ) -> Denoise:
-    """x0 guided towards a sequence (B, T, D) where the weights (B, T, 1) say so: x0 + σ min(β, (α² + σ²) / (α σ)) g,
-    with g = J^T [W (Y - x0)], J the Jacobian of x0 by xt (pseudoinverse guidance, Song et al. 2023; its weight
-    clipped to β = `strength` as in real-time chunking, Black et al. 2025, arXiv 2506.07339, eq. 2 to 4, there for
-    flows). `alphas`, `sigmas`: of each level, (K,)."""
-    pulls = sigmas * ((alphas**2 + sigmas**2) / (alphas * sigmas)).clamp(max=strength)
+    """x0 guided towards a sequence Y (B, T, D) where weights W (B, T, 1) say so:
+    x0 + σ min(β, (α² + σ² / s²) / (α σ)) g, with g = J^T [W (Y - x0)] and J the Jacobian of x0 by xt.
+
+    Pseudoinverse guidance (Song et al. 2023, "Pseudoinverse-guided diffusion models"), its weight clipped to β =
+    `strength` as in real-time chunking (Black et al. 2025, arXiv 2506.07339, eq. 2 to 4, there for flows). `deviation`
+    s: how far normalized actions spread, given the observation; 1 there. `alphas`, `sigmas`: of each level, (K,)."""
+    pulls = sigmas * ((alphas**2 + sigmas**2 / deviation**2) / (alphas * sigmas)).clamp(max=strength)
 
     def guided(xt: Tensor, level: int) -> Tensor:
         with torch.enable_grad():

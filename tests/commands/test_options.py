@@ -13,7 +13,7 @@ import tyro
 from diffusion_policy.cli import VERBS, main
 from diffusion_policy.commands import evaluate
 from diffusion_policy.commands.options.flags import list_flags
-from diffusion_policy.config import PolicyConfig, SampleConfig, SuccessAndModes, TrainConfig, UnetConfig
+from diffusion_policy.config import ChunkingConfig, PolicyConfig, SampleConfig, SuccessAndModes, TrainConfig, UnetConfig
 
 SMALL = "--widths 16 32 --groups 4 --level-dim 16 --noise-levels 20 --steps 4 --batch-size 32 --device cpu"
 BRIEF = '{"rows":1,"max_episode_steps":20}'
@@ -62,8 +62,24 @@ rollout --checkpoint r --episodes 1 --seed 100600 --video v.gif --record rec.zar
 rollout --checkpoint r --episodes 1 --sampling-steps 2 --eta 0.3 --workers 1 --backend eager --precision bf16
 rollout --checkpoint r --episodes 2 --sampling-steps 2 --env {{module}}:tiny/Window-v0 --render human
 study samplers --checkpoint r --output st --samplers ddim --steps 1 2 --mode left --guidance 0.5 --episodes 1 \
+    --chunking bid \
     --seed 100700 --env diffusion_policy/Avoid-v0 --env-kwargs '{BRIEF}' --success none --fresh \
     --mode-function {{module}}:label --mode-labels up down --action-horizon 2 --workers 1 --device cpu
+train --dataset a.zarr --output m {SMALL} --max-delay 3
+evaluate --checkpoint m --output em --episodes 1 --sampling-steps 2 --env-kwargs '{BRIEF}' --videos 0 --workers 1 \
+    --chunking trained-rtc --delay-steps 2 --roll-forward
+evaluate --checkpoint m --output en --episodes 1 --sampling-steps 2 --env-kwargs '{BRIEF}' --videos 0 --workers 1 \
+    --chunking rtc --rtc-strength 2 --rtc-mask linear --rtc-deviation 0.5 --delay-steps 1
+rollout --checkpoint m --episodes 1 --sampling-steps 2 --env-kwargs '{BRIEF}' --workers 1 --backend eager \
+    --delay-steps 1 --chunking bid --plans 3 --bid-decay 0.7 --weak-checkpoint m
+rollout --checkpoint m --episodes 1 --sampling-steps 2 --env-kwargs '{BRIEF}' --workers 1 --backend eager \
+    --chunking ensemble --ensemble-decay 0.1 --plans 2 --score {{module}}:score
+study chunking --checkpoint m --output sc --delay-steps 1 --strategies receding rtc+roll --action-noise 0.2 --steps 2 \
+    --episodes 1 --env-kwargs '{BRIEF}' --workers 1
+run-robot diffusion_policy.envs.simulated_robot:SimulatedRobot --checkpoint m --output ro --hz 20 --steps 4 \
+    --robot-kwargs '{{"env_kwargs":{BRIEF}}}' --seed 1 --dry-run --action-horizon 2 --delay-steps 1 --watchdog 20 \
+    --chunking ensemble --low -1 --high 1 --change 0.5 --rate 10 --sampling-steps 2 --backend eager \
+    --device cpu --precision bf16
 doctor --dataset a.zarr --checkpoint r --output doc --overfit-steps 3 --seed 1 --device cpu --sampler euler \
     --sampling-steps 2 --spacing even --clip none --guidance 0.5 --guidance-schedule rising --mode left \
     --corrector-steps 1 --corrector-size 0.1
@@ -121,6 +137,9 @@ class Window(gymnasium.Env):
 
 gymnasium.register("tiny/Window-v0", Window)
 
+def score(observations, plans):
+    return -np.abs(plans).sum(axis=(2, 3))
+
 def label(observations):
     path = observations["desired_xy"]
     return "up" if path[-1, 1] > path[0, 1] else "down"
@@ -160,7 +179,8 @@ def test_the_session_gives_every_option_a_value_other_than_its_default() -> None
     for verb, kind in VERBS.items():
         if verb not in UNTRIED:
             require_all(kind, given_to(verb), verb)
-    for config in (PolicyConfig, UnetConfig, TrainConfig, SampleConfig, SuccessAndModes):  # which several verbs share
+    shared = PolicyConfig, UnetConfig, TrainConfig, SampleConfig, ChunkingConfig, SuccessAndModes  # by several verbs
+    for config in shared:
         require_all(config, given_to(), config.__name__)
 
 

@@ -105,3 +105,43 @@ def test_a_picture_that_cannot_be_drawn_costs_no_results(
     Study(run, tmp_path / "s", what="samplers", samplers=("ddim",), steps=(1,), episodes=1, workers=1).run()
     assert "no picture: RuntimeError: no fonts" in capsys.readouterr().err
     assert [each.name for each in (tmp_path / "s").iterdir()] == ["results.json"]
+
+
+def test_the_study_of_chunking_measures_each_strategy_under_each_delay(run: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "study"
+    fixed = ["--checkpoint", str(run), "--output", str(out), "--workers", "1", "--steps", "1", "--episodes", "2"]
+    strategies = ["--strategies", "receding", "rtc+roll", "trained-rtc"]
+    assert main(["study", "chunking", *fixed, *strategies, "--delay-steps", "0", "2", "--action-noise", "0.5"]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["action_noise"] == 0.5
+    assert {name: list(cells) for name, cells in results["strategies"].items()} == {
+        name: ["0", "2"] for name in ("receding", "rtc+roll", "trained-rtc")
+    }
+    for name, cells in results["strategies"].items():
+        for cell in cells.values():
+            if name == "trained-rtc":
+                assert "trained with --max-delay" in cell["refused"]
+            else:
+                assert 0 <= cell["success_rate"]["low"] <= cell["success_rate"]["high"] <= 1
+                assert cell["milliseconds"] > 0
+                assert "commitment" in cell
+    page = (out / "chunking.html").read_text()
+    assert page.count("data:image/png") == 1
+    assert "rtc+roll" in page
+    assert "commitment, by delay" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--strategies", "best"), "unknown chunking 'best'"),
+        (("--strategies", "rtc+fast"), "with +roll behind it; got 'rtc+fast'"),
+        (("--delay-steps", "1", "1"), "delay-steps must be different numbers from 0 on; got (1, 1)"),
+        (("--action-noise", "-1"), "action-noise must be at least 0; got -1"),
+        (("--chunking", "rtc"), "name them with --strategies instead of --chunking"),
+    ],
+)
+def test_a_study_of_chunking_that_cannot_be_is_refused(run: Path, tmp_path: Path, capsys, options, message) -> None:
+    arguments = ["--checkpoint", str(run), "--output", str(tmp_path / "study")]
+    assert main(["study", "chunking", *arguments, *options]) == 2
+    assert message in capsys.readouterr().err

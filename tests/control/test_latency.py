@@ -34,7 +34,7 @@ def taking(monkeypatch: pytest.MonkeyPatch):
 
     def take(milliseconds: float, slowest: float | None = None) -> Planner:
         times = [milliseconds] * 98 + [milliseconds if slowest is None else slowest] * 2
-        monkeypatch.setattr(latency, "time_plans", lambda planner, rows, plans: times)
+        monkeypatch.setattr(latency, "time_plans", lambda *arguments, **options: times)
         return Planner()
 
     return take

@@ -185,7 +185,7 @@ def test_observations_of_other_shapes_or_not_finite_are_refused(request, form: s
 
 
 def test_a_controller_says_how_many_sampling_steps_would_fit(loop_folder: Path, monkeypatch) -> None:
-    monkeypatch.setattr("diffusion_policy.control.latency.time_plans", lambda *_: [150.0] * 4)
+    monkeypatch.setattr("diffusion_policy.control.latency.time_plans", lambda *_, **options: [150.0] * 4)
     said = str(exported.load(loop_folder, threads=1).controller().latency(control_rate=10))
     assert "about 2 --sampling-steps instead of 3 would fit" in said
 
