@@ -207,8 +207,6 @@ class PolicyConfig:
                 f"observation-horizon {self.observation_horizon} + 1); got {self.action_horizon}"
             )
         _require(self.max_delay < longest, "max_delay", f"below {longest}, the steps of a plan", self.max_delay)
-        if self.max_delay and self.learn_variance:
-            raise ConfigError("learn-variance cannot be joined with max-delay; choose one of them")
         check_choice("schedule", self.schedule, get_args(ScheduleName))
         check_choice("prediction", self.prediction, get_args(PredictionName))
         check_choice("normalization", self.normalization, get_args(NormalizationName))

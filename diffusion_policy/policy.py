@@ -253,10 +253,8 @@ class DiffusionPolicy(nn.Module):
 
     def place(self, actions: Tensor, weights: Tensor, number: int = 1) -> tuple[Tensor, Tensor]:
         """Raw actions from *now* on, (B, steps, A), and a weight of each step, (B, steps) → the normalized sequences
-        that they are in, (B N, T, D), and weights of all steps, (B N, T, 1); 0 before now, and where an action is
-        NaN."""
-        weights = torch.where(actions.isnan().any(dim=-1), 0, weights)
-        sequence = self.normalizer.normalize(self.target.key, actions.nan_to_num())
+        that they are in, (B N, T, D), and weights of all steps, (B N, T, 1); 0 before now."""
+        sequence = self.normalizer.normalize(self.target.key, actions)
         before = self.config.observation_horizon - 1
         sequence, weights = (functional.pad(one, (0, 0, before, 0)) for one in (sequence, weights[..., None]))
         return sequence.repeat_interleave(number, 0), weights.to(sequence).repeat_interleave(number, 0)
@@ -351,7 +349,8 @@ class DiffusionPolicy(nn.Module):
         synchronisation inside, so it compiles as one graph."""
         sampler = find_sampler(config)
         if self.config.learn_variance and config.sampler == "ddpm":
-            share = self.diffusion.learned_share(self.diffusion.condition(self.network, cond, levels))
+            shares = self.diffusion.condition(self.network, cond, levels)
+            share = self.diffusion.learned_share(giving(shares, given) if self.config.max_delay else shares)
             sampler = sampler._replace(formula=partial(ddpm, share=share))
         outputs = self.diffusion.condition(self.network, self.conditions(cond, config), levels)
         denoise = self.decode(outputs, config, wrap, given)

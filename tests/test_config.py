@@ -86,6 +86,7 @@ OTHERS: dict[type, dict[str, Any]] = {
         "observation_horizon": 3, "prediction_horizon": 32, "action_horizon": 4, "schedule": "linear",
         "noise_levels": 20, "schedule_options": (0.001, 0.3), "prediction": "velocity", "snr_gamma": 5.0,
         "learn_variance": True, "condition_dropout": 0.2, "normalization": "quantiles", "condition_on_mode": True,
+        "max_delay": 3,
     },
     UnetConfig: {"widths": (16, 32), "kernel_size": 3, "groups": 4, "level_dim": 16},
     TrainConfig: {

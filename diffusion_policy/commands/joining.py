@@ -6,7 +6,7 @@ import gymnasium
 
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.config import BackendName, ChunkingConfig, SampleConfig
-from diffusion_policy.control.chunking import Chunking, Roll, make_chunking, scored
+from diffusion_policy.control.chunking import Chunking, Guided, Roll, make_chunking, scored
 from diffusion_policy.control.policy_planner import PolicyPlanner
 from diffusion_policy.envs import modules
 from diffusion_policy.envs.protocols import as_foreseeing
@@ -31,5 +31,5 @@ def find_roll(env: gymnasium.Env) -> Roll | None:
 
 
 def choose_backend(backend: BackendName, chunking: Chunking) -> BackendName:
-    """What samples: `auto` is eager where sampling is steered, since graphs have no gradient and no given steps."""
-    return "eager" if backend == "auto" and chunking.steer else backend
+    """What samples: `auto` is eager where sampling is guided, since graphs have no gradient."""
+    return "eager" if backend == "auto" and isinstance(chunking.steer, Guided) else backend

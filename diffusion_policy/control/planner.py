@@ -24,6 +24,11 @@ class Steering(NamedTuple):
     deviation: float = 1.0
     """How far plans spread for one observation, as the guidance assumes; in normalized numbers."""
 
+    def filled(self) -> tuple[np.ndarray, np.ndarray]:
+        """Actions and weights without NaN: 0 where nothing is asked."""
+        weights = np.where(np.isnan(self.actions).any(axis=-1), 0.0, self.weights)
+        return np.nan_to_num(self.actions), weights
+
 
 class Planner(Protocol):
     """Plans sequences of actions for several environments at once. A row's plans depend on nothing but its observation,

@@ -115,6 +115,7 @@ class Diffusion(nn.Module):
         losses = self.get_buffer("weight")[level] * errors
         if self.variance is not None and share is not None:
             predicted_x0, _ = self.prediction.decode(output, xt, alpha, sigma)
+            predicted_x0 = predicted_x0 if known is None else torch.where(known, x0, predicted_x0)
             losses = losses + self.variance.hybrid_term(share, x0, predicted_x0, level)
         return losses
 

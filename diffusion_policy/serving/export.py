@@ -16,6 +16,8 @@ from onnx import ModelProto
 
 from diffusion_policy.basics.streams import derive_rng
 from diffusion_policy.config import ConfigError, SampleConfig
+from diffusion_policy.control.planner import Steering
+from diffusion_policy.control.policy_planner import EagerSampling, PolicyPlanner
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.serving.exported import OnnxPlanner
 from diffusion_policy.serving.graph import ExportError, Graphs, join, make_graphs, quiet
@@ -119,6 +121,7 @@ def _describe(policy: DiffusionPolicy, sampling: SampleConfig, exporting: Export
         weights_sha256="",
         action_error=0.0,
         files=record(dict.fromkeys(FILES[exporting.form], b"")),
+        longest_prefix=policy.config.max_delay,
     )
 
 
@@ -127,17 +130,27 @@ def compare(policy: DiffusionPolicy, planner: OnnxPlanner, config: PlanConfig) -
     demonstrations and the same noise, as a share of the normalizer's scale; NaN where actions are not finite."""
     rng = derive_rng("parity of an export")
     calls = max(1, COMPARED // (config.batch * config.samples))
+    reference = PolicyPlanner(policy, config.sampling, EagerSampling(policy, config.sampling, few_rows=False))
     worst = 0.0
     for _ in range(calls):
         observations = draw_observations(policy, config.batch, rng)
         noise = policy.draw_noise([rng] * config.batch, config.samples, config.sampling)
-        tensors = {key: torch.from_numpy(rows) for key, rows in observations.items()}
-        expected = policy.sample_from(tensors, noise, config.sampling)[:, :, config.observation_horizon - 1 :]
-        found = torch.from_numpy(planner.sample(observations, noise))
+        steering = draw_prefix(policy, config, rng) if config.longest_prefix else None
+        expected = torch.from_numpy(reference.sample(observations, noise, steering))
+        found = torch.from_numpy(planner.sample(observations, noise, steering))
         normalize = policy.normalizer.normalize
         differences = normalize(policy.target.key, found) - normalize(policy.target.key, expected)
         worst = float(np.maximum(worst, differences.abs().max().item()))  # of NaN, NaN
     return worst
+
+
+def draw_prefix(policy: DiffusionPolicy, config: PlanConfig, rng: np.random.Generator) -> Steering:
+    """Given actions such as the normalizer has seen, as many as the policy has learned, in every second row fewer."""
+    shape = config.batch, config.steps, *policy.normalizer.shapes[policy.target.key]
+    normalized = torch.from_numpy(rng.uniform(-1, 1, shape)).to(policy.device)
+    actions = policy.normalizer.unnormalize(policy.target.key, normalized).cpu().numpy().astype(np.float64)
+    lengths = np.where(np.arange(config.batch) % 2, config.longest_prefix // 2, config.longest_prefix)
+    return Steering(actions, (np.arange(config.steps) < lengths[:, None]).astype(np.float64), None)
 
 
 def draw_observations(policy: DiffusionPolicy, batch: int, rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -18,6 +18,8 @@ from diffusion_policy.control.planner import Steering
 from diffusion_policy.control.single import SingleController
 from diffusion_policy.serving.plan_folder import (
     ACTIONS,
+    GIVEN,
+    KNOWN,
     NOISE,
     OBSERVATION,
     PLAN,
@@ -116,7 +118,7 @@ class OnnxPlanner:
         self.action_horizon = config.action_horizon
         self.observation_shapes = dict(config.observation_shapes)
         self.action_shape, self.noise_shape = config.action_shape, config.noise_shape
-        self.longest_prefix = 0
+        self.longest_prefix = config.longest_prefix
         graphs = {name: content for name, content in contents.items() if name != TABLE}
         self._graphs = [open_graph(one, runtime, threads, precision, where) for one in graphs.values()]
         self._sequences = config.batch * config.samples, *config.noise_shape[1:]  # (B N, T, D)
@@ -138,12 +140,23 @@ class OnnxPlanner:
                 f"{', '.join(map(str, self.noise_shape))}); got {noise.shape}: sample as it was exported"
             )
         noise = np.ascontiguousarray(noise, np.float32)
-        observed = {key: self._require_observed(key, observations, count) for key in self.observation_shapes}
+        named = {OBSERVATION + key: self._require_observed(key, observations, count) for key in self.observation_shapes}
+        if self.longest_prefix:
+            named |= self._name_given(steering, count)
         parts = []
         for start in range(0, count, batch):
             rows = np.resize(np.arange(start, min(start + batch, count)), batch)
-            parts.append(self._call({OBSERVATION + key: value[rows] for key, value in observed.items()}, noise[rows]))
+            parts.append(self._call({name: value[rows] for name, value in named.items()}, noise[rows]))
         return np.concatenate(parts)[:count]
+
+    def _name_given(self, steering: Steering | None, count: int) -> dict[str, np.ndarray]:
+        """The inputs that say what is given."""
+        actions = np.zeros((count, self.steps, *self.action_shape))
+        known = np.zeros((count, self.steps))
+        if steering is not None:
+            actions, weights = steering.filled()
+            known = weights == 1
+        return {GIVEN: np.asarray(actions, self._config.dtype), KNOWN: np.asarray(known, np.float32)}
 
     def _call(self, observed: dict[str, np.ndarray], noise: np.ndarray) -> np.ndarray:
         """One call of the exported size."""
@@ -181,6 +194,9 @@ class OnnxPlanner:
             OBSERVATION + key: (dtype, [config.batch, self.observation_horizon, *shape])
             for key, shape in self.observation_shapes.items()
         }
+        if config.longest_prefix:
+            observed[GIVEN] = dtype, [config.batch, self.steps, *self.action_shape]
+            observed[KNOWN] = "float32", [config.batch, self.steps]
         noise = {NOISE: ("float32", [config.batch, config.samples, *self.noise_shape])}
         actions = {ACTIONS: (dtype, [config.batch, config.samples, self.steps, *self.action_shape])}
         sequences = ("float32", list(self._sequences))

@@ -23,8 +23,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from diffusion_policy.config import SampleConfig
-from diffusion_policy.policy import DiffusionPolicy
-from diffusion_policy.serving.plan_folder import ACTIONS, NOISE, OBSERVATION
+from diffusion_policy.policy import DiffusionPolicy, Given
+from diffusion_policy.serving.plan_folder import ACTIONS, GIVEN, KNOWN, NOISE, OBSERVATION
 
 OPSET = 20
 
@@ -65,13 +65,18 @@ def make_graphs(
     )
     horizon = policy.config.observation_horizon
     observed = [torch.zeros(batch, horizon, *policy.shapes.observations[key], dtype=dtype) for key in policy.keys]
+    names = [OBSERVATION + key for key in policy.keys]
+    if policy.config.max_delay:
+        steps = policy.config.prediction_horizon - horizon + 1
+        observed += [torch.zeros(batch, steps, *policy.shapes.action, dtype=dtype), torch.zeros(batch, steps)]
+        names += [GIVEN, KNOWN]
     observe = _Observe(policy, sampling, samples)
     xt = torch.zeros(batch * samples, *policy.noise_shape(sampling)[1:])
     denoise = _Denoise(policy, sampling, table.levels)
     with torch.no_grad():
         films = observe(*observed)
         return Graphs(
-            _export(observe, observed, [OBSERVATION + key for key in policy.keys], "films"),
+            _export(observe, observed, names, "films"),
             _export(denoise, [xt, torch.tensor(0), films], ["xt", "place", "films"], "denoised"),
             _export(_Act(policy, samples, dtype), [xt], ["x0"], ACTIONS),
             table.of_noise.numpy().astype(np.float32),
@@ -91,7 +96,8 @@ def require_exportable(policy: DiffusionPolicy, sampling: SampleConfig) -> None:
 
 
 class _Observe(nn.Module):
-    """Raw observations → what they say to each layer, side by side, a row for each sequence that is denoised."""
+    """Raw observations → what they say to each layer, side by side, a row for each sequence that is denoised; and
+    behind it what is given of the sequence, with a mark for each step, where the policy has learned that."""
 
     def __init__(self, policy: DiffusionPolicy, sampling: SampleConfig, samples: int) -> None:
         super().__init__()
@@ -100,10 +106,15 @@ class _Observe(nn.Module):
     def forward(self, *observed: Tensor) -> Tensor:
         policy, mode = self.policy, self.sampling.mode
         index = -1 if mode is None else policy.modes.index(mode)
-        observations = dict(zip(policy.keys, observed, strict=True))
+        observations = dict(zip(policy.keys, observed, strict=False))
         cond = policy.encode(observations, torch.full((len(observed[0]),), index))
         films = policy.network.condition(policy.diffusion.list_levels([0]), policy.conditions(cond, self.sampling))
-        return repeat(torch.cat(films.of_cond, dim=-1), "b f -> (b n) f", n=self.samples)
+        rows = repeat(torch.cat(films.of_cond, dim=-1), "b f -> (b n) f", n=self.samples)
+        if not policy.config.max_delay:
+            return rows
+        sequence, known = policy.place(observed[-2], observed[-1], self.samples)
+        given = torch.cat([sequence.flatten(1), known.flatten(1)], dim=-1)
+        return torch.cat([rows, torch.cat([given] * (len(rows) // len(given)))], dim=-1)
 
 
 class _Denoise(nn.Module):
@@ -121,8 +132,13 @@ class _Denoise(nn.Module):
         self.register_buffer("of_levels", torch.cat(of_levels, dim=-1))  # (E, features)
 
     def forward(self, xt: Tensor, place: Tensor, films: Tensor) -> Tensor:
+        given = None
+        if self.policy.config.max_delay:
+            rows, (steps, width) = len(xt), xt.shape[1:]
+            films, sequence, known = films.split([sum(self.sizes), steps * width, steps], dim=-1)
+            given = Given(sequence[:rows].reshape(xt.shape), known[:rows, :, None] > 0.5)
         parts = (films + self.get_buffer("of_levels")[place]).split(self.sizes, dim=-1)
-        denoise = self.policy.decode(lambda xt, _: self.policy.network.denoise(xt, parts), self.sampling)
+        denoise = self.policy.decode(lambda xt, _: self.policy.network.denoise(xt, parts), self.sampling, given=given)
         return denoise(xt, self.get_buffer("levels")[place])  # pyright: ignore[reportArgumentType]
 
 

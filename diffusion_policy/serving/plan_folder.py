@@ -26,6 +26,8 @@ OBSERVATION = "observation/"
 """What stands before an observation key in the name of a graph's input, so that a key may be called `noise`."""
 NOISE, ACTIONS = "noise", "actions"
 """The graph's other input, and its output."""
+GIVEN, KNOWN = "given/actions", "given/known"
+"""Inputs of a policy that has learned to go on from given actions, (B, steps, A), and which steps are, (B, steps)."""
 MAX_FILE_BYTES = 2 * 2**30
 """Of one file: what an ONNX file can hold."""
 MAX_ROWS = 4096
@@ -85,11 +87,15 @@ class PlanConfig:
     action_error: float
     """Largest difference of an action to that of the checkpoint's policy, as a share of the normalizer's scale."""
     files: dict[str, RecordedFile]
+    longest_prefix: int = 0
+    """Steps that the policy has learned to be given."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "samples", "observation_horizon", "steps", "action_horizon", "calls"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if not 0 <= self.longest_prefix < self.steps:
+            raise ConfigError(f"longest_prefix must be from 0 to below {self.steps} steps; got {self.longest_prefix}")
         self._require_shapes()
         self._require_bounds()
         if set(self.files) != set(FILES[self.form]):

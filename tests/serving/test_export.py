@@ -19,18 +19,21 @@ from onnx import TensorProto
 
 from diffusion_policy.basics.files import FileError
 from diffusion_policy.config import ConfigError, PolicyConfig, SampleConfig, with_options
+from diffusion_policy.control.chunking import Chunking, Handover, Inpainted
 from diffusion_policy.diffusion.guidance import CLIPS
 from diffusion_policy.diffusion.prediction import PREDICTIONS
 from diffusion_policy.diffusion.samplers import SAMPLERS
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.serving import export as exporting_module
 from diffusion_policy.serving import exported, plan_folder
+from diffusion_policy.serving.backends import make_planner
 from diffusion_policy.serving.export import TOLERANCES, Exporting, draw_observations, export, make_export
 from diffusion_policy.serving.exported import OnnxPlanner
 from diffusion_policy.serving.graph import ExportError, Graphs
 from diffusion_policy.serving.plan_folder import FILES, PLAN, read_export, read_plan
 
 RNG = np.random.default_rng(0)
+TINY = with_options(PolicyConfig(), widths=(8,), level_dim=16, prediction_horizon=8, action_horizon=4)
 
 
 def difference(policy: DiffusionPolicy, planner: OnnxPlanner, sampling: SampleConfig, rows: int, samples: int) -> float:
@@ -236,7 +239,6 @@ def test_observations_to_compare_with_are_such_as_were_demonstrated(plain) -> No
     assert (np.abs(observations["noise"][..., 1]) <= np.pi).all()
 
 
-TINY = with_options(PolicyConfig(), widths=(8,), level_dim=16, prediction_horizon=8, action_horizon=4)
 CLIPPED = [name for name in CLIPS if name != "dynamic"]
 GRID = [
     *((name, "velocity", "static", 0.0, 1) for name in SAMPLERS if name != "ddpm"),
@@ -271,3 +273,24 @@ def test_a_thousand_steps_are_exported(make_policy: Callable[..., DiffusionPolic
     found = [difference(policy, planner, sampling, 1, 1) for _ in range(5)]
     assert np.median(found) <= 1e-4
     assert max(found) <= 1e-2  # so many steps of an untrained network amplify rounding, in torch too
+
+
+@pytest.mark.parametrize("form", ["loop", "network"])
+@pytest.mark.parametrize("guidance", [0.0, 0.7])
+def test_a_graph_goes_on_from_given_actions_as_the_policy_does(make_policy, tmp_path: Path, form, guidance) -> None:
+    config = with_options(TINY, prediction="sample", max_delay=3, condition_dropout=0.1)
+    policy = make_policy(config, angles={"action": (0,)})
+    sampling = SampleConfig("ddim", 3, guidance=guidance)
+    plan = export(policy, tmp_path / "out", sampling, Exporting(batch=2, samples=2, form=form))
+    assert plan.longest_prefix == 3
+    planner = exported.load(tmp_path / "out", 1).planner
+    eager = make_planner(policy, sampling, "eager")
+    observations, noise = draw_observations(policy, 3, RNG), policy.draw_noise([RNG] * 3, 2, sampling)
+    actions = np.full((3, planner.steps, *policy.shapes.action), np.nan)
+    actions[0, :3], actions[1, :1] = 0.3, -0.2
+    steering = Inpainted()(Handover(actions, 3, 4, np.ones(3, int)))
+    found = planner.sample(observations, noise, steering)
+    np.testing.assert_allclose(found, eager.sample(observations, noise, steering), atol=1e-4)
+    np.testing.assert_allclose(found[0, :, :3], np.full((2, 3, 2), 0.3), atol=1e-4)
+    np.testing.assert_allclose(planner.sample(observations, noise), eager.sample(observations, noise), atol=1e-4)
+    Chunking(Inpainted(), samples=2).require(planner, 3)
