@@ -105,7 +105,7 @@ def tell_asked(options: Evaluate, loaded: PolicyInEnv) -> dict[str, Any]:
         "sampling": dataclasses.asdict(options.sampling) | {"clip": loaded.policy.choose_clip(options.sampling)},
         "planning_batch": planning_batch(options.parallel),
         "action_horizon": action_horizon_of(options, loaded),
-        **({"chunking": to_json(options.chunking)} if options.chunking != ChunkingConfig() else {}),
+        "chunking": None if options.chunking == ChunkingConfig() else plain(to_json(options.chunking)),
     }
 
 

@@ -23,7 +23,7 @@ LABELS = {name: METRICS[name].label for name in ("validation_loss", "success_rat
 OTHER_LOSS = {
     **dict.fromkeys(("observation_horizon", "prediction_horizon"), "other steps are predicted"),
     **dict.fromkeys(("schedule", "schedule_options", "noise_levels"), "other noise is taken away"),
-    **dict.fromkeys(("prediction", "snr_gamma", "learn_variance"), "the loss itself is another"),
+    **dict.fromkeys(("prediction", "snr_gamma", "learn_variance", "max_delay"), "the loss itself is another"),
     "normalization": "it is measured in other units",
     "condition_on_mode": "the network is told more",
     **dict.fromkeys(("validation_share", "seed", "memory_gb"), "it is measured on other windows"),

@@ -177,7 +177,6 @@ class RealTimeRunner:
         watchdog: float = 1.0,
         dry_run: bool = False,
         seed: int = 0,
-        on_step: Callable[["RunLog"], None] = lambda log: None,
     ) -> None:
         """`rate`: steps a second; `delay_steps`: steps for which plans are made to be late, by default as many as the
         last ten took; 0: each plan is waited for; `watchdog`: longest time [s] for which the robot may not answer, or
@@ -188,7 +187,7 @@ class RealTimeRunner:
         if not watchdog > 0:
             raise ConfigError(f"the watchdog must be above 0 seconds; got {watchdog}")
         self._planner, self._chunking, self._seed = planner, chunking or Chunking(), seed
-        self._period, self._watchdog, self._dry_run, self._on_step = 1 / rate, watchdog, dry_run, on_step
+        self._period, self._watchdog, self._dry_run = 1 / rate, watchdog, dry_run
         self._horizon = planner.action_horizon if action_horizon is None else action_horizon
         require_horizons(planner.steps, self._horizon, delay_steps or 0)
         self._chunking.require(planner, delay_steps or 0)
@@ -379,7 +378,6 @@ class _Run:
         self.before, self.fed = action, now
         self.position += 1
         self.consumed += 1
-        self.r._on_step(self.log)
 
     def _call(self, function: Callable[[], T], what: str) -> T:
         """One call to the robot. Raises Fault where it raises, or does not return in time."""

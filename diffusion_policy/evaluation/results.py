@@ -114,13 +114,15 @@ class Results:
     """Of the policy's weights, by which an evaluation knows its own results again."""
     action_horizon: int | None = None
     """Steps that were executed of each plan."""
+    chunking: dict[str, Setting] | None = None
+    """How plans were joined; None: receding horizon."""
     capped_steps: int | None = None
     """Steps after which the toolkit ended the episodes, where the environment has no time limit."""
 
 
 ASKED = (
     "environment", "env_kwargs", "wrappers", "signals", "checkpoint", "training_steps", "weights_sha256", "repeats",
-    "seeds", "sampling", "planning_batch", "action_horizon",
+    "seeds", "sampling", "planning_batch", "action_horizon", "chunking",
 )  # fmt: skip
 """The fields that say what was asked, and so decide the outcomes."""
 LISTS = {"seeds": int, "errors": FailedEpisode, "outcomes": Outcome, "mode_failures": FailedEpisode}
@@ -152,6 +154,8 @@ def fingerprint(results: Mapping[str, Any]) -> str:
     """SHA-256 of what was evaluated and how each episode ended, which no later measurement changes: by it a page and
     kept episodes know their evaluation."""
     tree = {name: results.get(name) for name in (*ASKED, "outcomes")}
+    if tree["chunking"] is None:  # as in evaluations that are older than it
+        del tree["chunking"]
     return hashlib.sha256(json.dumps(plain(tree), sort_keys=True).encode()).hexdigest()
 
 

@@ -79,7 +79,11 @@ def _side(results: Mapping[str, Any], colors: Mapping[str, str]) -> dict[str, An
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Settings in which two evaluations differ: name, that of A, that of B."""
     settings_a, settings_b = (
-        {name: results.get(name) for name in SETTINGS} | results["sampling"] | results["backend"] for results in (a, b)
+        {name: results.get(name) for name in SETTINGS}
+        | results["sampling"]
+        | results["backend"]
+        | (results.get("chunking") or {})
+        for results in (a, b)
     )
     names = dict.fromkeys((*settings_a, *settings_b))
     both = [(name, settings_a.get(name), settings_b.get(name)) for name in names]

@@ -64,6 +64,7 @@ TITLES = {
     "dataset replay": ["positional arguments", "options", "episode", "environment"],
     "evaluate": ["options", "environment", "control", "simulation", "episode", "sampling"],
     "rollout": ["options", "environment", "control", "simulation", "episode", "sampling"],
+    "run-robot": ["positional arguments", "options", "control", "safety", "sampling"],
     "export": ["options", "graph", "sampling"],
     "benchmark": ["options", "rollout", "planning", "policy", "network", "diffusion", "sampling"],
     "study": ["positional arguments", "options", "environment", "control", "simulation", "sampling", "episode"],
