@@ -186,40 +186,40 @@ class RealTimeRunner:
             raise ConfigError(f"the rate must be above 0 steps a second; got {rate}")
         if not watchdog > 0:
             raise ConfigError(f"the watchdog must be above 0 seconds; got {watchdog}")
-        self._planner, self._chunking, self._seed = planner, chunking or Chunking(), seed
-        self._period, self._watchdog, self._dry_run = 1 / rate, watchdog, dry_run
-        self._horizon = planner.action_horizon if action_horizon is None else action_horizon
-        require_horizons(planner.steps, self._horizon, delay_steps or 0)
-        self._chunking.require(planner, delay_steps or 0)
-        self._bounds = limits.resolve(int(np.prod(planner.action_shape)), self._period)
-        self._delay_steps = delay_steps
-        self._longest = planner.steps - self._horizon
-        steer = getattr(self._chunking.steer, "longest", None)
-        if steer is not None and self._chunking.roll is None:
-            self._longest = min(self._longest, steer(planner))
-        self._remedy = (
-            f"plans can bridge {self._longest}: fewer --sampling-steps, a faster --backend, a lower --hz, or a smaller "
+        self.planner, self.chunking, self.seed = planner, chunking or Chunking(), seed
+        self.period, self.watchdog, self.dry_run = 1 / rate, watchdog, dry_run
+        self.horizon = planner.action_horizon if action_horizon is None else action_horizon
+        require_horizons(planner.steps, self.horizon, delay_steps or 0)
+        self.chunking.require(planner, delay_steps or 0)
+        self.bounds = limits.resolve(int(np.prod(planner.action_shape)), self.period)
+        self.delay_steps = delay_steps
+        self.longest = planner.steps - self.horizon
+        steer = getattr(self.chunking.steer, "longest", None)
+        if steer is not None and self.chunking.roll is None:
+            self.longest = min(self.longest, steer(planner))
+        self.remedy = (
+            f"plans can bridge {self.longest}: fewer --sampling-steps, a faster --backend, a lower --hz, or a smaller "
             "--action-horizon"
         )
-        self.log = RunLog(self._period)
-        self._first_delay = self._measure_delay() if delay_steps is None else delay_steps
+        self.log = RunLog(self.period)
+        self.first_delay = self._measure_delay() if delay_steps is None else delay_steps
 
     def _measure_delay(self) -> int:
         """The delay to begin with: of some plans before the start, the first, compiling ones left out."""
-        took = float(np.median(time_plans(self._planner, 1, 5, self._chunking, action_horizon=self._horizon))) / 1000
-        if took <= AT_ONCE * self._period:
+        took = float(np.median(time_plans(self.planner, 1, 5, self.chunking, action_horizon=self.horizon))) / 1000
+        if took <= AT_ONCE * self.period:
             return 0
-        delay = math.ceil(took / self._period)
-        if delay > self._longest:
+        delay = math.ceil(took / self.period)
+        if delay > self.longest:
             raise ConfigError(
-                f"a plan takes {1000 * took:.0f} ms, {delay} steps of {1000 * self._period:.0f} ms; {self._remedy}"
+                f"a plan takes {1000 * took:.0f} ms, {delay} steps of {1000 * self.period:.0f} ms; {self.remedy}"
             )
         return delay
 
     def run(self, robot: Robot, steps: int | None = None, stop: threading.Event | None = None) -> RunLog:
         """Control until so many steps are done, the robot observes None, `stop` is set, or a fault; returns the log,
         which is also `self.log`. It never raises for what robot and planner do."""
-        self.log = log = RunLog(self._period)
+        self.log = log = RunLog(self.period)
         run = _Run(self, robot, log, stop or threading.Event())
         try:
             log.ended = run.loop(steps)
@@ -239,7 +239,7 @@ class _Run:
         self.r, self.robot, self.log, self.stop = runner, robot, log, stop
         self.hands, self.brain = _Worker("robot"), _Worker("planner")
         self.history: dict[str, np.ndarray] = {}
-        self.queue = np.full((runner._planner.steps, *runner._planner.action_shape), np.nan)
+        self.queue = np.full((runner.planner.steps, *runner.planner.action_shape), np.nan)
         self.position = 0  # of the next action in the queue
         self.consumed = 0  # actions since the first
         self.made = 0
@@ -258,12 +258,12 @@ class _Run:
         tick = 0
         while steps is None or tick < steps:
             if tick:
-                if self.stop.wait(max(0.0, start + tick * self.r._period - time.perf_counter())):
+                if self.stop.wait(max(0.0, start + tick * self.r.period - time.perf_counter())):
                     raise Stopped
-                behind = int((time.perf_counter() - start) / self.r._period) - tick
+                behind = int((time.perf_counter() - start) / self.r.period) - tick
                 if behind > 0:  # those are left out
                     self.log.missed += behind
-                    start += behind * self.r._period
+                    start += behind * self.r.period
                 if not self._look():
                     return "the robot's episode has ended"
             if self.stop.is_set():
@@ -278,17 +278,22 @@ class _Run:
         observation = self._call(self.robot.observe, "observe")
         if observation is None:
             return False
-        for key, shape in self.r._planner.observation_shapes.items():
-            now = np.asarray(observation[key], float) if key in observation else None
+        if not isinstance(observation, Mapping):
+            raise Fault(f"the robot's observe() must give {{key: numbers}} or None; got {type(observation).__name__}")
+        for key, shape in self.r.planner.observation_shapes.items():
+            try:
+                now = np.asarray(observation[key], float)
+            except (KeyError, TypeError, ValueError):
+                now = None
             if now is None or now.size != math.prod(shape):
-                found = "nothing" if now is None else f"shape {now.shape}"
+                found = f"{observation.get(key)!r:.60}" if now is None else f"shape {now.shape}"
                 raise Fault(f"the robot's observe() must give {key} of shape {shape}; got {found}")
             if not np.isfinite(now).all():
                 raise Fault(f"the robot observed NaN or infinity in {key}")
             now = now.reshape(shape)
             rows = self.history.get(key)
             if rows is None:
-                rows = np.stack([now] * self.r._planner.observation_horizon)
+                rows = np.stack([now] * self.r.planner.observation_horizon)
             self.history[key] = np.concatenate([rows[1:], now[None]])
         return True
 
@@ -296,32 +301,32 @@ class _Run:
         """Take a plan that is ready; ask for the next one once Ta actions of this one are consumed."""
         if self.waiting is not None:
             self._take(0.0)
-        if self.waiting is None and self.position >= self.r._horizon:
+        if self.waiting is None and self.position >= self.r.horizon:
             delay = self._expect()
             self._ask(delay)
             if delay == 0:
-                told = self.r._delay_steps == 0
-                self._take(self.r._watchdog if told else AT_ONCE * self.r._period)
+                told = self.r.delay_steps == 0
+                self._take(self.r.watchdog if told else AT_ONCE * self.r.period)
 
     def _expect(self) -> int:
         """The delay of the next plan [steps]."""
-        if self.r._delay_steps is not None:
-            return self.r._delay_steps
-        delay = max(self.delays, default=self.r._first_delay)
-        if delay > self.r._longest:
-            self.log.warn(f"planning takes {delay} steps; {self.r._remedy}")
-        return min(delay, self.r._longest)
+        if self.r.delay_steps is not None:
+            return self.r.delay_steps
+        delay = max(self.delays, default=self.r.first_delay)
+        if delay > self.r.longest:
+            self.log.warn(f"planning takes {delay} steps; {self.r.remedy}")
+        return min(delay, self.r.longest)
 
     def _ask(self, delay: int) -> None:
         """Have a plan made from what is observed now."""
-        planner, chunking = self.r._planner, self.r._chunking
+        planner, chunking = self.r.planner, self.r.chunking
         executing = np.full_like(self.queue, np.nan)
         left = self.queue[self.position :]
         executing[: len(left)] = left
-        handover = Handover(executing[None], delay, self.r._horizon, np.array([self.made]))
+        handover = Handover(executing[None], delay, self.r.horizon, np.array([self.made]))
         observations = {key: rows[None] for key, rows in self.history.items()}
         shape = (1, chunking.samples, *planner.noise_shape)
-        noise = planning_rng(self.r._seed, 0, self.made).standard_normal(shape, np.float32)
+        noise = planning_rng(self.r.seed, 0, self.made).standard_normal(shape, np.float32)
 
         def plan() -> tuple[Joined, float]:
             began = time.perf_counter()
@@ -358,14 +363,14 @@ class _Run:
         if self.position >= len(self.queue) or np.isnan(self.queue[self.position]).any():
             self.log.starved += 1
             self.log.warn("the plan ended before the next one was ready; the robot got no action meanwhile")
-            if now - self.fed > self.r._watchdog:
-                raise Fault(f"no plan was ready for {self.r._watchdog:g} s")
+            if now - self.fed > self.r.watchdog:
+                raise Fault(f"no plan was ready for {self.r.watchdog:g} s")
             return
         planned = self.queue[self.position]
-        action = self.r._bounds.apply(planned, self.before)
+        action = self.r.bounds.apply(planned, self.before)
         self.log.limited += bool((action != planned).any())
-        due = start + tick * self.r._period
-        if not self.r._dry_run:
+        due = start + tick * self.r.period
+        if not self.r.dry_run:
             self._call(lambda: self.robot.act(action.copy()), "act")
         self.log.times.append(now - start)
         self.log.lateness.append(now - due)
@@ -382,10 +387,10 @@ class _Run:
     def _call(self, function: Callable[[], T], what: str) -> T:
         """One call to the robot. Raises Fault where it raises, or does not return in time."""
         future = self.hands.submit(function)
-        if not self._ready(future, self.r._watchdog):
+        if not self._ready(future, self.r.watchdog):
             if self.stop.is_set():
                 raise Stopped
-            raise Fault(f"the robot's {what}() has not returned for {self.r._watchdog:g} s")
+            raise Fault(f"the robot's {what}() has not returned for {self.r.watchdog:g} s")
         try:
             return future.result()
         except Exception as error:
@@ -398,17 +403,17 @@ class _Run:
             left = deadline - time.perf_counter()
             if left <= 0 or (self.stop.is_set() and patience > 0):
                 return future.done()
-            concurrent.futures.wait([future], timeout=min(left, self.r._period / 2))
+            concurrent.futures.wait([future], timeout=min(left, self.r.period / 2))
         return True
 
     def halt(self) -> None:
         """Stop the robot, whatever its other methods do, and wait for that at most as long as the watchdog has it."""
         last = _Worker("stop")
         future = last.submit(self.robot.stop)
-        done, _ = concurrent.futures.wait([future], timeout=self.r._watchdog)
+        done, _ = concurrent.futures.wait([future], timeout=self.r.watchdog)
         error = future.exception() if done else None
         if not done or error is not None:
-            why = f"raised {type(error).__name__}: {error}" if done else f"has not returned for {self.r._watchdog:g} s"
+            why = f"raised {type(error).__name__}: {error}" if done else f"has not returned for {self.r.watchdog:g} s"
             self.log.ended, self.log.failed = f"{self.log.ended}; the robot's stop() {why}".lstrip("; "), True
         for worker in (self.hands, self.brain, last):
             worker.close()

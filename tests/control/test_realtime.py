@@ -135,8 +135,10 @@ def hangs() -> None:
         (
             "observe",
             lambda: {"y": np.array([1.0])},
-            r"the robot's observe\(\) must give x of shape \(1,\); got nothing",
+            r"the robot's observe\(\) must give x of shape \(1,\); got None",
         ),
+        ("observe", lambda: {"x": "left"}, r"must give x of shape \(1,\); got 'left'"),
+        ("observe", lambda: [1.0], r"the robot's observe\(\) must give {key: numbers} or None; got list"),
         ("observe", lambda: {"x": np.zeros(3)}, r"must give x of shape \(1,\); got shape \(3,\)"),
         ("act", raises, r"the robot's act\(\) raised OSError: the cable is loose"),
         ("act", hangs, r"the robot's act\(\) has not returned for 0.1 s"),
