@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_policy.envs.adapters import EnvSpec
+from diffusion_policy.envs.protocols import as_foreseeing
 
 
 class SimulatedRobot:
@@ -22,6 +23,9 @@ class SimulatedRobot:
         """`env`: Gymnasium id; `env_kwargs`: its arguments; `seed`: of the episode."""
         self._env = EnvSpec(env, env_kwargs or {})()
         self._seed = seed
+        foreseeing = as_foreseeing(self._env)
+        self.roll_forward = None if foreseeing is None else foreseeing.roll_forward
+        """What is expected to be observed after some actions, for --roll-forward; None where it is not known."""
         self._observation: dict[str, np.ndarray] | None = None
         self._ended = False
         self.success: bool | None = None

@@ -78,7 +78,7 @@ def draw_timing(log: "RunLog") -> Figure:
     below.set_xlabel("time [s]")
     below.legend(frameon=False, ncols=2, loc="upper right")
     for axis in (above, below):
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.3 * axis.get_ylim()[1])  # room for the legend
         clean(axis)
     return figure
 
