@@ -324,6 +324,8 @@ class _Run:
         left = self.queue[self.position :]
         executing[: len(left)] = left
         handover = Handover(executing[None], delay, self.r.horizon, np.array([self.made]))
+        delay = min(delay, int(handover.known.sum()))  # fewer where the plan before was late itself
+        handover = handover._replace(delay_steps=delay)
         observations = {key: rows[None] for key, rows in self.history.items()}
         shape = (1, chunking.samples, *planner.noise_shape)
         noise = planning_rng(self.r.seed, 0, self.made).standard_normal(shape, np.float32)
