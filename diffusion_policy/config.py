@@ -389,6 +389,9 @@ class ChunkingConfig:
         _require(abs(self.ensemble_decay) <= 10, "ensemble_decay", "from -10 to 10", self.ensemble_decay)
         _require(self.plans is None or 1 <= self.plans <= MAX_PLANS, "plans", f"from 1 to {MAX_PLANS}", self.plans)
         require_numbers(self)
+
+    def require_consistent(self) -> None:
+        """Raise ConfigError for options that the strategy does not have."""
         if self.score is not None and self.chunking == "bid":
             raise ConfigError("bid chooses by its own score; name --score with another --chunking")
         if self.plans is not None and self.plans > 1 and self.score is None and self.chunking != "bid":

@@ -1,12 +1,13 @@
 """What options name to join plans with: functions of the user, another checkpoint, what an environment foresees."""
 
+from functools import partial
 from pathlib import Path
 
 import gymnasium
 
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.config import BackendName, ChunkingConfig, SampleConfig
-from diffusion_policy.control.chunking import Chunking, Guided, Roll, make_chunking, scored
+from diffusion_policy.control.chunking import Chunking, Guided, Roll, Score, make_chunking, scored
 from diffusion_policy.control.policy_planner import PolicyPlanner
 from diffusion_policy.envs import modules
 from diffusion_policy.envs.protocols import as_foreseeing
@@ -20,14 +21,18 @@ def choose_chunking(
     weak = None
     if config.weak_checkpoint is not None:
         weak = PolicyPlanner(checkpoint.load(Path(config.weak_checkpoint), policy.device).policy, sampling)
-    score = scored(modules.load(config.score)) if config.score else None
-    return make_chunking(config, roll=roll, score=score, weak=weak)
+    return make_chunking(config, roll=roll, score=find_score(config), weak=weak)
+
+
+def find_score(config: ChunkingConfig) -> Score | None:
+    """The user's score, if one is named."""
+    return None if config.score is None else scored(partial(modules.call, modules.load(config.score)))
 
 
 def find_roll(env: gymnasium.Env) -> Roll | None:
     """How an environment foresees what is observed, None where it does not."""
     foreseeing = as_foreseeing(env)
-    return None if foreseeing is None else foreseeing.roll_forward
+    return None if foreseeing is None else partial(modules.call, foreseeing.roll_forward)
 
 
 def choose_backend(backend: BackendName, chunking: Chunking) -> BackendName:

@@ -1,7 +1,9 @@
 """diffusion-policy run-robot: a policy that steers a robot in real time."""
 
+import contextlib
 import json
 from dataclasses import asdict, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,11 +12,11 @@ from diffusion_policy.basics.files import format_json, plain, write_whole
 from diffusion_policy.basics.text import error_line
 from diffusion_policy.commands.afterwards import Remarks
 from diffusion_policy.commands.interrupts import Failed, stop_on_signal
-from diffusion_policy.commands.joining import choose_backend, choose_chunking
+from diffusion_policy.commands.joining import choose_backend, choose_chunking, find_score
 from diffusion_policy.commands.loading import load
 from diffusion_policy.commands.options.acting import parse_env_kwargs
 from diffusion_policy.commands.options.run_robot import RunRobot
-from diffusion_policy.commands.outputs import require_fresh
+from diffusion_policy.commands.outputs import holding, require_fresh
 from diffusion_policy.commands.terminal import console, out
 from diffusion_policy.config import ConfigError, SampleConfig
 from diffusion_policy.control.chunking import Chunking, Roll, make_chunking
@@ -34,9 +36,20 @@ def run(options: RunRobot) -> dict[str, Any]:
     """Steer the robot; returns what results.json holds. Raises ConfigError for options that cannot work, also a rate
     that planning cannot keep, and Failed where the run ended by a fault."""
     require_fresh(options.output)
+    with holding(options.output):
+        try:
+            return _run(options)
+        finally:
+            with contextlib.suppress(OSError):  # it holds something
+                options.output.rmdir()
+
+
+def _run(options: RunRobot) -> dict[str, Any]:
+    """See `run`; the output folder is there."""
     robot = make_robot(options)
     try:
-        planner, chunking = choose_planner(options, getattr(robot, "roll_forward", None))
+        roll = getattr(robot, "roll_forward", None)
+        planner, chunking = choose_planner(options, None if roll is None else partial(modules.call, roll))
         runner = RealTimeRunner(
             planner,
             options.hz,
@@ -54,7 +67,8 @@ def run(options: RunRobot) -> dict[str, Any]:
     console.print(f"running at {options.hz:g} steps a second; Ctrl-C stops")
     with stop_on_signal() as stop:
         log = runner.run(robot, options.steps, stop)
-    results = keep(options, log, getattr(robot, "success", None))
+        success = getattr(robot, "success", None)
+        results = keep(options, log, bool(success) if isinstance(success, bool | np.bool_) else None)
     for line in log.warnings:
         console.print(line, soft_wrap=True)
     out.print(
@@ -73,7 +87,7 @@ def make_robot(options: RunRobot) -> Robot:
     missing = [name for name in ("observe", "act", "stop") if not callable(getattr(kind, name, None))]
     if missing:
         raise ConfigError(f"{options.robot} must have observe(), act(action) and stop(); it lacks {', '.join(missing)}")
-    arguments = parse_env_kwargs(options.robot_kwargs) if options.robot_kwargs else {}
+    arguments = parse_env_kwargs(options.robot_kwargs, "--robot-kwargs") if options.robot_kwargs else {}
     try:
         return kind(**arguments)
     except Exception as error:
@@ -87,7 +101,9 @@ def choose_planner(options: RunRobot, roll: Roll | None) -> tuple[Planner, Chunk
     if isinstance(loaded, ExportedPolicy):
         if options.sampling not in (SampleConfig(), loaded.config.sampling):
             raise ConfigError("an exported policy samples as it was exported; leave the sampling options out")
-        chunking = make_chunking(options.chunking, roll=roll)
+        if options.chunking.weak_checkpoint is not None:
+            raise ConfigError("--weak-checkpoint is for a policy that is not exported")
+        chunking = make_chunking(options.chunking, roll=roll, score=find_score(options.chunking))
         loaded.require_samples(chunking)
         return loaded.planner, chunking
     chunking = choose_chunking(options.chunking, loaded.policy, options.sampling, roll)
@@ -98,8 +114,8 @@ def choose_planner(options: RunRobot, roll: Roll | None) -> tuple[Planner, Chunk
 
 def keep(options: RunRobot, log: RunLog, success: bool | None) -> dict[str, Any]:
     """Write log, results and page; what fails is a remark. Returns the results."""
-    options.output.mkdir(parents=True, exist_ok=True)
     remarks = Remarks()
+    remarks.attempt("the log could not be kept", lambda: write_log(options, log, success), None)
     asked = {
         "robot": options.robot,
         "robot_kwargs": json.loads(options.robot_kwargs or "{}"),
@@ -111,8 +127,8 @@ def keep(options: RunRobot, log: RunLog, success: bool | None) -> dict[str, Any]
         "success": success,
     }
     results = plain(asked | summarize(log))
-    write_whole(options.output / RESULTS, format_json(results))
-    remarks.attempt("the log could not be kept", lambda: write_log(options, log, success), None)
+    text = format_json(results)
+    remarks.attempt(f"{RESULTS} could not be written", lambda: write_whole(options.output / RESULTS, text), None)
     remarks.attempt("no page", lambda: write_run_page(options.output / PAGE, results, log), None)
     return results
 
@@ -124,17 +140,19 @@ def write_log(options: RunRobot, log: RunLog, success: bool | None) -> None:
         return
     followed = np.array(log.plan_of)
     asked = np.array([plan.asked for plan in log.plans])
-    data = {key: np.stack(rows) for key, rows in log.observations.items()} | {
-        "action": np.stack(log.actions),
+    data = {
         "time": np.array(log.times)[:, None],
         "plan": np.stack([plan.plan for plan in log.plans])[followed],
         "plan_step": (np.arange(len(followed)) - asked[followed])[:, None],
+        **{key: np.stack(rows) for key, rows in log.observations.items()},
+        "action": np.stack(log.actions),
     }
     attributes = {
         "control_frequency": options.hz,
         "observation_keys": sorted(log.observations),
         "action_key": "action",
         "robot": options.robot,
+        **({"dry_run": True} if options.dry_run else {}),
     }
     with EpisodeStore.create(options.output / STORE, attributes, ()) as store:
         store.append([Demonstration(data, success=success)])

@@ -260,6 +260,7 @@ def make_chunking(
 ) -> Chunking:
     """The strategy that options name; `roll`, `score`, `weak`: what its flags of that name mean. Raises ConfigError for
     --roll-forward where nothing can be rolled."""
+    config.require_consistent()
     if config.roll_forward and roll is None:
         raise ConfigError("--roll-forward needs an environment with a method roll_forward; this one has none")
     steer: dict[ChunkingName, Steer] = {

@@ -96,7 +96,7 @@ def steer(policy: DiffusionPolicy, steering: Steering | None, number: int) -> tu
     """Wrappers of the denoiser, and what it is given, for a steering of `number` sequences for each observation."""
     if steering is None:
         return [], None
-    actions, weights = (torch.from_numpy(one).to(policy.device) for one in steering.filled())
+    actions, weights = (torch.from_numpy(one) for one in steering.filled())
     sequence, weights = policy.place(actions, weights, number)
     if steering.strength is None:
         return [], Given(sequence, weights == 1)

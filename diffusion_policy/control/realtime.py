@@ -8,6 +8,7 @@ Knows planners and what a robot promises. Knows neither policy nor simulator.
 """
 
 import concurrent.futures
+import contextlib
 import math
 import queue
 import threading
@@ -34,6 +35,8 @@ AT_ONCE = 0.2
 """Share of a period for which a plan is waited for, rather than joined a step later."""
 LATE = 0.010
 """From so late on an action counts as late [s]."""
+FIRST_PLAN = 120.0
+"""Longest wait for the first plan of a run [s]."""
 
 
 class Robot(Protocol):
@@ -79,6 +82,8 @@ class Limits:
 
         low, high = row("low", -math.inf), row("high", math.inf)
         change = np.minimum(row("change", math.inf), row("rate", math.inf) * period)
+        if (low == math.inf).any() or (high == -math.inf).any():
+            raise ConfigError(f"no action meets these limits: --low {self.low}, --high {self.high}")
         if (low > high).any():
             raise ConfigError(f"no action meets these limits: --low {self.low} lies above --high {self.high}")
         if (change <= 0).any():
@@ -193,7 +198,8 @@ class RealTimeRunner:
         self.chunking.require(planner, delay_steps or 0)
         self.bounds = limits.resolve(int(np.prod(planner.action_shape)), self.period)
         self.delay_steps = delay_steps
-        self.longest = planner.steps - self.horizon
+        # one plan is made at a time, and the next is asked for once this one is followed
+        self.longest = min(planner.steps - self.horizon, planner.steps // 2)
         steer = getattr(self.chunking.steer, "longest", None)
         if steer is not None and self.chunking.roll is None:
             self.longest = min(self.longest, steer(planner))
@@ -201,13 +207,24 @@ class RealTimeRunner:
             f"plans can bridge {self.longest}: fewer --sampling-steps, a faster --backend, a lower --hz, or a smaller "
             "--action-horizon"
         )
+        if delay_steps is not None and delay_steps > self.longest:
+            raise ConfigError(
+                f"delay-steps must be at most {self.longest} while plans are made one at a time; got {delay_steps}"
+            )
         self.log = RunLog(self.period)
-        self.first_delay = self._measure_delay() if delay_steps is None else delay_steps
+        self.first_delay = self._measure_delay()
+
+    @property
+    def patience(self) -> float:
+        """For how long a plan is waited for, rather than joined a step later [s]."""
+        return min(AT_ONCE * self.period, LATE / 2)
 
     def _measure_delay(self) -> int:
         """The delay to begin with: of some plans before the start, the first, compiling ones left out."""
-        took = float(np.median(time_plans(self.planner, 1, 5, self.chunking, action_horizon=self.horizon))) / 1000
-        if took <= AT_ONCE * self.period:
+        delay = min(1, self.longest) if self.delay_steps is None else self.delay_steps
+        options = {"delay_steps": delay, "action_horizon": self.horizon}
+        took = float(np.median(time_plans(self.planner, 1, 5, self.chunking, **options))) / 1000
+        if took <= self.patience:
             return 0
         delay = math.ceil(took / self.period)
         if delay > self.longest:
@@ -218,8 +235,11 @@ class RealTimeRunner:
 
     def run(self, robot: Robot, steps: int | None = None, stop: threading.Event | None = None) -> RunLog:
         """Control until so many steps are done, the robot observes None, `stop` is set, or a fault; returns the log,
-        which is also `self.log`. It never raises for what robot and planner do."""
+        which is also `self.log`. It never raises for what robot and planner do; KeyboardInterrupt, once the robot is
+        stopped."""
         self.log = log = RunLog(self.period)
+        if self.delay_steps is not None and self.first_delay > max(1, self.delay_steps):
+            log.warn(f"plans take {self.first_delay} steps here, more than the {self.delay_steps} of --delay-steps")
         run = _Run(self, robot, log, stop or threading.Event())
         try:
             log.ended = run.loop(steps)
@@ -227,6 +247,9 @@ class RealTimeRunner:
             log.ended = "stopped"
         except Fault as fault:
             log.ended, log.failed = str(fault), True
+        except BaseException as error:
+            log.ended, log.failed = f"interrupted by {type(error).__name__}", True
+            raise
         finally:
             run.halt()
         return log
@@ -247,30 +270,34 @@ class _Run:
         self.delays: deque[int] = deque(maxlen=REMEMBERED)
         self.before: np.ndarray | None = None
         self.fed = 0.0  # when there was an action last
+        self.following, self.follow_from = 0, 0  # which plan, and from which of its steps on
+        self.halted = threading.Event()
+        self.under_way: Future[Any] | None = None  # the last call to the robot
 
     def loop(self, steps: int | None) -> str:
         """Until it ends; says why. Raises Fault."""
         if not self._look():
             return "the robot's episode has ended"
         self._ask(0)
-        self._take(math.inf)
+        if not self._take(FIRST_PLAN):
+            raise Fault(f"the first plan was not ready for {FIRST_PLAN:g} s")
         start = self.fed = time.perf_counter()
-        tick = 0
-        while steps is None or tick < steps:
-            if tick:
+        tick = done = 0
+        while steps is None or done < steps:
+            if done:
                 if self.stop.wait(max(0.0, start + tick * self.r.period - time.perf_counter())):
                     raise Stopped
                 behind = int((time.perf_counter() - start) / self.r.period) - tick
                 if behind > 0:  # those are left out
                     self.log.missed += behind
-                    start += behind * self.r.period
+                    tick += behind
                 if not self._look():
                     return "the robot's episode has ended"
             if self.stop.is_set():
                 raise Stopped
             self._follow_plans()
             self._act(start, tick)
-            tick += 1
+            tick, done = tick + 1, done + 1
         return f"{steps} steps are done"
 
     def _look(self) -> bool:
@@ -283,7 +310,7 @@ class _Run:
         for key, shape in self.r.planner.observation_shapes.items():
             try:
                 now = np.asarray(observation[key], float)
-            except (KeyError, TypeError, ValueError):
+            except Exception:  # whatever the user's values are
                 now = None
             if now is None or now.size != math.prod(shape):
                 found = f"{observation.get(key)!r:.60}" if now is None else f"shape {now.shape}"
@@ -306,7 +333,8 @@ class _Run:
             self._ask(delay)
             if delay == 0:
                 told = self.r.delay_steps == 0
-                self._take(self.r.watchdog if told else AT_ONCE * self.r.period)
+                if not self._take(self.r.watchdog if told else self.r.patience) and told:
+                    raise Fault(f"no plan was ready for {self.r.watchdog:g} s")
 
     def _expect(self) -> int:
         """The delay of the next plan [steps]."""
@@ -325,6 +353,9 @@ class _Run:
         executing[: len(left)] = left
         handover = Handover(executing[None], delay, self.r.horizon, np.array([self.made]))
         delay = min(delay, int(handover.known.sum()))  # fewer where the plan before was late itself
+        before = self.before
+        for step in range(delay):  # as they will be executed
+            before = executing[step] = self.r.bounds.apply(executing[step], before)
         handover = handover._replace(delay_steps=delay)
         observations = {key: rows[None] for key, rows in self.history.items()}
         shape = (1, chunking.samples, *planner.noise_shape)
@@ -349,13 +380,13 @@ class _Run:
             return False
         try:
             joined, seconds = asked.future.result()
-        except Exception as error:
+        except BaseException as error:
             raise Fault(f"planning failed: {type(error).__name__}: {error}") from error
         self.waiting = None
         delay = self.consumed - asked.consumed
         if self.log.plans:  # the first is waited for
             self.delays.append(delay)
-        self.queue, self.position = joined.executed[0], delay
+        self.queue, self.position, self.follow_from = joined.executed[0], delay, asked.delay
         self.log.plans.append(PlanRecord(asked.consumed, self.consumed, asked.delay, seconds, joined.plans[0]))
         return True
 
@@ -372,14 +403,16 @@ class _Run:
         action = self.r.bounds.apply(planned, self.before)
         self.log.limited += bool((action != planned).any())
         due = start + tick * self.r.period
+        if self.position >= self.follow_from:  # until then it is the plan before that goes on
+            self.following = len(self.log.plans) - 1
         if not self.r.dry_run:
-            self._call(lambda: self.robot.act(action.copy()), "act")
+            self._call(lambda: None if self.halted.is_set() else self.robot.act(action.copy()), "act")
         self.log.times.append(now - start)
         self.log.lateness.append(now - due)
         for key, rows in self.history.items():
             self.log.observations.setdefault(key, []).append(rows[-1])
         self.log.actions.append(action)
-        self.log.plan_of.append(len(self.log.plans) - 1)
+        self.log.plan_of.append(self.following)
         if self.log.lateness[-1] > LATE:
             self.log.warn("some actions were over 10 ms late")
         self.before, self.fed = action, now
@@ -388,14 +421,14 @@ class _Run:
 
     def _call(self, function: Callable[[], T], what: str) -> T:
         """One call to the robot. Raises Fault where it raises, or does not return in time."""
-        future = self.hands.submit(function)
+        future = self.under_way = self.hands.submit(function)
         if not self._ready(future, self.r.watchdog):
             if self.stop.is_set():
                 raise Stopped
             raise Fault(f"the robot's {what}() has not returned for {self.r.watchdog:g} s")
         try:
             return future.result()
-        except Exception as error:
+        except BaseException as error:
             raise Fault(f"the robot's {what}() raised {type(error).__name__}: {error}") from error
 
     def _ready(self, future: Future[Any], patience: float) -> bool:
@@ -409,16 +442,30 @@ class _Run:
         return True
 
     def halt(self) -> None:
-        """Stop the robot, whatever its other methods do, and wait for that at most as long as the watchdog has it."""
+        """Stop the robot, whatever its other methods do, and wait for that at most as long as the watchdog has it. An
+        action that is under way is given a period; where it ends later, the robot is stopped once more."""
+        self.halted.set()
         last = _Worker("stop")
+        if self.under_way is not None:
+            _wait(self.under_way, self.r.period / 2)
+        late = self.under_way is not None and not self.under_way.done()
         future = last.submit(self.robot.stop)
-        done, _ = concurrent.futures.wait([future], timeout=self.r.watchdog)
+        if late and self.under_way is not None:
+            self.under_way.add_done_callback(lambda _: self.robot.stop())
+        done = _wait(future, self.r.watchdog)
         error = future.exception() if done else None
         if not done or error is not None:
             why = f"raised {type(error).__name__}: {error}" if done else f"has not returned for {self.r.watchdog:g} s"
             self.log.ended, self.log.failed = f"{self.log.ended}; the robot's stop() {why}".lstrip("; "), True
         for worker in (self.hands, self.brain, last):
             worker.close()
+
+
+def _wait(future: "Future[Any]", seconds: float) -> bool:
+    """Whether it is done within so many seconds, also where Ctrl-C comes again meanwhile."""
+    with contextlib.suppress(KeyboardInterrupt):
+        concurrent.futures.wait([future], timeout=seconds)
+    return future.done()
 
 
 class _Asked(NamedTuple):

@@ -215,7 +215,7 @@ def test_options_name_strategies() -> None:
 )
 def test_options_that_cannot_work_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ChunkingConfig(**options)
+        make_chunking(ChunkingConfig(**options))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """A loop that keeps time: what it counts, what it joins, and that it always stops the robot."""
 
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from diffusion_policy.control.planner import Steering
 from diffusion_policy.control.realtime import Limits, RealTimeRunner, RunLog
 
 RATE = 100.0
+MEASURED = 8
+"""Plans that are made before a run, to know how long they take."""
 
 
 class Planner:
@@ -81,13 +84,13 @@ def test_delay_is_counted_in_actions_and_expected_of_the_next_plan() -> None:
 def test_the_history_holds_the_last_steps_and_repeats_the_first() -> None:
     planner = Planner()
     run(planner, Counter(), steps=5, delay_steps=0)
-    assert [seen.tolist() for seen, _ in planner.asked] == [[0, 0], [3, 4]]
+    assert [seen.tolist() for seen, _ in planner.asked[MEASURED:]] == [[0, 0], [3, 4]]
 
 
 def test_a_strategy_is_told_what_runs_on() -> None:
     planner = Planner()
     log = run(planner, Counter(), steps=12, delay_steps=2, chunking=Chunking(Inpainted()))
-    steering = planner.asked[1][1]
+    steering = planner.asked[MEASURED + 1][1]
     assert steering is not None
     assert steering.actions[0, :, 0].tolist()[:4] == [4, 5, 6, 7]
     assert np.isnan(steering.actions[0, 4:]).all()
@@ -159,7 +162,7 @@ def test_whatever_the_robot_does_it_is_stopped_and_the_log_is_kept(where: str, w
 
 def test_planning_that_fails_or_does_not_end_stops_the_robot() -> None:
     def fail(number: int) -> float:
-        if number > 1:
+        if number > MEASURED + 1:
             raise FloatingPointError("the policy planned NaN")
         return 0.0
 
@@ -171,7 +174,7 @@ def test_planning_that_fails_or_does_not_end_stops_the_robot() -> None:
         1,
     )
     robot = Counter()
-    log = run(Planner(lambda number: 2.0 if number > 1 else 0.0), robot, None, delay_steps=1, watchdog=0.1)
+    log = run(Planner(lambda number: 2.0 if number > MEASURED + 1 else 0.0), robot, None, delay_steps=1, watchdog=0.1)
     assert (log.ended, log.failed, robot.stops) == ("no plan was ready for 0.1 s", True, 1)
     assert robot.taken == list(range(8))  # all of the plan, then nothing
     assert log.starved > 0
@@ -255,3 +258,70 @@ def test_a_rate_that_planning_cannot_keep_is_refused_with_what_would() -> None:
     with pytest.raises(ConfigError, match="plans can bridge 2: fewer --sampling-steps"):
         RealTimeRunner(Planner(0.031), RATE, chunking=Chunking(Inpainted()))
     RealTimeRunner(Planner(0.031), RATE, chunking=Chunking(Guided()))
+
+
+def test_no_action_reaches_a_robot_after_its_stop() -> None:
+    stop = threading.Event()
+
+    class Slow(Counter):
+        events: list[str] = []  # noqa: RUF012
+
+        def act(self, action: np.ndarray) -> None:
+            if len(self.taken) == 3:
+                stop.set()
+                time.sleep(0.03)
+            super().act(action)
+            self.events.append("act")
+
+        def stop(self) -> None:
+            self.events.append("stop")
+
+    robot = Slow()
+    RealTimeRunner(Planner(), RATE, delay_steps=1).run(robot, None, stop)
+    time.sleep(0.1)
+    assert robot.events[-1] == "stop"
+    assert robot.events.count("act") == 4
+
+
+def test_times_go_on_where_steps_are_left_out() -> None:
+    class Slow(Counter):
+        def observe(self):
+            if 5 <= len(self.taken) < 8:
+                time.sleep(0.035)
+            return super().observe()
+
+    began = time.perf_counter()
+    log = run(Planner(), Slow(), steps=15, delay_steps=1)
+    took = time.perf_counter() - began
+    assert log.missed >= 3
+    assert len(log.actions) == 15
+    assert np.diff(log.times).min() > 0
+    assert 0.2 < log.times[-1] < took
+    assert log.late >= 3
+    assert max(log.lateness) > 0.02
+
+
+def test_a_robot_that_ends_the_program_is_stopped_like_others() -> None:
+    log = run(Planner(), Faulty("act", lambda: sys.exit(3)), delay_steps=1)
+    assert log.ended == "the robot's act() raised SystemExit: 3"
+
+
+def test_a_delay_that_is_longer_than_told_is_said_and_one_that_cannot_be_bridged_refused() -> None:
+    log = run(Planner(0.025), Counter(), delay_steps=1)
+    assert log.warnings[0] == "plans take 3 steps here, more than the 1 of --delay-steps"
+    with pytest.raises(ConfigError, match=r"a plan takes 6. ms, 7 steps of 10 ms; plans can bridge 4"):
+        run(Planner(0.062), Counter(), delay_steps=1)
+
+
+def test_what_limits_change_is_what_plans_are_joined_to() -> None:
+    planner = Planner()
+    log = run(planner, Counter(), steps=8, delay_steps=2, limits=Limits(high=(4.5,)), chunking=Chunking(Inpainted()))
+    steering = planner.asked[MEASURED + 1][1]
+    assert steering is not None
+    assert steering.actions[0, :3, 0].tolist() == [4, 4.5, 6]  # the two that are executed meanwhile
+    assert log.actions[5][0] == 4.5
+
+
+def test_an_action_is_of_the_plan_that_it_comes_from() -> None:
+    log = run(Planner(), Counter(), steps=8, delay_steps=2)
+    assert log.plan_of == [0, 0, 0, 0, 0, 0, 1, 1]

@@ -8,7 +8,7 @@ from diffusion_policy.envs.simulated_robot import SimulatedRobot
 
 
 def test_avoid_foresees_where_actions_lead() -> None:
-    """The commanded position exactly, the measured one within some mm under commands that jump, also beyond what one step may command."""
+    """The commanded position exactly, the measured one within some mm, under commands that jump, also too far."""
     env = envs.make("diffusion_policy/Avoid-v0", rows=1)
     foreseeing = as_foreseeing(env)
     assert foreseeing is not None

@@ -73,8 +73,8 @@ def require_video(video: Path | None, episodes: int) -> None:
         raise ConfigError(f"{video} already exists; choose another --video or delete it first")
 
 
-def parse_env_kwargs(text: str) -> dict[str, Any]:
-    """--env-kwargs: a JSON object; raises ConfigError."""
+def parse_env_kwargs(text: str, flag: str = "--env-kwargs") -> dict[str, Any]:
+    """A JSON object of arguments; raises ConfigError."""
     try:
         arguments = parse_json(text, pairs=once_each)
         json.dumps(arguments, allow_nan=False)
@@ -83,5 +83,5 @@ def parse_env_kwargs(text: str) -> dict[str, Any]:
     else:
         reason = ""
     if not isinstance(arguments, dict):
-        raise ConfigError(f"--env-kwargs must be a JSON object such as '{{\"rows\": 2}}'; got {text!r:.100}{reason}")
+        raise ConfigError(f"{flag} must be a JSON object such as '{{\"rows\": 2}}'; got {text!r:.100}{reason}")
     return arguments

@@ -90,7 +90,12 @@ class Study(ActingCommand):
         base, _, rolled = name.partition(ROLLED[0])
         if name not in (base, base + ROLLED):
             raise ConfigError(f"a strategy is named as --chunking does, or with {ROLLED} behind it; got {name!r}")
-        return replace(self.chunking, chunking=base, roll_forward=bool(rolled))  # pyright: ignore[reportArgumentType]
+        config = replace(self.chunking, chunking=base, roll_forward=bool(rolled))  # pyright: ignore[reportArgumentType]
+        return (
+            replace(config, score=None)
+            if base == "bid"
+            else replace(config, plans=None, weak_checkpoint=None, score=None)
+        )
 
     def sampling(self, name: SamplerName, steps: int) -> SampleConfig:
         """How one sampler draws at one number of steps; raises ConfigError where it cannot."""
