@@ -31,7 +31,7 @@ LAW = {
         "training",
     },
     "evaluation": {"basics", "config", "control", "evaluation"},
-    "report": {"basics", "control.realtime", "evaluation", "report", "training.toy"},
+    "report": {"basics", "control.run_log", "evaluation", "report", "training.toy"},
 }  # fmt: skip
 """What each room may import. The programs (commands, cli) may import everything; envs and datasets their own folder,
 `basics`, and what KNOWN_TO says."""

@@ -20,8 +20,10 @@ from diffusion_policy.commands.outputs import holding, require_fresh
 from diffusion_policy.commands.terminal import console, out
 from diffusion_policy.config import ConfigError, SampleConfig
 from diffusion_policy.control.chunking import Chunking, Roll, make_chunking
+from diffusion_policy.control.limits import Limits
 from diffusion_policy.control.planner import Planner
-from diffusion_policy.control.realtime import Limits, RealTimeRunner, Robot, RunLog
+from diffusion_policy.control.realtime import RealTimeRunner, Robot
+from diffusion_policy.control.run_log import RunLog
 from diffusion_policy.datasets.demonstration import Demonstration
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs import modules

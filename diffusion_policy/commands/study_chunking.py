@@ -38,24 +38,9 @@ Cells = dict[str, dict[str, Any]]
 
 def run(options: Study, loaded: PolicyInEnv) -> dict[str, Any]:
     """Study; returns what results.json holds, which is kept after each cell."""
-    policy = loaded.policy
-    require_memory(policy, options.sample_config, PARALLEL)
+    require_memory(loaded.policy, options.sample_config, PARALLEL)
     cells: Cells = {}
-    results = {
-        "environment": loaded.env_id,
-        "env_kwargs": loaded.env_kwargs,
-        "checkpoint": str(options.checkpoint),
-        "training_steps": loaded.checkpoint.step,
-        "episodes": options.episodes,
-        "first_seed": options.seed,
-        "sampling": dataclasses.asdict(options.sample_config),
-        "chunking": plain(dataclasses.asdict(options.chunking)),
-        "action_horizon": options.action_horizon or policy.config.action_horizon,
-        "action_noise": options.action_noise,
-        "control_period": 1 / loaded.frames_per_second,
-        **describe_machine(policy),
-        "strategies": cells,
-    }
+    results = {**tell_asked(options, loaded), "strategies": cells}
     noisy = loaded
     if options.action_noise:
         noisy = loaded._replace(make_env=partial(make_noisy, loaded.make_env, options.action_noise))
@@ -78,6 +63,25 @@ def run(options: Study, loaded: PolicyInEnv) -> dict[str, Any]:
     beside = f", page in {page}" if page.exists() else ""
     console.print(f"results in {options.output}/results.json{beside}", soft_wrap=True)
     return results
+
+
+def tell_asked(options: Study, loaded: PolicyInEnv) -> dict[str, Any]:
+    """What is studied, and where: the first fields of results.json."""
+    policy = loaded.policy
+    return {
+        "environment": loaded.env_id,
+        "env_kwargs": loaded.env_kwargs,
+        "checkpoint": str(options.checkpoint),
+        "training_steps": loaded.checkpoint.step,
+        "episodes": options.episodes,
+        "first_seed": options.seed,
+        "sampling": dataclasses.asdict(options.sample_config),
+        "chunking": plain(dataclasses.asdict(options.chunking)),
+        "action_horizon": options.action_horizon or policy.config.action_horizon,
+        "action_noise": options.action_noise,
+        "control_period": 1 / loaded.frames_per_second,
+        **describe_machine(policy),
+    }
 
 
 def choose_strategies(loaded: PolicyInEnv) -> tuple[str, ...]:

@@ -16,7 +16,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -25,7 +24,9 @@ from diffusion_policy.config import ConfigError
 from diffusion_policy.control.chunking import Chunking, Handover, Joined
 from diffusion_policy.control.controller import require_horizons
 from diffusion_policy.control.latency import time_plans
+from diffusion_policy.control.limits import Limits
 from diffusion_policy.control.planner import Planner, planning_rng
+from diffusion_policy.control.run_log import LATE, PlanRecord, RunLog
 
 T = TypeVar("T")
 
@@ -33,8 +34,6 @@ REMEMBERED = 10
 """Plans whose delays say how long the next one may take."""
 AT_ONCE = 0.2
 """Share of a period for which a plan is waited for, rather than joined a step later."""
-LATE = 0.010
-"""From so late on an action counts as late [s]."""
 FIRST_PLAN = 120.0
 """Longest wait for the first plan of a run [s]."""
 
@@ -53,110 +52,6 @@ class Robot(Protocol):
     def stop(self) -> None:
         """Come to rest."""
         ...
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What an action may be, number by number; one number stands for all. None: anything."""
-
-    low: tuple[float, ...] | None = None
-    high: tuple[float, ...] | None = None
-    change: tuple[float, ...] | None = None
-    """Largest change from one action to the next."""
-    rate: tuple[float, ...] | None = None
-    """Largest change in a second."""
-
-    def resolve(self, numbers: int, period: float) -> "Bounds":
-        """For actions of so many numbers. Raises ConfigError for limits of another length, or that no action meets."""
-
-        def row(name: str, default: float) -> np.ndarray:
-            given = getattr(self, name)
-            if given is not None and len(given) not in (1, numbers):
-                raise ConfigError(
-                    f"--{name} takes 1 number, or one for each of the action's {numbers}; got {len(given)}"
-                )
-            found = np.broadcast_to(np.array(default if given is None else given, float), numbers)
-            if np.isnan(found).any():
-                raise ConfigError(f"--{name} must be numbers; got {given}")
-            return found
-
-        low, high = row("low", -math.inf), row("high", math.inf)
-        change = np.minimum(row("change", math.inf), row("rate", math.inf) * period)
-        if (low == math.inf).any() or (high == -math.inf).any():
-            raise ConfigError(f"no action meets these limits: --low {self.low}, --high {self.high}")
-        if (low > high).any():
-            raise ConfigError(f"no action meets these limits: --low {self.low} lies above --high {self.high}")
-        if (change <= 0).any():
-            raise ConfigError("no action meets these limits: --change and --rate must be above 0")
-        return Bounds(low, high, change)
-
-
-class Bounds(NamedTuple):
-    """Limits for each number of an action, (A,)."""
-
-    low: np.ndarray
-    high: np.ndarray
-    change: np.ndarray
-
-    def apply(self, action: np.ndarray, before: np.ndarray | None) -> np.ndarray:
-        """The nearest action within the limits; `before`: the last one, from which it may not differ too much."""
-        if before is not None:
-            action = np.clip(action, before - self.change, before + self.change)
-        return np.clip(action, self.low, self.high)
-
-
-class PlanRecord(NamedTuple):
-    """A plan as it was made."""
-
-    asked: int
-    """Step at whose observation it was asked for."""
-    ready: int
-    """Step from which on it was followed; `ready - asked` actions were consumed meanwhile."""
-    expected: int
-    """Delay that it was made for [steps]."""
-    seconds: float
-    """What planning took [s]."""
-    plan: np.ndarray
-    """As sampled, from `asked` on, (steps, A)."""
-
-
-@dataclass
-class RunLog:
-    """What happened, a row for each step."""
-
-    period: float
-    """Time between two steps [s]."""
-    observations: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    actions: list[np.ndarray] = field(default_factory=list)
-    """As executed, within the limits."""
-    times: list[float] = field(default_factory=list)
-    """When each action was handed over, since the first step [s]."""
-    lateness: list[float] = field(default_factory=list)
-    """By how much after its due time [s]."""
-    plan_of: list[int] = field(default_factory=list)
-    """Which plan was followed."""
-    plans: list[PlanRecord] = field(default_factory=list)
-    missed: int = 0
-    """Steps that were left out, since the one before took longer than a period."""
-    starved: int = 0
-    """Steps without an action, since the old plan had ended and the new one was not ready."""
-    limited: int = 0
-    """Actions that the limits changed."""
-    warnings: list[str] = field(default_factory=list)
-    ended: str = ""
-    """Why the run ended."""
-    failed: bool = False
-    """Whether that was a fault."""
-
-    @property
-    def late(self) -> int:
-        """Actions over 10 ms late."""
-        return sum(one > LATE for one in self.lateness)
-
-    def warn(self, sentence: str) -> None:
-        """Keep a warning, once."""
-        if sentence not in self.warnings:
-            self.warnings.append(sentence)
 
 
 class Fault(Exception):
@@ -178,7 +73,7 @@ class RealTimeRunner:
         chunking: Chunking | None = None,
         action_horizon: int | None = None,
         delay_steps: int | None = None,
-        limits: Limits = Limits(),
+        limits: Limits | None = None,
         watchdog: float = 1.0,
         dry_run: bool = False,
         seed: int = 0,
@@ -196,7 +91,7 @@ class RealTimeRunner:
         self.horizon = planner.action_horizon if action_horizon is None else action_horizon
         require_horizons(planner.steps, self.horizon, delay_steps or 0)
         self.chunking.require(planner, delay_steps or 0)
-        self.bounds = limits.resolve(int(np.prod(planner.action_shape)), self.period)
+        self.bounds = (limits or Limits()).resolve(int(np.prod(planner.action_shape)), self.period)
         self.delay_steps = delay_steps
         # one plan is made at a time, and the next is asked for once this one is followed
         self.longest = min(planner.steps - self.horizon, planner.steps // 2)

@@ -15,7 +15,7 @@ from diffusion_policy.report.evaluation_figures import FEW_COLORS, INK, clean
 from diffusion_policy.report.page import embed, templates
 
 if TYPE_CHECKING:
-    from diffusion_policy.control.realtime import RunLog
+    from diffusion_policy.control.run_log import RunLog
 
 MOST_COLUMNS = 8
 """Numbers of an action that are drawn."""

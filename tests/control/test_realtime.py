@@ -11,8 +11,10 @@ import pytest
 
 from diffusion_policy.config import ConfigError
 from diffusion_policy.control.chunking import Chunking, Guided, Inpainted
+from diffusion_policy.control.limits import Limits
 from diffusion_policy.control.planner import Steering
-from diffusion_policy.control.realtime import Limits, RealTimeRunner, RunLog
+from diffusion_policy.control.realtime import RealTimeRunner
+from diffusion_policy.control.run_log import RunLog
 
 RATE = 100.0
 MEASURED = 8
