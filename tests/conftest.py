@@ -1,5 +1,6 @@
 """Real miniatures that several tests share: demonstrations from the simulator, and a checkpoint trained on them."""
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -7,6 +8,7 @@ import hashlib
 import json
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from diffusion_policy import envs
@@ -37,8 +40,30 @@ TINY = with_options(PolicyConfig(), widths=(16, 32), level_dim=32, noise_levels=
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files of which many are long come first, so that no process of several is left with one at the end."""
+    """The files of which many are long come first, so that no process of several is left with one at the end; what is
+    marked `gpu` is skipped without one."""
     items.sort(key=lambda item: item.path.parent.name not in ("tests", "training"))
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def never_waiting() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """A context in which an operation that waits for the GPU raises RuntimeError."""
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that the mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,5 @@ def steer(policy: DiffusionPolicy, steering: Steering | None, number: int) -> tu
 
 
 def half_precision(precision: PlanningPrecision, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """bf16 in what the network computes, or nothing."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+    """bf16 in what the network computes, or nothing. Weights are converted once within it."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()

@@ -73,6 +73,8 @@ def make_planner(
         return PolicyPlanner(policy, sampling, CapturedSampling(policy, sampling, precision))
     if backend == "eager":
         return PolicyPlanner(policy, sampling, EagerSampling(policy, sampling, precision))
+    if policy.device.type == "cuda":
+        return PolicyPlanner(policy, sampling, CapturedSampling(policy.compiled(), sampling, precision))
     few = rows * samples * policy.config.prediction_horizon <= FEW_STEPS and policy.device.type == "cpu"
     compiled = (policy.for_few_rows() if few else policy).compiled()
     return PolicyPlanner(policy, sampling, EagerSampling(compiled, sampling, precision, few_rows=False))

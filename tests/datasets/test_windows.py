@@ -133,7 +133,6 @@ def test_data_lie_on_a_gpu_where_they_leave_room_for_the_training(monkeypatch: p
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_batches_are_the_same_wherever_the_data_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     modes = np.array([1, 0, -1])
     batches = [Windows(DATA, ENDS, [0, 1, 2], 2, 4, modes=modes).gather(np.arange(12))]

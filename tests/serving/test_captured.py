@@ -20,11 +20,6 @@ from diffusion_policy.serving.captured import CapturedSampling
 from diffusion_policy.serving.export import draw_observations
 
 
-def gpu(test: Callable[..., None]) -> Callable[..., None]:
-    """It needs a CUDA device."""
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
-
-
 SAMPLINGS = [
     SampleConfig("ddim", 3),
     SampleConfig("ddpm", 3),
@@ -155,7 +150,7 @@ def on_gpu(plain) -> Iterator[DiffusionPolicy]:
     plain.policy.cpu()
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("sampling", [*SAMPLINGS, DYNAMIC], ids=lambda sampling: sampling.sampler)
 def test_a_captured_graph_gives_what_eager_gives(on_gpu: DiffusionPolicy, sampling: SampleConfig) -> None:
     sample, eager = CapturedSampling(on_gpu, sampling), EagerSampling(on_gpu, sampling)
@@ -170,7 +165,7 @@ def test_a_captured_graph_gives_what_eager_gives(on_gpu: DiffusionPolicy, sampli
     assert len(sample._graphs) == 2  # one for each number of rows
 
 
-@gpu
+@pytest.mark.gpu
 def test_bf16_is_near_fp32(on_gpu: DiffusionPolicy, plain) -> None:
     observations, noise = draw(on_gpu, plain.sampling, 4, 0)
     plans = [CapturedSampling(on_gpu, plain.sampling, name)(observations, noise) for name in ("fp32", "bf16")]
@@ -178,7 +173,7 @@ def test_bf16_is_near_fp32(on_gpu: DiffusionPolicy, plain) -> None:
     assert 0 < (normalized[0] - normalized[1]).abs().median() < 0.05
 
 
-@gpu
+@pytest.mark.gpu
 def test_auto_is_one_graph_and_a_planner_like_any_other(on_gpu: DiffusionPolicy, plain) -> None:
     planner = make_planner(on_gpu, plain.sampling, "auto")
     assert isinstance(planner, PolicyPlanner)
@@ -190,7 +185,7 @@ def test_auto_is_one_graph_and_a_planner_like_any_other(on_gpu: DiffusionPolicy,
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
-@gpu
+@pytest.mark.gpu
 def test_memory_is_flat_over_many_plans(on_gpu: DiffusionPolicy, plain) -> None:
     sample = CapturedSampling(on_gpu, plain.sampling)
     observations, noise = draw(on_gpu, plain.sampling, 1, 0)
@@ -199,3 +194,16 @@ def test_memory_is_flat_over_many_plans(on_gpu: DiffusionPolicy, plain) -> None:
     for _ in range(200):
         sample(observations, noise)
     assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inside torch.compile
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_network_is_captured_too(on_gpu: DiffusionPolicy, plain, precision: str) -> None:
+    planners = [make_planner(on_gpu, plain.sampling, name, precision=precision) for name in ("graph", "compile")]
+    for seed in range(2):
+        observations, noise = draw(on_gpu, plain.sampling, 2, seed)
+        rows = {key: one.numpy() for key, one in observations.items()}
+        plans = [planner.sample(rows, noise) for planner in planners]
+        difference = np.abs(plans[0] - plans[1])
+        assert difference.max() < 1e-3 if precision == "fp32" else np.median(difference) < 0.05
