@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from diffusion_policy.datasets.windows import Windows
     from diffusion_policy.envs.adapters import EnvSpec
     from diffusion_policy.policy import DiffusionPolicy
+    from diffusion_policy.serving.client import connect
     from diffusion_policy.training.trainer import Trainer
 
 HOMES = {
@@ -38,13 +39,14 @@ HOMES = {
     "datasets.store": ("EpisodeStore",),
     "datasets.windows": ("Windows",),
     "envs.adapters": ("EnvSpec",),
+    "serving.client": ("connect",),
     "policy": ("DiffusionPolicy",),
     "training.trainer": ("Trainer",),
 }
 """Where each name of the front door stands."""
 
 __all__ = [  # noqa: RUF022  (functions first)
-    "collect", "train", "evaluate", "rollout", "load", "LoadedPolicy", "DiffusionPolicy", "Controller", "PolicyPlanner",
+    "collect", "train", "evaluate", "rollout", "load", "connect", "LoadedPolicy", "DiffusionPolicy", "Controller", "PolicyPlanner",
     "Trainer", "Windows", "EpisodeStore", "Recorder", "EnvSpec", "PolicyConfig", "UnetConfig", "TrainConfig",
     "SampleConfig", "SuccessAndModes",
 ]  # fmt: skip

@@ -28,6 +28,7 @@ from diffusion_policy.commands.options.flags import fill_in, make_form
 from diffusion_policy.commands.options.report import Report
 from diffusion_policy.commands.options.rollout import Rollout
 from diffusion_policy.commands.options.run_robot import RunRobot
+from diffusion_policy.commands.options.serve import Serve
 from diffusion_policy.commands.options.study import Study
 from diffusion_policy.commands.options.sweep import OF_A_TRAINING, Sweep
 from diffusion_policy.commands.options.toy import Toy
@@ -49,6 +50,7 @@ VERBS: dict[str, type[Command]] = {
     "compare": Compare,
     "rollout": Rollout,
     "run-robot": RunRobot,
+    "serve": Serve,
     "export": Export,
     "benchmark": Benchmark,
     "study": Study,

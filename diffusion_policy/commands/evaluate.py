@@ -28,6 +28,7 @@ from diffusion_policy.commands.policy_in_env import (
     load_with_environment,
     refuse_seen_seeds,
 )
+from diffusion_policy.commands.remote import find_server_of
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import BackendName, ChunkingConfig, to_json
 from diffusion_policy.control.chunking import Chunking
@@ -59,6 +60,8 @@ class Evaluation(NamedTuple):
     chunking: Chunking
     backend: BackendName = "eager"
     """What samples."""
+    remote: Planner | None = None
+    """The server that plans, if one does."""
 
 
 def run(options: Evaluate) -> dict[str, Any]:
@@ -79,6 +82,9 @@ def run(options: Evaluate) -> dict[str, Any]:
         if waits:
             return go_on(evaluation)
         sampling, episodes = options.sampling, options.episodes * options.repeats
+        remote = find_server_of(options.remote, loaded.checkpoint, sampling)
+        if remote is not None:
+            return evaluate(evaluation._replace(backend=remote.served.backend, remote=remote))
         asked = choose_backend(options.backend, chunking)
         backend = resolve_for_episodes(loaded, sampling, asked, options.parallel, episodes)
         return evaluate(evaluation._replace(backend=backend))
@@ -147,7 +153,9 @@ def roll_out_each_delay(evaluation: Evaluation) -> tuple[dict[int, RolledOut], d
     succeeded is a remark; raises Failed, ValueError, FloatingPointError where it is the first, and Interrupted."""
     options, remarks, policy = evaluation.options, evaluation.remarks, evaluation.loaded.policy
     chunking, sampling = evaluation.chunking, options.sampling
-    planner = make_group_planner(policy, sampling, evaluation.backend, options.parallel, samples=chunking.samples)
+    planner = evaluation.remote or make_group_planner(
+        policy, sampling, evaluation.backend, options.parallel, samples=chunking.samples
+    )
     rolled_out: dict[int, RolledOut] = {}
     results: dict[str, Any] = {}
     for delay in options.delay_steps:
@@ -264,7 +272,7 @@ def measure_plans(evaluation: Evaluation, episodes: Sequence[Episode]) -> dict[s
             evaluation.options.delay_steps[0],
             evaluation.options.action_horizon,
         )
-        planner = make_planner(policy, sampling, evaluation.backend, samples=chunking.samples)
+        planner = evaluation.remote or make_planner(policy, sampling, evaluation.backend, samples=chunking.samples)
         times = time_plans(planner, 1, LATENCY_PLANS, chunking, delay_steps=delay, action_horizon=horizon)
         found = metrics.latency(times)
         return {"planning_latency_ms": {name: dataclasses.asdict(metric) for name, metric in found.items()}}

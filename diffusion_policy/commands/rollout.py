@@ -18,8 +18,10 @@ from diffusion_policy.commands.options.acting import PARALLEL
 from diffusion_policy.commands.options.rollout import Rollout
 from diffusion_policy.commands.pictures import draw_plans, pixels_of
 from diffusion_policy.commands.policy_in_env import PolicyInEnv, load_with_environment
+from diffusion_policy.commands.remote import find_server_of
 from diffusion_policy.commands.terminal import console, out, progress_bar
-from diffusion_policy.config import ConfigError
+from diffusion_policy.config import BackendName, ConfigError
+from diffusion_policy.control.planner import Planner
 from diffusion_policy.datasets.demonstration import Demonstration
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs.protocols import as_multimodal, as_pictured, repeats_by_seed
@@ -71,9 +73,12 @@ def roll_out(options: Rollout, loaded: PolicyInEnv) -> list[Episode]:
         parallel = workers = 1
     sampling = options.sampling
     chunking = choose_chunking(options.chunking, loaded.policy, sampling, find_roll(loaded.env))
-    asked = choose_backend(options.backend, chunking)
-    backend = resolve_for_episodes(loaded, sampling, asked, parallel, options.episodes)
-    planner = make_group_planner(loaded.policy, sampling, backend, parallel, options.precision, chunking.samples)
+    planner: Planner | None = find_server_of(options.remote, loaded.checkpoint, sampling)
+    backend: BackendName = "eager"
+    if planner is None:
+        asked = choose_backend(options.backend, chunking)
+        backend = resolve_for_episodes(loaded, sampling, asked, parallel, options.episodes)
+        planner = make_group_planner(loaded.policy, sampling, backend, parallel, options.precision, chunking.samples)
     episodes, lost, mode_failures = run_episodes(
         loaded,
         options.seeds,

@@ -17,6 +17,7 @@ from diffusion_policy.commands.loading import load
 from diffusion_policy.commands.options.acting import parse_env_kwargs
 from diffusion_policy.commands.options.run_robot import RunRobot
 from diffusion_policy.commands.outputs import holding, require_fresh
+from diffusion_policy.commands.remote import find_server
 from diffusion_policy.commands.terminal import console, out
 from diffusion_policy.config import ConfigError, SampleConfig
 from diffusion_policy.control.chunking import Chunking, Roll, make_chunking
@@ -98,6 +99,12 @@ def make_robot(options: RunRobot) -> Robot:
 
 def choose_planner(options: RunRobot, roll: Roll | None) -> tuple[Planner, Chunking]:
     """What plans, and how plans are joined."""
+    remote = find_server(options.remote)
+    if remote is not None:
+        if options.chunking.weak_checkpoint is not None:
+            raise ConfigError("--weak-checkpoint is for a policy that is not served")
+        return remote, make_chunking(options.chunking, roll=roll, score=find_score(options.chunking))
+    assert options.checkpoint is not None
     runtime = RUNTIMES.get(options.backend, "onnxruntime")
     loaded = load(options.checkpoint, options.device, runtime=runtime, precision=options.precision)
     if isinstance(loaded, ExportedPolicy):
@@ -121,7 +128,8 @@ def keep(options: RunRobot, log: RunLog, success: bool | None) -> dict[str, Any]
     asked = {
         "robot": options.robot,
         "robot_kwargs": json.loads(options.robot_kwargs or "{}"),
-        "checkpoint": str(options.checkpoint),
+        "checkpoint": options.checkpoint and str(options.checkpoint),
+        "server": options.remote.server,
         "hz": options.hz,
         "sampling": asdict(options.sampling),
         "chunking": asdict(options.chunking),

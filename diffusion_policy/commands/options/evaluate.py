@@ -11,6 +11,7 @@ from diffusion_policy.commands.options.acting import (
     anchor,
     require_episodes,
 )
+from diffusion_policy.commands.options.remote import RemoteOptions
 from diffusion_policy.config import BackendName, ConfigError, Group, SampleConfig, require_at_least, require_seed
 from diffusion_policy.evaluation.engines import HANG_AFTER, Engine, require_engine
 
@@ -59,6 +60,8 @@ class Evaluate(ActingCommand):
     """What samples: torch, operator by operator (eager, which repeats to the bit on one machine); a network compiled by
     torch.compile; one CUDA graph (graph); onnxruntime (onnx); OpenVINO (openvino); or the fastest of eager, onnx and
     openvino here, measured (auto). All but eager can change the last digits of an action."""
+
+    remote: Annotated[RemoteOptions, Group("server")] = field(default_factory=RemoteOptions)
 
     def __post_init__(self) -> None:
         anchor(self)

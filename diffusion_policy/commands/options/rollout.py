@@ -11,6 +11,7 @@ from diffusion_policy.commands.options.acting import (
     require_episodes,
     require_video,
 )
+from diffusion_policy.commands.options.remote import RemoteOptions
 from diffusion_policy.config import (
     BackendName,
     Group,
@@ -47,6 +48,7 @@ class Rollout(ActingCommand):
     the last digits of an action."""
     precision: PlanningPrecision = "fp32"
     """Numbers that the network computes with: fp32, or bf16, which onnx has not."""
+    remote: Annotated[RemoteOptions, Group("server")] = field(default_factory=RemoteOptions)
 
     def __post_init__(self) -> None:
         anchor(self)

@@ -8,6 +8,7 @@ import tyro
 
 from diffusion_policy.commands.options.acting import anchor
 from diffusion_policy.commands.options.command import Command
+from diffusion_policy.commands.options.remote import RemoteOptions
 from diffusion_policy.config import (
     BackendName,
     ChunkingConfig,
@@ -34,12 +35,12 @@ class RunRobot(Command):
 
     robot: tyro.conf.Positional[str]
     """The robot, module:Class; the module may lie in the working directory."""
-    checkpoint: Path
-    """Folder of a run (its newest checkpoint), of one checkpoint, or of an exported policy."""
     output: Path
     """Folder to create for the log and its page."""
     hz: float
     """Control steps in a second."""
+    checkpoint: Path | None = None
+    """Folder of a run (its newest checkpoint), of one checkpoint, or of an exported policy; or give --server."""
     steps: int | None = None
     """Control steps after which the run ends; by default it goes on until the robot ends it, or Ctrl-C."""
     robot_kwargs: str | None = None
@@ -69,12 +70,15 @@ class RunRobot(Command):
     """What samples, as in rollout; of an exported policy onnx (auto) or openvino."""
     precision: PlanningPrecision = "fp32"
     """Numbers that the network computes with: fp32, or bf16, which onnx has not."""
+    remote: Annotated[RemoteOptions, Group("server")] = field(default_factory=RemoteOptions)
     device: Annotated[str, Group("")] = "auto"
     """Device that plans: auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1 or mps."""
 
     def __post_init__(self) -> None:
         anchor(self)
         require_seed(self)
+        if (self.checkpoint is None) == (self.remote.server is None):
+            raise ConfigError("run-robot takes --checkpoint or --server, one of them")
         for name in ("hz", "watchdog"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} must be above 0; got {getattr(self, name)}")
