@@ -46,8 +46,8 @@ HOMES = {
 """Where each name of the front door stands."""
 
 __all__ = [  # noqa: RUF022  (functions first)
-    "collect", "train", "evaluate", "rollout", "load", "connect", "LoadedPolicy", "DiffusionPolicy", "Controller", "PolicyPlanner",
-    "Trainer", "Windows", "EpisodeStore", "Recorder", "EnvSpec", "PolicyConfig", "UnetConfig", "TrainConfig",
+    "collect", "train", "evaluate", "rollout", "load", "connect", "LoadedPolicy", "DiffusionPolicy", "Controller",
+    "PolicyPlanner", "Trainer", "Windows", "EpisodeStore", "Recorder", "EnvSpec", "PolicyConfig", "UnetConfig", "TrainConfig",
     "SampleConfig", "SuccessAndModes",
 ]  # fmt: skip
 

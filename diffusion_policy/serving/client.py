@@ -4,15 +4,17 @@ What it plans depends on nothing but what is sent, so a request is sent again af
 of a server that never failed.
 """
 
+import contextlib
 import ssl
 import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
-from websockets.exceptions import InvalidHandshake, InvalidStatus, InvalidURI, WebSocketException
+from websockets.exceptions import InvalidHandshake, InvalidStatus, WebSocketException
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as open_connection
 
@@ -51,11 +53,20 @@ def connect(
     [s]; then it is said, by `warn` (a warning of Python's by default), and asked again, for `patience` seconds;
     `tls`: whom to trust, by default the system's authorities. Raises ServerLost, Refused for a wrong key, ProtocolError
     for a server of another protocol."""
-    if not url.startswith(("ws://", "wss://")):
-        raise ValueError(f"a server's address begins with ws:// or wss://; got {url!r:.200}")
+    if not _is_address(url):
+        raise ValueError(f"a server's address is ws://host:port or wss://host:port; got {url!r:.200}")
     if not deadline > 0 or not patience >= 0:
         raise ValueError(f"deadline must be above 0 and patience at least 0; got {deadline} and {patience}")
     return RemotePolicy(url, api_key, deadline, patience, tls, warn or _warn)
+
+
+class _Link(NamedTuple):
+    """A thread's connection."""
+
+    connection: ClientConnection
+    served: Served
+    stack: contextlib.ExitStack
+    """Closes it."""
 
 
 class RemotePolicy:
@@ -74,7 +85,7 @@ class RemotePolicy:
         self.url, self._key, self._tls = url, api_key, tls
         self._deadline, self._patience, self._warn = deadline, patience, warn
         self._threads = threading.local()
-        served = self.served = self._persist(lambda: self._link()[1])
+        served = self.served = self._persist(self._link).served
         """What the server says of the policy."""
         self.observation_horizon, self.steps = served.observation_horizon, served.steps
         self.action_horizon = served.action_horizon
@@ -127,7 +138,7 @@ class RemotePolicy:
         link = getattr(self._threads, "link", None)
         self._threads.link = None
         if link is not None:
-            link[0].close()
+            link.stack.close()
 
     def _persist(self, attempt: Callable[[], Any]) -> Any:
         """What an attempt gives, or one after it while the server does not answer."""
@@ -148,14 +159,15 @@ class RemotePolicy:
             time.sleep(pause)
             pause = min(2 * pause, PAUSE[1])
 
-    def _link(self) -> tuple[ClientConnection, Served]:
+    def _link(self) -> _Link:
         """This thread's connection, made where there is none."""
         link = getattr(self._threads, "link", None)
         if link is None:
             headers = {} if self._key is None else {"Authorization": f"Api-Key {self._key}"}
             options: dict[str, Any] = {} if self._tls is None else {"ssl": self._tls}
             try:
-                connection = open_connection(
+                stack = contextlib.ExitStack()
+                opening = open_connection(
                     self.url,
                     additional_headers=headers,
                     open_timeout=self._deadline,
@@ -166,25 +178,24 @@ class RemotePolicy:
                     proxy=None,
                     **options,
                 )
+                connection = stack.enter_context(opening)
             except InvalidStatus as error:
                 if error.response.status_code in (401, 403):
                     said = (error.response.body or b"").decode(errors="replace").strip()
                     raise Refused(f"{self.url} refuses this client: {said:.200}") from error
                 raise
-            except InvalidURI as error:
-                raise ValueError(f"{self.url} is no address of a server") from error
             except ssl.SSLCertVerificationError as error:
                 raise Refused(f"{self.url} is not trusted: {error.verify_message}") from error
             served = read_description(connection.recv(timeout=self._deadline))
             before = getattr(self, "served", served)
             if served != before:
-                connection.close()
+                stack.close()
                 raise Refused(f"{self.url} serves another policy now than before")
-            link = self._threads.link = connection, served
+            link = self._threads.link = _Link(connection, served, stack)
         return link
 
     def _ask(self, frame: bytes) -> dict[str, Any]:
-        connection, _ = self._link()
+        connection = self._link().connection
         connection.send(frame)
         answer = connection.recv(timeout=self._deadline)
         if isinstance(answer, bytes):
@@ -197,6 +208,14 @@ class RemotePolicy:
 
 class _TryAgain(OSError):
     """The server asks for another attempt."""
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("ws", "wss") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none
+        return False
 
 
 def _explain(error: Exception) -> str:

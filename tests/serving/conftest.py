@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_policy.config import PolicyConfig, SampleConfig, with_options
+from diffusion_policy.config import ChunkingConfig, PolicyConfig, SampleConfig, with_options
+from diffusion_policy.control.planner import Steering
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.serving.export import Exporting, export
 from diffusion_policy.serving.plan_folder import PLAN, record
+from diffusion_policy.serving.protocol import Served
 
 SMALL = with_options(PolicyConfig(), widths=(8, 16), level_dim=16, prediction_horizon=8, action_horizon=4)
 
@@ -101,3 +104,66 @@ def seal() -> Callable[..., None]:
         (folder / PLAN).write_text(json.dumps(tree))
 
     return seal
+
+
+class ArithmeticPlanner:
+    """Plans by a few operations on rows, so that a test knows what must come out; it remembers its calls, and waits
+    where it is told to."""
+
+    observation_horizon, steps, action_horizon = 2, 6, 3
+    observation_shapes: dict[str, tuple[int, ...]] = {"xy": (2,), "speed": (1,)}  # noqa: RUF012
+    action_shape, noise_shape = (2,), (1, 7, 2)
+    guides, longest_prefix = True, 2
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int]] = []
+        """(B, N) of each."""
+        self.may_go = threading.Event()
+        self.may_go.set()
+
+    def sample(
+        self, observations: Mapping[str, np.ndarray], noise: np.ndarray, steering: Steering | None = None
+    ) -> np.ndarray:
+        self.may_go.wait(30)
+        self.calls.append(noise.shape[:2])
+        xy, speed = observations["xy"], observations["speed"]
+        assert xy.shape == (len(noise), 2, 2)
+        if (xy == 13).any():
+            raise ArithmeticError("thirteen")
+        now, motion = xy[:, -1], xy[:, -1] - xy[:, 0]
+        steps = np.arange(self.steps)[:, None]
+        plans = now[:, None, None] + motion[:, None, None] * steps + 0.01 * noise[:, :, 0, 1:]
+        if steering is not None:
+            actions, weights = steering.filled()
+            plans = plans + (actions * weights[..., None])[:, None] * (steering.strength or 1.0) * steering.deviation
+        return plans + speed[:, -1, None, None]
+
+
+@pytest.fixture
+def arithmetic() -> ArithmeticPlanner:
+    return ArithmeticPlanner()
+
+
+@pytest.fixture(scope="session")
+def served() -> Served:
+    """What a server says of `arithmetic`."""
+    one = ArithmeticPlanner
+    return Served(
+        observation_horizon=one.observation_horizon,
+        steps=one.steps,
+        action_horizon=one.action_horizon,
+        observation_shapes=one.observation_shapes,
+        action_shape=one.action_shape,
+        noise_shape=one.noise_shape,
+        guides=one.guides,
+        longest_prefix=one.longest_prefix,
+        sampling=SampleConfig(sampling_steps=3),
+        chunking=ChunkingConfig(),
+        backend="onnx",
+        angles={"action": (1,)},
+        environment="Here-v0",
+        control_rate=10.0,
+        weights_sha256="0" * 64,
+        max_batch=4,
+        max_frame_bytes=100_000,
+    )

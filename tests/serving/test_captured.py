@@ -19,7 +19,6 @@ from diffusion_policy.serving.backends import make_planner
 from diffusion_policy.serving.captured import CapturedSampling
 from diffusion_policy.serving.export import draw_observations
 
-
 SAMPLINGS = [
     SampleConfig("ddim", 3),
     SampleConfig("ddpm", 3),

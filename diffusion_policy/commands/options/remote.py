@@ -21,8 +21,6 @@ class RemoteOptions:
     """How long a server that does not answer is asked again before the command ends [s]."""
 
     def __post_init__(self) -> None:
-        if self.server is not None and not self.server.startswith(("ws://", "wss://")):
-            raise ConfigError(f"--server must begin with ws:// or wss://; got {self.server!r:.200}")
         if not 0 < self.server_deadline < float("inf"):
             raise ConfigError(f"server-deadline must be above 0; got {self.server_deadline}")
         if not 0 <= self.server_patience < float("inf"):
