@@ -47,8 +47,8 @@ HOMES = {
 
 __all__ = [  # noqa: RUF022  (functions first)
     "collect", "train", "evaluate", "rollout", "load", "connect", "LoadedPolicy", "DiffusionPolicy", "Controller",
-    "PolicyPlanner", "Trainer", "Windows", "EpisodeStore", "Recorder", "EnvSpec", "PolicyConfig", "UnetConfig", "TrainConfig",
-    "SampleConfig", "SuccessAndModes",
+    "PolicyPlanner", "Trainer", "Windows", "EpisodeStore", "Recorder", "EnvSpec", "PolicyConfig", "UnetConfig",
+    "TrainConfig", "SampleConfig", "SuccessAndModes",
 ]  # fmt: skip
 
 

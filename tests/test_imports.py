@@ -60,6 +60,11 @@ LIBRARIES = {
     "serving.plan_folder": set(),
     "serving.exported": {"numpy"},
     "serving.runtimes": {"numpy", "onnxruntime", "openvino"},
+    "serving.protocol": {"numpy", "msgpack"},
+    "serving.batching": {"numpy"},
+    "serving.sessions": {"numpy"},
+    "serving.server": {"numpy", "websockets"},
+    "serving.client": {"numpy", "websockets"},
     "training": {"numpy", "torch", "wandb"},
     "checkpoints": {"torch", "safetensors"},
     "evaluation": {"numpy", "scipy", "gymnasium", "ray"},
@@ -68,7 +73,8 @@ LIBRARIES = {
 """Libraries that each room, or a file of its own kind, may use."""
 TORCH_FREE = (
     "serving.exported", "serving.plan_folder", "serving.runtimes", "commands.loading", "control.single",
-    "control.latency", "control.controller", "control.planner",
+    "control.latency", "control.controller", "control.planner", "serving.protocol", "serving.batching",
+    "serving.sessions", "serving.server", "serving.client", "commands.serve",
 )  # fmt: skip
 """What runs on a robot."""
 UNREACHABLE = {

@@ -41,6 +41,7 @@ def run(options: Serve) -> None:
     key, tls = choose_key(options), choose_tls(options)
     with console.status("loading"):
         chosen = choose(options)
+        chosen.chunking.require(chosen.planner, 0)
         batch = choose_batch(chosen, options.max_batch)
         time_plans(chosen.planner, 1, 3, chosen.chunking)  # before the first robot asks
     planner = chosen.planner

@@ -5,6 +5,7 @@ computed together, requests are planned one after the other instead. Knows plann
 """
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -142,17 +143,17 @@ class Batcher:
         chunking: Chunking | None = None,
         *,
         max_batch: int = 16,
-        max_wait: float = 0.001,
+        max_wait: float = 0.003,
         queued: int = QUEUED,
     ) -> None:
         """`max_batch`: rows planned together, 1 for one request after the other; `max_wait`: how long a request waits
-        for others [s]; `queued`: requests that wait at most."""
+        for those that were planned together last [s]; `queued`: requests that wait at most."""
         self._planner, self._chunking = planner, chunking or Chunking()
         self._max_batch, self._max_wait, self._queued = max_batch, max_wait, queued
         self._waiting: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "planning")
-        self._running = 0
+        self._running, self._last = 0, 1
 
     @property
     def waiting(self) -> int:
@@ -174,12 +175,11 @@ class Batcher:
         try:
             while True:
                 await self._arrived.wait()
-                if self._max_batch > 1 and len(self._waiting) < self._max_batch:
-                    await asyncio.sleep(self._max_wait)
+                await self._wait_for_others()
                 batch = self._take()
                 if not batch:
                     continue
-                self._running = len(batch)
+                self._running = self._last = len(batch)
                 started = time.perf_counter()
                 jobs = [one.job for one in batch]
                 try:
@@ -193,6 +193,15 @@ class Batcher:
                 self._running = 0
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _wait_for_others(self) -> None:
+        """A moment for the robots of the last call, which come back about now; one that is alone waits for nobody."""
+        expected = min(self._last, self._max_batch)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._max_wait):
+                while len(self._waiting) < expected:
+                    self._arrived.clear()
+                    await self._arrived.wait()
 
     async def _plan_alone(self, batch: Sequence[_Waiting], error: Exception) -> None:
         """After a failure each request of the batch by itself, so that it fails alone."""
@@ -227,7 +236,9 @@ class Batcher:
             else:
                 others.append(one)
         self._waiting.extendleft(reversed(others))
-        if not self._waiting:
+        if self._waiting:
+            self._arrived.set()
+        else:
             self._arrived.clear()
         return batch
 

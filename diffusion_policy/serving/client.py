@@ -92,6 +92,8 @@ class RemotePolicy:
         self.observation_shapes = dict(served.observation_shapes)
         self.action_shape, self.noise_shape = served.action_shape, served.noise_shape
         self.guides, self.longest_prefix = served.guides, served.longest_prefix
+        self.last_planning_ms = 0.0
+        """What the server took to compute the last plans; the rest of a request is the way and the wait."""
 
     def sample(
         self, observations: Mapping[str, np.ndarray], noise: np.ndarray, steering: Steering | None = None
@@ -107,6 +109,8 @@ class RemotePolicy:
         shape = (*noise.shape[:2], self.steps, *self.action_shape)
         if not isinstance(plans, np.ndarray) or plans.shape != shape or plans.dtype.kind != "f":
             raise ProtocolError(f"{self.url} must answer plans of shape {shape}")
+        timing = answer.get("server_timing")
+        self.last_planning_ms = float(timing.get("infer_ms", 0)) if isinstance(timing, dict) else 0.0
         return plans
 
     def controller(

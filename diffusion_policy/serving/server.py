@@ -50,7 +50,7 @@ class ServerOptions:
     """What clients must know; None: anyone may ask."""
     tls: ssl.SSLContext | None = None
     max_batch: int = 16
-    max_wait: float = 0.001
+    max_wait: float = 0.003
     """[s]"""
     queued: int = 1024
     connections: int = 4096
@@ -99,14 +99,15 @@ class PolicyServer:
         self, planner: Planner, served: Served, chunking: Chunking | None = None, options: ServerOptions | None = None
     ) -> None:
         """`chunking`: how a session's plan is joined to the one it executes. Raises ValueError for a policy that
-        observes what the protocol calls an option."""
+        observes what the protocol calls an option, ConfigError for a chunking that the planner cannot follow."""
         taken = sorted({*served.options, "observations"} & set(served.observation_shapes))
         if taken:
             raise ValueError(f"the policy observes {taken[0]!r}, which is the name of an option of the protocol")
         self.options, self._served = options or ServerOptions(), served
         self._chunking = chunking or Chunking()
         self._first = describe(served)
-        self._sessions = Sessions(served, self.options.sessions, self.options.idle, self._chunking.samples)
+        self._chunking.require(planner, 0)
+        self._sessions = Sessions(served, planner, self._chunking, self.options.sessions, self.options.idle)
         self._planner = planner
         self.metrics = Metrics()
         self.port: int | None = None

@@ -13,9 +13,9 @@ import numpy as np
 
 from diffusion_policy.basics.bounds import MOST_SEED
 from diffusion_policy.config import MAX_PLANS, ConfigError
-from diffusion_policy.control.chunking import Handover
+from diffusion_policy.control.chunking import Chunking, Handover
 from diffusion_policy.control.controller import require_horizons
-from diffusion_policy.control.planner import Steering, planning_rng
+from diffusion_policy.control.planner import Planner, Steering, planning_rng
 from diffusion_policy.serving.batching import Job
 from diffusion_policy.serving.protocol import OPTIONS, PLANNING, ProtocolError, Served
 
@@ -79,9 +79,12 @@ class Sessions:
     """Those of all robots by name; the one used longest ago goes when there are too many, and whoever was silent for
     `idle` seconds."""
 
-    def __init__(self, served: Served, most: int = 4096, idle: float = 3600.0, chunking_samples: int = 1) -> None:
-        """`chunking_samples`: N, plans among which the server's chunking chooses."""
-        self._served, self._most, self._idle, self._samples = served, most, idle, chunking_samples
+    def __init__(
+        self, served: Served, planner: Planner, chunking: Chunking, most: int = 4096, idle: float = 3600.0
+    ) -> None:
+        """`chunking`: how a plan of `planner` is joined to what a robot executes."""
+        self._served, self._planner, self._chunking = served, planner, chunking
+        self._most, self._idle = most, idle
         self._named: OrderedDict[str, Session] = OrderedDict()
 
     def __len__(self) -> int:
@@ -111,7 +114,7 @@ class Sessions:
         session.observe(steps)
         if options.get("observe"):
             return Asked(None, len(next(iter(steps.values()), ())), lambda: None)
-        job = session.ask(samples or (self._samples if handover is not None else 1), handover)
+        job = session.ask(samples or (self._chunking.samples if handover is not None else 1), handover)
         return Asked(job, 0, lambda: session.go_back(mark))
 
     def _find(self, options: Mapping[str, Any], own: Session) -> Session:
@@ -152,6 +155,7 @@ class Sessions:
         delay = _whole(options, "consumed", 0, served.steps) or 0
         try:
             require_horizons(served.steps, min(served.action_horizon, served.steps - delay), delay)
+            self._chunking.require(self._planner, delay)
         except ConfigError as error:
             raise ProtocolError(str(error)) from error
         rows = _numbers(options["previous"], "previous")

@@ -47,8 +47,9 @@ class Serve(Command):
     """The certificate's private key (PEM)."""
     max_batch: Annotated[int, Group("load")] = 16
     """Plans made in one call at most."""
-    max_wait_ms: float = 1.0
-    """How long a request waits for others [ms], when nothing is being planned."""
+    max_wait_ms: float = 3.0
+    """How long a request waits for those that were planned together last [ms]; a client that is alone waits for
+    nobody."""
     max_queue: int = 1024
     """Requests that wait at most; further ones are told that the server is busy."""
     max_connections: int = 4096
