@@ -4,6 +4,7 @@ The commands and the Python of a page run one after another, in miniature, in a 
 run before. What needs a cluster, or files that only users have, is parsed.
 """
 
+import atexit
 import contextlib
 import io
 import json
@@ -80,6 +81,7 @@ MINIATURE = {
     "toy": "",
     "demo": "",
     "benchmark": "--only planning data --rows 1 --samples 1 --plans 2 --backends eager --sampling-steps 2 --device cpu",
+    "serve": "--sampling-steps 1 --device cpu",
     "export": "--sampling-steps 2 --tolerance 0.1",  # of a network that has learned nothing, which amplifies rounding
 }
 """What is added to a command, so that it takes seconds; a flag given twice counts as given last."""
@@ -88,6 +90,8 @@ LONG = {"sweep", "toy", "demo"}
 LEFT = {"benchmark": "runs/speed", "export": "runs/robot"}
 """What commands of some seconds leave in the README; in miniature those of another page leave the same."""
 MY_ROBOT = "from diffusion_policy.envs.simulated_robot import SimulatedRobot as Robot"
+SERVED_AT = 20_000 + os.getpid() % 10_000
+"""A port of this process's own."""
 FEW = {
     "episodes=40)": "episodes=4, workers=1)",
     "episodes=40,": "episodes=4,",
@@ -124,7 +128,7 @@ def run_command(command: str) -> None:
     command = command.removeprefix("diffusion-policy ").replace(
         "--dataset D ", "--dataset runs/demo/demonstrations.zarr "
     )
-    command = command.replace("int:1000:2000", "int:2:3")
+    command = command.replace("int:1000:2000", "int:2:3").replace("8000", str(SERVED_AT))
     verb, *_ = words = shlex.split(command)
     if verb == "compare" and not Path("runs/other").exists():  # the demo is long
         shutil.copytree("runs/demo/evaluation", "runs/other/evaluation")
@@ -134,8 +138,21 @@ def run_command(command: str) -> None:
         parse(words)
         shutil.copytree(LEFT[verb], words[words.index("--output") + 1])
         return
+    if verb == "serve":
+        start_server(words)
+        return
     status = main(words)
     assert status in ((0, 1) if verb == "doctor" else (0,)), command
+
+
+def start_server(words: list[str]) -> None:
+    """A server that the commands after it ask; it ends with the tests."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffusion_policy.cli", *words], stdout=subprocess.PIPE, text=True
+    )
+    atexit.register(process.kill)
+    assert process.stdout is not None
+    assert "serving at" in process.stdout.readline()
 
 
 def in_miniature(code: str) -> str:

@@ -103,6 +103,8 @@ def choose_planner(options: RunRobot, roll: Roll | None) -> tuple[Planner, Chunk
     if remote is not None:
         if options.chunking.weak_checkpoint is not None:
             raise ConfigError("--weak-checkpoint is for a policy that is not served")
+        if options.sampling not in (SampleConfig(), remote.served.sampling):
+            raise ConfigError("the server samples as it was told; leave the sampling options out")
         return remote, make_chunking(options.chunking, roll=roll, score=find_score(options.chunking))
     assert options.checkpoint is not None
     runtime = RUNTIMES.get(options.backend, "onnxruntime")

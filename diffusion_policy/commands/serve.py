@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import importlib
 import os
 import ssl
 import stat
@@ -113,9 +114,9 @@ def choose(options: Serve) -> Chosen:
     loaded = load(options.checkpoint, options.device, runtime=runtime, precision=options.precision)
     if isinstance(loaded, ExportedPolicy):
         return choose_exported(options, loaded, runtime)
-    from diffusion_policy.commands.served_checkpoint import choose_planner  # needs torch
-
-    return Chosen(*choose_planner(options, loaded.checkpoint, [size for size in SIZES if size <= options.max_batch]))
+    with_torch = importlib.import_module("diffusion_policy.commands.served_checkpoint")
+    sizes = [size for size in SIZES if size <= options.max_batch]
+    return Chosen(*with_torch.choose_planner(options, loaded.checkpoint, sizes))
 
 
 def choose_exported(options: Serve, loaded: ExportedPolicy, runtime: RuntimeName) -> Chosen:
