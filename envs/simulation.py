@@ -59,6 +59,8 @@ class Simulation:
         if window:
             self._client.configureDebugVisualizer(pybullet.COV_ENABLE_GUI, 0)
         self._view = view
+        self.picture_share = 1.0
+        """Of the view's width and height that `render` draws; less is faster."""
         self._client.resetDebugVisualizerCamera(view.distance, view.yaw, view.pitch, view.target)  # of the window
         self._client.setTimeStep(time_step)
         self._time_step, self._steps_a_call = time_step, 1
@@ -223,7 +225,7 @@ class Simulation:
 
     def render(self) -> np.ndarray:
         """A picture of the scene, (height, width, 3) uint8, drawn on the CPU."""
-        width, height = self._view.width, self._view.height
+        width, height = self._picture_size
         view, projection = self._matrices()
         _, _, rgba, _, _ = self._client.getCameraImage(
             width, height, view, projection, renderer=pybullet.ER_TINY_RENDERER, lightDirection=(0.6, -0.8, 2.0)
@@ -236,7 +238,12 @@ class Simulation:
         homogeneous = np.concatenate([points, np.ones((*points.shape[:-1], 1))], axis=-1)
         clip = homogeneous @ (projection @ view).T
         xy = clip[..., :2] / clip[..., 3:]  # -1..1, y up
-        return (xy * [1, -1] + 1) / 2 * [self._view.width, self._view.height]
+        return (xy * [1, -1] + 1) / 2 * self._picture_size
+
+    @property
+    def _picture_size(self) -> tuple[int, int]:
+        """Width and height [px]."""
+        return round(self._view.width * self.picture_share), round(self._view.height * self.picture_share)
 
     def _matrices(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         view, client = self._view, self._client

@@ -72,6 +72,10 @@ class TaskEnv(gymnasium.Env):
         """A picture (height, width, 3) uint8 for `rgb_array`; the window of `human` draws itself."""
         return self._simulation.render() if self.render_mode == "rgb_array" else None
 
+    def draw_smaller(self, share: float) -> None:
+        """Draw this share of a picture's width and height, where that is faster; `pixels` follows."""
+        self._simulation.picture_share = share
+
     def close(self) -> None:
         """Free the simulation; may be called twice."""
         self._simulation.close()
