@@ -82,6 +82,7 @@ MINIATURE = {
     "demo": "",
     "benchmark": "--only planning data --rows 1 --samples 1 --plans 2 --backends eager --sampling-steps 2 --device cpu",
     "serve": "--sampling-steps 1 --device cpu",
+    "live": "--sampling-steps 1 --device cpu --port 0",
     "export": "--sampling-steps 2 --tolerance 0.1",  # of a network that has learned nothing, which amplifies rounding
 }
 """What is added to a command, so that it takes seconds; a flag given twice counts as given last."""
@@ -138,7 +139,7 @@ def run_command(command: str) -> None:
         parse(words)
         shutil.copytree(LEFT[verb], words[words.index("--output") + 1])
         return
-    if verb == "serve":
+    if verb in ("serve", "live"):
         start_server(words)
         return
     status = main(words)
@@ -152,7 +153,7 @@ def start_server(words: list[str]) -> None:
     )
     atexit.register(process.kill)
     assert process.stdout is not None
-    assert "serving at" in process.stdout.readline()
+    assert re.match("serving at|open http", process.stdout.readline())
 
 
 def in_miniature(code: str) -> str:

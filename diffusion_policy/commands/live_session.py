@@ -4,6 +4,7 @@ Knows policies, environments and stores. Knows no browser: a frame is a picture 
 such a map.
 """
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
@@ -369,11 +370,12 @@ class LiveSession:
         if plan is None or not self._fan:
             return Paths(plan, [], [])
         policy, seen = self._loaded.policy, []
+        bound = 1.0 if policy.choose_clip(self._sampling) == "static" else math.inf
 
         def watch(denoise: Denoise) -> Denoise:
             def watched(xt: torch.Tensor, level: int) -> torch.Tensor:
                 x0 = denoise(xt, level)
-                seen.append(x0[:1].detach())
+                seen.append(x0[:1].clamp(-bound, bound))
                 return x0
 
             return watched

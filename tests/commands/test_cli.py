@@ -66,6 +66,7 @@ TITLES = {
     "rollout": ["options", "environment", "control", "simulation", "episode", "sampling", "server"],
     "run-robot": ["positional arguments", "options", "control", "safety", "sampling", "server"],
     "serve": ["options", "access", "load", "control", "sampling"],
+    "live": ["options", "environment", "control", "simulation", "episode", "sampling"],
     "export": ["options", "graph", "sampling"],
     "benchmark": ["options", "rollout", "planning", "policy", "network", "diffusion", "sampling"],
     "study": ["positional arguments", "options", "environment", "control", "simulation", "sampling", "episode"],

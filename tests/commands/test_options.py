@@ -146,7 +146,7 @@ def label(observations):
 """
 
 NEEDS_GPU = {"gpus"}
-UNTRIED = {"demo": "test_demo.py", "toy": "test_toy.py", "serve": "test_serve.py"}
+UNTRIED = {"demo": "test_demo.py", "toy": "test_toy.py", "serve": "test_serve.py", "live": "test_live.py"}
 """Commands that have tests of their own and no smaller size."""
 
 
