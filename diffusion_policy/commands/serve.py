@@ -6,8 +6,10 @@ import importlib
 import os
 import ssl
 import stat
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+from diffusion_policy.commands.capacity import measure_calls, read_rate, tell
 from diffusion_policy.commands.interrupts import hearing
 from diffusion_policy.commands.loading import load
 from diffusion_policy.commands.options.serve import KEY_VARIABLE, Serve
@@ -18,6 +20,7 @@ from diffusion_policy.control.latency import time_plans
 from diffusion_policy.control.planner import Planner
 from diffusion_policy.serving.batching import CallsOfSizes, rows_are_independent
 from diffusion_policy.serving.exported import ExportedPolicy
+from diffusion_policy.serving.plan_folder import is_exported
 from diffusion_policy.serving.protocol import Served
 from diffusion_policy.serving.runtimes import RuntimeName
 from diffusion_policy.serving.server import PolicyServer, ServerOptions
@@ -39,6 +42,9 @@ class Chosen(NamedTuple):
 
 def run(options: Serve) -> None:
     """Serve until Ctrl-C or SIGTERM. Raises ConfigError for options that cannot work, OSError for a port in use."""
+    if options.plan is not None:
+        plan_capacity(options, options.plan)
+        return
     key, tls = choose_key(options), choose_tls(options)
     with console.status("loading"):
         chosen = choose(options)
@@ -79,6 +85,22 @@ def run(options: Serve) -> None:
         if error.errno in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL):
             raise OSError(f"cannot listen on {options.host}:{options.port}: {os.strerror(error.errno)}") from error
         raise
+
+
+def plan_capacity(options: Serve, asked: str) -> None:
+    """Say how many servers a rate needs. Raises ConfigError for what is no rate."""
+    rate = read_rate(asked)
+    steps = options.sampling.sampling_steps
+    with console.status("measuring"):
+        chosen, halved = choose(options), None
+        exported = chosen.described["sampling"]
+        if not is_exported(options.checkpoint) and steps > 1:
+            fewer = replace(options.sampling, sampling_steps=steps // 2)
+            backend = chosen.described["backend"]
+            halved = choose(replace(options, sampling=fewer, backend=backend)).planner
+        rows = [1] if options.max_batch == 1 or chosen.described["backend"] == "eager" else [1, options.max_batch]
+        calls = measure_calls(chosen.planner, rows, exported.sampling_steps, halved)
+    tell(calls, asked, rate, chosen.described)
 
 
 def choose_batch(chosen: Chosen, most: int) -> int:

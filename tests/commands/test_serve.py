@@ -18,6 +18,7 @@ import pytest
 
 import diffusion_policy as dp
 from diffusion_policy.cli import main, parse
+from diffusion_policy.commands.capacity import Call, count_servers, read_rate
 from diffusion_policy.commands.serve import choose, choose_key, choose_tls
 from diffusion_policy.serving.client import Refused
 
@@ -289,6 +290,22 @@ def test_an_export_is_served_without_torch(run: Path, serve, tmp_path: Path) -> 
         observation = {key: np.array([0.5, 0.01 * i]) for key in ("desired_xy", "actual_xy")}
         np.testing.assert_array_equal(far.act(observation), local.act(observation))
     assert "each request is planned by itself" not in process.said
+
+
+def test_how_many_servers_a_rate_needs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["serve", "--checkpoint", str(run), "--backend", "eager", "--device", "cpu", *SAMPLING, "--plan"]
+    assert main([*command, "1000/min"]) == 0
+    said = capsys.readouterr()
+    assert re.search(
+        r"1000/min is 16.7 plans a second, by eager \d+% of what one such machine gives: 1 server,", said.out
+    )
+    assert "steps x step cost" in said.err
+    for wrong in ("many", "10/year", "0/s", "-1/s"):
+        assert main([*command, wrong]) == 2
+        assert "plan must be a rate such as 1000/min" in capsys.readouterr().err
+    calls = [Call(1, 10.0, None), Call(16, 40.0, None)]
+    assert [count_servers(calls, rate) for rate in (1.0, 280.0, 280.1, 3000.0)] == [1, 1, 2, 11]
+    assert (read_rate("1000/min"), read_rate("7.5 / s"), read_rate("36/h")) == (pytest.approx(50 / 3), 7.5, 0.01)
 
 
 @pytest.mark.slow

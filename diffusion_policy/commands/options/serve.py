@@ -45,7 +45,9 @@ class Serve(Command):
     """Certificate (PEM), for wss://; with --tls-key."""
     tls_key: Path | None = None
     """The certificate's private key (PEM)."""
-    max_batch: Annotated[int, Group("load")] = 16
+    plan: Annotated[str | None, Group("load")] = None
+    """Serve nothing; measure how long plans take, and say how many such servers a rate needs: 1000/min, 20/s."""
+    max_batch: int = 16
     """Plans made in one call at most."""
     max_wait_ms: float = 3.0
     """How long a request waits for those that were planned together last [ms]; a client that is alone waits for
