@@ -172,14 +172,19 @@ def shares_cores(policy: DiffusionPolicy) -> bool:
     return policy.device.type == "cpu"
 
 
+def planning_threads(policy: DiffusionPolicy) -> int:
+    """Threads that plan in rollouts; see `sharing_cores`."""
+    threads = torch.get_num_threads()
+    return max(1, min(threads, available_cores() // 2 // GROUPS)) if shares_cores(policy) else threads
+
+
 @contextlib.contextmanager
 def sharing_cores(policy: DiffusionPolicy) -> Iterator[None]:
     """Within the context torch, and onnxruntime if it is begun here, take half of the cores for both groups together,
     at least one for each: threads of one operator wait for each other, and so for every core that simulates. The
     number does not depend on that of the workers, since it can change last digits."""
     threads = torch.get_num_threads()
-    if shares_cores(policy):
-        torch.set_num_threads(max(1, min(threads, available_cores() // 2 // GROUPS)))
+    torch.set_num_threads(planning_threads(policy))
     try:
         yield
     finally:

@@ -161,7 +161,7 @@ def roll_out_each_delay(evaluation: Evaluation) -> tuple[dict[int, RolledOut], d
     for delay in options.delay_steps:
         try:
             rolled_out[delay] = roll_out(evaluation, planner, delay)
-        except (Failed, Interrupted, ValueError, FloatingPointError) as error:
+        except (Failed, Interrupted, ValueError, FloatingPointError, ConnectionError) as error:
             if not results:
                 raise
             if isinstance(error, Interrupted):

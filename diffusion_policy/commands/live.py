@@ -25,6 +25,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from diffusion_policy.basics.files import parse_json
+from diffusion_policy.basics.text import error_line
 from diffusion_policy.commands.interrupts import hearing
 from diffusion_policy.commands.live_session import Frame, LiveSession
 from diffusion_policy.commands.options.live import Live
@@ -32,6 +33,7 @@ from diffusion_policy.commands.policy_in_env import load_with_environment
 from diffusion_policy.commands.terminal import console, out
 from diffusion_policy.config import ConfigError, SamplerName
 from diffusion_policy.report.page import templates
+from diffusion_policy.serving.server import quiet
 
 MOST_COMMAND = 10_000
 """Bytes of one command."""
@@ -105,6 +107,8 @@ class LivePage:
         self._viewers: dict[ServerConnection, asyncio.Event] = {}
         self._latest = b""
         self._commands: list[Command] = []
+        self._said: dict[ServerConnection, str] = {}
+        """What each window is still to be told."""
 
     async def run(self, port: int, stop: asyncio.Event, ready: Callable[[str], None]) -> None:
         """Serve on 127.0.0.1 until `stop`."""
@@ -117,6 +121,7 @@ class LivePage:
             compression=None,
             max_size=MOST_COMMAND,
             server_header=None,
+            logger=quiet(),
         ) as server:
             self._port = server.sockets[0].getsockname()[1]
             running = asyncio.create_task(self._simulate())
@@ -138,8 +143,8 @@ class LivePage:
                 frame, refused = await loop.run_in_executor(self._thread, self._next, self._take_commands())
                 self._latest = self._latest if frame is None else encode(frame)
                 for connection, said in refused:
-                    with contextlib.suppress(ConnectionClosed):
-                        await connection.send(json.dumps({"refused": said}))
+                    if connection in self._viewers:
+                        self._said[connection] = said
                 for fresh in self._viewers.values() if self._latest else ():
                     fresh.set()
             due = max(due + (self._period if self._session.running else IDLE), loop.time())
@@ -157,12 +162,23 @@ class LivePage:
                 self._session.obey(command)
             except ConfigError as error:
                 refused.append((connection, str(error)))
-        if self._session.running:
-            self._session.advance()
+        try:
+            if self._session.running:
+                self._session.advance()
+        except Exception as error:  # of the simulator, of a policy that is not finite, of a full disk
+            self._session.running = False
+            sentence = f"stopped: {error_line(error)}; Begin again may go on"
+            refused += [(viewer, sentence) for viewer in self._viewers]
         return self._session.look(MOVING_SHARE if self._session.running else 1.0), refused
 
     def _before_upgrade(self, connection: ServerConnection, request: Request) -> Response | None:
         """The page itself, and who may have it."""
+        try:
+            return self._answer_http(request)
+        except ValueError:  # an address that is none
+            return _answer(http.HTTPStatus.BAD_REQUEST, "this is no request\n")
+
+    def _answer_http(self, request: Request) -> Response | None:
         parts = urlsplit(request.path)
         given = parse_qs(parts.query).get("token", [""])[0]
         here = {f"127.0.0.1:{self._port}", f"localhost:{self._port}"}
@@ -189,6 +205,8 @@ class LivePage:
                 await fresh.wait()
                 fresh.clear()
                 await connection.send(self._latest)
+                if connection in self._said:
+                    await connection.send(json.dumps({"refused": self._said.pop(connection)}))
 
         showing = asyncio.create_task(show_frames())
         try:
@@ -205,6 +223,8 @@ class LivePage:
         finally:
             showing.cancel()
             del self._viewers[connection]
+            self._said.pop(connection, None)
+            self._thread.submit(self._session.release)  # a button may have been held in it
 
 
 def read_command(text: str | bytes) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 A seed and its actions repeat an episode, so the picture is the same. Knows environments that render. Knows no policy.
 """
 
+import contextlib
 import io
 import multiprocessing
 from collections.abc import Callable
@@ -46,15 +47,19 @@ class Painter:
 
     def reset(self, seed: int) -> None:
         """Begin the episode of a seed."""
-        self._pipe.send(("reset", seed))
+        self._tell("reset", seed)
 
     def step(self, action: np.ndarray) -> None:
         """Take a step, as the environment takes it."""
-        self._pipe.send(("step", action))
+        self._tell("step", action)
 
     def ask(self, share: float) -> None:
         """Have a picture drawn of how it is now."""
-        self._pipe.send(("paint", share))
+        self._tell("paint", share)
+
+    def _tell(self, name: str, value: object) -> None:
+        with contextlib.suppress(OSError):  # it has ended, which `take` says
+            self._pipe.send((name, value))
 
     def take(self) -> Picture:
         """The picture that was asked for. Raises EOFError where the process has ended."""

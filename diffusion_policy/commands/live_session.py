@@ -4,6 +4,7 @@ Knows policies, environments and stores. Knows no browser: a frame is a picture 
 such a map.
 """
 
+import contextlib
 import math
 import time
 from collections import Counter, deque
@@ -116,12 +117,10 @@ class LiveSession:
     def look(self, share: float = 1.0) -> Frame | None:
         """How it stands, as `ahead` looks ago, since the pictures are drawn meanwhile; None where there were not so
         many. `share`: of the picture's width and height; less is faster."""
-        if self._painters:
-            self._painters[0].ask(share)
-            drawn: Painter | Picture = self._painters[0]
+        drawn: Painter | Picture = self._painters[0] if self._painters else paint(self._env, share)
+        if isinstance(drawn, Painter):
+            drawn.ask(share)
             self._painters.rotate(-1)
-        else:
-            drawn = paint(self._env, share)
         self._asked.append(_Asked(drawn, self._tell(), self._paths))
         return self._take() if len(self._asked) > self.ahead else None
 
@@ -132,7 +131,10 @@ class LiveSession:
 
     def _take(self) -> Frame:
         drawn, state, paths = self._asked.popleft()
-        picture = drawn if isinstance(drawn, Picture) else drawn.take()
+        try:
+            picture = drawn if isinstance(drawn, Picture) else drawn.take()
+        except (EOFError, OSError):
+            picture = self._draw_here()
         self._size = np.array([picture.width, picture.height])
         draw = self._drawing(picture)
         state |= {
@@ -142,6 +144,14 @@ class LiveSession:
             "denoising": [draw(path) for path in paths.denoising],
         }
         return Frame(state, picture.jpeg)
+
+    def _draw_here(self) -> Picture:
+        """Draw in this process from now on: one that draws has ended, for want of memory, say."""
+        for painter in self._painters:
+            painter.close()
+        self._painters.clear()
+        self._asked.clear()
+        return paint(self._env, 1.0)
 
     def _tell(self) -> dict[str, Any]:
         recorded = Counter(self._recorded)
@@ -204,10 +214,15 @@ class LiveSession:
         taken = np.asarray(action, space.dtype).reshape(space.shape or ())
         for painter in self._painters:
             painter.step(taken)
-        self._observation, _, terminated, truncated, info = self._env.step(taken)
+        observation, _, terminated, truncated, info = self._env.step(taken)
+        self._observation = _copied(observation)
         self._recent.append(self._observation)
         if terminated or truncated:
             self._end(bool(info.get("is_success", False)))
+
+    def release(self) -> None:
+        """Nobody holds the mouse any more."""
+        self._hand = None
 
     def obey(self, command: Mapping[str, Any]) -> None:
         """Do what a person asks. Raises ConfigError for what cannot be; then all is as it was."""
@@ -219,17 +234,18 @@ class LiveSession:
             act(self, command)
         except ConfigError:
             raise
-        except (ValueError, TypeError, FloatingPointError) as error:
+        except (ValueError, TypeError, ArithmeticError) as error:
             raise ConfigError(error_line(error)) from error
 
     def close(self) -> None:
         """Keep the last episode, and end."""
-        self._keep_held()
-        if self._store is not None:
-            self._store.close()
-        for painter in self._painters:
-            painter.close()
-        self._env.close()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._env.close)
+            for painter in self._painters:
+                stack.callback(painter.close)
+            if self._store is not None:
+                stack.callback(self._store.close)
+            self._keep_held()
 
     # Commands
 
@@ -251,6 +267,7 @@ class LiveSession:
         if not isinstance(asked, dict):
             raise ConfigError("settings must be a map")
         before = self._sampling, self._chunking, self._delay
+        controller, stale = self._controller, self._stale
         asked = dict(asked)
         delay = asked.pop("delay_steps", self._delay)
         if type(delay) is not int:
@@ -263,9 +280,9 @@ class LiveSession:
             self._chunking = with_options(self._chunking, **joining)
             self._delay = delay
             self._make_controller()
-        except (ValueError, TypeError):
+        except BaseException:
             self._sampling, self._chunking, self._delay = before
-            self._make_controller()
+            self._controller, self._stale = controller, stale
             raise
 
     def _drive(self, command: Mapping[str, Any]) -> None:
@@ -281,10 +298,10 @@ class LiveSession:
             self._hand = None
             return
         self._require_steering()
-        place = np.array([command.get("x"), command.get("y")], np.float64)
-        if not ((place >= -1) & (place <= 2)).all():
+        place = command.get("x"), command.get("y")
+        if not all(isinstance(one, int | float) and -1 <= one <= 2 for one in place):
             raise ConfigError("a place in the picture is x and y, 0 to 1")
-        self._hand = place
+        self._hand = np.array(place, np.float64)
 
     def _record(self, command: Mapping[str, Any]) -> None:
         if self._store is None:
@@ -314,7 +331,7 @@ class LiveSession:
 
     def _begin(self, seed: int) -> None:
         self._seed, self._repeat = seed, 0
-        self._observation, _ = self._env.reset(seed=seed)
+        self._observation = _copied(self._env.reset(seed=seed)[0])
         for painter in self._painters:
             painter.reset(seed)
         self._recent: deque[Mapping[str, np.ndarray]] = deque(
@@ -460,15 +477,27 @@ def open_record(path: Path, loaded: PolicyInEnv, modes: tuple[str, ...]) -> Epis
     if not path.exists():
         return EpisodeStore.create(path, describe_episodes(loaded.env), modes)
     store = EpisodeStore.append_to(path)
+    reason = None
     if len(store.episode_ends) and ACTOR not in store.keys:
+        reason = f"has no column {ACTOR}, so it is not one that live has made"
+    elif store.attributes.get("environment") != plain(describe_episodes(loaded.env)["environment"]):
+        reason = "holds episodes of another environment"
+    elif tuple(store.modes) != modes:
+        reason = "has other modes"
+    if reason is not None:
         store.close()
-        raise ConfigError(f"{path} has no column {ACTOR}, so it is not one that live has made; choose another --record")
+        raise ConfigError(f"{path} {reason}; choose another --record")
     return store
 
 
 def _count_modes(store: EpisodeStore) -> Counter[str]:
     """Episodes of each mode."""
     return Counter(mode or "none" for mode in store.episode_modes()) if len(store.episode_ends) else Counter()
+
+
+def _copied(observation: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """An environment may go on in the same memory."""
+    return {key: np.array(value) for key, value in observation.items()}
 
 
 def _row(observation: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

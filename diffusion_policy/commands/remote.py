@@ -6,10 +6,11 @@ import os
 from typing import TYPE_CHECKING
 
 from diffusion_policy.checkpoints.checkpoint import Checkpoint
+from diffusion_policy.commands.episodes import planning_threads
 from diffusion_policy.commands.options.remote import RemoteOptions
 from diffusion_policy.commands.options.serve import KEY_VARIABLE
 from diffusion_policy.commands.terminal import console
-from diffusion_policy.config import ConfigError, SampleConfig
+from diffusion_policy.config import ConfigError, PlanningPrecision, SampleConfig
 
 if TYPE_CHECKING:
     from diffusion_policy.serving.client import RemotePolicy
@@ -37,8 +38,11 @@ def find_server(options: RemoteOptions) -> RemotePolicy | None:
     )
 
 
-def find_server_of(options: RemoteOptions, loaded: Checkpoint, sampling: SampleConfig) -> RemotePolicy | None:
-    """As `find_server`; raises ConfigError unless it serves these weights, sampled so."""
+def find_server_of(
+    options: RemoteOptions, loaded: Checkpoint, sampling: SampleConfig, precision: PlanningPrecision = "fp32"
+) -> RemotePolicy | None:
+    """As `find_server`; raises ConfigError unless it serves these weights, sampled so. Says where last digits can
+    differ from those of planning here."""
     remote = find_server(options)
     if remote is None:
         return None
@@ -52,4 +56,12 @@ def find_server_of(options: RemoteOptions, loaded: Checkpoint, sampling: SampleC
         names = [name for name in vars(sampling) if getattr(sampling, name) != getattr(served.sampling, name)]
         said = ", ".join(f"--{name.replace('_', '-')} {getattr(served.sampling, name)}" for name in names)
         raise ConfigError(f"{remote.url} samples otherwise: {said}; say the same here")
+    if served.precision != precision:
+        raise ConfigError(f"{remote.url} plans in {served.precision}, not {precision}")
+    threads = planning_threads(loaded.policy)
+    if served.backend == "eager" and served.threads != threads:
+        console.print(
+            f"{remote.url} plans with {served.threads} threads, here it would be {threads}: last digits can differ",
+            soft_wrap=True,
+        )
     return remote

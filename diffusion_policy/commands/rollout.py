@@ -73,7 +73,7 @@ def roll_out(options: Rollout, loaded: PolicyInEnv) -> list[Episode]:
         parallel = workers = 1
     sampling = options.sampling
     chunking = choose_chunking(options.chunking, loaded.policy, sampling, find_roll(loaded.env))
-    planner: Planner | None = find_server_of(options.remote, loaded.checkpoint, sampling)
+    planner: Planner | None = find_server_of(options.remote, loaded.checkpoint, sampling, options.precision)
     backend: BackendName = "eager"
     if planner is None:
         asked = choose_backend(options.backend, chunking)

@@ -1,8 +1,10 @@
 """diffusion-policy serve: a policy for robots on other machines."""
 
 import asyncio
+import contextlib
 import errno
 import importlib
+import logging
 import os
 import ssl
 import stat
@@ -18,6 +20,7 @@ from diffusion_policy.config import ChunkingConfig, ConfigError, SampleConfig
 from diffusion_policy.control.chunking import Chunking, make_chunking
 from diffusion_policy.control.latency import time_plans
 from diffusion_policy.control.planner import Planner
+from diffusion_policy.evaluation.engines import available_cores
 from diffusion_policy.serving.batching import CallsOfSizes, rows_are_independent
 from diffusion_policy.serving.exported import ExportedPolicy
 from diffusion_policy.serving.plan_folder import is_exported
@@ -74,11 +77,12 @@ def run(options: Serve) -> None:
         max_batch=batch,
         max_wait=options.max_wait_ms / 1000,
         queued=options.max_queue,
-        connections=options.max_connections,
+        connections=min(options.max_connections, allow_connections()),
         sessions=options.max_sessions,
         idle=options.session_idle,
     )
     server = PolicyServer(planner, served, chosen.chunking, listening)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would tell of each stranger's connection
     try:
         asyncio.run(serve(server, "ws" if tls is None else "wss", options.host))
     except OSError as error:
@@ -105,8 +109,9 @@ def plan_capacity(options: Serve, asked: str) -> None:
 
 def choose_batch(chosen: Chosen, most: int) -> int:
     """Plans that can be made in one call without a change of any bit."""
-    backend = chosen.described["backend"]
-    if most == 1 or (backend not in ("eager", "compile") and rows_are_independent(chosen.planner, most)):
+    backend, score = chosen.described["backend"], chosen.chunking.score
+    alone = backend in ("eager", "compile") or getattr(score, "weak", None) is not None  # which plans by eager
+    if most == 1 or (not alone and rows_are_independent(chosen.planner, most)):
         return most
     console.print(
         f"each request is planned by itself: with {backend}, last digits depend on how many are planned together",
@@ -156,6 +161,8 @@ def choose_exported(options: Serve, loaded: ExportedPolicy, runtime: RuntimeName
     described = {
         "sampling": config.sampling,
         "backend": "openvino" if runtime == "openvino" else "onnx",
+        "precision": options.precision,
+        "threads": available_cores(),
         "angles": {},
         "environment": None,
         "control_rate": config.control_rate,
@@ -193,6 +200,19 @@ def choose_key(options: Serve) -> str | None:
     if key is not None and len(key) < SHORTEST_KEY:
         console.print(f"a key of {len(key)} characters can be guessed; take at least {SHORTEST_KEY}", soft_wrap=True)
     return key
+
+
+def allow_connections() -> int:
+    """Clients that this process may have at once, with as many open files as the system lets it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 500
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 2**20 if files == resource.RLIM_INFINITY else max(1, files // 2)  # the rest for those that are not let in
 
 
 def choose_tls(options: Serve) -> ssl.SSLContext | None:

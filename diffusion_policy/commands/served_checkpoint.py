@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from diffusion_policy.checkpoints.checkpoint import Checkpoint
+from diffusion_policy.commands.episodes import planning_threads
 from diffusion_policy.commands.joining import choose_backend, choose_chunking
 from diffusion_policy.commands.options.serve import Serve
 from diffusion_policy.config import ConfigError
@@ -26,6 +29,8 @@ def choose_planner(
     chunking = choose_chunking(options.chunking, policy, sampling)
     asked = choose_backend(options.backend, chunking)
     backend = resolve_backend(policy, sampling, asked, max(sizes))
+    if backend == "eager":  # as `evaluate` plans, on which last digits depend
+        torch.set_num_threads(planning_threads(policy))
     if backend in RUNTIMES or backend == "graph":
         graphs = sizes if backend in RUNTIMES else [max(sizes)]
         planner: Planner = CallsOfSizes(
@@ -36,6 +41,8 @@ def choose_planner(
     described = {
         "sampling": sampling,
         "backend": backend,
+        "precision": options.precision,
+        "threads": torch.get_num_threads(),
         "angles": {key: tuple(columns) for key, columns in policy.shapes.angles.items()},
         "environment": loaded.environment.id,
         "control_rate": None,

@@ -18,6 +18,7 @@ from diffusion_policy.basics.streams import derive_rng
 from diffusion_policy.control.chunking import Chunking, Handover
 from diffusion_policy.control.planner import Planner, Steering
 
+NOT_FINITE = FloatingPointError("the policy planned NaN or infinity; it is not trained, or its training diverged")
 QUEUED = 1024
 """Requests that wait at most, of all robots."""
 
@@ -128,6 +129,10 @@ class Answer(NamedTuple):
     """Requests in that call."""
 
 
+class Stopping(Exception):
+    """The server ends before the request was planned."""
+
+
 class _Waiting(NamedTuple):
     job: Job
     deadline: float | None
@@ -170,8 +175,9 @@ class Batcher:
         return await answer
 
     async def run(self) -> None:
-        """Plan for ever; to be cancelled."""
+        """Plan for ever; to be cancelled. Whoever waits then is told that the server stops."""
         loop = asyncio.get_running_loop()
+        batch: list[_Waiting] = []
         try:
             while True:
                 await self._arrived.wait()
@@ -189,9 +195,13 @@ class Batcher:
                 else:
                     milliseconds = 1000 * (time.perf_counter() - started)
                     for one, plan in zip(batch, plans, strict=True):
-                        _give(one, Answer(plan, milliseconds, len(batch)))
+                        finite = np.isfinite(plan).all()
+                        _give(one, Answer(plan, milliseconds, len(batch)) if finite else NOT_FINITE)
                 self._running = 0
         finally:
+            for one in (*batch, *self._waiting):
+                _give(one, Stopping("the server stops"))
+            self._waiting.clear()
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _wait_for_others(self) -> None:
@@ -212,7 +222,8 @@ class Batcher:
             started = time.perf_counter()
             try:
                 (plan,) = await asyncio.get_running_loop().run_in_executor(self._thread, self._compute, [one.job])
-                _give(one, Answer(plan, 1000 * (time.perf_counter() - started), 1))
+                took = 1000 * (time.perf_counter() - started)
+                _give(one, Answer(plan, took, 1) if np.isfinite(plan).all() else NOT_FINITE)
             except Exception as own:
                 _give(one, own)
 

@@ -5,7 +5,9 @@ of a server that never failed.
 """
 
 import contextlib
+import socket
 import ssl
+import struct
 import threading
 import time
 import warnings
@@ -190,16 +192,22 @@ class RemotePolicy:
                 raise
             except ssl.SSLCertVerificationError as error:
                 raise Refused(f"{self.url} is not trusted: {error.verify_message}") from error
-            served = read_description(connection.recv(timeout=self._deadline))
-            before = getattr(self, "served", served)
-            if served != before:
+            try:
+                timeout = struct.pack("ll", int(self._deadline), int(1e6 * (self._deadline % 1)))
+                connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+                served = read_description(connection.recv(timeout=self._deadline))
+                if served != getattr(self, "served", served):
+                    raise Refused(f"{self.url} serves another policy now than before")
+            except BaseException:
                 stack.close()
-                raise Refused(f"{self.url} serves another policy now than before")
+                raise
             link = self._threads.link = _Link(connection, served, stack)
         return link
 
     def _ask(self, frame: bytes) -> dict[str, Any]:
-        connection = self._link().connection
+        connection, served, _ = self._link()
+        if len(frame) > served.max_frame_bytes:
+            raise Refused(f"{self.url} takes requests of {served.max_frame_bytes} bytes; this one has {len(frame)}")
         connection.send(frame)
         answer = connection.recv(timeout=self._deadline)
         if isinstance(answer, bytes):

@@ -7,7 +7,9 @@ describes the policy. Then one request and one answer at a time. An array is a m
 A frame may be a stranger's: it is read within bounds, and only numbers become arrays; nothing is unpickled.
 """
 
+import itertools
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from diffusion_policy.config import (
     BackendName,
     ChunkingConfig,
     ConfigError,
+    PlanningPrecision,
     SampleConfig,
     decode,
     require_at_least,
@@ -33,6 +36,8 @@ OPTIONS = ("session", "reset", "seed", "deadline_ms", "previous", "consumed", "s
 PLANNING = ("observations", "noise", "steering", "deadline_ms")
 """Keys of a request that brings its own noise: a planner's, see `control.planner.Planner.sample`."""
 MAX_NESTING = 6
+MAX_LENGTH, MAX_CONTAINERS = 1024, 1000
+"""Items of a list or map, and lists and maps in a frame; numbers come as arrays."""
 MAX_AXES = 8
 MAX_TEXT = 10_000
 """Characters of a text, in a frame or as an error."""
@@ -57,14 +62,30 @@ def pack(message: Mapping[str, Any]) -> bytes:
 
 def unpack(frame: bytes) -> dict[str, Any]:
     """The map in a frame, its arrays read-only views of it. Raises ProtocolError for anything else."""
-    bounds = {f"max_{kind}_len": len(frame) for kind in ("str", "bin", "array", "map")}
+    bounds = {
+        "max_str_len": len(frame),
+        "max_bin_len": len(frame),
+        "max_array_len": MAX_LENGTH,
+        "max_map_len": MAX_LENGTH,
+    }
+    containers = itertools.count(1)
+
+    def count(found: Any) -> Any:
+        if next(containers) > MAX_CONTAINERS:
+            raise ProtocolError(f"a frame has more than {MAX_CONTAINERS} lists and maps")
+        return found
+
+    hooks = {"object_hook": count, "list_hook": count}
     try:
-        found = msgpack.unpackb(frame, raw=False, strict_map_key=False, max_ext_len=0, **bounds)
+        found = msgpack.unpackb(frame, raw=False, strict_map_key=False, max_ext_len=0, **bounds, **hooks)
     except ProtocolError:
         raise
     except Exception as error:  # msgpack has many kinds, some without a message
         raise ProtocolError(f"a frame must hold msgpack: {str(error) or type(error).__name__:.100}") from error
-    found = _read(found, MAX_NESTING)
+    try:
+        found = _read(found, MAX_NESTING)
+    except (ValueError, OverflowError) as error:  # of NumPy; ours are ValueErrors too
+        raise ProtocolError(str(error)) from error
     if not isinstance(found, dict):
         raise ProtocolError(f"a frame must hold a map; got {type(found).__name__}")
     return found
@@ -110,14 +131,10 @@ def _read_array(value: Mapping[Any, Any]) -> np.ndarray:
 
 
 def _read_dtype(name: Any) -> np.dtype:
-    """Booleans, whole numbers and floats alone; a short name, so that nothing long is parsed."""
-    try:
-        dtype = np.dtype(name) if isinstance(name, str) and len(name) <= 3 else None
-    except TypeError:
-        dtype = None
-    if dtype is None or dtype.kind not in "biuf":
+    """Booleans, whole numbers and floats of up to 8 bytes."""
+    if not isinstance(name, str) or not re.fullmatch(r"[<>|=]?([iu][1248]|f[248])|[|]?b1", name):
         raise ProtocolError(f"arrays hold booleans, whole numbers or floats, such as <f4; got {name!r:.60}")
-    return dtype
+    return np.dtype(name)
 
 
 def _read_scalar(value: Mapping[Any, Any]) -> np.generic:
@@ -150,6 +167,9 @@ class Served:
     chunking: ChunkingConfig
     """How a session's plan follows the `previous` one."""
     backend: BackendName
+    precision: PlanningPrecision
+    threads: int
+    """That plan, on which last digits can depend."""
     angles: dict[str, tuple[int, ...]]
     """Columns that are angles [rad], of observations and of `action`; no client normalizes anything."""
     environment: str | None

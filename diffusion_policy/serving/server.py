@@ -20,18 +20,19 @@ from typing import Any
 import numpy as np
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.datastructures import Headers
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, ConnectionClosedError
 from websockets.http11 import Request, Response
 
 from diffusion_policy.basics.text import one_line
 from diffusion_policy.control.chunking import Chunking
 from diffusion_policy.control.planner import Planner
-from diffusion_policy.serving.batching import Batcher, Busy, Late
+from diffusion_policy.serving.batching import Batcher, Busy, Late, Stopping
 from diffusion_policy.serving.protocol import MAX_TEXT, Fault, ProtocolError, Served, describe, pack, unpack
 from diffusion_policy.serving.sessions import Session, Sessions, read_planning
 
 log = logging.getLogger(__name__)
 
+WORDS: dict[type[Exception], Fault] = {Busy: "busy", Late: "late", Stopping: "stopping"}
 RECENT = 10_000
 """Requests that the quantiles of the metrics are taken from."""
 PING = 20.0
@@ -143,21 +144,33 @@ class PolicyServer:
                 close_timeout=2,
                 ssl=options.tls,
                 server_header=None,
-                logger=_quiet(),
+                logger=quiet(),
             ) as server:
                 self.port = server.sockets[0].getsockname()[1]
                 ready()
                 await stop.wait()
                 self._draining = True
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(DRAIN):
-                        while self._busy:
-                            await asyncio.sleep(0.01)
+                await self._until_answered(DRAIN)
+                planning.cancel()  # whoever waits still is told
+                await self._until_answered(1)
         finally:
             planning.cancel()
 
+    async def _until_answered(self, seconds: float) -> None:
+        """Wait so long at most for the answers to what has come."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._busy:
+                    await asyncio.sleep(0.01)
+
     def _before_upgrade(self, connection: ServerConnection, request: Request) -> Response | None:
         """Answers what operators ask, and refuses whoever does not know the key, before anything else is done."""
+        try:
+            return self._answer_http(request)
+        except ValueError:  # two headers where one may be, say
+            return _say(http.HTTPStatus.BAD_REQUEST, "this is no request\n")
+
+    def _answer_http(self, request: Request) -> Response | None:
         path = request.path.partition("?")[0]
         if path == "/healthz":
             return _say(http.HTTPStatus.OK, "OK\n")
@@ -196,7 +209,7 @@ class PolicyServer:
                 started = time.perf_counter()
                 self._busy += 1
                 try:
-                    answer, kind = await self._answer(frame, session, before)
+                    answer, kind = await self._answer_while_there(connection, frame, session, before)
                     await connection.send(answer)
                 finally:
                     self._busy -= 1
@@ -211,6 +224,21 @@ class PolicyServer:
             pass  # of its own will, by its silence, or by a frame that is too large
         finally:
             self.metrics.connections -= 1
+
+    async def _answer_while_there(
+        self, connection: ServerConnection, frame: bytes | str, session: Session, before: float | None
+    ) -> tuple[bytes | str, str]:
+        """As `_answer`, given up when the client goes. Raises ConnectionClosed then."""
+        answering = asyncio.create_task(self._answer(frame, session, before))
+        gone = asyncio.create_task(connection.wait_closed())
+        try:
+            await asyncio.wait({answering, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done():
+                raise ConnectionClosedError(None, None)
+            return answering.result()
+        finally:
+            answering.cancel()
+            gone.cancel()
 
     async def _answer(self, frame: bytes | str, session: Session, before: float | None) -> tuple[bytes | str, str]:
         """What a frame is answered, and what kind of answer that is. `before`: what the request before took [s]."""
@@ -238,9 +266,12 @@ class PolicyServer:
             return pack({"actions": plans[0] if one else plans, "server_timing": timing}), "ok"
         except ProtocolError as error:
             fault, said = "invalid", error
-        except (Busy, Late) as error:
+        except (Busy, Late, Stopping) as error:
             undo()
-            fault, said = ("busy" if isinstance(error, Busy) else "late"), error
+            fault, said = WORDS[type(error)], error
+        except asyncio.CancelledError:  # the client is gone; it may come back, and ask again
+            undo()
+            raise
         except Exception as error:
             undo()
             log.warning("planning failed", exc_info=True)
@@ -268,7 +299,7 @@ def _say(status: http.HTTPStatus, text: str) -> Response:
     return Response(status.value, status.phrase, headers, text.encode())
 
 
-def _quiet() -> logging.Logger:
+def quiet() -> logging.Logger:
     """What the library would say of each stranger that speaks no WebSocket."""
     quiet = logging.getLogger("diffusion_policy.connections")
     quiet.setLevel(logging.CRITICAL)

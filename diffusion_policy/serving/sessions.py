@@ -16,14 +16,18 @@ from diffusion_policy.config import MAX_PLANS, ConfigError
 from diffusion_policy.control.chunking import Chunking, Handover
 from diffusion_policy.control.controller import require_horizons
 from diffusion_policy.control.planner import Planner, Steering, planning_rng
-from diffusion_policy.serving.batching import Job
+from diffusion_policy.serving.batching import Busy, Job
 from diffusion_policy.serving.protocol import OPTIONS, PLANNING, ProtocolError, Served
 
 MOST_ROWS = 1024
 """Observations in one planner's request."""
 MOST_NUMBERS = 2**24
 """Of noise in one request: 64 MB."""
+MOST_SEQUENCES = 4096
+"""Sampled for one request, of all its observations."""
 MOST_NAME = 100
+IN_USE = 60.0
+"""How long after its last request a session is not dropped for a new one [s]."""
 
 
 class Session:
@@ -32,6 +36,7 @@ class Session:
     def __init__(self, served: Served, seed: int = 0) -> None:
         self._served = served
         self.used = time.monotonic()
+        self._asked = 0  # requests
         self.reset(seed)
 
     def reset(self, seed: int) -> None:
@@ -39,23 +44,27 @@ class Session:
         self._seed, self._plans = seed, 0
         self._history: dict[str, np.ndarray] = {}
 
-    def mark(self) -> tuple[Any, ...]:
-        """How it is now, for `go_back`."""
-        return self._seed, self._plans, dict(self._history)
+    def undoing(self) -> Callable[[], None]:
+        """What, called later, has it be as it is now, unless another request has come since but one."""
+        before, asked = (self._seed, self._plans, dict(self._history)), self._asked
 
-    def go_back(self, mark: tuple[Any, ...]) -> None:
-        """Be as it was: what a request that got no plan has told is forgotten, so that it can be sent again."""
-        self._seed, self._plans, self._history = mark
+        def undo() -> None:
+            if self._asked == asked + 1:
+                self._seed, self._plans, self._history = before
+                self._asked = -1  # so that it is undone once
+
+        return undo
 
     def observe(self, observations: Mapping[str, np.ndarray]) -> None:
         """Take steps, {key: (steps, ...)}, into the history of {key: (To, ...)}; before the first stands that."""
         horizon = self._served.observation_horizon
         for key, rows in observations.items():
             before = self._history.get(key, np.repeat(rows[:1], horizon, axis=0))
-            self._history[key] = np.concatenate([before, rows])[-horizon:]
+            self._history[key] = np.concatenate([before, rows[-horizon:]])[-horizon:].copy()
 
     def ask(self, samples: int, handover: Handover | None) -> Job:
         """What the next plan is made of."""
+        self._asked += 1
         rng = planning_rng(self._seed, 0, self._plans)
         noise = rng.standard_normal((1, samples, *self._served.noise_shape), np.float32)
         if handover is not None:
@@ -94,12 +103,12 @@ class Sessions:
         """What a robot's request asks for. `own`: the connection's session, for a request that names none. Raises
         ProtocolError."""
         served, options = self._served, {name: request[name] for name in OPTIONS if name in request}
-        unknown = sorted(set(request) - set(OPTIONS) - set(served.observation_shapes) - {"prompt"})
         steps = {key: _steps(request, key, shape) for key, shape in served.observation_shapes.items()}
         if len({len(rows) for rows in steps.values()}) > 1:
             raise ProtocolError(f"all observations need as many steps; got { {k: len(v) for k, v in steps.items()} }")
-        if unknown and not set(served.observation_shapes) <= set(request):
-            raise ProtocolError(f"nothing is called {unknown[0]!r:.60}")
+        for name in ("reset", "observe"):
+            if not isinstance(options.get(name), bool | np.bool_ | None):
+                raise ProtocolError(f"{name} must be true or false; got {options[name]!r:.60}")
         seed = _whole(options, "seed", 0, MOST_SEED)
         samples = _whole(options, "samples", 1, MAX_PLANS)
         handover = self._read_handover(options)
@@ -108,29 +117,32 @@ class Sessions:
         if samples is not None and samples * math.prod(served.noise_shape) > MOST_NUMBERS:
             raise ProtocolError(f"{samples} samples take more than {MOST_NUMBERS} numbers of noise")
         session = self._find(options, own)  # what is wrong with a request leaves its session as it was
-        session.used, mark = time.monotonic(), session.mark()
+        session.used, undo = time.monotonic(), session.undoing()
         if options.get("reset") or seed is not None:
             session.reset(seed or 0)
         session.observe(steps)
         if options.get("observe"):
             return Asked(None, len(next(iter(steps.values()), ())), lambda: None)
         job = session.ask(samples or (self._chunking.samples if handover is not None else 1), handover)
-        return Asked(job, 0, lambda: session.go_back(mark))
+        return Asked(job, 0, undo)
 
     def _find(self, options: Mapping[str, Any], own: Session) -> Session:
+        self.forget_idle()
         name = options.get("session")
         if name is None:
             return own
         if not isinstance(name, str) or not 1 <= len(name) <= MOST_NAME:
             raise ProtocolError(f"session must be a name of at most {MOST_NAME} characters; got {name!r:.60}")
-        self.forget_idle()
         if name not in self._named:
             if not options.get("reset"):
                 raise ProtocolError(
                     f"unknown session {name!r}: begin it with reset; sessions are forgotten {self._idle:g} s after "
                     "their last request, and when the server ends"
                 )
-            while len(self._named) >= self._most:
+            if len(self._named) >= self._most:
+                oldest = next(iter(self._named.values()))
+                if time.monotonic() - oldest.used < IN_USE:
+                    raise Busy(f"{self._most} sessions are in use already")
                 self._named.popitem(last=False)
             self._named[name] = Session(self._served)
         self._named.move_to_end(name)
@@ -180,6 +192,8 @@ def read_planning(request: Mapping[str, Any], served: Served) -> Job:
     whole = noise.ndim == 2 + len(served.noise_shape) and noise.shape[2:] == served.noise_shape
     if not whole or not 1 <= len(noise) <= MOST_ROWS or not 1 <= noise.shape[1] <= MAX_PLANS:
         raise ProtocolError(f"noise must be (B, N, {', '.join(map(str, served.noise_shape))}); got {noise.shape}")
+    if len(noise) * noise.shape[1] > MOST_SEQUENCES:
+        raise ProtocolError(f"at most {MOST_SEQUENCES} sequences are sampled for a request; got {noise.shape[:2]}")
     if noise.size > MOST_NUMBERS:
         raise ProtocolError(f"noise has at most {MOST_NUMBERS} numbers; got {noise.size}")
     observations = request.get("observations")
@@ -188,11 +202,12 @@ def read_planning(request: Mapping[str, Any], served: Served) -> Job:
     shapes = {key: (len(noise), served.observation_horizon, *one) for key, one in served.observation_shapes.items()}
     if set(observations) != set(shapes):
         raise ProtocolError(f"the policy observes {', '.join(shapes)}; got {', '.join(map(str, observations)):.200}")
-    found = {key: _numbers(observations[key], key).astype(np.float64) for key in shapes}
+    found = {key: _numbers(observations[key], key) for key in shapes}
     for key, shape in shapes.items():
         if found[key].shape != shape:
             raise ProtocolError(f"the observation {key} must have the shape {shape}; got {found[key].shape}")
-    return Job(found, noise.astype(np.float32), _read_steering(request.get("steering"), len(noise), served))
+    noise = _numbers(noise, "noise", np.float32)
+    return Job(found, noise, _read_steering(request.get("steering"), len(noise), served))
 
 
 def _read_steering(asked: Any, rows: int, served: Served) -> Steering | None:
@@ -201,6 +216,8 @@ def _read_steering(asked: Any, rows: int, served: Served) -> Steering | None:
     if not isinstance(asked, dict) or set(asked) != set(Steering._fields):
         raise ProtocolError(f"steering has {', '.join(Steering._fields)}")
     actions, weights = (_numbers(asked[name], name, finite=False) for name in ("actions", "weights"))
+    if np.isinf(actions).any() or not np.isfinite(weights).all():
+        raise ProtocolError("steering holds infinity, or weights that are none")
     if actions.shape != (rows, served.steps, *served.action_shape) or weights.shape != actions.shape[:2]:
         raise ProtocolError(
             f"steering must be actions ({rows}, {served.steps}, {served.action_shape[0]}) and weights "
@@ -214,14 +231,14 @@ def _read_steering(asked: Any, rows: int, served: Served) -> Steering | None:
     for name, number in (("strength", 1.0 if strength is None else strength), ("deviation", deviation)):
         if not isinstance(number, int | float) or not 0 < number < math.inf:
             raise ProtocolError(f"{name} must be above 0; got {number!r:.60}")
-    return Steering(actions.astype(np.float64), weights.astype(np.float64), strength, deviation)
+    return Steering(actions, weights, strength, deviation)
 
 
 def _steps(request: Mapping[str, Any], key: str, shape: tuple[int, ...]) -> np.ndarray:
     """Steps of an observation (steps, ...), of one step (...) or several."""
     if key not in request:
         raise ProtocolError(f"the policy observes {key}; got {', '.join(map(str, request)) or 'nothing':.200}")
-    rows = _numbers(request[key], key).astype(np.float64)
+    rows = _numbers(request[key], key)
     one = () if shape == (1,) and rows.ndim == 0 else shape
     if rows.shape == one:
         return rows.reshape(1, *shape)
@@ -230,14 +247,17 @@ def _steps(request: Mapping[str, Any], key: str, shape: tuple[int, ...]) -> np.n
     return rows
 
 
-def _numbers(value: Any, name: str, finite: bool = True) -> np.ndarray:
+def _numbers(value: Any, name: str, dtype: Any = np.float64, finite: bool = True) -> np.ndarray:
+    """As an array of this type; raises ProtocolError for what is not finite in it."""
     if isinstance(value, bool | int | float):
         value = np.array(value)
     if not isinstance(value, np.ndarray | np.generic):
         raise ProtocolError(f"{name} must be an array of numbers; got a {type(value).__name__}")
-    if finite and not np.isfinite(value).all():
+    with np.errstate(over="ignore"):
+        array = np.asarray(value).astype(dtype, copy=False)
+    if finite and not np.isfinite(array).all():
         raise ProtocolError(f"{name} holds NaN or infinity")
-    return np.asarray(value)
+    return array
 
 
 def _whole(options: Mapping[str, Any], name: str, least: int, most: int) -> int | None:

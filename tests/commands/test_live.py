@@ -173,7 +173,9 @@ def test_settings_change_while_it_runs(start, settings: dict, found: dict) -> No
         ({"do": "drive", "who": "nobody"}, "who drives is policy or person"),
         ({"do": "mouse", "down": True, "x": 9, "y": 0}, "a place in the picture is x and y"),
         ({"do": "mouse", "down": True, "x": None, "y": 0}, "a place in the picture is x and y"),
-        ({"do": "mouse", "down": True, "x": "left", "y": 0}, "could not convert"),
+        ({"do": "mouse", "down": True, "x": "left", "y": 0}, "a place in the picture is x and y"),
+        ({"do": "mouse", "down": True, "x": [0.5], "y": [0.5]}, "a place in the picture is x and y"),
+        ({"do": "set", "settings": {"guidance": 10**400}}, "too large"),
         ({"do": "record"}, "nothing is recorded without --record"),
         ({"do": "undo"}, "there is no episode to undo"),
     ],
@@ -181,11 +183,13 @@ def test_settings_change_while_it_runs(start, settings: dict, found: dict) -> No
 def test_what_cannot_be_done_is_refused_and_changes_nothing(start, command: dict, message: str) -> None:
     session = start()
     session.advance()
-    before = see(session)
+    before, untouched = see(session), start()
     with pytest.raises(ConfigError, match=re.escape(message)):
         session.obey(command)
     assert see(session) == before
-    session.advance()
+    for one in (session, untouched, untouched):
+        one.advance()
+    np.testing.assert_array_equal(session._actions, untouched._actions)
 
 
 # Teaching
@@ -245,7 +249,36 @@ def test_corrections_are_recorded_with_who_acted_and_can_be_undone(start, tmp_pa
     dp.train(path, tmp_path / "run", steps=10, widths=(8,), level_dim=8, noise_levels=10, device="cpu")
 
 
-def test_another_store_is_not_gone_on_with(start, demonstrations: Path) -> None:
+def test_a_picture_is_drawn_here_when_who_draws_has_ended(
+    loaded: PolicyInEnv, options: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_session, "PAINTERS", 1)
+    session = LiveSession(loaded, options.sampling, options.chunking, fan=0)
+    assert session.look() is None
+    assert session.look() is not None
+    session._painters[0]._process.kill()
+    session._painters[0]._process.join()
+    for _ in range(3):
+        session.advance()
+        assert session.look() is not None
+    assert session.ahead == 0
+    session.close()
+
+
+def test_a_window_that_goes_lets_go_of_the_mouse(start) -> None:
+    session = start()
+    session.obey(place(session, [0.45, -0.2]))
+    session.release()
+    assert not see(session)["held"]
+
+
+def test_another_store_is_not_gone_on_with(start, demonstrations: Path, tmp_path: Path) -> None:
+    with EpisodeStore.create(
+        tmp_path / "other.zarr", {"environment": {"id": "Other-v0", "arguments": {}}}, ("left", "right")
+    ):
+        pass
+    with pytest.raises(ConfigError, match="holds episodes of another environment"):
+        start(record=tmp_path / "other.zarr")
     with pytest.raises(ConfigError, match="no column actor, so it is not one that live has made"):
         start(record=demonstrations)
 

@@ -19,7 +19,9 @@ import pytest
 import diffusion_policy as dp
 from diffusion_policy.cli import main, parse
 from diffusion_policy.commands.capacity import Call, count_servers, read_rate
+from diffusion_policy.commands.episodes import make_group_planner, sharing_cores
 from diffusion_policy.commands.serve import choose, choose_key, choose_tls
+from diffusion_policy.config import SampleConfig
 from diffusion_policy.serving.client import Refused
 
 SAMPLING = ("--sampling-steps", "3")
@@ -125,6 +127,21 @@ def test_a_server_killed_in_the_middle_changes_nothing(
     assert "no plan from ws://" in capsys.readouterr().err
 
 
+def test_a_server_plans_to_the_bit_as_rollouts_do_at_the_sizes_that_users_have(serve, tmp_path: Path) -> None:
+    """Last digits depend on threads and rows, more so in wider networks."""
+    dp.collect(tmp_path / "d.zarr", env_kwargs={"rows": 1}, episodes=3, workers=1)
+    dp.train(tmp_path / "d.zarr", tmp_path / "r", steps=1, widths=(32, 64, 128), device="cpu")
+    process = serve(tmp_path / "r", "--port", "0", "--backend", "eager", *SAMPLING)
+    remote, policy = dp.connect(process.url), dp.load(tmp_path / "r", device="cpu").policy
+    local = make_group_planner(policy, SampleConfig(sampling_steps=3), "eager", 25)
+    rng = np.random.default_rng(0)
+    for rows in (1, 2, 13):
+        observations = {key: rng.uniform(0, 1, (rows, 2, *shape)) for key, shape in remote.observation_shapes.items()}
+        noise = rng.standard_normal((rows, 1, *remote.noise_shape), np.float32)
+        with sharing_cores(policy):
+            np.testing.assert_array_equal(remote.sample(observations, noise), local.sample(observations, noise))
+
+
 def test_rollouts_and_robots_ask_a_server(
     server, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,9 +167,10 @@ def test_rollouts_and_robots_ask_a_server(
 def test_python_asks_a_server(server, run: Path) -> None:
     far = dp.connect(server.url).controller(seed=4, delay_steps=2, chunking="rtc")
     near = dp.load(run, device="cpu").controller(seed=4, delay_steps=2, chunking="rtc", sampling_steps=3)
-    for i in range(12):
-        observation = {key: np.array([0.5, 0.01 * i]) for key in ("desired_xy", "actual_xy")}
-        np.testing.assert_array_equal(far.act(observation), near.act(observation))
+    with sharing_cores(dp.load(run, device="cpu").policy):
+        for i in range(12):
+            observation = {key: np.array([0.5, 0.01 * i]) for key in ("desired_xy", "actual_xy")}
+            np.testing.assert_array_equal(far.act(observation), near.act(observation))
     with pytest.raises(ValueError, match="the server samples as it was told; eta is an option of serve"):
         dp.connect(server.url).controller(eta=0.5)
 

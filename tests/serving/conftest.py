@@ -160,6 +160,8 @@ def served() -> Served:
         sampling=SampleConfig(sampling_steps=3),
         chunking=ChunkingConfig(),
         backend="onnx",
+        precision="fp32",
+        threads=2,
         angles={"action": (1,)},
         environment="Here-v0",
         control_rate=10.0,

@@ -175,6 +175,8 @@ def test_seeds_and_samples(start) -> None:
         ({"seed": 1.5}, "seed must be a whole number from 0"),
         ({"samples": 0}, "samples must be a whole number from 1 to"),
         ({"samples": 1024 * 1024}, "samples must be a whole number from 1 to"),
+        ({"observe": np.array([1, 0])}, "observe must be true or false"),
+        ({"reset": "yes"}, "reset must be true or false"),
         ({"deadline_ms": 0}, "deadline_ms must be above 0"),
         ({"deadline_ms": "soon"}, "deadline_ms must be above 0"),
         ({"session": "other"}, "unknown session 'other': begin it with reset"),
@@ -231,15 +233,16 @@ def test_a_named_session_goes_on_over_another_connection(start) -> None:
     np.testing.assert_array_equal(parts, whole)
 
 
-def test_sessions_are_forgotten_when_they_are_silent_or_too_many(start) -> None:
+def test_sessions_are_forgotten_when_they_are_silent_and_those_in_use_are_kept(start) -> None:
     server = start(sessions=2, idle=0.3)
     with robot(server.url) as client:
-        for name in ("a", "b", "c"):
+        for name in ("a", "b"):
             client.ask(**observe(), session=name, reset=True)
-        assert "unknown session 'a'" in client.ask(**observe(), session="a")
-        assert client.ask(**observe(), session="b")["actions"].shape == (6, 2)
+        assert client.ask(**observe(), session="c", reset=True) == "busy: 2 sessions are in use already"
+        assert client.ask(**observe(), session="a")["actions"].shape == (6, 2)
         time.sleep(0.4)
-        assert "unknown session 'b'" in client.ask(**observe(), session="b")
+        assert "unknown session 'a'" in client.ask(**observe(), session="a")
+        assert client.ask(**observe(), session="c", reset=True)["actions"].shape == (6, 2)
 
 
 def test_a_request_that_got_no_plan_can_be_sent_again(start, arithmetic) -> None:
@@ -258,6 +261,52 @@ def test_a_request_that_got_no_plan_can_be_sent_again(start, arithmetic) -> None
             assert late.result().startswith("late: ")
             busy.result()
         np.testing.assert_array_equal(client.ask(**steps[1])["actions"], expected[1])
+
+
+def test_a_request_whose_client_has_gone_is_not_planned_for_and_leaves_its_session_as_it_was(start, arithmetic) -> None:
+    steps = [observe() for _ in range(2)]
+    server = start(max_batch=1)
+    with robot(server.url) as client:
+        expected = [client.ask(**step, session="x", reset=i == 0)["actions"] for i, step in enumerate(steps)]
+    arithmetic.calls.clear()
+    with robot(server.url) as busy:
+        client = Robot(server.url)
+        assert np.array_equal(client.ask(**steps[0], session="y", reset=True)["actions"], expected[0])
+        arithmetic.may_go.clear()
+        with ThreadPoolExecutor(1) as threads:
+            first = threads.submit(busy.ask, **observe())
+            time.sleep(0.1)
+            client.connection.send(pack({**steps[1], "session": "y"}))
+            time.sleep(0.1)
+            client.close()
+            time.sleep(0.1)
+            arithmetic.may_go.set()
+            first.result()
+        with robot(server.url) as again:
+            np.testing.assert_array_equal(again.ask(**steps[1], session="y")["actions"], expected[1])
+    assert len(arithmetic.calls) == 3
+
+
+def test_a_session_holds_no_more_than_its_last_steps(start) -> None:
+    server = start()
+    with robot(server.url) as client:
+        client.ask(xy=np.zeros((2000, 2)), speed=np.zeros((2000, 1)), session="x", reset=True, observe=True)
+        history = server.server._sessions._named["x"]._history
+        assert [rows.base is None and len(rows) == 2 for rows in history.values()] == [True, True]
+
+
+def test_a_plan_that_is_not_finite_is_no_answer(start, arithmetic) -> None:
+    plain = arithmetic.sample
+
+    def sample(observations, noise, steering=None):
+        plans = plain(observations, noise, steering)
+        plans[observations["xy"][:, -1, 0] > 100] = np.inf
+        return plans
+
+    arithmetic.sample = sample
+    with robot(start().url) as client:
+        assert client.ask(xy=np.full(2, 200.0), speed=np.zeros(1)).startswith("failed: the policy planned NaN")
+        assert client.ask(**observe())["actions"].shape == (6, 2)
 
 
 def test_a_plan_follows_what_a_robot_says_that_it_executes(start) -> None:
@@ -418,6 +467,21 @@ def test_a_server_that_stops_answers_what_has_come(start, arithmetic) -> None:
         client.take()
 
 
+def test_a_server_that_is_told_to_stop_does_not_wait_for_ever(
+    start, arithmetic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusion_policy.serving.server.DRAIN", 0.3)
+    server = start(max_batch=1)
+    clients = [Robot(server.url) for _ in range(3)]
+    arithmetic.may_go.clear()
+    with ThreadPoolExecutor(3) as threads:
+        asked = [threads.submit(client.ask, **observe()) for client in clients]
+        time.sleep(0.2)
+        server.stop()
+        assert [one.result(timeout=5) for one in asked] == ["stopping: the server stops"] * 3
+        arithmetic.may_go.set()
+
+
 def test_a_policy_that_observes_an_option_cannot_be_served(arithmetic, served: Served) -> None:
     shapes = {"session": (1,)}
     with pytest.raises(ValueError, match="observes 'session', which is the name of an option"):
@@ -472,6 +536,8 @@ def test_a_remote_policy_is_a_planner_like_the_one_that_is_served(start, arithme
         ({"observations": 3}, "observations must be a map"),
         ({"steering": 3}, "steering has actions, weights, strength, deviation"),
         ({"surprise": 3}, "got 'surprise'"),
+        ({"noise": np.full((1, 1, 1, 7, 2), 1e300)}, "noise holds NaN or infinity"),
+        ({"noise": np.zeros((5, 1000, 1, 7, 2), bool)}, "at most 4096 sequences are sampled for a request"),
     ],
 )
 def test_a_wrong_planning_request_is_refused(start, change: dict, message: str) -> None:
@@ -531,6 +597,13 @@ def test_a_busy_server_is_asked_again_without_a_word(start, arithmetic) -> None:
         plans = list(threads.map(lambda one: [one.sample(observations, noise) for _ in range(20)], remotes))
     np.testing.assert_array_equal(plans, np.broadcast_to(arithmetic.sample(observations, noise), np.shape(plans)))
     assert said == []
+
+
+def test_a_request_that_the_server_would_not_take_is_not_sent(start, served: Served) -> None:
+    remote = connect(start(served=replace(served, max_frame_bytes=2000)).url)
+    with pytest.raises(Refused, match="takes requests of 2000 bytes; this one has"):
+        remote.sample(rows_of(30), draw(30))
+    assert remote.sample(rows_of(2), draw(2)).shape == (2, 1, 6, 2)
 
 
 def test_another_policy_at_the_same_place_is_refused(start, served: Served) -> None:
