@@ -15,6 +15,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, Self, get_args
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 import torch
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
@@ -276,9 +281,7 @@ def resident_memory() -> int | None:
     with contextlib.suppress(OSError):
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
-    try:
-        import resource
-    except ImportError:
+    if resource is None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -54,8 +54,33 @@ def run(options: Serve) -> None:
         chosen.chunking.require(chosen.planner, 0)
         batch = choose_batch(chosen, options.max_batch)
         time_plans(chosen.planner, 1, 3, chosen.chunking)  # before the first robot asks
+    served = describe(options, chosen, batch)
+    listening = ServerOptions(
+        host=options.host,
+        port=options.port,
+        api_key=key,
+        tls=tls,
+        max_batch=batch,
+        max_wait=options.max_wait_ms / 1000,
+        queued=options.max_queue,
+        connections=min(options.max_connections, allow_connections()),
+        sessions=options.max_sessions,
+        idle=options.session_idle,
+    )
+    server = PolicyServer(chosen.planner, served, chosen.chunking, listening)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would tell of each stranger's connection
+    try:
+        asyncio.run(serve(server, "ws" if tls is None else "wss", options.host))
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL):
+            raise OSError(f"cannot listen on {options.host}:{options.port}: {os.strerror(error.errno)}") from error
+        raise
+
+
+def describe(options: Serve, chosen: Chosen, batch: int) -> Served:
+    """What clients are told first."""
     planner = chosen.planner
-    served = Served(
+    return Served(
         observation_horizon=planner.observation_horizon,
         steps=planner.steps,
         action_horizon=planner.action_horizon,
@@ -69,26 +94,6 @@ def run(options: Serve) -> None:
         max_frame_bytes=int(options.max_frame_mb * 2**20),
         **chosen.described,
     )
-    listening = ServerOptions(
-        host=options.host,
-        port=options.port,
-        api_key=key,
-        tls=tls,
-        max_batch=batch,
-        max_wait=options.max_wait_ms / 1000,
-        queued=options.max_queue,
-        connections=min(options.max_connections, allow_connections()),
-        sessions=options.max_sessions,
-        idle=options.session_idle,
-    )
-    server = PolicyServer(planner, served, chosen.chunking, listening)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would tell of each stranger's connection
-    try:
-        asyncio.run(serve(server, "ws" if tls is None else "wss", options.host))
-    except OSError as error:
-        if error.errno in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL):
-            raise OSError(f"cannot listen on {options.host}:{options.port}: {os.strerror(error.errno)}") from error
-        raise
 
 
 def plan_capacity(options: Serve, asked: str) -> None:

@@ -47,14 +47,19 @@ def require_engine(engine: Engine) -> None:
         raise ValueError("the engine ray is not installed: pip install 'diffusion-policy-toolkit[ray]'")
 
 
+def on_ray() -> Any:
+    """The module that imports ray; it is imported where it is used."""
+    from diffusion_policy.evaluation import ray_engine
+
+    return ray_engine
+
+
 def cluster(engine: Engine, workers: int) -> contextlib.AbstractContextManager[None]:
     """What an engine needs for as long as it is used: a connection to a Ray cluster, or nothing."""
     require_engine(engine)
     if engine == "local":
         return contextlib.nullcontext()
-    from diffusion_policy.evaluation.ray_engine import connect
-
-    return connect(workers)
+    return on_ray().connect(workers)
 
 
 def require_workers(workers: int) -> None:
@@ -75,9 +80,7 @@ def imap(
     require_engine(engine)
     require_workers(workers)
     if engine == "ray":
-        from diffusion_policy.evaluation import ray_engine
-
-        return ray_engine.imap(make_function, items, workers)
+        return on_ray().imap(make_function, items, workers)
     if workers == 1:
         return _in_this_process(make_function, items)
     require_picklable("make_function", make_function)
@@ -171,9 +174,7 @@ def run_isolated(
     require_engine(engine)
     require_workers(workers)
     if engine == "ray":
-        from diffusion_policy.evaluation import ray_engine
-
-        return ray_engine.run_isolated(function, items, workers, gpus)
+        return on_ray().run_isolated(function, items, workers, gpus)
     require_picklable("function", function)
     return _run_isolated(function, items, workers)
 

@@ -20,7 +20,7 @@ import gymnasium
 import numpy as np
 
 from diffusion_policy.basics.text import error_message
-from diffusion_policy.evaluation.engines import HANG_AFTER, Engine, cluster, require_workers
+from diffusion_policy.evaluation.engines import HANG_AFTER, Engine, cluster, on_ray, require_workers
 from diffusion_policy.evaluation.host import EnvFailure, EnvironmentHost, StepsResult
 from diffusion_policy.evaluation.spawned import Spawned, WorkerDied, end_all, reply, require_picklable
 
@@ -239,9 +239,7 @@ class EnvironmentPool:
     def _hire(self) -> "Worker | RayWorker":
         if self._engine == "local":
             return Worker(self._make_env)
-        from diffusion_policy.evaluation.ray_engine import RayWorker
-
-        return RayWorker(partial(Worker, self._make_env))
+        return on_ray().RayWorker(partial(Worker, self._make_env))
 
 
 def require_patience(hang_after: float) -> None:

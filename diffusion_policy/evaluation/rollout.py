@@ -98,9 +98,8 @@ def rollout(
         for part in np.array_split(np.arange(slots), min(slots, GROUPS))
     ]
     workers = min(workers, slots)
-    adjacent = _adjacent(slots, workers, engine)
     with (
-        EnvironmentPool(make_env, workers, hang_after, engine, adjacent=adjacent) as pool,
+        EnvironmentPool(make_env, workers, hang_after, engine, adjacent=_adjacent(slots, workers, engine)) as pool,
         _planning(planning_threads, in_this_process=workers == 1 and engine == "local") as planning,
     ):
         hearers = _Hearers(on_episode, on_lost, on_mode_failure)

@@ -108,7 +108,7 @@ class Trainer:
         `distributed`: the processes that train this model together; `validate`, `roll_out`: what the EMA weights do
         on held-out data, and their success rate, None where it could not be measured. Raises ValueError for batches
         that cannot be divided so often."""
-        self.config = config
+        self.config, self.step = config, 0
         self._distributed = distributed or Distributed()
         self._model, self._source = model, batches
         self._loss, self._draw, self._validate, self._roll_out = loss, draw, validate, roll_out
@@ -135,7 +135,6 @@ class Trainer:
             )
         self._batches = batches.batches(config.batch_size, config.seed, 0, self._distributed.shard)
         self._unreported: list[Tensor] = []  # loss and gradient norm of each step since the last report, (2,)
-        self.step = 0
 
     @classmethod
     def for_policy(
