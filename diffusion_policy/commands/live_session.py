@@ -102,7 +102,7 @@ class LiveSession:
         )
         self._recorded = Counter() if self._store is None else _count_modes(self._store)
         self._held: Demonstration | None = None
-        """The last episode, which can be undone until the next one begins."""
+        """The last episode, which can be undone until the next one has ended."""
         self.running, self.driver, self.recording = True, POLICY, False
         self._hand: np.ndarray | None = None
         """Where the mouse is held, in shares of the picture's width and height; None while no button is pressed."""

@@ -412,6 +412,7 @@ def test_a_person_watches_pauses_steers_and_teaches(page, tmp_path: Path) -> Non
             raise AssertionError(f"never {expression}: {window.evaluate('JSON.stringify(live.state)')}")
 
         wait("live.frames > 5 && live.state.fan.length")
+        assert int(window.input_value("#seed")) >= 100_100
         window.click("#run")
         wait("!live.state.running")
         step = window.evaluate("live.state.step")
