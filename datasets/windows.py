@@ -144,14 +144,19 @@ class Windows:
         """Batches for ever, from the one of step `first_step` on: each pass over the windows in a new order that the
         seed fixes; an incomplete last batch is left out, unless there are fewer windows than `batch_size`. Of each
         batch, the rows of this `shard`."""
-        batch_size = min(batch_size, len(self))
-        first, stop = shard.of(batch_size)
-        number, done = divmod(first_step, len(self) // batch_size)
-        while True:
-            order = derive_rng("order of windows", seed, number).permutation(len(self))
-            for start in range(done * batch_size, len(self) - batch_size + 1, batch_size):
-                yield self.gather(order[start + first : start + stop])
-            number, done = number + 1, 0
+        yield from map(self.gather, orders(len(self), batch_size, seed, first_step, shard))
+
+
+def orders(count: int, batch_size: int, seed: int, first_step: int = 0, shard: Shard = WHOLE) -> Iterator[np.ndarray]:
+    """Indices of batches of `count` rows, for ever; see `Windows.batches`."""
+    batch_size = min(batch_size, count)
+    first, stop = shard.of(batch_size)
+    number, done = divmod(first_step, count // batch_size)
+    while True:
+        order = derive_rng("order of windows", seed, number).permutation(count)
+        for start in range(done * batch_size, count - batch_size + 1, batch_size):
+            yield order[start + first : start + stop]
+        number, done = number + 1, 0
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

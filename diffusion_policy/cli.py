@@ -33,7 +33,7 @@ from diffusion_policy.commands.options.serve import Serve
 from diffusion_policy.commands.options.study import Study
 from diffusion_policy.commands.options.sweep import OF_A_TRAINING, Sweep
 from diffusion_policy.commands.options.toy import Toy
-from diffusion_policy.commands.options.train import Train, read_options, to_fields
+from diffusion_policy.commands.options.train import Train, fields_of_teacher, read_options, to_fields
 from diffusion_policy.commands.terminal import console, open_standard_streams, out
 from diffusion_policy.config import ConfigError
 
@@ -140,8 +140,8 @@ def _one_line(box: str) -> str:
 
 
 def _defaults_from_files(arguments: Sequence[str]) -> dict[str, Command]:
-    """{verb: its options} as the file of `train --resume RUN`, `train --config FILE` or `sweep --config FILE` says
-    them, so that the other flags override them; nothing without."""
+    """{verb: its options} as the file of `train --resume RUN`, `train --config FILE`, `train --teacher RUN` or the same
+    of `sweep` says them, so that the other flags override them; nothing without."""
     verb = arguments[0] if arguments else ""
     values = _values_of_flags(arguments)
     if verb == "train" and "--resume" in values:
@@ -149,10 +149,11 @@ def _defaults_from_files(arguments: Sequence[str]) -> dict[str, Command]:
             raise ConfigError("--resume takes the options of the run itself, so --config cannot be given too")
         run, trust = Path(values["--resume"]), "--env" in values
         return {verb: Train.to_resume(run, values.get("--dataset"), trust=trust)}
-    if verb not in ("train", "sweep") or "--config" not in values:
+    if verb not in ("train", "sweep") or not values.keys() & {"--config", "--teacher"}:
         return {}
-    path = Path(values["--config"])
-    fields = to_fields(read_options(path), path)
+    path = Path(values["--config"]) if "--config" in values else None
+    fields = fields_of_teacher(Path(values["--teacher"])) if "--teacher" in values else {}
+    fields |= {} if path is None else to_fields(read_options(path), path)
     if verb == "train":
         return {verb: Train(tyro.MISSING, tyro.MISSING, config=path, **fields)}
     fields = {name: value for name, value in fields.items() if name in OF_A_TRAINING}

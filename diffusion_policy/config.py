@@ -20,6 +20,9 @@ from diffusion_policy.basics.names import MOST_CHARACTERS
 # Names of what the registries of the diffusion core hold; written here since those need torch.
 ScheduleName = Literal["cosine", "linear", "sigmoid", "constant", "flow"]
 PredictionName = Literal["noise", "sample", "velocity", "flow"]
+ObjectiveName = Literal["denoising", "regression", "mip", "mixture", "shortcut", "meanflow"]
+StudentName = Literal["pairs", "progressive", "consistency", "shortcut", "meanflow"]
+GuardName = Literal["warn", "stop", "off"]
 SamplerName = Literal[
     "ddim", "ddpm", "ddpm-large", "dpm-solver-1", "dpm-solver-2m", "dpm-solver-sde", "unipc", "euler", "heun"
 ]
@@ -28,7 +31,9 @@ NormalizationName = Literal["limits", "moments", "quantiles"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 PlanningPrecision = Literal["fp32", "bf16"]
 BackendName = Literal["eager", "compile", "graph", "onnx", "openvino", "auto"]
-MetricName = Literal["validation_loss", "action_error", "action_error_best", "success_rate"]
+MetricName = Literal[
+    "validation_loss", "action_error", "action_error_best", "success_rate", "teacher_agreement", "teacher_spread"
+]
 ClipName = Literal["auto", "static", "dynamic", "none"]
 GuidanceScheduleName = Literal["constant", "falling", "rising", "middle"]
 ChunkingName = Literal["receding", "rtc", "trained-rtc", "bid", "ensemble"]
@@ -40,8 +45,10 @@ MAX_RESOLUTIONS = 10
 MAX_WIDTH = 8192
 """Channels, also of the noise level's embedding."""
 MAX_KERNEL_SIZE = 255
+MAX_COMPONENTS = 1024
 MAX_LEVELS = 100_000
 MAX_STEP = 10**12
+MAX_PAIRS = 10**8
 MAX_PLANS = 1024
 """Made for one observation, to choose from."""
 BID_PLANS = 15
@@ -183,7 +190,17 @@ class PolicyConfig:
     its quantiles 0.01 and 0.99 become -1 and 1."""
     condition_on_mode: bool = False
     """Give the demonstration's mode label to the network too, so that the policy can be steered with --mode."""
-    max_delay: int = 0
+    objective: Annotated[ObjectiveName, Group("objective")] = "denoising"
+    """What is learned. denoising: diffusion, in many steps. Without a teacher, in few: shortcut (the average velocity
+    over jumps of 1/2, 1/4, ... of the way) and meanflow (over any jump). To compare with, and without diffusion:
+    regression (least squares, one answer to one observation), mip (two calls, the second corrects the first), mixture
+    (behaviour cloning by a mixture of Gaussians)."""
+    student_steps: int = 0
+    """Sampling steps that a student is trained for; also those by which shortcut and meanflow are sampled where nothing
+    else is asked for. 0 is 1 for these, and any number for denoising without --student."""
+    mixture_components: int = 16
+    """Gaussians of the objective mixture."""
+    max_delay: Annotated[int, Group("policy")] = 0
     """Learn to go on from up to so many actions that are executed while a plan is made, for --chunking trained-rtc; 0
     learns no such thing. At most T - To."""
 
@@ -210,8 +227,66 @@ class PolicyConfig:
         check_choice("schedule", self.schedule, get_args(ScheduleName))
         check_choice("prediction", self.prediction, get_args(PredictionName))
         check_choice("normalization", self.normalization, get_args(NormalizationName))
+        self._check_objective()
         _require(0 <= self.snr_gamma < math.inf, "snr_gamma", "at least 0", self.snr_gamma)
         _require(0 <= self.condition_dropout < 1, "condition_dropout", "from 0 to below 1", self.condition_dropout)
+        require_numbers(self)
+
+    def _check_objective(self) -> None:
+        check_choice("objective", self.objective, get_args(ObjectiveName))
+        require_at_least(self, 0, ("student_steps",))
+        require_at_most(self, MAX_LEVELS, ("student_steps",))
+        require_at_least(self, 1, ("mixture_components",))
+        require_at_most(self, MAX_COMPONENTS, ("mixture_components",))
+        if self.objective != "denoising":
+            for name in ("max_delay", "learn_variance", "snr_gamma"):
+                _require(not getattr(self, name), name, f"0 with the objective {self.objective}", getattr(self, name))
+
+    @property
+    def is_few_step(self) -> bool:
+        """Whether it can be sampled only in the way that it was trained for."""
+        return self.objective != "denoising" or self.student_steps > 0
+
+    def describe_objective(self) -> str:
+        """In words."""
+        return f"the objective {self.objective}" if self.objective != "denoising" else "a student"
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """How a student learns from a trained policy to be sampled in few steps."""
+
+    teacher: str | None = None
+    """Checkpoint of a policy to learn from: its run's folder, or one of its checkpoints. Options of the policy are
+    the teacher's where nothing else is said."""
+    student: StudentName | None = None
+    """How to learn from the teacher, in student-steps. pairs: the sequence that the teacher makes of the same noise,
+    which keeps its modes; progressive: two of its steps in one; consistency: the same end from all levels of one path;
+    shortcut, meanflow: its average velocity over jumps."""
+    teacher_steps: int | None = None
+    """Steps of DDIM by which the teacher is followed (pairs, consistency): a multiple of student-steps. By default 8,
+    or what it was trained for."""
+    teacher_weights: str | None = None
+    """SHA-256 that the file of the teacher's weights must have; a run keeps that of its teacher here."""
+    pairs: int = 150_000
+    """Pairs of noise and the teacher's sequence that are made before the training (pairs)."""
+    pair_noise: float = 0.02
+    """Standard deviation of the noise on the normalized observations of pairs, so that they cover what lies beside the
+    demonstrations."""
+    guard: GuardName = "warn"
+    """What to do where plans of the student spread less than before, in comparison with the teacher's: warn, stop, or
+    nothing (off)."""
+
+    def __post_init__(self) -> None:
+        if self.student is not None:
+            check_choice("student", self.student, get_args(StudentName))
+        check_choice("guard", self.guard, get_args(GuardName))
+        if self.teacher_steps is not None:
+            require_at_least(self, 1, ("teacher_steps",))
+            require_at_most(self, MAX_LEVELS, ("teacher_steps",))
+        require_at_least(self, 1, ("pairs",))
+        require_at_most(self, MAX_PAIRS, ("pairs",))
+        require_at_least(self, 0, ("pair_noise",))
         require_numbers(self)
 
 
@@ -263,6 +338,7 @@ class TrainConfig:
     """Have the network compiled by torch.compile: a minute at the start, then faster on a GPU."""
     seed: int = 0
     """Seed of the weights, the split, the order and the noise."""
+    distillation: Annotated[DistillationConfig, Group("student")] = field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
         require_at_least(
@@ -284,6 +360,8 @@ class TrainConfig:
                     f"keep-best {self.keep_best} is measured by {measured[0]}, which must divide checkpoint-every "
                     f"{every}; got {measured[1]}"
                 )
+            if self.keep_best.startswith("teacher") and self.distillation.teacher is None:
+                raise ConfigError(f"keep-best {self.keep_best} is measured of a student; got no --teacher")
             if self.keep_best != "success_rate" and self.validation_share == 0:
                 raise ConfigError(f"keep-best {self.keep_best} needs held-out episodes; got validation-share 0")
         require_seed(self)
@@ -304,8 +382,8 @@ class SampleConfig:
     """Sampler. Deterministic after their first noise: ddim, dpm-solver-1, dpm-solver-2m, unipc, euler, heun (denoises
     twice a step); with noise at every step: ddpm (the learned variance, else the posterior's), ddpm-large (the forward
     step's variance), dpm-solver-sde."""
-    sampling_steps: int = 16
-    """Denoising steps, at most the policy's noise levels."""
+    sampling_steps: int | None = None
+    """Denoising steps, at most the policy's noise levels; by default 16, or what the policy was trained for."""
     spacing: SpacingName = "trailing"
     """Which noise levels the steps start from: evenly down from the last one (trailing), evenly up from 0 (leading),
     evenly with both ends (even), evenly in log-SNR (log-snr)."""
@@ -336,8 +414,9 @@ class SampleConfig:
             ("guidance_schedule", GuidanceScheduleName),
         ):
             check_choice(name.replace("_", "-"), getattr(self, name), get_args(choices))
-        require_at_least(self, 1, ("sampling_steps",))
-        require_at_most(self, MAX_LEVELS, ("sampling_steps",))
+        if self.sampling_steps is not None:
+            require_at_least(self, 1, ("sampling_steps",))
+            require_at_most(self, MAX_LEVELS, ("sampling_steps",))
         require_at_least(self, 0, ("corrector_steps",))
         require_at_most(self, 1000, ("corrector_steps",))
         if self.corrector_steps and self.sampling_steps == 1:
@@ -347,6 +426,12 @@ class SampleConfig:
         _require(-1 <= self.guidance < math.inf, "guidance", "at least -1", self.guidance)
         _require(0 < self.corrector_size <= 1, "corrector_size", "above 0 and at most 1", self.corrector_size)
         require_numbers(self)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether each step is DDIM's, from levels that are evenly spaced down from the last one."""
+        plain = self.sampler == "ddim" and self.spacing == "trailing"
+        return plain and not self.eta and not self.corrector_steps
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ Knows no simulator and no file.
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -26,8 +27,8 @@ from torch.nn import functional
 from diffusion_policy.config import PolicyConfig, SampleConfig, to_json
 from diffusion_policy.datasets.statistics import Statistics, measure
 from diffusion_policy.diffusion.guidance import CLIPS, GUIDANCE_SCHEDULES, agreeing, classifier_free, inpainted
-from diffusion_policy.diffusion.prediction import PREDICTIONS
-from diffusion_policy.diffusion.process import Diffusion, count_draws
+from diffusion_policy.diffusion.objectives import OBJECTIVES
+from diffusion_policy.diffusion.process import count_draws
 from diffusion_policy.diffusion.samplers import SAMPLERS, Denoise, Levels, Sampler, ddim, ddpm
 from diffusion_policy.diffusion.schedules import make_schedule
 from diffusion_policy.networks import ENCODERS, FOR_FEW_ROWS, NETWORKS
@@ -100,6 +101,8 @@ class DiffusionPolicy(nn.Module):
         )
         self.features: int = sum(encoder.features for encoder in self.encoders)  # pyright: ignore
         """Numbers of a condition that come from observations."""
+        schedule = make_schedule(config.schedule, config.noise_levels, config.schedule_options)
+        self.diffusion = OBJECTIVES[config.objective](schedule, config)
         (target_dim,) = self.normalizer.shapes[self.target.key]
         marks = len(self.modes) or (1 if config.condition_dropout else 0)
         self.cond_dim = self.features + marks
@@ -108,11 +111,10 @@ class DiffusionPolicy(nn.Module):
         self.network = NETWORKS[config.network.kind](
             target_dim + bool(config.max_delay),  # a column that marks what is given
             self.cond_dim,
-            outputs=(2 if config.learn_variance else 1) * target_dim,
+            outputs=self.diffusion.count_outputs(target_dim),
+            level_inputs=self.diffusion.level_inputs,
             **options,
         )
-        schedule = make_schedule(config.schedule, config.noise_levels, config.schedule_options)
-        self.diffusion = Diffusion(schedule, PREDICTIONS[config.prediction], config.snr_gamma, config.learn_variance)
 
     @classmethod
     def for_statistics(
@@ -289,8 +291,8 @@ class DiffusionPolicy(nn.Module):
 
     def resolve_sampling(self, config: SampleConfig) -> tuple[Sampler, list[int]]:
         """The sampler and the levels that these options mean. Raises ValueError for more steps than noise levels, for
-        guidance without condition dropout in training or without a mode to guide to, and for a mode that the policy was
-        not trained on."""
+        guidance without condition dropout in training or without a mode to guide to, for a mode that the policy was
+        not trained on, and for a way to sample that a student or an objective was not trained for."""
         if config.guidance and not self.config.condition_dropout:
             raise ValueError(
                 f"guidance {config.guidance} needs a policy trained with --condition-dropout above 0; "
@@ -303,8 +305,17 @@ class DiffusionPolicy(nn.Module):
             raise ValueError(f"this policy must be told a mode, one of {', '.join(self.modes)}")
         if self.modes and config.mode is None and config.guidance:
             raise ValueError(f"guidance needs a mode to guide to, one of {', '.join(self.modes)}")
-        sampler = find_sampler(config)
-        return sampler, self.diffusion.choose_levels(sampler, config.sampling_steps, config.spacing)
+        sampler = self.diffusion.adapt(find_sampler(config))
+        steps = self.diffusion.choose_steps(sampler, config.sampling_steps)
+        if self.config.is_few_step and not config.is_plain:
+            raise ValueError(
+                f"{self.config.describe_objective()} is sampled by ddim with trailing levels, without eta and corrector"
+            )
+        return sampler, self.diffusion.choose_levels(sampler, steps, config.spacing)
+
+    def complete(self, config: SampleConfig) -> SampleConfig:
+        """The same options with the number of steps that they mean. Raises ValueError where `resolve_sampling` does."""
+        return replace(config, sampling_steps=len(self.resolve_sampling(config)[1]))
 
     def choose_clip(self, config: SampleConfig) -> str:
         """The clipping that these options mean: `auto` cuts off nothing that was demonstrated."""
@@ -347,7 +358,7 @@ class DiffusionPolicy(nn.Module):
     ) -> Tensor:
         """The sampling loop alone: noise (draws, B, T, D) → normalized sequences (B, T, D). No random numbers and no
         synchronisation inside, so it compiles as one graph."""
-        sampler = find_sampler(config)
+        sampler = self.diffusion.adapt(find_sampler(config))
         if self.config.learn_variance and config.sampler == "ddpm":
             shares = self.diffusion.condition(self.network, cond, levels)
             share = self.diffusion.learned_share(giving(shares, given) if self.config.max_delay else shares)

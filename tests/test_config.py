@@ -16,6 +16,7 @@ from diffusion_policy.commands.trials import to_flags, vary
 from diffusion_policy.config import (
     ClipName,
     ConfigError,
+    DistillationConfig,
     GuidanceScheduleName,
     PolicyConfig,
     PredictionName,
@@ -86,7 +87,7 @@ OTHERS: dict[type, dict[str, Any]] = {
         "observation_horizon": 3, "prediction_horizon": 32, "action_horizon": 4, "schedule": "linear",
         "noise_levels": 20, "schedule_options": (0.001, 0.3), "prediction": "velocity", "snr_gamma": 5.0,
         "learn_variance": True, "condition_dropout": 0.2, "normalization": "quantiles", "condition_on_mode": True,
-        "max_delay": 3,
+        "objective": "regression", "student_steps": 2, "mixture_components": 3, "max_delay": 3,
     },
     UnetConfig: {"widths": (16, 32), "kernel_size": 3, "groups": 4, "level_dim": 16},
     TrainConfig: {
@@ -95,6 +96,10 @@ OTHERS: dict[type, dict[str, Any]] = {
         "memory_gb": 0.5, "validate_every": 500, "checkpoint_every": 2000, "keep_checkpoints": 2, "keep_best":
         "action_error_best", "rollout_every": 500, "rollout_episodes": 2, "precision": "bf16", "accumulation": 2,
         "compile": True, "seed": 2**32 - 1,
+    },
+    DistillationConfig: {
+        "teacher": "runs/teacher", "student": "pairs", "teacher_steps": 4, "teacher_weights": "0" * 64, "pairs": 100,
+        "pair_noise": 0.1, "guard": "stop",
     },
     SampleConfig: {
         "sampler": "ddpm", "sampling_steps": 3, "spacing": "even", "eta": 1.0, "clip": "dynamic", "guidance": -1.0,
@@ -123,8 +128,10 @@ def told(**given: Any) -> Train:
         "data.zarr",
         Path("run"),
         **{**RUN, "action": ("a+b",), **given},
-        policy=PolicyConfig(**OTHERS[PolicyConfig], network=UnetConfig(**OTHERS[UnetConfig])),
-        training=TrainConfig(**OTHERS[TrainConfig]),
+        policy=PolicyConfig(
+            **{**OTHERS[PolicyConfig], "objective": "denoising"}, network=UnetConfig(**OTHERS[UnetConfig])
+        ),
+        training=TrainConfig(**OTHERS[TrainConfig], distillation=DistillationConfig(**OTHERS[DistillationConfig])),
     )
 
 
@@ -197,8 +204,12 @@ def test_a_sweep_takes_of_a_file_what_its_trials_share(tmp_path: Path) -> None:
     }
 
 
-def test_the_command_of_a_trial_says_all_that_it_was_told() -> None:
+def test_the_command_of_a_trial_says_all_that_it_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = told()
+    monkeypatch.chdir(tmp_path)
+    teacher = tmp_path / OTHERS[DistillationConfig]["teacher"] / "step-000004"
+    teacher.mkdir(parents=True)
+    (teacher / "config.json").write_text(json.dumps({"policy": {}}))
     again = parse(["train", *to_flags(train)])
     assert again == dataclasses.replace(train, output=Path("run-again"))
     plain = Train("data.zarr", Path("run"))

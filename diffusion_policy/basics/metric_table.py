@@ -149,6 +149,8 @@ _ROWS = (
     MetricInfo("validation_loss", "validation loss", "training", "", True),
     MetricInfo("action_error", "action error", "training", "", True),
     MetricInfo("action_error_best", "best sample", "training", "", True),
+    MetricInfo("teacher_agreement", "as the teacher", "training", "%", False),
+    MetricInfo("teacher_spread", "spread", "training", "", False),
 )
 
 METRICS = {row.name: row for row in _ROWS}

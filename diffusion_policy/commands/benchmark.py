@@ -4,6 +4,7 @@ import copy
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def run(options: Benchmark) -> dict[str, Any]:
     if options.output:
         require_fresh(options.output)
     policy, make_env = choose_policy(options)
-    policy.resolve_sampling(options.sampling)
+    options = replace(options, sampling=policy.complete(options.sampling))
     backends = choose_backends(options, policy)
     results = describe(options, policy)
     with console.status("measuring this machine's limits"):

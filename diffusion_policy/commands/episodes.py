@@ -79,7 +79,8 @@ def require_memory(policy: DiffusionPolicy, sampling: SampleConfig, parallel: in
     needed = rows * draw_bytes(policy, sampling)
     if needed > MOST_NOISE_BYTES:
         raise ConfigError(
-            f"{rows} sequences at once with {sampling.sampling_steps} sampling steps of {sampling.sampler} need "
+            f"{rows} sequences at once with {policy.complete(sampling).sampling_steps} sampling steps of "
+            f"{sampling.sampler} need "
             f"{needed / 2**30:.1f} GB of noise, at most {MOST_NOISE_BYTES / 2**30:g} GB are used; lower "
             "--sampling-steps, --corrector-steps or --parallel"
         )

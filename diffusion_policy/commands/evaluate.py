@@ -71,6 +71,7 @@ def run(options: Evaluate) -> dict[str, Any]:
     waits_for_page(options.output)
     loaded = load_with_environment(options, options.sampling)
     policy = loaded.policy
+    options = dataclasses.replace(options, sampling=policy.complete(options.sampling))
     steps = policy.config.prediction_horizon - policy.config.observation_horizon + 1
     for delay in options.delay_steps:
         require_horizons(steps, action_horizon_of(options, loaded), delay)

@@ -18,7 +18,7 @@ from diffusion_policy.commands.options.evaluate import Evaluate
 from diffusion_policy.commands.options.export import Export
 from diffusion_policy.commands.options.flags import list_types
 from diffusion_policy.commands.options.rollout import Rollout
-from diffusion_policy.commands.options.train import Train
+from diffusion_policy.commands.options.train import Train, fields_of_teacher
 from diffusion_policy.config import BackendName, ChunkingName, PlanningPrecision, SampleConfig, with_options
 from diffusion_policy.control.chunking import Chunking, Roll, split_options
 from diffusion_policy.control.latency import time_plans
@@ -39,7 +39,8 @@ def collect(output: str | Path, **options: Any) -> None:
 def train(dataset: str | Path, output: str | Path, **options: Any) -> None:
     """Train a policy on a dataset, a path or URL, in a new folder; options as `diffusion-policy train --help` shows.
     Raises as `collect`, and FloatingPointError when the loss is no longer finite."""
-    _told(Train(str(dataset), Path(output)), options).run()
+    taught = fields_of_teacher(Path(options["teacher"])) if options.get("teacher") else {}
+    _told(Train(str(dataset), Path(output), **taught), options).run()
 
 
 def evaluate(checkpoint: str | Path, output: str | Path, **options: Any) -> dict[str, Any]:
@@ -89,7 +90,7 @@ class LoadedPolicy:
         samples, as `diffusion-policy rollout --help` says; the others are options of chunking and sampling, such as
         rtc_strength=8 and sampling_steps=8. Raises ConfigError for options that the policy cannot follow."""
         joined, sampling = split_options(chunking, options)
-        config = with_options(SampleConfig(), **sampling)
+        config = self.policy.complete(with_options(SampleConfig(), **sampling))
         if not isinstance(joined, Chunking):
             joined = choose_chunking(joined, self.policy, config, roll)
         backend = choose_backend(backend, joined)

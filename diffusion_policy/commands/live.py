@@ -15,6 +15,7 @@ import secrets
 import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, get_args
 from urllib.parse import parse_qs, urlsplit
 
@@ -29,9 +30,9 @@ from diffusion_policy.basics.text import error_line
 from diffusion_policy.commands.interrupts import hearing
 from diffusion_policy.commands.live_session import Frame, LiveSession
 from diffusion_policy.commands.options.live import Live
-from diffusion_policy.commands.policy_in_env import load_with_environment
+from diffusion_policy.commands.policy_in_env import PolicyInEnv, load_with_environment
 from diffusion_policy.commands.terminal import console, out
-from diffusion_policy.config import ConfigError, SamplerName
+from diffusion_policy.config import ConfigError, SampleConfig, SamplerName
 from diffusion_policy.report.page import templates
 from diffusion_policy.serving.server import quiet
 
@@ -45,6 +46,8 @@ AHEAD = 2
 """Frames that a window is sent before it has shown the first of them."""
 Command = tuple[ServerConnection, dict[str, Any]]
 """Who asks, and for what."""
+STEPS = 8
+"""Of sampling, by default."""
 IDLE = 0.05
 """How long a pause lasts before it is looked again [s]."""
 
@@ -52,12 +55,13 @@ IDLE = 0.05
 def run(options: Live) -> None:
     """Show the page until Ctrl-C or SIGTERM. Raises ConfigError for an environment or policy that cannot be shown."""
     loaded = load_with_environment(options, options.sampling)
+    sampling = choose_sampling(options.sampling, loaded)
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # the other cores draw, here and in the browser
     thread = ThreadPoolExecutor(1, "simulation")
     session = thread.submit(
         LiveSession,
         loaded,
-        options.sampling,
+        sampling,
         options.chunking,
         delay_steps=options.delay_steps,
         action_horizon=options.action_horizon,
@@ -77,6 +81,13 @@ def run(options: Live) -> None:
         thread.shutdown()
     if options.record is not None:
         console.print(f"demonstrations in {options.record}", soft_wrap=True)
+
+
+def choose_sampling(asked: SampleConfig, loaded: PolicyInEnv) -> SampleConfig:
+    """Few steps where nothing else is asked for, so that pictures keep pace."""
+    if asked.sampling_steps is None and not loaded.policy.config.is_few_step:
+        asked = replace(asked, sampling_steps=min(STEPS, loaded.policy.config.noise_levels - 1))
+    return loaded.policy.complete(asked)
 
 
 async def show(page: "LivePage", port: int) -> None:

@@ -208,7 +208,7 @@ class Panel:
         table.add_column(no_wrap=True, min_width=len("1.20e-05"), justify="right")
         table.add_column()  # what gives way where room is short
         table.add_row("loss", _number(self._trend[-1]), Sparkline(self._trend))
-        for name in ("validation_loss", "action_error", "success_rate"):
+        for name in ("validation_loss", "action_error", "teacher_agreement", "teacher_spread", "success_rate"):
             if measured := self._measured.get(name):
                 beside = f"best {_show(name, measured.best)} at step {measured.best_step}"
                 if name == "action_error" and (sample := self._measured.get("action_error_best")):

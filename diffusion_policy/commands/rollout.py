@@ -1,6 +1,7 @@
 """diffusion-policy rollout: a few episodes to look at."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +37,7 @@ DRAWN_PLANS = 12
 def run(options: Rollout) -> None:
     """Roll out; raises ValueError for a checkpoint that does not fit the environment."""
     loaded = load_with_environment(options, options.sampling)
+    options = replace(options, sampling=loaded.policy.complete(options.sampling))
     require_memory(loaded.policy, options.sampling, PARALLEL)
     require_pictures(options, loaded)
     if options.record and options.record.exists():

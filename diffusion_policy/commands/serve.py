@@ -99,14 +99,14 @@ def describe(options: Serve, chosen: Chosen, batch: int) -> Served:
 def plan_capacity(options: Serve, asked: str) -> None:
     """Say how many servers a rate needs. Raises ConfigError for what is no rate."""
     rate = read_rate(asked)
-    steps = options.sampling.sampling_steps
     with console.status("measuring"):
         chosen, halved = choose(options), None
         exported = chosen.described["sampling"]
+        steps = exported.sampling_steps
         if not is_exported(options.checkpoint) and steps > 1:
             fewer = replace(options.sampling, sampling_steps=steps // 2)
-            backend = chosen.described["backend"]
-            halved = choose(replace(options, sampling=fewer, backend=backend)).planner
+            with contextlib.suppress(ValueError):  # a student has its own number of steps
+                halved = choose(replace(options, sampling=fewer, backend=chosen.described["backend"])).planner
         rows = [1] if options.max_batch == 1 or chosen.described["backend"] == "eager" else [1, options.max_batch]
         calls = measure_calls(chosen.planner, rows, exported.sampling_steps, halved)
     tell(calls, asked, rate, chosen.described)

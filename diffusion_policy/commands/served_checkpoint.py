@@ -20,8 +20,8 @@ def choose_planner(
     options: Serve, loaded: Checkpoint, sizes: Sequence[int]
 ) -> tuple[Planner, Chunking, dict[str, Any]]:
     """Planner, chunking and description. `sizes`: rows of the graphs, where it is planned by some."""
-    policy, sampling = loaded.policy, options.sampling
-    policy.resolve_sampling(sampling)
+    policy = loaded.policy
+    sampling = policy.complete(options.sampling)
     if options.chunking.roll_forward:
         raise ConfigError("--roll-forward asks an environment; it is an option of the client")
     if options.chunking.score is not None:

@@ -92,7 +92,7 @@ def tell_asked(options: Study, loaded: PolicyInEnv) -> dict[str, Any]:
 def choose_steps(options: Study, loaded: PolicyInEnv, name: SamplerName) -> Sequence[int]:
     """The numbers of steps at which a sampler is tried."""
     most = loaded.policy.diffusion.most_steps(SAMPLERS[name])
-    return options.steps or (*(n for n in STEPS if n < most), most)
+    return options.steps or loaded.policy.diffusion.trained_steps or (*(n for n in STEPS if n < most), most)
 
 
 def measure(options: Study, loaded: PolicyInEnv, sampling: SampleConfig) -> dict[str, Any]:

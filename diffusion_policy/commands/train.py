@@ -16,7 +16,7 @@ import torch
 
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.checkpoints.checkpoint import Checkpoint
-from diffusion_policy.commands import runs
+from diffusion_policy.commands import distilling, runs
 from diffusion_policy.commands.interrupts import Interrupted, stop_on_signal
 from diffusion_policy.commands.options.train import Train, read_run, to_options
 from diffusion_policy.commands.outputs import require_fresh
@@ -61,6 +61,7 @@ def _run(options: Train, processes: Distributed, device_name: str) -> None:
     if not options.resume and processes.is_main:
         require_fresh(options.output)
     device = choose_device(device_name)
+    options, teacher = distilling.complete(options, device)
     store = open_store(options.dataset)
     plan = make_plan(options, store)
     sketch = make_sketch(options, store, plan)
@@ -68,14 +69,24 @@ def _run(options: Train, processes: Distributed, device_name: str) -> None:
     batch = min(options.training.batch_size, rows)
     require_batch_memory(options, batch, processes.world_size, device)
     point = _begin(options, store, plan, sketch, device)
+    if teacher is not None:
+        distilling.begin(point.policy, teacher)
     roll_out = make_rollouts(options, store, point) if options.training.rollout_every else None
     told = _tell(options, store, plan, point.dataset.fingerprint)
     with console.status("reading the data"):
         windows, validation = cut_windows(options, store, plan, device)
-    trainer = Trainer.for_policy(
-        point.policy, windows, validation, options.training, distributed=processes, roll_out=roll_out
-    )
     _say_what_is_trained(plan, windows, point.policy, processes)
+    lessons = distilling.make_lessons(options, point.policy, teacher, windows, validation)
+    trainer = Trainer.for_policy(
+        point.policy,
+        lessons.windows,
+        validation,
+        options.training,
+        loss=lessons.loss,
+        validate=lessons.validate,
+        distributed=processes,
+        roll_out=roll_out,
+    )
     with runs.lock(options.output, told, options.resume is not None) if processes.is_main else contextlib.nullcontext():
         if options.resume:
             _restore(trainer, options.resume)
@@ -174,10 +185,12 @@ def _train(options: Train, trainer: Trainer, point: Checkpoint, episode_ends: np
         Panel(settings.steps, trainer.step, str(trainer.ema.device)) as panel,
         make_trackers(options.tracker, run, read_run(run), trainer.step, panel.note) as trackers,
     ):
+        guard = distilling.Guard(settings.distillation.guard)
 
         def show(progress: Progress) -> None:
             saver.latest = progress
             panel.update(progress)
+            guard.hear(progress, panel.note)
             trackers.log(progress.step, progress._asdict())
             if progress.step % settings.checkpoint_every == 0 and progress.step < settings.steps:
                 try:
@@ -186,7 +199,7 @@ def _train(options: Train, trainer: Trainer, point: Checkpoint, episode_ends: np
                     panel.note(f"no checkpoint at step {progress.step}: {error}; {runs.last_checkpoint(run)}")
 
         with _say_what_is_left(run, episode_ends):
-            trainer.run(show, stop.is_set)
+            trainer.run(show, lambda: stop.is_set() or guard.stops)
             folder = saver.save()
         panel.note(f"checkpoint in {folder}", checkpoint=folder)
     if trainer.step < settings.steps:

@@ -22,7 +22,7 @@ from diffusion_policy.commands.options.train import Train
 from diffusion_policy.commands.policy_in_env import join_environment
 from diffusion_policy.commands.stores import Keys, choose_angles, choose_keys
 from diffusion_policy.commands.terminal import console
-from diffusion_policy.config import ConfigError, decode
+from diffusion_policy.config import ConfigError, SampleConfig, decode
 from diffusion_policy.control.controller import Controller
 from diffusion_policy.control.policy_planner import PolicyPlanner
 from diffusion_policy.datasets.store import EpisodeStore
@@ -31,7 +31,6 @@ from diffusion_policy.datasets.windows import Windows, split_episodes
 from diffusion_policy.evaluation.metrics import NONE
 from diffusion_policy.evaluation.rollout import RolloutError, rollout
 from diffusion_policy.policy import DiffusionPolicy, Shapes, choose_device
-from diffusion_policy.training.validation import quick_sampling
 
 VALIDATION_BYTES = 2**24
 """Memory of the held-out windows where the others are streamed."""
@@ -155,7 +154,7 @@ def make_rollouts(options: Train, store: EpisodeStore, point: Checkpoint) -> Cal
     """Measures the success rate of a policy on a few seeds, None where the simulator fails; raises ValueError where
     there is no environment, or another than the policy's, where the demonstrations have these seeds, and for a policy
     that cannot act without being told a mode."""
-    sampling = quick_sampling(point.policy)
+    sampling = point.policy.complete(SampleConfig())
     joined = join_environment(options.dataset, point, env=options.env, env_kwargs=options.env_kwargs, sampling=sampling)
     seeds = range(FIRST_ROLLOUT_SEED, FIRST_ROLLOUT_SEED + options.training.rollout_episodes)
     shown = np.intersect1d(store.seeds(), seeds)

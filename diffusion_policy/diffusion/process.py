@@ -14,6 +14,9 @@ from diffusion_policy.diffusion.samplers import Denoise, Levels, Sampler, langev
 from diffusion_policy.diffusion.schedules import Schedule, choose_levels
 from diffusion_policy.diffusion.variance import LearnedVariance
 
+USUAL_STEPS = 16
+"""Sampling steps where nothing else is asked for."""
+
 
 class Films(Protocol):
     """What noise levels and conditions say to the layers of a network: all that does not depend on xt. Their parts add
@@ -58,7 +61,7 @@ class Noising(NamedTuple):
     """What is drawn to noise some sequences, of a whole batch: so that a division of the batch does not change it."""
 
     level: Tensor
-    """(B,) int64"""
+    """(B,) int64, or what else an objective draws for each row."""
     eps: Tensor
     """(B, ..., D)"""
     known: Tensor | None = None
@@ -68,11 +71,22 @@ class Noising(NamedTuple):
 class Diffusion(nn.Module):
     """A schedule and a prediction, with their tables on the device. It has no weights and saves nothing."""
 
+    level_inputs = 1
+    """Numbers by which the network is told a level."""
+    starts_at_zero = False
+    """Whether sampling starts from zeros instead of noise."""
+
     def __init__(
-        self, schedule: Schedule, prediction: Prediction, snr_gamma: float = 0.0, learn_variance: bool = False
+        self,
+        schedule: Schedule,
+        prediction: Prediction,
+        snr_gamma: float = 0.0,
+        learn_variance: bool = False,
+        trained_steps: Sequence[int] = (),
     ) -> None:
         """`snr_gamma`: γ of the min-SNR loss weights; 0 weighs all levels alike. `learn_variance`: the network's last
-        axis is twice as long, prediction first, then what says the variance of a step.
+        axis is twice as long, prediction first, then what says the variance of a step. `trained_steps`: numbers of
+        sampling steps that it can be sampled in, the usual one first; empty for any.
 
         Raises ValueError for a learned variance where a level without signal cannot be decoded.
         """
@@ -85,6 +99,11 @@ class Diffusion(nn.Module):
         for name, table in (("alpha", schedule.alpha), ("sigma", schedule.sigma), ("weight", weight)):
             self.register_buffer(name, table.float(), persistent=False)  # (K,)
         self.variance = LearnedVariance(schedule) if learn_variance else None
+        self.trained_steps = tuple(trained_steps)
+
+    def count_outputs(self, target_dim: int) -> int:
+        """Numbers that the network says of each step of a sequence of D = `target_dim` numbers."""
+        return (1 if self.variance is None else 2) * target_dim
 
     def tables(self, level: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma at one level, (), or at a level for each row (B,) of `like`, (B, 1, ...)."""
@@ -175,9 +194,23 @@ class Diffusion(nn.Module):
         needs_signal = self.prediction.needs_signal or sampler.needs_signal
         return len(self.schedule) - (needs_signal and self.schedule.ends_silent)
 
+    def choose_steps(self, sampler: Sampler, steps: int | None) -> int:
+        """The number of sampling steps; where none is asked for, the usual one. Raises ValueError for one that it was
+        not trained for."""
+        if steps is None:
+            return self.trained_steps[0] if self.trained_steps else min(USUAL_STEPS, self.most_steps(sampler))
+        if self.trained_steps and steps not in self.trained_steps:
+            allowed = ", ".join(map(str, sorted(self.trained_steps)))
+            raise ValueError(f"this policy was trained for sampling steps {allowed}; got {steps}")
+        return steps
+
     def choose_levels(self, sampler: Sampler, steps: int, spacing: str = "trailing") -> list[int]:
         """Levels to sample on: without a last level that holds no signal where prediction or sampler need some."""
         return choose_levels(self.schedule, steps, spacing, self.most_steps(sampler) < len(self.schedule))
+
+    def adapt(self, sampler: Sampler) -> Sampler:
+        """A sampler as this objective takes its steps: as it is."""
+        return sampler
 
     def sample(
         self,
@@ -201,7 +234,8 @@ class Diffusion(nn.Module):
         if corrector_steps:
             rows = noise[-corrector_steps * len(levels) :].unflatten(0, (corrector_steps, len(levels)))
             hooks.append(langevin(denoise, self.schedule, levels, rows, corrector_size))
-        return sampler(denoise, noise[0], self.schedule, levels, own, hooks)
+        start = torch.zeros_like(noise[0]) if self.starts_at_zero else noise[0]
+        return sampler(denoise, start, self.schedule, levels, own, hooks)
 
     def tabulate(
         self, sampler: Sampler, levels: Levels, corrector_steps: int = 0, corrector_size: float = 0.05

@@ -14,15 +14,18 @@ from diffusion_policy.networks.layers import Conv, Mish
 class LevelEmbedding(nn.Module):
     """Sinusoids of the noise level (Vaswani et al. 2017, section 3.5), then a small MLP: (...) → (..., dim)."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, inputs: int = 1) -> None:
+        """`inputs`: numbers that say a level; several stand on an axis of their own, (..., inputs) → (..., dim)."""
         super().__init__()
+        self._inputs = inputs
         frequencies = torch.exp(torch.arange(dim // 2) * (-math.log(10_000) / (dim // 2 - 1)))
         self.register_buffer("frequencies", frequencies, persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), Mish(), nn.Linear(4 * dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(inputs * dim, 4 * dim), Mish(), nn.Linear(4 * dim, dim))
 
     def forward(self, level: Tensor) -> Tensor:
         angles = level[..., None] * self.get_buffer("frequencies")  # (..., dim / 2)
-        return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
+        sinusoids = torch.cat([angles.sin(), angles.cos()], dim=-1)
+        return self.mlp(sinusoids if self._inputs == 1 else sinusoids.flatten(-2))
 
 
 class Films(NamedTuple):

@@ -25,12 +25,14 @@ class TemporalUnet(nn.Module):
         groups: int = 8,
         level_dim: int = 128,
         outputs: int | None = None,
+        level_inputs: int = 1,
     ) -> None:
         """`target_dim`: D, numbers of a step of the sequence; `widths`: channels at each resolution; each is half as
-        long in time as the one before; `outputs`: numbers predicted for each step, by default D."""
+        long in time as the one before; `outputs`: numbers predicted for each step, by default D; `level_inputs`:
+        numbers that say a level, (B, level_inputs) where there are several."""
         super().__init__()
         self.stride = 2 ** (len(widths) - 1)
-        self.embed_level = LevelEmbedding(level_dim)
+        self.embed_level = LevelEmbedding(level_dim, level_inputs)
 
         def blocks(channels_in: int, channels_out: int) -> BlockPair:
             return BlockPair(channels_in, channels_out, level_dim, cond_dim, kernel_size, groups)

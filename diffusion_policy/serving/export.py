@@ -74,6 +74,7 @@ def make_export(
         raise ConfigError(f"batch and samples must be at least 1; got {exporting.batch} and {exporting.samples}")
     if policy.device.type != "cpu":
         raise ExportError(f"a policy is exported from the CPU; this one is on {policy.device}: load it with device cpu")
+    sampling = policy.complete(sampling)
     steps = len(policy.resolve_sampling(sampling)[1])
     calls = steps + (steps - 1) * sampling.corrector_steps  # at least
     config = _describe(policy, sampling, exporting, calls)  # what cannot be is found before the work

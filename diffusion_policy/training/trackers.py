@@ -26,6 +26,8 @@ GROUPED = {
     "validation_loss": "validation/loss",
     "action_error": "validation/action_error",
     "action_error_best": "validation/action_error_best",
+    "teacher_agreement": "validation/teacher_agreement",
+    "teacher_spread": "validation/teacher_spread",
     "success_rate": "rollout/success_rate",
     "steps_per_second": "speed/steps_per_second",
 }

@@ -69,6 +69,8 @@ class Progress(NamedTuple):
     """See `Validation`; None between validations."""
     action_error: float | None
     action_error_best: float | None
+    teacher_agreement: float | None
+    teacher_spread: float | None
     success_rate: float | None
     """Of rollouts; None between them."""
     learning_rate: float
@@ -145,17 +147,19 @@ class Trainer:
         config: TrainConfig,
         *,
         loss: Loss = denoising_loss,
+        validate: Callable[[DiffusionPolicy], Validation] | None = None,
         distributed: Distributed | None = None,
         roll_out: Callable[[DiffusionPolicy], float | None] | None = None,
     ) -> Trainer:
-        """For a policy and its windows; `validation`: windows of held-out episodes, or None. Raises ValueError for
-        windows that do not fit the policy."""
+        """For a policy and its windows; `validation`: windows of held-out episodes, or None; `validate`: what is done
+        with them instead of `make_validation`. Raises ValueError for windows that do not fit the policy."""
         for some in (windows, validation):
             if some is not None:
                 _require_fit(policy, some)
         if config.compile:
             policy.network.compile()
-        validate = None if validation is None else make_validation(validation, config, loss)
+        if validate is None and validation is not None:
+            validate = make_validation(validation, config, loss)
         undecayed = policy.network.undecayed_parameters()
         return cls(
             policy,
@@ -310,7 +314,7 @@ class Trainer:
             Progress(
                 self.step,
                 float(np.mean([loss for loss, _ in figures])),
-                *(seen or (None, None, None)),
+                *(seen or (None,) * len(Validation._fields)),
                 success_rate=self._roll_out(self.ema) if roll_out and self._roll_out else None,
                 learning_rate=config.learning_rate * learning_rate_factor(self.step, config),
                 gradient_norm=figures[-1][1],

@@ -13,7 +13,15 @@ import tyro
 from diffusion_policy.cli import VERBS, main
 from diffusion_policy.commands import evaluate
 from diffusion_policy.commands.options.flags import list_flags
-from diffusion_policy.config import ChunkingConfig, PolicyConfig, SampleConfig, SuccessAndModes, TrainConfig, UnetConfig
+from diffusion_policy.config import (
+    ChunkingConfig,
+    DistillationConfig,
+    PolicyConfig,
+    SampleConfig,
+    SuccessAndModes,
+    TrainConfig,
+    UnetConfig,
+)
 
 SMALL = "--widths 16 32 --groups 4 --level-dim 16 --noise-levels 20 --steps 4 --batch-size 32 --device cpu"
 BRIEF = '{"rows":1,"max_episode_steps":20}'
@@ -66,6 +74,10 @@ study samplers --checkpoint r --output st --samplers ddim --steps 1 2 --mode lef
     --seed 100700 --env diffusion_policy/Avoid-v0 --env-kwargs '{BRIEF}' --success none --fresh \
     --mode-function {{module}}:label --mode-labels up down --action-horizon 2 --workers 1 --device cpu
 train --dataset a.zarr --output m {SMALL} --max-delay 3
+train --dataset a.zarr --output mx {SMALL} --objective mixture --mixture-components 3
+evaluate --checkpoint mx --output emx --episodes 1 --env-kwargs '{BRIEF}' --videos 0 --workers 1
+train --dataset a.zarr --output pa --teacher m --student pairs --student-steps 2 --teacher-steps 4 --pairs 40 \
+    --pair-noise 0.1 --guard stop --steps 4 --batch-size 32 --device cpu
 evaluate --checkpoint m --output em --episodes 1 --sampling-steps 2 --env-kwargs '{BRIEF}' --videos 0 --workers 1 \
     --chunking trained-rtc --delay-steps 2 --roll-forward
 evaluate --checkpoint m --output en --episodes 1 --sampling-steps 2 --env-kwargs '{BRIEF}' --videos 0 --workers 1 \
@@ -145,7 +157,7 @@ def label(observations):
     return "up" if path[-1, 1] > path[0, 1] else "down"
 """
 
-NEEDS_GPU = {"gpus"}
+NOT_HERE = {"gpus", "teacher_weights"}
 UNTRIED = {"demo": "test_demo.py", "toy": "test_toy.py", "serve": "test_serve.py", "live": "test_live.py"}
 """Commands that have tests of their own and no smaller size."""
 
@@ -179,7 +191,9 @@ def test_the_session_gives_every_option_a_value_other_than_its_default() -> None
     for verb, kind in VERBS.items():
         if verb not in UNTRIED:
             require_all(kind, given_to(verb), verb)
-    shared = PolicyConfig, UnetConfig, TrainConfig, SampleConfig, ChunkingConfig, SuccessAndModes  # by several verbs
+    shared = (  # by several verbs
+        PolicyConfig, UnetConfig, TrainConfig, DistillationConfig, SampleConfig, ChunkingConfig, SuccessAndModes,
+    )  # fmt: skip
     for config in shared:
         require_all(config, given_to(), config.__name__)
 
@@ -201,7 +215,7 @@ def require_all(kind: type, given: dict[str, set[str]], name: str) -> None:
     own = {option.name for option in dataclasses.fields(kind)}
     for flag in list_flags(kind):
         positional = tyro.conf.Positional in getattr(flag.hint, "__metadata__", ())
-        if positional or flag.name not in own or flag.name in NEEDS_GPU:
+        if positional or flag.name not in own or flag.name in NOT_HERE:
             continue
         option = flag.name.replace("_", "-")
         usual = " ".join(map(str, flag.default)) if isinstance(flag.default, tuple) else str(flag.default)

@@ -30,7 +30,7 @@ class Live(ActingCommand):
     """Control steps that planning takes, while the plan before runs on."""
     fan: Annotated[int, Group("sampling")] = 12
     """Plans that are drawn beside the one that is followed; 0 draws none, which is faster."""
-    sampling: Annotated[SampleConfig, Group("sampling")] = field(default_factory=lambda: SampleConfig(sampling_steps=8))
+    sampling: Annotated[SampleConfig, Group("sampling")] = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:
         anchor(self)

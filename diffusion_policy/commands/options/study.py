@@ -83,7 +83,7 @@ class Study(ActingCommand):
     @property
     def sample_config(self) -> SampleConfig:
         """How plans are sampled while chunking is studied: the first of samplers and steps."""
-        return self.sampling(self.samplers[0], self.steps[0] if self.steps else SampleConfig().sampling_steps)
+        return self.sampling(self.samplers[0], self.steps[0] if self.steps else None)
 
     def strategy(self, name: str) -> ChunkingConfig:
         """What a strategy of this name is; raises ConfigError where there is none."""
@@ -97,6 +97,6 @@ class Study(ActingCommand):
             else replace(config, plans=None, weak_checkpoint=None, score=None)
         )
 
-    def sampling(self, name: SamplerName, steps: int) -> SampleConfig:
+    def sampling(self, name: SamplerName, steps: int | None) -> SampleConfig:
         """How one sampler draws at one number of steps; raises ConfigError where it cannot."""
         return SampleConfig(name, steps, mode=self.mode, guidance=self.guidance)

@@ -111,6 +111,18 @@ def read_options(path: Path) -> dict[str, Any]:
     return options
 
 
+def fields_of_teacher(teacher: Path) -> dict[str, Any]:
+    """What a student is told as its teacher was, as fields of `Train`: policy, keys and angles. Raises ValueError where
+    there is none."""
+    folders = [path.parent for path in teacher.glob("step-*/config.json") if path.parent.name[5:].isdecimal()]
+    newest = max(folders, key=lambda folder: int(folder.name[5:]), default=teacher)
+    path = (teacher if os.path.lexists(teacher / "config.json") else newest) / "config.json"
+    if not os.path.lexists(path):
+        raise ConfigError(f"no teacher at {teacher}: neither config.json nor a folder step-... is there")
+    fields = to_fields(read_options(path), path)
+    return {name: value for name, value in fields.items() if name in ("policy", "observation", "action", "angles")}
+
+
 def read_run(run: Path) -> dict[str, Any]:
     """What the training in a folder was told; raises ValueError where there is none."""
     if not os.path.lexists(run / RUN_FILE):

@@ -1,0 +1,148 @@
+"""What a training of a student needs beside that of another policy: its teacher, its losses and batches, and the guard
+over its modes.
+
+Knows checkpoints and policies. Writes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_policy.checkpoints import checkpoint
+from diffusion_policy.commands.options.train import Train
+from diffusion_policy.commands.terminal import progress_bar
+from diffusion_policy.config import ConfigError, GuardName
+from diffusion_policy.datasets.windows import Batch, Windows
+from diffusion_policy.policy import DiffusionPolicy
+from diffusion_policy.training.losses import Loss, denoising_loss
+from diffusion_policy.training.students import LOSSES, Teacher, make_pairs, student_options
+from diffusion_policy.training.trainer import BatchesOfWindows, Progress
+from diffusion_policy.training.validation import VALIDATION_WINDOWS, Validation, make_validation
+
+FALLEN = 0.1
+"""By so much less than the best that was measured, the spread of plans has fallen."""
+
+
+class Lessons(NamedTuple):
+    """What the trainer is given."""
+
+    windows: BatchesOfWindows
+    """Or pairs."""
+    loss: Loss
+    validate: Callable[[DiffusionPolicy], Validation] | None = None
+    """Where it is not that of the held-out windows."""
+
+
+def complete(options: Train, device: torch.device) -> tuple[Train, Teacher | None]:
+    """The options with those that follow from the student's, and its teacher. Raises ConfigError where they do not fit,
+    CheckpointError where there is no teacher."""
+    asked = options.training.distillation
+    policy = student_options(options.policy, asked)
+    if asked.teacher is None:
+        return dataclasses.replace(options, policy=policy), None
+    loaded = checkpoint.load(asked.teacher, device)
+    if asked.teacher_weights not in (None, loaded.weights_sha256):
+        raise ConfigError(f"{asked.teacher} has other weights than those of --teacher-weights {asked.teacher_weights}")
+    teacher = Teacher(loaded.policy, asked.teacher_steps)
+    _require_like(policy, loaded.policy.config)
+    known = dataclasses.replace(
+        asked,
+        teacher=str(Path(asked.teacher).resolve()),
+        teacher_weights=loaded.weights_sha256,
+        teacher_steps=teacher.sampling.sampling_steps,
+    )
+    training = dataclasses.replace(options.training, distillation=known)
+    return dataclasses.replace(options, policy=policy, training=training), teacher
+
+
+def _require_like(policy: Any, teacher: Any) -> None:
+    """Raise ConfigError where a student could not see, plan or be noised as its teacher is."""
+    names = ["observation_horizon", "prediction_horizon", "normalization", "condition_on_mode"]
+    for name in (*names, "schedule", "noise_levels", "schedule_options"):
+        own, taught = getattr(policy, name), getattr(teacher, name)
+        if own != taught:
+            raise ConfigError(f"a student has the {name.replace('_', '-')} of its teacher, {taught}; got {own}")
+
+
+def begin(policy: DiffusionPolicy, teacher: Teacher) -> None:
+    """Give a new student its teacher's normalizer, and of its weights those that have the same place and shape. Raises
+    ConfigError for a teacher that observes or does something else."""
+    taught = teacher.policy
+    for what, own, other in (
+        ("observes", policy.shapes.observations, taught.shapes.observations),
+        ("acts with", policy.shapes.action, taught.shapes.action),
+        ("knows the modes", policy.modes, taught.modes),
+        ("knows the angles", policy.shapes.angles, taught.shapes.angles),
+    ):
+        if own != other:
+            raise ConfigError(f"the teacher {what} {other}; of this dataset the student {what} {own}")
+    policy.normalizer.load_state_dict(taught.normalizer.state_dict())
+    own = policy.network.state_dict()
+    for name, weights in taught.network.state_dict().items():
+        if name in own and own[name].shape == weights.shape:
+            own[name].copy_(weights)
+
+
+def make_lessons(
+    options: Train, policy: DiffusionPolicy, teacher: Teacher | None, windows: Any, validation: Windows | None
+) -> Lessons:
+    """The batches, the loss and the validation of this training."""
+    if teacher is None:
+        return Lessons(windows, denoising_loss)
+    asked, seed = options.training.distillation, options.training.seed
+    assert asked.student is not None
+    loss = LOSSES[asked.student](policy, teacher)
+    held = None
+    if asked.student == "pairs":
+        with progress_bar("pairs") as bar:
+            task = bar.add_task("asking the teacher", total=asked.pairs, note="")
+            windows = make_pairs(
+                policy, teacher, windows, asked.pairs, asked.pair_noise, seed, lambda n: bar.update(task, completed=n)
+            )
+            if validation is not None:
+                few = min(VALIDATION_WINDOWS, asked.pairs)
+                held = make_pairs(policy, teacher, validation, few, asked.pair_noise, seed + 1)
+    if validation is None:
+        return Lessons(windows, loss)
+
+    def taught(batch: Batch, noise: np.ndarray) -> Tensor:
+        return _follow(teacher, batch, noise)
+
+    validate = make_validation(validation, options.training, loss, lessons=held, teacher=taught)
+    return Lessons(windows, loss, validate)
+
+
+def _follow(teacher: Teacher, batch: Batch, noise: np.ndarray) -> Tensor:
+    """The teacher's normalized sequences (B N, T, D) of noise (B, N, T, D)."""
+    policy = teacher.policy
+    cond = policy.encode(batch.observations, batch.modes).repeat_interleave(noise.shape[1], dim=0)
+    start = torch.from_numpy(noise).to(policy.device).flatten(0, 1)[None]
+    return policy.denoise_from(start, cond, teacher.levels, teacher.sampling)
+
+
+class Guard:
+    """Hears of each validation, and says when plans begin to spread less, beside the teacher's."""
+
+    def __init__(self, kind: GuardName) -> None:
+        self._kind: GuardName = kind
+        self._best = 0.0
+        self.stops = False
+        """Whether the training is to stop."""
+
+    def hear(self, progress: Progress, say: Callable[[str], None]) -> None:
+        """Take the numbers of a step."""
+        spread = progress.teacher_spread
+        if spread is None or self._kind == "off":
+            return
+        if spread < self._best - FALLEN:
+            wide = f"{spread:.2f} times as far as the teacher's, {self._best:.2f} before"
+            say(f"step {progress.step}: plans spread {wide}")
+            self.stops = self._kind == "stop"
+        self._best = max(self._best, spread)
