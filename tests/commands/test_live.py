@@ -21,10 +21,13 @@ from websockets.sync.client import connect
 
 import diffusion_policy as dp
 from diffusion_policy.cli import main, parse
-from diffusion_policy.commands import live_session
+from diffusion_policy.commands import live_pictures, live_session
 from diffusion_policy.commands.live import encode, read_command
+from diffusion_policy.commands.live_commands import obey
 from diffusion_policy.commands.live_painter import Painter, paint
-from diffusion_policy.commands.live_session import ACTOR, Frame, LiveSession
+from diffusion_policy.commands.live_pictures import Frame
+from diffusion_policy.commands.live_recording import ACTOR
+from diffusion_policy.commands.live_session import LiveSession
 from diffusion_policy.commands.options.live import Live
 from diffusion_policy.commands.policy_in_env import PolicyInEnv, load_with_environment
 from diffusion_policy.config import ConfigError
@@ -50,7 +53,7 @@ def loaded(options: Live) -> PolicyInEnv:
 @pytest.fixture
 def start(loaded: PolicyInEnv, options: Live, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LiveSession]]:
     """Sessions that draw in this process."""
-    monkeypatch.setattr(live_session, "PAINTERS", 0)
+    monkeypatch.setattr(live_pictures, "PAINTERS", 0)
     made: list[LiveSession] = []
 
     def start(**changes: Any) -> LiveSession:
@@ -82,13 +85,13 @@ def end(session: LiveSession) -> dict[str, Any]:
 
 def test_the_policy_acts_as_in_a_rollout(start, run: Path, loaded: PolicyInEnv) -> None:
     session = start()
-    controller = dp.load(run, device="cpu").controller(seed=session._seed, sampling_steps=2)
+    controller = dp.load(run, device="cpu").controller(seed=session.episode.seed, sampling_steps=2)
     env = loaded.make_env()
-    observation, _ = env.reset(seed=session._seed)
+    observation, _ = env.reset(seed=session.episode.seed)
     for _ in range(20):
         action = controller.act(observation)
         session.advance()
-        np.testing.assert_array_equal(session._actions[-1], action)
+        np.testing.assert_array_equal(session.episode.actions[-1], action)
         observation, *_ = env.step(action.astype(np.float32))
     env.close()
 
@@ -124,12 +127,12 @@ def test_an_episode_that_ends_is_counted_and_followed_by_the_next_seed(start) ->
 
 def test_commands_pause_step_and_reset(start) -> None:
     session = start()
-    session.obey({"do": "run", "on": False})
+    obey(session, {"do": "run", "on": False})
     assert not see(session)["running"]
-    session.obey({"do": "step"})
-    session.obey({"do": "step"})
+    obey(session, {"do": "step"})
+    obey(session, {"do": "step"})
     assert see(session)["step"] == 2
-    session.obey({"do": "reset", "seed": 5})
+    obey(session, {"do": "reset", "seed": 5})
     assert (see(session)["seed"], see(session)["step"]) == (5, 0)
 
 
@@ -144,7 +147,7 @@ def test_commands_pause_step_and_reset(start) -> None:
 def test_settings_change_while_it_runs(start, settings: dict, found: dict) -> None:
     session = start()
     session.advance()
-    session.obey({"do": "set", "settings": settings})
+    obey(session, {"do": "set", "settings": settings})
     assert see(session)["settings"].items() >= found.items()
     for _ in range(10):
         session.advance()
@@ -185,11 +188,11 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(start, command: dict
     session.advance()
     before, untouched = see(session), start()
     with pytest.raises(ConfigError, match=re.escape(message)):
-        session.obey(command)
+        obey(session, command)
     assert see(session) == before
     for one in (session, untouched, untouched):
         one.advance()
-    np.testing.assert_array_equal(session._actions, untouched._actions)
+    np.testing.assert_array_equal(session.episode.actions, untouched.episode.actions)
 
 
 # Teaching
@@ -205,40 +208,40 @@ def place(session: LiveSession, xy: list[float]) -> dict[str, Any]:
 def test_the_robot_follows_the_mouse_as_fast_as_the_task_allows(start) -> None:
     session = start(seed=3)
     goal = [0.45, -0.2]
-    session.obey(place(session, goal))
-    far = np.linalg.norm(session._observation["desired_xy"] - goal)
+    obey(session, place(session, goal))
+    far = np.linalg.norm(session.episode.observation["desired_xy"] - goal)
     for _ in range(15):
-        before = session._observation["desired_xy"].copy()
+        before = session.episode.observation["desired_xy"].copy()
         session.advance()
-        assert np.abs(session._observation["desired_xy"] - before).max() <= 0.02 + 1e-6
+        assert np.abs(session.episode.observation["desired_xy"] - before).max() <= 0.02 + 1e-6
     assert far > 0.05
-    np.testing.assert_allclose(session._observation["desired_xy"], goal, atol=1e-3)
+    np.testing.assert_allclose(session.episode.observation["desired_xy"], goal, atol=1e-3)
     assert see(session)["held"]
-    session.obey({"do": "mouse", "down": False})
-    session.obey({"do": "drive", "who": "person"})  # without a button it stays where it is
+    obey(session, {"do": "mouse", "down": False})
+    obey(session, {"do": "drive", "who": "person"})  # without a button it stays where it is
     session.advance()
-    np.testing.assert_allclose(session._observation["desired_xy"], goal, atol=1e-3)
+    np.testing.assert_allclose(session.episode.observation["desired_xy"], goal, atol=1e-3)
 
 
 def test_corrections_are_recorded_with_who_acted_and_can_be_undone(start, tmp_path: Path) -> None:
     path = tmp_path / "taught.zarr"
     session = start(record=path)
     session.advance()
-    session.obey({"do": "record"})
+    obey(session, {"do": "record"})
     assert see(session)["step"] == 0  # an episode is recorded whole
     for step in range(20):
-        session.obey(place(session, [0.45, -0.2]) if 5 <= step < 10 else {"do": "mouse", "down": False})
+        obey(session, place(session, [0.45, -0.2]) if 5 <= step < 10 else {"do": "mouse", "down": False})
         session.advance()
     assert see(session)["can_undo"]
-    session.obey({"do": "undo"})
+    obey(session, {"do": "undo"})
     assert sum(see(session)["recorded"].values()) == 0
     for seed in (7, 8):
-        session.obey({"do": "reset", "seed": seed})
+        obey(session, {"do": "reset", "seed": seed})
         for step in range(20):
-            session.obey(place(session, [0.45, -0.2]) if 5 <= step < 10 else {"do": "mouse", "down": False})
+            obey(session, place(session, [0.45, -0.2]) if 5 <= step < 10 else {"do": "mouse", "down": False})
             session.advance()
     assert sum(see(session)["recorded"].values()) == 2
-    session.obey({"do": "record", "on": False})
+    obey(session, {"do": "record", "on": False})
     session.close()
     store = EpisodeStore.open(path)
     assert store.seeds().tolist() == [7, 8]
@@ -252,12 +255,12 @@ def test_corrections_are_recorded_with_who_acted_and_can_be_undone(start, tmp_pa
 def test_a_picture_is_drawn_here_when_who_draws_has_ended(
     loaded: PolicyInEnv, options: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live_session, "PAINTERS", 1)
+    monkeypatch.setattr(live_pictures, "PAINTERS", 1)
     session = LiveSession(loaded, options.sampling, options.chunking, fan=0)
     assert session.look() is None
     assert session.look() is not None
-    session._painters[0]._process.kill()
-    session._painters[0]._process.join()
+    session._pictures._painters[0]._process.kill()
+    session._pictures._painters[0]._process.join()
     for _ in range(3):
         session.advance()
         assert session.look() is not None
@@ -267,8 +270,8 @@ def test_a_picture_is_drawn_here_when_who_draws_has_ended(
 
 def test_a_window_that_goes_lets_go_of_the_mouse(start) -> None:
     session = start()
-    session.obey(place(session, [0.45, -0.2]))
-    session.release()
+    obey(session, place(session, [0.45, -0.2]))
+    session.mouse.release()
     assert not see(session)["held"]
 
 
