@@ -68,6 +68,13 @@ def _mouse(session: LiveSession, command: Command) -> None:
         session.mouse.release()
 
 
+def _push(session: LiveSession, command: Command) -> None:
+    if command.get("down"):
+        session.push(_place(command))
+    else:
+        session.mouse.release()
+
+
 def _place(command: Command) -> np.ndarray:
     """A place in the picture, in shares of its width and height, (2,)."""
     place = command.get("x"), command.get("y")
@@ -91,6 +98,7 @@ COMMANDS = {
     "set": _set,
     "drive": _drive,
     "mouse": _mouse,
+    "push": _push,
     "record": _record,
     "undo": _undo,
 }

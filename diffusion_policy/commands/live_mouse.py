@@ -1,4 +1,4 @@
-"""The mouse on the picture of a live session: the action that leads the robot to it.
+"""The mouse on the picture of a live session: the action that leads the robot to it, or the push that a body gets.
 
 Knows planes and their projection into a picture. Knows no policy.
 """
@@ -10,21 +10,28 @@ import numpy as np
 
 from diffusion_policy.commands.live_fan import Lead
 from diffusion_policy.config import ConfigError
-from diffusion_policy.envs.protocols import Pictured, as_pictured
+from diffusion_policy.envs.protocols import Grip, Pictured, Push, as_pictured, as_pushable
 
 
 class Mouse:
     """Where it is held, and what that means in the plane."""
 
     def __init__(self, env: gymnasium.Env) -> None:
-        self._plane, self._space = as_pictured(env), env.action_space
+        self._plane, self._pushable, self._space = as_pictured(env), as_pushable(env), env.action_space
         self._hand: np.ndarray | None = None
-        """Where it is held, in shares of the picture's width and height; None while no button is pressed."""
+        """Where the robot shall go, in shares of the picture's width and height; None where no button is pressed."""
+        self.pushing: Push | None = None
+        """What each step does to a body, None where none is pushed."""
 
     @property
     def can_steer(self) -> bool:
         """Whether a point of the picture says where the robot shall go."""
         return self._plane is not None and int(np.prod(self._space.shape or ())) == 2
+
+    @property
+    def can_push(self) -> bool:
+        """Whether there are bodies that can be pushed."""
+        return self._pushable is not None
 
     @property
     def held(self) -> bool:
@@ -39,11 +46,26 @@ class Mouse:
     def steer(self, place: np.ndarray) -> None:
         """Let the robot follow it; `place`: in shares of the picture, (2,)."""
         self.require_steering()
-        self._hand = place
+        self._hand, self.pushing = place, None
+
+    def push(self, place: np.ndarray, size: np.ndarray) -> None:
+        """Lead the body that is held to a place, or take hold of the one there; `place`: in shares of the picture of a
+        `size`, (2,) each. Raises ConfigError where there is none."""
+        if self._pushable is None:
+            raise ConfigError("this task has no bodies that can be pushed by mouse")
+        xy = in_plane(self._pushable, place * size)
+        grip: Grip | None = self.pushing.grip if self.pushing else self._pushable.grip(xy)
+        if grip is None:
+            raise ConfigError("there is nothing here that can be pushed")
+        self._hand, self.pushing = None, Push(grip, (float(xy[0]), float(xy[1])))
 
     def release(self) -> None:
         """Nobody holds it any more."""
-        self._hand = None
+        self._hand = self.pushing = None
+
+    def let_go(self) -> None:
+        """Push nothing any more: the bodies lie elsewhere."""
+        self.pushing = None
 
     def action(self, lead: Lead, size: np.ndarray) -> np.ndarray:
         """The action that leads to it, as far as the action space goes; without a button, one that stays. `size`: of

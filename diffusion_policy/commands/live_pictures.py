@@ -12,7 +12,7 @@ import numpy as np
 from diffusion_policy.commands.live_fan import Paths
 from diffusion_policy.commands.live_painter import Make, Painter, Picture, paint
 from diffusion_policy.config import ConfigError
-from diffusion_policy.envs.protocols import as_pictured, repeats_by_seed
+from diffusion_policy.envs.protocols import Push, as_pictured, repeats_by_seed
 
 PAINTERS = 2
 """Processes that draw, one picture each."""
@@ -59,10 +59,10 @@ class Pictures:
         for painter in self._painters:
             painter.reset(seed)
 
-    def step(self, action: np.ndarray) -> None:
-        """Hear that the environment takes a step."""
+    def step(self, action: np.ndarray, push: Push | None) -> None:
+        """Hear that the environment takes a step, in which a person may push a body."""
         for painter in self._painters:
-            painter.step(action)
+            painter.step(action, push)
 
     def look(self, share: float, state: dict[str, Any], paths: Paths) -> Frame | None:
         """The frame of `ahead` looks ago; None where there were not so many. `share`: see `paint`."""

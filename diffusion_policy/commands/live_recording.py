@@ -34,13 +34,13 @@ class LiveEpisode:
         self.success: bool | None = None
         self.mode: str | None = None
         self._observations: list[Mapping[str, np.ndarray]] = []
-        self._actors: list[int] = []
+        self._marks: list[Mapping[str, int]] = []
 
-    def act(self, action: np.ndarray, actor: int) -> None:
-        """Note what is done about the last observation."""
+    def act(self, action: np.ndarray, marks: Mapping[str, int]) -> None:
+        """Note what is done about the last observation; `marks`: further columns of the store, such as ACTOR."""
         self._observations.append(self.observation)
         self.actions.append(np.asarray(action, np.float64).reshape(-1))
-        self._actors.append(actor)
+        self._marks.append(marks)
 
     def observe(self, observation: Mapping[str, Any]) -> None:
         """Note what came of it."""
@@ -60,8 +60,9 @@ class LiveEpisode:
         """As it is stored."""
         path = self.path()
         data = {key: rows[:-1] for key, rows in path.items()}
-        data |= {"action": np.stack(self.actions), ACTOR: np.array(self._actors, np.uint8)[:, None]}
-        final = {key: rows[-1] for key, rows in path.items()} | {ACTOR: np.zeros(1, np.uint8)}
+        marks = {name: np.array([[each[name]] for each in self._marks], np.uint8) for name in self._marks[0]}
+        final = {key: rows[-1] for key, rows in path.items()} | {name: np.zeros(1, np.uint8) for name in marks}
+        data |= {"action": np.stack(self.actions)} | marks
         return Demonstration(data, self.seed, self.mode, self.success, final)
 
 
@@ -119,14 +120,14 @@ class Recording:
         }
 
 
-def open_record(path: Path, loaded: PolicyInEnv, modes: tuple[str, ...]) -> EpisodeStore:
-    """A new store, or one of this kind to go on with. Raises StoreError for another."""
+def open_record(path: Path, loaded: PolicyInEnv, modes: tuple[str, ...], marks: tuple[str, ...]) -> EpisodeStore:
+    """A new store, or one of this kind to go on with, with the columns `marks`. Raises StoreError for another."""
     if not path.exists():
         return EpisodeStore.create(path, describe_episodes(loaded.env), modes)
     store = EpisodeStore.append_to(path)
-    reason = None
-    if len(store.episode_ends) and ACTOR not in store.keys:
-        reason = f"has no column {ACTOR}, so it is not one that live has made"
+    reason, missing = None, [name for name in marks if name not in store.keys]
+    if len(store.episode_ends) and missing:
+        reason = f"has no column {missing[0]}, which live writes in this environment"
     elif store.attributes.get("environment") != plain(describe_episodes(loaded.env)["environment"]):
         reason = "holds episodes of another environment"
     elif tuple(store.modes) != modes:

@@ -1,6 +1,7 @@
 """One policy in one environment, watched and steered while it runs: what `diffusion-policy live` shows, step by step.
 
-A step asks a person or the policy for an action, takes it in the environment, and notes what came of it. The parts
+A step asks a person or the policy for an action, takes it in the environment, where a person may push a body
+meanwhile, and notes what came of it. The parts
 stand in files of their own: the policy with its settings (`live_policy`), the mouse (`live_mouse`), the episode and
 its store (`live_recording`), the pictures (`live_pictures`), and what a person can ask for (`live_commands`).
 """
@@ -17,11 +18,13 @@ from diffusion_policy.basics.bounds import MOST_SEED
 from diffusion_policy.basics.files import plain
 from diffusion_policy.commands.live_fan import Lead, lead
 from diffusion_policy.commands.live_mouse import Mouse
+from diffusion_policy.commands.live_painter import step_env
 from diffusion_policy.commands.live_pictures import Frame, Pictures
 from diffusion_policy.commands.live_policy import LivePolicy
-from diffusion_policy.commands.live_recording import PERSON, POLICY, LiveEpisode, Recording, open_record
+from diffusion_policy.commands.live_recording import ACTOR, PERSON, POLICY, LiveEpisode, Recording, open_record
 from diffusion_policy.commands.policy_in_env import PolicyInEnv
 from diffusion_policy.config import ChunkingConfig, SampleConfig
+from diffusion_policy.datasets.demonstration import PUSHED
 from diffusion_policy.envs.protocols import as_multimodal, as_pictured
 
 LINGER = 15
@@ -59,7 +62,8 @@ class LiveSession:
         )
         self.mouse = Mouse(self._env)
         modes = tuple(self._task.modes) if self._task else ()
-        self.recording = Recording(None if record is None else open_record(record, loaded, modes))
+        marks = (ACTOR, PUSHED) if self.mouse.can_push else (ACTOR,)
+        self.recording = Recording(None if record is None else open_record(record, loaded, modes, marks))
         self.running, self.driver = True, POLICY
         self._counts: Counter[str] = Counter()
         self._episodes = self._successes = 0
@@ -71,6 +75,7 @@ class LiveSession:
         """Start the episode of a seed."""
         self.episode = LiveEpisode(seed, self._env.reset(seed=seed)[0])
         self._pictures.begin(seed)
+        self.mouse.let_go()
         self.policy.begin(seed, self.episode.observation)
 
     def advance(self) -> None:
@@ -79,12 +84,12 @@ class LiveSession:
             self._linger()
             return
         actor = PERSON if self.mouse.held else self.driver
-        action = self._choose_action(actor)
-        self.episode.act(action, actor)
+        action, push = self._choose_action(actor), self.mouse.pushing
+        self.episode.act(action, {ACTOR: actor} | ({PUSHED: push is not None} if self.mouse.can_push else {}))
         space = self._env.action_space
         taken = np.asarray(action, space.dtype).reshape(space.shape or ())
-        self._pictures.step(taken)
-        observation, _, terminated, truncated, info = self._env.step(taken)
+        self._pictures.step(taken, push)
+        observation, _, terminated, truncated, info = step_env(self._env, taken, push)
         self.episode.observe(observation)
         self.policy.observe(self.episode.observation)
         if terminated or truncated:
@@ -119,6 +124,11 @@ class LiveSession:
         self.driver = driver
         self.policy.forget()
 
+    def push(self, place: np.ndarray) -> None:
+        """Push the body at a place in the picture, in shares of its size, (2,). Raises ConfigError where there is
+        none."""
+        self.mouse.push(place, self._pictures.size)
+
     def record(self, on: bool) -> None:
         """Record from the start of an episode, or no more. Raises ConfigError where there is no store."""
         self.recording.switch(on)
@@ -148,7 +158,9 @@ class LiveSession:
             "mode": episode.mode,
             "driver": self.driver,
             "held": self.mouse.held,
+            "pushing": self.mouse.pushing is not None,
             "can_steer": self.mouse.can_steer,
+            "can_push": self.mouse.can_push,
             "episodes": self._episodes,
             "successes": self._successes,
             "counts": dict(self._counts),
