@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+PUSHED = "pushed"
+"""A further column: whether a person pushed a body in this step, 0 or 1, so that no action repeats it."""
 SEEDS = "None or a whole number from 0 to 2**63 - 1"
 
 

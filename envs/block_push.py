@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
+from diffusion_policy.envs.block_push_hand import Hand
 from diffusion_policy.envs.block_push_state import (
     BLOCKS,
     COMMAND,
@@ -26,6 +27,7 @@ from diffusion_policy.envs.block_push_state import (
     relative_features,
     solved,
 )
+from diffusion_policy.envs.protocols import Grip, Push
 from diffusion_policy.envs.robots import xarm_with_rod
 from diffusion_policy.envs.scene import Scene
 from diffusion_policy.envs.simulation import Simulation, Viewpoint
@@ -122,6 +124,8 @@ class BlockPushEnv(TaskEnv):
         self._build_scene()
         self._arm = xarm_with_rod(self._simulation, ROD_RADIUS, ROD_LENGTH, TOOL_Z - ROD_GAP)
         self._arm.reset((*START_XY, TOOL_Z))
+        self._hand = Hand(self._simulation, BLOCKS, BLOCK_SIZE)
+        self._push: Push | None = None
         self._pristine = self._simulation.save()
         self._command = np.array(START_XY)
         self._target_poses = np.zeros((2, 3))
@@ -151,12 +155,12 @@ class BlockPushEnv(TaskEnv):
         """Put the rod at its start, draw poses of blocks and targets, and let the blocks settle."""
         super().reset(seed=seed)
         self._simulation.restore(self._pristine)  # so that no trace of the last episode is left
-        self._command = np.array(START_XY)
+        self._command, self._push = np.array(START_XY), None
         for name, (x, y, yaw) in zip(BLOCKS, self._draw_blocks(), strict=True):
             self._simulation.place(name, (x, y, BLOCK_SIZE / 2), yaw)
         self._target_poses = self._draw_targets()
         self._place_targets()
-        self._arm.glide_to((*self._command, TOOL_Z), CONTROL_PERIOD)
+        self._glide(CONTROL_PERIOD)
         self._simulation.step(SETTLE_STEPS)
         state = self._state()
         self._progress = Progress(block_xy(state))
@@ -187,13 +191,32 @@ class BlockPushEnv(TaskEnv):
         if self.action == "delta":
             action = self._command + np.clip(action, -MAX_ACTION, MAX_ACTION)
         self._command = np.clip(action, *_BOUNDS)
-        self._arm.glide_to((*self._command, TOOL_Z), CONTROL_PERIOD)
-        self._simulation.step(SUBSTEPS)
+        self._simulate()
         state = self._state()
         away = distances(state)
         self._progress, reward = self._progress.after(state, away)
         info = self._info(away)
         return Advance(self._observation(state), reward, info["is_success"], info)
+
+    def _simulate(self) -> None:
+        """One control period, in which a block may be pushed by hand."""
+        push, self._push = self._push, None
+        if push is None:
+            self._glide(CONTROL_PERIOD)
+            self._simulation.step(SUBSTEPS)
+        else:
+            self._hand.lead(push, CONTROL_PERIOD, SUBSTEPS, self._glide)
+
+    def _glide(self, duration: float) -> None:
+        self._arm.glide_to((*self._command, TOOL_Z), duration)
+
+    def grip(self, xy: np.ndarray) -> Grip | None:
+        """The block that a hand holds which reaches for a point (2,) [m] of the table in the picture."""
+        return self._hand.grip(xy)
+
+    def push(self, push: Push) -> None:
+        """Push a block by hand in the next step."""
+        self._push = push
 
     def _info(self, away: np.ndarray) -> dict[str, Any]:
         progress = self._progress

@@ -1,4 +1,5 @@
-"""What an environment may offer beside Gymnasium's own: modes, drawing, choices; and whether a seed repeats an episode.
+"""What an environment may offer beside Gymnasium's own: modes, drawing, pushes, choices; and whether a seed repeats an
+episode.
 
 An environment of others may have a `path` (of a file), a `scene` (of a simulator), a `mode` ("train") or a `choice`
 by chance. So no caller looks for attributes: the functions here check whether they are what is meant.
@@ -10,7 +11,7 @@ by chance. So no caller looks for attributes: the functions here check whether t
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import gymnasium
 import numpy as np
@@ -59,6 +60,35 @@ class Pictured(Drawable, Protocol):
         ...
 
 
+class Grip(NamedTuple):
+    """Where a hand holds a body."""
+
+    body: str
+    point: tuple[float, float]
+    """In the body's own frame, in the plane's unit."""
+
+
+class Push(NamedTuple):
+    """What a hand does in one step."""
+
+    grip: Grip
+    xy: tuple[float, float]
+    """The point of the plane that the gripped point is pulled to."""
+
+
+class Pushable(Pictured, Protocol):
+    """Has bodies that a person can push while it runs, against what stands in their way."""
+
+    def grip(self, xy: np.ndarray) -> Grip | None:
+        """What a hand holds that reaches for a point (2,) of the plane in the picture; None where there is nothing."""
+        ...
+
+    def push(self, push: Push) -> None:
+        """Push a body in the next step alone, with bounded speed and force: seed, actions and pushes repeat an
+        episode."""
+        ...
+
+
 class Choosing(Protocol):
     """Knows the decisions that lie ahead."""
 
@@ -100,6 +130,12 @@ def as_pictured(env: gymnasium.Env) -> Pictured | None:
     """As `as_drawable`, where the plane can also be found in the picture."""
     task = as_drawable(env)
     return cast(Pictured, task) if _takes(task, "pixels", 1) else None
+
+
+def as_pushable(env: gymnasium.Env) -> Pushable | None:
+    """As `as_pictured`, where a person can also push bodies."""
+    task = as_pictured(env)
+    return cast(Pushable, task) if _takes(task, "grip", 1) and _takes(task, "push", 1) else None
 
 
 def as_choosing(env: gymnasium.Env) -> Choosing | None:

@@ -5,14 +5,16 @@ environment is made. Here stand the observations, as the published demonstration
 what an episode is worth. A state is [agent x, agent y, block x, block y, block angle], in [px] and [rad], y downwards.
 """
 
+import contextlib
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
 
+from diffusion_policy.envs.protocols import Grip, Push
 from diffusion_policy.envs.scene import Scene
 from diffusion_policy.envs.task import Advance, TaskEnv, float_box, path_through, rendering
 
@@ -46,10 +48,17 @@ ones lie up to 2 px ahead (0.03 px in 99 % of all steps): they were taken a mome
 
 CORNERS = np.array([(-60, 0), (60, 0), (60, 30), (15, 30), (15, 120), (-15, 120), (-15, 30), (-60, 30)])
 """The block's outline in its own frame, (8, 2) [px]."""
+BARS = np.array([[(-60, 0), (60, 30)], [(-15, 0), (15, 120)]])
+"""The lower and upper corners of its two bars, (2, 2, 2) [px]."""
 GOAL_POSITION, GOAL_ANGLE = np.array([256.0, 256.0]), np.pi / 4
 """Where the block's origin shall be [px], and how it shall be turned [rad]."""
 CENTER_OF_GRAVITY_Y = 45.0
 """The centre of gravity lies at (0, 45) in the block's own frame [px]."""
+HAND_SPEED, HAND_FORCE = 200.0, 1e5
+"""Of a hand that pushes the block of mass 1, at most [px/s] and [px/s^2]. The engine's damping stops the block at each
+of its steps of 0.01 s, so a fifth of this force is what that speed takes."""
+HAND_REACH = 10.0
+"""A hand grips the block where it lies no farther away than this [px]."""
 REACH = 200.0
 """The block's origin cannot be pushed farther than this beyond the plane [px]: the T reaches 121 px from its origin,
 the agent's radius is 15 px, and a contact throws the block by 19 px at most."""
@@ -101,8 +110,8 @@ class SavedState(NamedTuple):
 
     start: np.ndarray
     """As handed to the simulator, (5,)."""
-    actions: tuple[np.ndarray, ...]
-    """Since then, each (2,) [px]."""
+    actions: tuple[tuple[np.ndarray, Push | None], ...]
+    """Since then, each (2,) [px], and how the block was pushed by hand meanwhile."""
 
 
 class PushTEnv(TaskEnv):
@@ -136,7 +145,8 @@ class PushTEnv(TaskEnv):
         self.action_space = gymnasium.spaces.Box(0, SIZE, (2,), np.float32)
         self._simulation = _simulation("human" if self._window else "rgb_array")
         self._start = np.zeros(5)
-        self._actions: list[np.ndarray] = []
+        self._actions: list[tuple[np.ndarray, Push | None]] = []
+        self._push: Push | None = None
         self._score = 0.0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
@@ -156,7 +166,8 @@ class PushTEnv(TaskEnv):
 
     def _advance(self, action: np.ndarray) -> Advance:
         """Lead the agent towards `action`, (2,) [px]; what lies outside the plane is moved to its edge."""
-        coverage = self._lead(np.clip(action, 0, SIZE))
+        push, self._push = self._push, None
+        coverage = self._lead(np.clip(action, 0, SIZE), push)
         if self._window:
             self._simulation.render()
         info = self._info(coverage)
@@ -165,12 +176,13 @@ class PushTEnv(TaskEnv):
     def _begin(self, start: np.ndarray) -> None:
         self._simulation._last_action = None  # else the first picture shows the cross of the last episode
         self._simulation.reset(options={"reset_to_state": start})  # builds all anew, so no trace is left
-        self._start, self._actions, self._score = start, [], 0.0
+        self._start, self._actions, self._score, self._push = start, [], 0.0, None
 
-    def _lead(self, action: np.ndarray) -> float:
+    def _lead(self, action: np.ndarray, push: Push | None) -> float:
         """One control period; returns the coverage."""
-        coverage = float(self._simulation.step(action)[-1]["coverage"])
-        self._actions.append(action)
+        with contextlib.nullcontext() if push is None else self._holding(push):
+            coverage = float(self._simulation.step(action)[-1]["coverage"])
+        self._actions.append((action, push))
         self._score = max(self._score, _reward(coverage))
         return coverage
 
@@ -190,8 +202,37 @@ class PushTEnv(TaskEnv):
     def restore_state(self, state: SavedState) -> None:
         """Go back to a saved state; takes as long as the steps that led there."""
         self._begin(state.start)
-        for action in state.actions:
-            self._lead(action)
+        for action, push in state.actions:
+            self._lead(action, push)
+
+    # A hand beside the agent
+
+    def grip(self, xy: np.ndarray) -> Grip | None:
+        """The point of the block that a hand holds which reaches for a point (2,) [px]."""
+        x, y = self._simulation.block.world_to_local(tuple(np.asarray(xy, np.float64).tolist()))
+        held = np.clip((x, y), BARS[:, 0], BARS[:, 1])  # (2 bars, 2)
+        away = np.linalg.norm(held - (x, y), axis=1)
+        nearest = held[away.argmin()].tolist()
+        return Grip("block", (nearest[0], nearest[1])) if away.min() <= HAND_REACH else None
+
+    def push(self, push: Push) -> None:
+        """Push the block by hand in the next step."""
+        self._push = push
+
+    @contextlib.contextmanager
+    def _holding(self, push: Push) -> Iterator[None]:
+        """A joint that pulls the gripped point of the block to a point of the plane, slower where something is in the
+        way."""
+        from pymunk.constraints import PivotJoint
+
+        space, block = self._simulation.space, self._simulation.block
+        joint = PivotJoint(space.static_body, block, push.xy, push.grip.point)
+        joint.max_bias, joint.max_force = HAND_SPEED, HAND_FORCE
+        space.add(joint)
+        try:
+            yield
+        finally:
+            space.remove(joint)
 
     # What a trajectory means, without a simulator
 

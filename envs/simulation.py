@@ -5,7 +5,7 @@ Knows bodies, joints, contacts, cameras and saved states. Knows no robot and no 
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -201,6 +201,17 @@ class Simulation:
         torques = self._client.calculateInverseDynamics(self._bodies[name], list(angles), still, still)
         self._client.setJointMotorControlArray(self._bodies[name], joints, pybullet.TORQUE_CONTROL, forces=torques)
 
+    @contextlib.contextmanager
+    def holding(self, name: str, point: Sequence[float], force: float) -> Iterator[Callable[[Sequence[float]], None]]:
+        """Hold a body at a point of its own frame [m] with at most a force [N]; gives what leads that point to a
+        position [m], to be called before each `step`."""
+        ball = pybullet.JOINT_POINT2POINT
+        joint = self._client.createConstraint(self._bodies[name], -1, -1, -1, ball, (0, 0, 0), point, (0, 0, 0))
+        try:
+            yield lambda position: self._client.changeConstraint(joint, jointChildPivot=position, maxForce=force)
+        finally:
+            self._client.removeConstraint(joint)
+
     def inverse_kinematics(
         self, name: str, link: int, position: Sequence[float], orientation: Sequence[float]
     ) -> tuple[float, ...]:
@@ -239,6 +250,12 @@ class Simulation:
         clip = homogeneous @ (projection @ view).T
         xy = clip[..., :2] / clip[..., 3:]  # -1..1, y up
         return (xy * [1, -1] + 1) / 2 * self._picture_size
+
+    def seen_at(self, xy: np.ndarray, height: float) -> np.ndarray:
+        """The point (2,) at a height [m] that is seen where a point (2,) of the ground is [m]."""
+        view = np.array(self._matrices()[0]).reshape(4, 4).T
+        eye = np.linalg.inv(view)[:3, 3]
+        return xy + (eye[:2] - xy) * (height / eye[2])
 
     @property
     def _picture_size(self) -> tuple[int, int]:

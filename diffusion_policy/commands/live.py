@@ -28,7 +28,9 @@ from websockets.http11 import Request, Response
 from diffusion_policy.basics.files import parse_json
 from diffusion_policy.basics.text import error_line
 from diffusion_policy.commands.interrupts import hearing
-from diffusion_policy.commands.live_session import Frame, LiveSession
+from diffusion_policy.commands.live_commands import obey
+from diffusion_policy.commands.live_pictures import Frame
+from diffusion_policy.commands.live_session import LiveSession
 from diffusion_policy.commands.options.live import Live
 from diffusion_policy.commands.policy_in_env import PolicyInEnv, load_with_environment
 from diffusion_policy.commands.terminal import console, out
@@ -170,7 +172,7 @@ class LivePage:
         refused = []
         for connection, command in commands:
             try:
-                self._session.obey(command)
+                obey(self._session, command)
             except ConfigError as error:
                 refused.append((connection, str(error)))
         try:
@@ -235,7 +237,7 @@ class LivePage:
             showing.cancel()
             del self._viewers[connection]
             self._said.pop(connection, None)
-            self._thread.submit(self._session.release)  # a button may have been held in it
+            self._thread.submit(self._session.mouse.release)  # a button may have been held in it
 
 
 def read_command(text: str | bytes) -> dict[str, Any]:

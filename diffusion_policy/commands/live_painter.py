@@ -1,6 +1,7 @@
 """Pictures of a simulation, drawn by a second process that repeats it: drawing takes most of a control step.
 
-A seed and its actions repeat an episode, so the picture is the same. Knows environments that render. Knows no policy.
+A seed, its actions and its pushes repeat an episode, so the picture is the same. Knows environments that render. Knows
+no policy.
 """
 
 import contextlib
@@ -14,6 +15,8 @@ import gymnasium
 import imageio.v3
 import numpy as np
 
+from diffusion_policy.envs.protocols import Push, as_pushable
+
 JPEG_QUALITY = 85
 Make = Callable[..., gymnasium.Env]
 
@@ -24,6 +27,14 @@ class Picture(NamedTuple):
     jpeg: bytes
     width: int
     height: int
+
+
+def step_env(env: gymnasium.Env, action: np.ndarray, push: Push | None) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+    """A control step in which a person may push a body, as the simulation and all that draw it take it."""
+    pushable = None if push is None else as_pushable(env)
+    if push is not None and pushable is not None:
+        pushable.push(push)
+    return env.step(action)
 
 
 def paint(env: gymnasium.Env, share: float) -> Picture:
@@ -49,9 +60,9 @@ class Painter:
         """Begin the episode of a seed."""
         self._tell("reset", seed)
 
-    def step(self, action: np.ndarray) -> None:
+    def step(self, action: np.ndarray, push: Push | None = None) -> None:
         """Take a step, as the environment takes it."""
-        self._tell("step", action)
+        self._tell("step", (action, push))
 
     def ask(self, share: float) -> None:
         """Have a picture drawn of how it is now."""
@@ -77,7 +88,7 @@ def _repeat(make_env: Make, pipe: Connection) -> None:
     env = make_env(render_mode="rgb_array")
     do: dict[str, Callable[[Any], object]] = {
         "reset": lambda seed: env.reset(seed=seed),
-        "step": env.step,
+        "step": lambda taken: step_env(env, *taken),
         "paint": lambda share: pipe.send(paint(env, share)),
     }
     try:

@@ -21,16 +21,25 @@ from websockets.sync.client import connect
 
 import diffusion_policy as dp
 from diffusion_policy.cli import main, parse
-from diffusion_policy.commands import live_session
+from diffusion_policy.commands import live_pictures, live_session
+from diffusion_policy.commands.dataset.replay import run as replay
 from diffusion_policy.commands.live import encode, read_command
-from diffusion_policy.commands.live_painter import Painter, paint
-from diffusion_policy.commands.live_session import ACTOR, Frame, LiveSession
+from diffusion_policy.commands.live_commands import obey
+from diffusion_policy.commands.live_painter import Painter, paint, step_env
+from diffusion_policy.commands.live_pictures import Frame
+from diffusion_policy.commands.live_recording import ACTOR
+from diffusion_policy.commands.live_session import LiveSession
+from diffusion_policy.commands.options.dataset import Replay
 from diffusion_policy.commands.options.live import Live
 from diffusion_policy.commands.policy_in_env import PolicyInEnv, load_with_environment
 from diffusion_policy.config import ConfigError
+from diffusion_policy.datasets.demonstration import PUSHED
 from diffusion_policy.datasets.store import EpisodeStore
+from diffusion_policy.envs.block_push_state import block_xy
+from diffusion_policy.envs.protocols import Push, as_pushable
 
 CHROMIUM = shutil.which("chromium")
+TWELVE = '{"max_episode_steps": 12}'
 SHORT = '{"rows": 1, "max_episode_steps": 20}'
 
 
@@ -50,7 +59,7 @@ def loaded(options: Live) -> PolicyInEnv:
 @pytest.fixture
 def start(loaded: PolicyInEnv, options: Live, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LiveSession]]:
     """Sessions that draw in this process."""
-    monkeypatch.setattr(live_session, "PAINTERS", 0)
+    monkeypatch.setattr(live_pictures, "PAINTERS", 0)
     made: list[LiveSession] = []
 
     def start(**changes: Any) -> LiveSession:
@@ -82,13 +91,13 @@ def end(session: LiveSession) -> dict[str, Any]:
 
 def test_the_policy_acts_as_in_a_rollout(start, run: Path, loaded: PolicyInEnv) -> None:
     session = start()
-    controller = dp.load(run, device="cpu").controller(seed=session._seed, sampling_steps=2)
+    controller = dp.load(run, device="cpu").controller(seed=session.episode.seed, sampling_steps=2)
     env = loaded.make_env()
-    observation, _ = env.reset(seed=session._seed)
+    observation, _ = env.reset(seed=session.episode.seed)
     for _ in range(20):
         action = controller.act(observation)
         session.advance()
-        np.testing.assert_array_equal(session._actions[-1], action)
+        np.testing.assert_array_equal(session.episode.actions[-1], action)
         observation, *_ = env.step(action.astype(np.float32))
     env.close()
 
@@ -124,12 +133,12 @@ def test_an_episode_that_ends_is_counted_and_followed_by_the_next_seed(start) ->
 
 def test_commands_pause_step_and_reset(start) -> None:
     session = start()
-    session.obey({"do": "run", "on": False})
+    obey(session, {"do": "run", "on": False})
     assert not see(session)["running"]
-    session.obey({"do": "step"})
-    session.obey({"do": "step"})
+    obey(session, {"do": "step"})
+    obey(session, {"do": "step"})
     assert see(session)["step"] == 2
-    session.obey({"do": "reset", "seed": 5})
+    obey(session, {"do": "reset", "seed": 5})
     assert (see(session)["seed"], see(session)["step"]) == (5, 0)
 
 
@@ -144,7 +153,7 @@ def test_commands_pause_step_and_reset(start) -> None:
 def test_settings_change_while_it_runs(start, settings: dict, found: dict) -> None:
     session = start()
     session.advance()
-    session.obey({"do": "set", "settings": settings})
+    obey(session, {"do": "set", "settings": settings})
     assert see(session)["settings"].items() >= found.items()
     for _ in range(10):
         session.advance()
@@ -175,6 +184,8 @@ def test_settings_change_while_it_runs(start, settings: dict, found: dict) -> No
         ({"do": "mouse", "down": True, "x": None, "y": 0}, "a place in the picture is x and y"),
         ({"do": "mouse", "down": True, "x": "left", "y": 0}, "a place in the picture is x and y"),
         ({"do": "mouse", "down": True, "x": [0.5], "y": [0.5]}, "a place in the picture is x and y"),
+        ({"do": "push", "down": True, "x": None, "y": 0}, "a place in the picture is x and y"),
+        ({"do": "push", "down": True, "x": 0.5, "y": 0.5}, "no bodies that can be pushed"),
         ({"do": "set", "settings": {"guidance": 10**400}}, "too large"),
         ({"do": "record"}, "nothing is recorded without --record"),
         ({"do": "undo"}, "there is no episode to undo"),
@@ -185,11 +196,11 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(start, command: dict
     session.advance()
     before, untouched = see(session), start()
     with pytest.raises(ConfigError, match=re.escape(message)):
-        session.obey(command)
+        obey(session, command)
     assert see(session) == before
     for one in (session, untouched, untouched):
         one.advance()
-    np.testing.assert_array_equal(session._actions, untouched._actions)
+    np.testing.assert_array_equal(session.episode.actions, untouched.episode.actions)
 
 
 # Teaching
@@ -205,40 +216,40 @@ def place(session: LiveSession, xy: list[float]) -> dict[str, Any]:
 def test_the_robot_follows_the_mouse_as_fast_as_the_task_allows(start) -> None:
     session = start(seed=3)
     goal = [0.45, -0.2]
-    session.obey(place(session, goal))
-    far = np.linalg.norm(session._observation["desired_xy"] - goal)
+    obey(session, place(session, goal))
+    far = np.linalg.norm(session.episode.observation["desired_xy"] - goal)
     for _ in range(15):
-        before = session._observation["desired_xy"].copy()
+        before = session.episode.observation["desired_xy"].copy()
         session.advance()
-        assert np.abs(session._observation["desired_xy"] - before).max() <= 0.02 + 1e-6
+        assert np.abs(session.episode.observation["desired_xy"] - before).max() <= 0.02 + 1e-6
     assert far > 0.05
-    np.testing.assert_allclose(session._observation["desired_xy"], goal, atol=1e-3)
+    np.testing.assert_allclose(session.episode.observation["desired_xy"], goal, atol=1e-3)
     assert see(session)["held"]
-    session.obey({"do": "mouse", "down": False})
-    session.obey({"do": "drive", "who": "person"})  # without a button it stays where it is
+    obey(session, {"do": "mouse", "down": False})
+    obey(session, {"do": "drive", "who": "person"})  # without a button it stays where it is
     session.advance()
-    np.testing.assert_allclose(session._observation["desired_xy"], goal, atol=1e-3)
+    np.testing.assert_allclose(session.episode.observation["desired_xy"], goal, atol=1e-3)
 
 
 def test_corrections_are_recorded_with_who_acted_and_can_be_undone(start, tmp_path: Path) -> None:
     path = tmp_path / "taught.zarr"
     session = start(record=path)
     session.advance()
-    session.obey({"do": "record"})
+    obey(session, {"do": "record"})
     assert see(session)["step"] == 0  # an episode is recorded whole
     for step in range(20):
-        session.obey(place(session, [0.45, -0.2]) if 5 <= step < 10 else {"do": "mouse", "down": False})
+        obey(session, place(session, [0.45, -0.2]) if 5 <= step < 10 else {"do": "mouse", "down": False})
         session.advance()
     assert see(session)["can_undo"]
-    session.obey({"do": "undo"})
+    obey(session, {"do": "undo"})
     assert sum(see(session)["recorded"].values()) == 0
     for seed in (7, 8):
-        session.obey({"do": "reset", "seed": seed})
+        obey(session, {"do": "reset", "seed": seed})
         for step in range(20):
-            session.obey(place(session, [0.45, -0.2]) if 5 <= step < 10 else {"do": "mouse", "down": False})
+            obey(session, place(session, [0.45, -0.2]) if 5 <= step < 10 else {"do": "mouse", "down": False})
             session.advance()
     assert sum(see(session)["recorded"].values()) == 2
-    session.obey({"do": "record", "on": False})
+    obey(session, {"do": "record", "on": False})
     session.close()
     store = EpisodeStore.open(path)
     assert store.seeds().tolist() == [7, 8]
@@ -249,15 +260,102 @@ def test_corrections_are_recorded_with_who_acted_and_can_be_undone(start, tmp_pa
     dp.train(path, tmp_path / "run", steps=10, widths=(8,), level_dim=8, noise_levels=10, device="cpu")
 
 
+# Pushing
+
+
+@pytest.fixture(scope="module")
+def pushable(tmp_path_factory: pytest.TempPathFactory) -> PolicyInEnv:
+    """A policy, hardly trained, where there are blocks."""
+    folder = tmp_path_factory.mktemp("block_push")
+    tiny: dict[str, Any] = {"widths": (8,), "level_dim": 8, "noise_levels": 10, "validation_share": 0.0}
+    dp.collect(folder / "demos.zarr", env="diffusion_policy/BlockPush-v0", episodes=1, workers=1)
+    dp.train(folder / "demos.zarr", folder / "run", steps=5, device="cpu", **tiny)
+    parsed = parse(["live", "--checkpoint", str(folder / "run"), "--device", "cpu", "--env-kwargs", TWELVE])
+    assert isinstance(parsed, Live)
+    return load_with_environment(parsed, parsed.sampling)
+
+
+def push(session: LiveSession, xy: np.ndarray) -> None:
+    obey(session, place(session, xy.tolist()) | {"do": "push"})
+
+
+def test_a_body_is_pushed_while_the_policy_acts_and_the_store_says_when(
+    pushable: PolicyInEnv, options: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(live_pictures, "PAINTERS", 0)
+    path = tmp_path / "taught.zarr"
+    session = LiveSession(pushable, options.sampling, options.chunking, fan=0, seed=5, record=path)
+    obey(session, {"do": "record"})
+    assert see(session)["can_push"]
+    with pytest.raises(ConfigError, match="there is nothing here that can be pushed"):
+        push(session, np.array([0.6, 0.45]))
+    assert not see(session)["pushing"]
+    start = block_xy(session.episode.observation["state"])
+    for step in range(12):
+        if step == 3:
+            push(session, block_xy(session.episode.observation["state"])[0])
+        if 3 <= step < 8:
+            push(session, start[0] + [0.1, 0.0])
+            assert (see(session)["pushing"], see(session)["held"], see(session)["driver"]) == (True, False, 0)
+        else:
+            obey(session, {"do": "push", "down": False})
+        session.advance()
+    moved = block_xy(session.episode.observation["state"]) - start
+    assert moved[0, 0] > 0.05
+    obey(session, {"do": "reset"})
+    assert not see(session)["pushing"]
+    session.close()
+    store = EpisodeStore.open(path)
+    assert store.read(PUSHED)[:, 0].tolist() == [0] * 3 + [1] * 5 + [0] * 4
+    assert store.read(ACTOR).sum() == 0
+    assert not {PUSHED, ACTOR} & set(store.observation_keys)
+    assert max(replay(Replay(store=str(path))).values()) < 1e-6
+    assert "a person pushed a body in some episodes" in capsys.readouterr().out
+
+
+def test_a_new_episode_lets_go_of_what_was_pushed(
+    pushable: PolicyInEnv, options: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_pictures, "PAINTERS", 0)
+    session = LiveSession(pushable, options.sampling, options.chunking, fan=0, seed=5)
+    for let_go in ({"do": "reset", "seed": 6}, {"do": "push", "down": False}, {"do": "mouse", "down": False}):
+        push(session, block_xy(session.episode.observation["state"])[1])
+        assert see(session)["pushing"]
+        obey(session, let_go)
+        assert not see(session)["pushing"]
+    push(session, block_xy(session.episode.observation["state"])[1])
+    obey(session, place(session, [0.4, 0.0]))  # one mouse, one thing
+    assert (see(session)["pushing"], see(session)["held"]) == (False, True)
+    session.close()
+
+
+def test_a_painter_repeats_pushes_to_the_bit(pushable: PolicyInEnv) -> None:
+    painter, env = Painter(pushable.make_env), pushable.make_env(render_mode="rgb_array")
+    task = as_pushable(env)
+    observation = env.reset(seed=3)[0]
+    painter.reset(3)
+    assert task is not None
+    grip = task.grip(block_xy(observation["state"])[0])
+    assert grip is not None
+    for i in range(6):
+        action, pushed = np.array([0.01, 0.02], np.float32), Push(grip, (0.5, 0.1)) if i != 3 else None
+        step_env(env, action, pushed)
+        painter.step(action, pushed)
+    painter.ask(1.0)
+    assert painter.take() == paint(env, 1.0)
+    painter.close()
+    env.close()
+
+
 def test_a_picture_is_drawn_here_when_who_draws_has_ended(
     loaded: PolicyInEnv, options: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live_session, "PAINTERS", 1)
+    monkeypatch.setattr(live_pictures, "PAINTERS", 1)
     session = LiveSession(loaded, options.sampling, options.chunking, fan=0)
     assert session.look() is None
     assert session.look() is not None
-    session._painters[0]._process.kill()
-    session._painters[0]._process.join()
+    session._pictures._painters[0]._process.kill()
+    session._pictures._painters[0]._process.join()
     for _ in range(3):
         session.advance()
         assert session.look() is not None
@@ -267,8 +365,8 @@ def test_a_picture_is_drawn_here_when_who_draws_has_ended(
 
 def test_a_window_that_goes_lets_go_of_the_mouse(start) -> None:
     session = start()
-    session.obey(place(session, [0.45, -0.2]))
-    session.release()
+    obey(session, place(session, [0.45, -0.2]))
+    session.mouse.release()
     assert not see(session)["held"]
 
 
@@ -279,7 +377,7 @@ def test_another_store_is_not_gone_on_with(start, demonstrations: Path, tmp_path
         pass
     with pytest.raises(ConfigError, match="holds episodes of another environment"):
         start(record=tmp_path / "other.zarr")
-    with pytest.raises(ConfigError, match="no column actor, so it is not one that live has made"):
+    with pytest.raises(ConfigError, match="no column actor, which live writes in this environment"):
         start(record=demonstrations)
 
 
@@ -416,6 +514,7 @@ def test_a_person_watches_pauses_steers_and_teaches(page, tmp_path: Path) -> Non
         window.click("#run")
         wait("!live.state.running")
         step = window.evaluate("live.state.step")
+        assert window.locator("#hand").is_hidden()  # there is nothing that can be pushed
         window.click("#step")
         wait(f"live.state.step !== {step} || live.state.ended")
         window.select_option("#chunking", "rtc")

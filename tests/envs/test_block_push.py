@@ -8,7 +8,9 @@ import pytest
 from diffusion_policy.datasets.collect import disturb, disturbance_generator
 from diffusion_policy.envs.block_push import BLOCK_SIZE, MAX_ACTION, START_XY, WORKSPACE, BlockPushEnv
 from diffusion_policy.envs.block_push_expert import BlockPushExpert
+from diffusion_policy.envs.block_push_hand import SPEED
 from diffusion_policy.envs.block_push_state import BLOCKS, MODES, TARGETS, block_xy, relative_features, target_xy
+from diffusion_policy.envs.protocols import Push
 from diffusion_policy.envs.robots import xarm_angles
 
 EPISODE_STEPS = 350
@@ -250,6 +252,83 @@ def test_a_restored_state_continues_as_before(env: BlockPushEnv) -> None:
         for (a, *rest), (b, *same) in zip(before, after, strict=True):
             np.testing.assert_array_equal(a["state"], b["state"])
             assert rest == same
+
+
+# A hand that pushes blocks
+
+
+def push(env: BlockPushEnv, block: int, goal: np.ndarray, steps: int) -> np.ndarray:
+    """The states while a block is pushed by hand towards a point of the table and the robot stays,
+    (steps + 1, 16)."""
+    start = env._state()
+    grip = env.grip(block_xy(start)[block])
+    assert grip is not None
+    states = [start]
+    for _ in range(steps):
+        env.push(Push(grip, (float(goal[0]), float(goal[1]))))
+        states.append(env.step(np.zeros(2))[0]["state"])
+    return np.stack(states)
+
+
+def test_a_hand_grips_what_the_picture_shows(env: BlockPushEnv) -> None:
+    points = env._simulation.seen_at(np.array([0.4, -0.2]), BLOCK_SIZE / 2)
+    np.testing.assert_allclose(
+        env._simulation.pixels(np.array([*points, BLOCK_SIZE / 2])), env.pixels(np.array([0.4, -0.2])), atol=1e-6
+    )
+    for name, xy in zip(BLOCKS, block_xy(env._state()), strict=True):
+        grip = env.grip(xy)
+        assert grip is not None
+        assert grip.body == name
+        assert np.abs(grip.point).max() <= BLOCK_SIZE / 2
+    assert env.grip(np.array([0.6, 0.4])) is None
+
+
+def test_a_pushed_block_follows_the_hand_no_faster_than_it_may_and_stays_there(env: BlockPushEnv) -> None:
+    goal = np.array([0.55, 0.0])
+    states = push(env, 0, goal, steps=12)
+    path = block_xy(states)[:, 0]
+    assert np.linalg.norm(np.diff(path, axis=0), axis=1).max() <= SPEED * 0.1 + 1e-3
+    assert np.linalg.norm(path[-1] - goal) < 0.03  # the middle of the block: it is gripped next to it
+    assert np.linalg.norm(path[0] - goal) > 0.2
+    assert np.abs(states[:, 6:8] - START_XY).max() < 1e-3  # the robot stays
+    after = env.step(np.zeros(2))[0]["state"]
+    np.testing.assert_allclose(block_xy(after)[0], path[-1], atol=5e-3)
+
+
+def test_a_pushed_block_pushes_the_other_and_stops_at_the_rod(env: BlockPushEnv) -> None:
+    put(env, 0, np.array([0.3, -0.2]))
+    put(env, 1, np.array([0.4, -0.2]))
+    states = push(env, 0, np.array([0.5, -0.2]), steps=10)
+    apart = np.linalg.norm(np.diff(block_xy(states), axis=1), axis=-1)
+    assert block_xy(states)[-1, 1, 0] > 0.43
+    assert apart.min() > BLOCK_SIZE - 2e-3
+    put(env, 1, np.array([0.6, 0.3]))
+    put(env, 0, np.array([0.3, -0.3]))
+    states = push(env, 0, np.array([0.3, -0.5]), steps=10)
+    away = np.linalg.norm(block_xy(states)[:, 0] - states[:, 6:8], axis=-1)
+    assert away.min() > BLOCK_SIZE / 2 + 0.01 - 3e-3  # the rod's radius
+    assert np.abs(states[:, 6:8] - START_XY).max() < 2e-3
+
+
+def test_the_same_pushes_repeat_an_episode(env: BlockPushEnv) -> None:
+    other = BlockPushEnv()
+    traces = []
+    for one in (env, env, other):
+        one.reset(seed=4)
+        traces.append(push(one, 1, np.array([0.3, -0.4]), steps=6))
+        one.push(Push(one.grip(block_xy(one._state())[1]), (0.5, 0.0)))  # pyright: ignore[reportArgumentType]
+    np.testing.assert_array_equal(traces[0], traces[1])
+    np.testing.assert_array_equal(traces[0], traces[2])
+    env.reset(seed=4)  # what was not pushed yet is forgotten
+    other.reset(seed=4)
+    fresh = BlockPushEnv()
+    fresh.reset(seed=4)
+    for _ in range(3):
+        observed = [one.step(np.array([0.02, 0.03]))[0]["state"] for one in (env, other, fresh)]
+        np.testing.assert_array_equal(observed[0], observed[2])
+        np.testing.assert_array_equal(observed[1], observed[2])
+    other.close()
+    fresh.close()
 
 
 # Drawing and choosing

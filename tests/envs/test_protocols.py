@@ -16,6 +16,7 @@ from diffusion_policy.envs.protocols import (
     as_drawable,
     as_multimodal,
     as_pictured,
+    as_pushable,
     repeats_by_seed,
 )
 from diffusion_policy.envs.spaces import EnvSpecError
@@ -77,6 +78,16 @@ def test_a_wrapper_that_changes_what_is_observed_or_done_takes_drawings_and_mode
     env = RescaleAction(envs.make(AVOID), np.float32(-1), np.float32(1))
     assert [ask(env) for ask in (as_drawable, as_choosing)] == [None] * 2
     assert as_multimodal(env) is env.unwrapped
+
+
+def test_bodies_can_be_pushed_where_a_task_has_some() -> None:
+    env = envs.make("diffusion_policy/BlockPush-v0")
+    assert as_pushable(env) is env.unwrapped
+    assert as_pushable(RescaleAction(env, np.float32(-1), np.float32(1))) is None
+    assert as_pushable(envs.make(AVOID)) is None
+    point: Any = Point()
+    point.grip, point.push = (lambda xy: None), (lambda push: None)
+    assert as_pushable(point) is None  # nobody knows where its points lie in a picture
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from diffusion_policy.datasets.store import EpisodeStore
-from diffusion_policy.envs.push_t import PICTURE_SIZE, PushTEnv, keypoints, published_start
+from diffusion_policy.envs.protocols import Push
+from diffusion_policy.envs.push_t import CORNERS, HAND_SPEED, PICTURE_SIZE, PushTEnv, keypoints, place, published_start
 
 pytest.importorskip("gym_pusht", reason="gym-pusht is not installed (the extra `pusht`)")
 import shapely
@@ -242,6 +243,55 @@ def test_a_restored_episode_goes_on_identically(env: PushTEnv) -> None:
             restored, *restored_outcome = other.step(target)
             np.testing.assert_array_equal(restored["state"], observation["state"])
             assert restored_outcome == outcome
+
+
+# A hand that pushes the block
+
+
+def push(env: PushTEnv, point: tuple[float, float], goal: tuple[float, float], steps: int) -> np.ndarray:
+    """The states while the agent stays and the block is pushed by hand, gripped at a point of its own frame, (steps +
+    1, 5)."""
+    state = np.asarray(env._observation()["state"], np.float64)
+    grip = env.grip(place(np.array([point]), state[2:4], state[4])[0])
+    assert grip is not None
+    np.testing.assert_allclose(grip.point, point, atol=1e-3)
+    states = [state]
+    for _ in range(steps):
+        env.push(Push(grip, goal))
+        states.append(env.step(state[:2])[0]["state"])
+    return np.stack(states)
+
+
+def test_a_hand_leads_the_gripped_point_no_faster_than_it_may(env: PushTEnv) -> None:
+    env.reset(options={"state": (480, 480, 200, 200, 0.5)})
+    states = push(env, (0.0, 100.0), (300.0, 350.0), 15)
+    gripped = np.array([place(np.array([(0.0, 100.0)]), state[2:4], state[4])[0] for state in states])
+    assert np.linalg.norm(np.diff(gripped, axis=0), axis=1).max() <= HAND_SPEED * 0.1 + 1
+    np.testing.assert_allclose(gripped[-1], (300, 350), atol=2)
+    np.testing.assert_array_equal(states[:, :2], np.full((16, 2), 480))
+    np.testing.assert_allclose(env.step(states[0, :2])[0]["state"], states[-1], atol=0.1)  # let go, it stays
+    assert env.grip(np.array([20.0, 20.0])) is None
+
+
+def test_a_pushed_block_stops_at_the_agent_and_the_walls(env: PushTEnv) -> None:
+    env.reset(options={"state": (350, 220, 200, 200, 0.0)})
+    push(env, (50.0, 15.0), (500.0, 215.0), 25)
+    shapes, agent = env._simulation.block.shapes, env._simulation.agent.position
+    assert min(shape.point_query(agent).distance for shape in shapes) > 14  # the agent's radius is 15
+    env.reset(options={"state": (480, 480, 200, 200, 0.0)})
+    state = push(env, (0.0, 15.0), (0.0, 215.0), 25)[-1].astype(np.float64)
+    assert place(CORNERS, state[2:4], state[4]).min() > 3  # the wall stands at 5
+
+
+def test_a_restored_episode_was_pushed_too(env: PushTEnv) -> None:
+    env.reset(seed=3)
+    push(env, (0.0, 100.0), (256.0, 256.0), 8)
+    saved = env.save_state()
+    expected = env.step(np.array([250.0, 250.0]))[0]["state"]
+    other = PushTEnv()
+    other.reset(seed=9)
+    other.restore_state(pickle.loads(pickle.dumps(saved)))  # noqa: S301  (our own)
+    np.testing.assert_array_equal(other.step(np.array([250.0, 250.0]))[0]["state"], expected)
 
 
 def test_a_plan_is_the_way_from_the_agent_through_the_targets(env: PushTEnv) -> None:

@@ -18,7 +18,7 @@ from diffusion_policy.commands.stores import open_store
 from diffusion_policy.commands.terminal import console, out
 from diffusion_policy.config import ConfigError
 from diffusion_policy.datasets.collect import disturb, disturbance_generator
-from diffusion_policy.datasets.demonstration import Demonstration
+from diffusion_policy.datasets.demonstration import PUSHED, Demonstration
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs import ENV_IDS
 from diffusion_policy.envs.adapters import EnvSpec
@@ -58,14 +58,17 @@ def run(options: Replay) -> dict[str, float]:
     spec = choose_replay_spec(options, store)
     env = spec()
     keys = choose_compared(options, store, env, spec.env)
+    marks = (PUSHED,) if PUSHED in store.keys and PUSHED not in keys else ()
     count = min(len(store.episode_ends), options.episodes or (4 if options.video else len(store.episode_ends)))
     with console.status("replaying"):
-        episodes = store.episodes(range(count), (*keys, store.action_key))
-        largest, wrong, scripts = compare(env, episodes, store.action_key, noise, options.tolerance)
+        episodes = store.episodes(range(count), (*keys, *marks, store.action_key))
+        largest, wrong, scripts = compare(env, map(before_push, episodes), store.action_key, noise, options.tolerance)
     with contextlib.suppress(Exception):  # what was compared stays
         env.close()
     for key, difference in largest.items():
         out.print(f"{key}: off by {difference:.2g} at most, in {count} episodes")
+    if marks and store.read(PUSHED)[: store.episode_ends[count - 1]].any():
+        out.print("a person pushed a body in some episodes, which no action repeats: they are replayed up to there")
     if options.video:
         film(options.video, spec, scripts, control_rate(env) or 30)
     if wrong:
@@ -102,6 +105,19 @@ def choose_compared(options: Replay, store: EpisodeStore, env: gymnasium.Env, en
         has = f"its observations have {offered}, its actions {env.action_space}"
         raise ConfigError(f"{env_id} does not fit {options.store}: {has}; the store has {stored}")
     return tuple(offered)
+
+
+def before_push(episode: Demonstration) -> Demonstration:
+    """The steps of an episode until a person first pushed a body."""
+    if PUSHED not in episode.data:
+        return episode
+    pushed = np.flatnonzero(episode.data[PUSHED])
+    data, final = ({k: rows for k, rows in some.items() if k != PUSHED} for some in (episode.data, episode.final or {}))
+    if len(pushed):
+        end = int(pushed[0])
+        final = {key: data[key][end] for key in final}
+        data = {key: rows[:end] for key, rows in data.items()}
+    return episode._replace(data=data, final=final)
 
 
 def compare(
@@ -166,4 +182,4 @@ def replay(env: gymnasium.Env, episode: Demonstration, action_key: str, noise: f
         compare(observation, len(taken))
         if terminated or truncated:
             break
-    return Replayed(len(taken), {key: np.array(values) for key, values in differences.items()}, np.stack(taken))
+    return Replayed(len(taken), {key: np.array(values) for key, values in differences.items()}, np.array(taken))

@@ -131,7 +131,8 @@ class Replay(Command):
     """Take the recorded actions again, from the recorded seeds, and compare what is observed with what was recorded;
     film it if asked. Exit status 1 when the two differ.
 
-    Where the demonstrations were collected under noise on the executed action, the same noise is drawn again.
+    Where the demonstrations were collected under noise on the executed action, the same noise is drawn again. Where a
+    person pushed a body (in a store of `live`, whose column pushed says so), an episode is replayed up to there.
     """
 
     program: ClassVar[str] = "diffusion_policy.commands.dataset.replay"

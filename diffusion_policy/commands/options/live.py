@@ -14,8 +14,9 @@ class Live(ActingCommand):
 
     Prints an address of this machine alone, with a token in it; whoever has that may steer. The page shows the plans
     that the policy could have made, the one it follows, and how that came out of noise. Mode, guidance, sampler, steps,
-    chunking and delay can be changed while it runs. With --record what is done by mouse becomes demonstrations, and so
-    do corrections; the store's column actor says who acted (0 the policy, 1 a person). Needs the extra serve.
+    chunking and delay can be changed while it runs; in BlockPush and Push-T, the mouse can also push a block. With
+    --record what is done by mouse becomes demonstrations, and so do corrections; the store's column actor says who
+    acted (0 the policy, 1 a person), its column pushed in which steps a block was pushed. Needs the extra serve.
     """
 
     program: ClassVar[str] = "diffusion_policy.commands.live"
