@@ -13,7 +13,7 @@ from diffusion_policy.commands.outputs import require_fresh
 from diffusion_policy.commands.terminal import console, print_cells, progress_bar
 from diffusion_policy.report.evaluation_figures import to_png
 from diffusion_policy.report.figures import draw_toy
-from diffusion_policy.training import toy
+from diffusion_policy.training import toy, toy_students
 from diffusion_policy.training.doctor import check_last_level
 
 
@@ -42,6 +42,7 @@ def run(options: Toy) -> dict[str, Any]:
         "variational_bound": toy.measure_bound(fitted, problem.draw(500, torch.Generator().manual_seed(6))),
         "energy_distance_of_data_to_data": toy.noise_floor(problem),
         **_measure(options, problem, fitted),
+        **({} if options.student is None else {"student": _measure_students(options, problem, fitted)}),
     }
     write_whole(options.output / "results.json", format_json(results))
     print_results(results)
@@ -62,12 +63,28 @@ def _measure(options: Toy, problem: toy.Problem, fitted: toy.Fitted) -> dict[str
     return {"samplers": samplers, **measures}
 
 
+def _measure_students(options: Toy, problem: toy.Problem, teacher: toy.Fitted) -> dict[str, Any]:
+    """Energy distance of students in few steps, and of their teacher in as many."""
+    assert options.student is not None
+    data = problem.draw(toy.COUNT, torch.Generator().manual_seed(4)).x
+    rows: dict[str, dict[str, float]] = {"teacher": {}, options.student: {}}
+    with console.status(f"training students ({options.student})"):
+        for steps, student in toy_students.fit_students(problem, teacher, options.student, options.seed):
+            for name, fitted in (("teacher", teacher), (options.student, student)):
+                rows[name][str(steps)] = toy.energy_distance(toy.sample(fitted, "ddim", steps, len(data)), data)
+    return {"name": options.student, "energy_distance": rows}
+
+
 def print_results(results: Mapping[str, Any]) -> None:
     """The tables of samplers, then what is particular to the problem."""
     print_cells(
         "energy distance of samples to data", "sampler", "steps", results["samplers"], "energy_distance", "{:.3f}"
     )
     print_cells("milliseconds for all points", "sampler", "steps", results["samplers"], "milliseconds", "{:.0f}")
+    if "student" in results:
+        console.print("energy distance in few steps of ddim")
+        for name, cells in results["student"]["energy_distance"].items():
+            console.print(f"{name:12s}" + ", ".join(f"{steps}: {value:.4f}" for steps, value in cells.items()))
     training = results["training"]
     console.print(
         f"loss {training['loss_of_first_50_steps']:.3f} -> {training['loss_of_last_500_steps']:.3f} in "

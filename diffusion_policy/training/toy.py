@@ -115,9 +115,9 @@ PROBLEMS = {
 class PointNetwork(nn.Module):
     """A small MLP: (xt (B, dimensions), level (B,), cond (B, classes)) → (B, dimensions)."""
 
-    def __init__(self, dimensions: int, classes: int, width: int = 128) -> None:
+    def __init__(self, dimensions: int, classes: int, width: int = 128, level_inputs: int = 1) -> None:
         super().__init__()
-        self.embed_level = LevelEmbedding(32)
+        self.embed_level = LevelEmbedding(32, level_inputs)
         self.first = nn.Linear(dimensions + 32 + classes, width)
         self.others = nn.Sequential(
             nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
@@ -178,19 +178,33 @@ def fit(
     on_step: Callable[[int], None] = lambda _: None,
 ) -> Fitted:
     """Train on fresh points at every step; `schedule` and `training_steps` instead of the problem's own."""
+    diffusion = Diffusion(schedule or problem.schedule, PREDICTIONS[prediction])
+
+    def loss(network: PointNetwork, points: Points, draws: Draws) -> Tensor:
+        cond = one_hot(points.label, problem.classes) * ~draws.dropped[:, None]
+        return diffusion.loss(network, points.x, cond, draws.noising)
+
+    return fit_by(problem, diffusion, loss, training_steps, batch_size, seed, on_step)
+
+
+def fit_by(
+    problem: Problem,
+    diffusion: Diffusion,
+    loss: Callable[[PointNetwork, Points, Draws], Tensor],
+    training_steps: int | None = None,
+    batch_size: int = 512,
+    seed: int = 0,
+    on_step: Callable[[int], None] = lambda _: None,
+) -> Fitted:
+    """As `fit`, by a loss of each point, (B,)."""
     started = time.perf_counter()
     steps = training_steps or problem.training_steps
     dimensions = problem.draw(1, torch.Generator()).x.shape[1]
-    diffusion = Diffusion(schedule or problem.schedule, PREDICTIONS[prediction])
     losses: list[float] = []
 
     def draw(_: PointNetwork, rows: int, generator: torch.Generator) -> Draws:
         dropped = torch.rand(rows, generator=generator) < (DROPOUT if problem.classes > 1 else 0)
         return Draws(diffusion.draw((rows, dimensions), generator), dropped)
-
-    def loss(network: PointNetwork, points: Points, draws: Draws) -> Tensor:
-        cond = _one_hot(points.label, problem.classes) * ~draws.dropped[:, None]
-        return diffusion.loss(network, points.x, cond, draws.noising)
 
     def hear(progress: Progress) -> None:
         losses.append(progress.loss)
@@ -201,18 +215,19 @@ def fit(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = PointNetwork(dimensions, problem.classes)
+        network = PointNetwork(dimensions, problem.classes, level_inputs=diffusion.level_inputs)
         Trainer(network, FreshPoints(problem), config, loss, draw).run(hear, report_every=1)
     return Fitted(network.eval(), diffusion, problem.classes, dimensions, losses, time.perf_counter() - started)
 
 
-def _one_hot(label: Tensor, classes: int) -> Tensor:
+def one_hot(label: Tensor, classes: int) -> Tensor:
+    """Classes (B,) as conditions (B, classes)."""
     return functional.one_hot(label, classes).float()
 
 
 def denoiser(fitted: Fitted, label: Tensor, weight: float = 0.0, levels: Levels | None = None) -> Denoise:
     """The network for points of these classes (B,), guided with this weight, for some levels or all."""
-    cond = _one_hot(label, fitted.classes)
+    cond = one_hot(label, fitted.classes)
     if weight == 0:
         return fitted.diffusion.denoiser(fitted.network, cond, levels)
     both = fitted.diffusion.denoiser(fitted.network, torch.cat([cond, torch.zeros_like(cond)]), levels)

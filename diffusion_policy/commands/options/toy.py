@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import tyro
 
 from diffusion_policy.commands.options.command import Command
-from diffusion_policy.config import PredictionName, require_seed
+from diffusion_policy.config import PredictionName, StudentName, require_seed
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Toy(Command):
     """Folder for results.json and toy.png."""
     prediction: PredictionName = "noise"
     """What the network predicts."""
+    student: StudentName | None = None
+    """Have students learn from it in this way too, to be sampled in 1, 2 and 4 steps."""
     seed: int = 0
     """Seed of the weights, the points and the noise."""
 
