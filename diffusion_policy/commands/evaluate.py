@@ -9,6 +9,7 @@ from rich.table import Table
 
 from diffusion_policy.basics.files import format_json, plain, write_whole
 from diffusion_policy.commands.afterwards import PAGE, RESULTS, Remarks, hold_output, require_same, waits_for_page
+from diffusion_policy.commands.beside_teacher import compare_with_teacher, find_teacher
 from diffusion_policy.commands.counting import count_results
 from diffusion_policy.commands.episodes import (
     RolledOut,
@@ -42,7 +43,7 @@ from diffusion_policy.evaluation.episode import Episode, Trace
 from diffusion_policy.evaluation.results import read_results
 from diffusion_policy.evaluation.rollout import planning_batch
 from diffusion_policy.report.page import NO_PICTURES, Pictures, write_report
-from diffusion_policy.report.text import caveats, scorecard_lines
+from diffusion_policy.report.text import caveats, scorecard_lines, teacher_rows
 from diffusion_policy.serving.backends import make_planner
 
 LATENCY_PLANS = 100
@@ -130,6 +131,7 @@ def finish(evaluation: Evaluation, results: dict[str, Any], episodes: Sequence[E
             results = {**results, "seeds_repeat": tell_seeds_repeat(evaluation)}
             with console.status("measuring diversity and latency"):
                 results |= plain(measure_plans(evaluation, episodes))
+            results |= plain(measure_teacher(evaluation, episodes))
             remarks.attempt("what was measured after the rollouts is not kept", lambda: keep(options, results), None)
         print_scorecard(results)
         with console.status("filming and drawing"):
@@ -284,6 +286,21 @@ def measure_plans(evaluation: Evaluation, episodes: Sequence[Episode]) -> dict[s
     }
 
 
+def measure_teacher(evaluation: Evaluation, episodes: Sequence[Episode]) -> dict[str, Any]:
+    """The teacher of a student on the same seeds; nothing for another policy. What goes wrong is a remark."""
+    options, loaded, remarks = evaluation.options, evaluation.loaded, evaluation.remarks
+    if not options.teacher:
+        return {}
+
+    def compare() -> dict[str, Any]:
+        teacher = find_teacher(loaded.checkpoint)
+        if teacher is None:
+            return {}
+        return {"teacher": compare_with_teacher(options, loaded, teacher, episodes, remarks)}
+
+    return remarks.attempt("the teacher could not be run beside it", compare, {})
+
+
 def tell_seeds_repeat(evaluation: Evaluation) -> bool | None:
     """Whether a seed repeats an episode; None where that cannot be found out."""
     what = "whether a seed repeats an episode could not be found out"
@@ -315,6 +332,11 @@ def print_scorecard(results: Mapping[str, Any]) -> None:
     for line in scorecard_lines(results):
         table.add_row(line.name, line.value, line.interval)
     console.print(table)
+    beside = Table("", "student", "teacher", box=None)
+    for row in teacher_rows(results):
+        beside.add_row(*row)
+    if beside.row_count:
+        console.print(beside)
     if results["mode_base"] and results["mode_entropy"]["value"] is None:
         console.print("no episode succeeded in a mode, so the entropy of the modes is undefined")
     if results["mode_base"] == "demonstrations":

@@ -1,4 +1,4 @@
-"""diffusion-policy study: one checkpoint under every sampler (here), or every way to join plans."""
+"""diffusion-policy study: one checkpoint under every sampler (here), every way to join plans, or several policies."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 from diffusion_policy.basics.files import format_json, write_whole
 from diffusion_policy.basics.metric_table import METRICS
 from diffusion_policy.basics.text import one_line
-from diffusion_policy.commands import study_chunking
+from diffusion_policy.commands import study_chunking, study_policies
 from diffusion_policy.commands.afterwards import Remarks
 from diffusion_policy.commands.episodes import (
     describe_machine,
@@ -51,6 +51,8 @@ def run(options: Study) -> dict[str, Any]:
     options.output.mkdir(parents=True, exist_ok=True)
     if options.what == "chunking":
         return study_chunking.run(options, loaded)
+    if options.what in ("networks", "students"):
+        return study_policies.run(options, loaded)
     cells: Cells = {}
     results = {**tell_asked(options, loaded), "samplers": cells}
     for name in options.samplers:

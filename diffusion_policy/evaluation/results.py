@@ -85,6 +85,21 @@ Setting = str | int | float | bool | None
 
 
 @dataclass(frozen=True)
+class BesideTeacher:
+    """What a student's teacher did on the same seeds and noise."""
+
+    checkpoint: str
+    sampling: dict[str, Setting]
+    success_rate: Metric
+    mode_entropy: Metric
+    commitment: Metric
+    mode_agreement: Metric
+    """Share of the episodes of a mode that the student ended in the same one."""
+    milliseconds: dict[str, float]
+    """Median time of a plan, of `teacher` and `student`."""
+
+
+@dataclass(frozen=True)
 class Results:
     """The fields of results.json beside its metrics and its LISTS; those with a default are younger than the first
     evaluations."""
@@ -116,6 +131,8 @@ class Results:
     """Steps that were executed of each plan."""
     chunking: dict[str, Setting] | None = None
     """How plans were joined; None: receding horizon."""
+    teacher: BesideTeacher | None = None
+    """Of a student."""
     capped_steps: int | None = None
     """Steps after which the toolkit ended the episodes, where the environment has no time limit."""
 

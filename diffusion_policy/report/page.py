@@ -117,6 +117,7 @@ def write_report(path: Path, results: Mapping[str, Any], pictures: Pictures) -> 
         results=results,
         lines=lines,
         tiles=text.tiles(lines),
+        beside=text.teacher_rows(results),
         figures={name: embed(figure) for name, figure in figures.items() if figure},
         tree=tree,
         colors=colors,

@@ -96,6 +96,38 @@ def _measure_lines(results: Mapping[str, Any]) -> list[Line]:
     return lines
 
 
+class Row(NamedTuple):
+    """A figure of a student beside its teacher's."""
+
+    name: str
+    student: str
+    teacher: str
+
+
+def teacher_rows(results: Mapping[str, Any]) -> list[Row]:
+    """A student's figures beside its teacher's, with 95 % intervals; none for a policy without a teacher."""
+    teacher = results.get("teacher")
+    if teacher is None:
+        return []
+    steps = [str(one["sampling"]["sampling_steps"]) for one in (results, teacher)]
+    rows = [Row("sampling steps", *steps)]
+    for name in ("success_rate", "mode_entropy", "commitment"):
+        own, taught = (_with_interval(METRICS[name], one[name]) for one in (results, teacher))
+        rows.append(Row(METRICS[name].label, own, taught))
+    agreement = teacher["mode_agreement"]
+    rows.append(Row("same mode as the teacher", f"{share(agreement['value'])} ({share_interval(agreement)})", NOTHING))
+    times = (number(teacher["milliseconds"][name], "ms") for name in ("student", "teacher"))
+    return [*rows, Row("time of a plan, median", *times)]
+
+
+def _with_interval(row: MetricInfo, metric: Mapping[str, float | None]) -> str:
+    if metric["value"] is None:
+        return NOTHING
+    if row.unit == "%":
+        return f"{share(metric['value'])} ({share_interval(metric)})"
+    return f"{number(metric['value'], row.unit)} ({number_interval(metric)})"
+
+
 def caveats(results: Mapping[str, Any]) -> list[str]:
     """What must be known of these numbers, a sentence each; the fields are missing in older results."""
     sentences = []

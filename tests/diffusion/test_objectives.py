@@ -140,7 +140,8 @@ def test_the_average_velocity_of_a_gaussian_is_what_meanflow_and_shortcuts_settl
         found = diffusion.loss(network, x0, torch.zeros(500, 1), drawn(diffusion, 500), velocity)
         assert found.max() < most
         wrong = Known(lambda *asked: 1.1 * average(*asked))
-        assert diffusion.loss(wrong, x0, torch.zeros(500, 1), drawn(diffusion, 500), velocity).mean() > 2 * most
+        off = diffusion.loss(wrong, x0, torch.zeros(500, 1), drawn(diffusion, 500), velocity)
+        assert off.mean() > 1e-3 + 10 * found.mean()
     noise = randn(500, T, D, seed=3)
     for steps in (1, 2, 4):  # every number of steps gives the same
         assert torch.allclose(sample(Shortcut(flow(K)), Known(average), noise, steps), 0.5 * noise, atol=1e-5)

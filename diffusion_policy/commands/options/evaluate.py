@@ -54,6 +54,8 @@ class Evaluate(ActingCommand):
     hang_after: float = HANG_AFTER
     """A simulator that does not answer within this time [s] hangs: its episode is begun again. Needs two workers, or
     Ray."""
+    teacher: bool = True
+    """Run the teacher of a student on the same seeds too, and show both side by side."""
     videos: Annotated[int, Group("")] = 6
     """Episodes to film for the page: one of each mode, then failures."""
     backend: Annotated[BackendName, Group("sampling")] = "eager"

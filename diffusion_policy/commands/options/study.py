@@ -23,20 +23,25 @@ ROLLED = "+roll"
 
 @dataclass(frozen=True)
 class Study(ActingCommand):
-    """Roll one checkpoint out many times, and compare success, mode entropy and the milliseconds of a plan.
+    """Roll policies out on the same seeds, and compare success, mode entropy and the milliseconds of a plan.
 
-    samplers: under each sampler at several numbers of steps; table, results.json and samplers.png. chunking: under each
-    way to join plans, against the control steps that planning takes, with commitment and jerk too; table, results.json
-    and chunking.html. What is done is kept in results.json at every moment. Episodes that could not be run are counted
-    for each of them; where none could be run, it says why, and the study goes on.
+    samplers: one checkpoint under each sampler at several numbers of steps; samplers.png. chunking: under each way to
+    join plans, against the control steps that planning takes, with commitment and jerk too; chunking.html. networks: the
+    checkpoint and others --beside it, such as other networks, objectives and training seeds, with parameters and
+    training time; networks.html. students: the same, with the checkpoint as the teacher, in few steps too, and how often
+    a student comes to its mode; students.html. All print a table and keep what is done in results.json at every moment.
+    Episodes that could not be run are counted; where none could be run, it says why, and the study goes on.
     """
 
     program: ClassVar[str] = "diffusion_policy.commands.study"
 
     output: Path
     """Folder of this study."""
-    what: tyro.conf.Positional[Literal["samplers", "chunking"]] = field(kw_only=True)
+    what: tyro.conf.Positional[Literal["samplers", "chunking", "networks", "students"]] = field(kw_only=True)
     """What the study varies."""
+    beside: tuple[Path, ...] = ()
+    """With networks and students: checkpoints of other policies for the same environment. Those that differ in their
+    training seed alone are one row."""
     delay_steps: Annotated[tuple[int, ...], Group("control")] = (0, 2, 4, 6)
     """With chunking: control steps that planning takes, while the plan before runs on."""
     strategies: tuple[str, ...] = ()
@@ -47,7 +52,8 @@ class Study(ActingCommand):
     samplers: Annotated[tuple[SamplerName, ...], Group("sampling")] = get_args(SamplerName)
     """Samplers to try; by default all."""
     steps: tuple[int, ...] = ()
-    """Numbers of sampling steps to try; by default 1, 2, 4, 8, 16, 32 and all noise levels that a sampler can use."""
+    """Numbers of sampling steps to try; by default 1, 2, 4, 8, 16, 32 and all noise levels that a sampler can use; with
+    students, of the teacher beside its usual ones, 1, 2 and 4."""
     mode: str | None = None
     """Steer a policy that was trained with --condition-on-mode to this mode."""
     guidance: float = 0.0
@@ -69,6 +75,8 @@ class Study(ActingCommand):
             self.strategy(name)
         if self.chunking.chunking != "receding" and self.what == "chunking":
             raise ConfigError("study chunking tries several; name them with --strategies instead of --chunking")
+        if self.beside and self.what in ("samplers", "chunking"):
+            raise ConfigError(f"study {self.what} is of one checkpoint; --beside is for networks and students")
         if not self.samplers:
             raise ConfigError(f"name at least one of the samplers {', '.join(get_args(SamplerName))}")
         for name in self.samplers:
