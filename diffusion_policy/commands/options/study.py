@@ -26,11 +26,11 @@ class Study(ActingCommand):
     """Roll policies out on the same seeds, and compare success, mode entropy and the milliseconds of a plan.
 
     samplers: one checkpoint under each sampler at several numbers of steps; samplers.png. chunking: under each way to
-    join plans, against the control steps that planning takes, with commitment and jerk too; chunking.html. networks: the
-    checkpoint and others --beside it, such as other networks, objectives and training seeds, with parameters and
-    training time; networks.html. students: the same, with the checkpoint as the teacher, in few steps too, and how often
-    a student comes to its mode; students.html. All print a table and keep what is done in results.json at every moment.
-    Episodes that could not be run are counted; where none could be run, it says why, and the study goes on.
+    join plans, against the control steps that planning takes, with commitment and jerk too; chunking.html. networks:
+    the checkpoint and others --beside it, such as other networks, objectives and training seeds, with parameters and
+    training time; networks.html. students: the same, with the checkpoint as the teacher, in few steps too, and how
+    often a student comes to its mode; students.html. All print a table and keep what is done in results.json at every
+    moment. Episodes that could not be run are counted; where none could be run, it says why, and the study goes on.
     """
 
     program: ClassVar[str] = "diffusion_policy.commands.study"
