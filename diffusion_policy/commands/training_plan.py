@@ -99,6 +99,7 @@ def describe_store(store: EpisodeStore, keys: Keys) -> tuple[Environment, Datase
         modes=dict(sorted(Counter(modes).items())),
         seeds=(int(seeds.min()), int(seeds.max())) if len(seeds) else None,
         action_key=keys.action,
+        control_rate=store.attributes.get("control_frequency"),
     )
     return environment, dataset
 
