@@ -358,6 +358,8 @@ def test_how_many_servers_a_rate_needs(run: Path, capsys: pytest.CaptureFixture[
         r"1000/min is 16.7 plans a second, by eager \d+% of what one such machine gives: 1 server,", said.out
     )
     assert "steps x step cost" in said.err
+    assert main([*command, "100000/s"]) == 0
+    assert re.search(r"(\d+) servers \(or one with --engine ray --replicas \1\), each at most", capsys.readouterr().out)
     for wrong in ("many", "10/year", "0/s", "-1/s"):
         assert main([*command, wrong]) == 2
         assert "plan must be a rate such as 1000/min" in capsys.readouterr().err

@@ -15,6 +15,8 @@ from diffusion_policy.serving.batching import Busy, Job
 ray = pytest.importorskip("ray", reason="ray is not installed")
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed", exc_type=ImportError)
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 
 
@@ -68,7 +70,6 @@ def test_a_replica_plans_to_the_bit_as_this_process_does_and_says_what_went_wron
     assert not [actor for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == "serve"]
 
 
-@pytest.mark.slow
 def test_replicas_begin_when_calls_queue_up_and_one_that_dies_costs_no_call() -> None:
     with deploy(most=2) as engine, ThreadPoolExecutor(2) as threads:
 
@@ -93,7 +94,6 @@ def test_replicas_begin_when_calls_queue_up_and_one_that_dies_costs_no_call() ->
         assert killed not in ask()
 
 
-@pytest.mark.slow
 def test_what_kills_every_replica_is_given_up_and_what_comes_after_is_planned() -> None:
     with deploy() as engine:
         with pytest.raises(OSError, match="4 replicas died at one call"):
@@ -101,7 +101,6 @@ def test_what_kills_every_replica_is_given_up_and_what_comes_after_is_planned() 
         assert len(engine.plan([draw()])) == 1
 
 
-@pytest.mark.slow
 def test_a_call_that_no_replica_answers_can_be_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusion_policy.serving import replicas
 
@@ -114,7 +113,6 @@ def make_nothing() -> None:
     raise ValueError("this machine has no such policy")
 
 
-@pytest.mark.slow
 def test_a_replica_that_cannot_begin_says_why() -> None:
     from diffusion_policy.serving import replicas
 
