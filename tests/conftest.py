@@ -110,6 +110,7 @@ def make_version_3() -> Callable[[Path], None]:
         file = folder / "config.json"
         config = json.loads(file.read_text())
         policy, training = config["policy"], config["training"]
+        del config["dataset"]["control_rate"]
         policy["levels"] = policy.pop("noise_levels")
         policy |= {name: value for name, value in policy.pop("network").items() if name != "kind"}
         del policy["encoder"]

@@ -65,6 +65,7 @@ LIBRARIES = {
     "serving.sessions": {"numpy"},
     "serving.server": {"numpy", "websockets"},
     "serving.client": {"numpy", "websockets"},
+    "serving.replicas": {"numpy", "ray"},
     "training": {"numpy", "torch", "wandb"},
     "checkpoints": {"torch", "safetensors"},
     "evaluation": {"numpy", "scipy", "gymnasium", "ray"},
@@ -74,7 +75,7 @@ LIBRARIES = {
 TORCH_FREE = (
     "serving.exported", "serving.plan_folder", "serving.runtimes", "commands.loading", "control.single",
     "control.latency", "control.controller", "control.planner", "serving.protocol", "serving.batching",
-    "serving.sessions", "serving.server", "serving.client", "commands.serve",
+    "serving.sessions", "serving.server", "serving.client", "serving.replicas", "commands.serve", "commands.replicas",
 )  # fmt: skip
 """What runs on a robot."""
 UNREACHABLE = {

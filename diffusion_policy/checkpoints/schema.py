@@ -24,7 +24,7 @@ from diffusion_policy.config import (
 from diffusion_policy.policy import Shapes
 
 FORMAT = "diffusion-policy checkpoint"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """What is kept of options takes its default where an older version does not say it; anything else that changes needs
 the next version, and a line in MIGRATIONS."""
 MODEL = "model.safetensors"
@@ -69,6 +69,8 @@ class Dataset:
     """First and last seed of the episodes."""
     action_key: str = "action"
     """Key of the actions in the store."""
+    control_rate: float | None = None
+    """Steps in a second [1/s]; None when the store does not say."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,17 @@ def _migrate_3(config: dict[str, Any]) -> dict[str, Any]:
     return with_todays_names(config)
 
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _migrate_1, 2: _migrate_2, 3: _migrate_3}
+def _migrate_4(config: dict[str, Any]) -> dict[str, Any]:
+    """Version 4 did not say the control rate of the dataset."""
+    return {**config, "dataset": {"control_rate": None, **config["dataset"]}}
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: _migrate_1,
+    2: _migrate_2,
+    3: _migrate_3,
+    4: _migrate_4,
+}
 """By format version: makes the config.json of the next version from that of this one."""
 
 
@@ -198,6 +210,9 @@ def _check_contents(contents: Contents) -> None:
         raise ValueError(f"the step must be from 0 to {MAX_STEP}; got {contents.step}")
     if contents.files.keys() != {MODEL, TRAINING}:
         raise ValueError(f"its files must be {MODEL} and {TRAINING}; got {', '.join(map(repr, contents.files))}")
+    rate = contents.dataset.control_rate
+    if rate is not None and not 0 < rate < math.inf:
+        raise ValueError(f"the dataset's control_rate must be above 0; got {rate}")
     if not _is_finite([contents.environment.arguments, contents.environment.signals, *contents.environment.wrappers]):
         raise ValueError("the environment's arguments must be finite; got NaN or infinity")
 

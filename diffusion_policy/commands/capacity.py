@@ -77,6 +77,7 @@ def tell(calls: list[Call], asked: str, rate: float, described: Mapping[str, obj
     best = max(calls, key=lambda call: call.per_second)
     out.print(
         f"{asked} is {rate:.3g} plans a second, by {described['backend']} {rate / best.per_second:.0%} of what one "
-        f"such machine gives: {servers} {'server' if servers == 1 else 'servers'}, each at most {BUSY:.0%} busy",
+        f"such machine gives: {servers} {'server' if servers == 1 else 'servers'}"
+        f"{f' (or one with --engine ray --replicas {servers})' if servers > 1 else ''}, each at most {BUSY:.0%} busy",
         soft_wrap=True,
     )

@@ -11,6 +11,7 @@ import stat
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from diffusion_policy.basics.text import one_line
 from diffusion_policy.commands.capacity import measure_calls, read_rate, tell
 from diffusion_policy.commands.interrupts import hearing
 from diffusion_policy.commands.loading import load
@@ -21,7 +22,7 @@ from diffusion_policy.control.chunking import Chunking, make_chunking
 from diffusion_policy.control.latency import time_plans
 from diffusion_policy.control.planner import Planner
 from diffusion_policy.evaluation.engines import available_cores
-from diffusion_policy.serving.batching import CallsOfSizes, rows_are_independent
+from diffusion_policy.serving.batching import CallsOfSizes, Engine, LocalEngine, rows_are_independent
 from diffusion_policy.serving.exported import ExportedPolicy
 from diffusion_policy.serving.plan_folder import is_exported
 from diffusion_policy.serving.protocol import Served
@@ -41,6 +42,8 @@ class Chosen(NamedTuple):
     chunking: Chunking
     described: dict[str, Any]
     """What `Served` says of the policy beside the planner's own numbers."""
+    resolved: Serve
+    """The options, with what `auto` means here."""
 
 
 def run(options: Serve) -> None:
@@ -67,14 +70,28 @@ def run(options: Serve) -> None:
         sessions=options.max_sessions,
         idle=options.session_idle,
     )
-    server = PolicyServer(chosen.planner, served, chosen.chunking, listening)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would tell of each stranger's connection
+    with start_engine(options, chosen) as engine:
+        server = PolicyServer(chosen.planner, served, chosen.chunking, listening, engine)
+        try:
+            asyncio.run(serve(server, "ws" if tls is None else "wss", options.host))
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL):
+                raise OSError(f"cannot listen on {options.host}:{options.port}: {os.strerror(error.errno)}") from error
+            raise
+    console.print("stopped")
+
+
+def start_engine(options: Serve, chosen: Chosen) -> contextlib.AbstractContextManager[Engine]:
+    """Where calls are computed. Raises ConfigError where Ray Serve is not installed."""
+    if options.engine == "local":
+        return contextlib.nullcontext(LocalEngine(chosen.planner, chosen.chunking))
     try:
-        asyncio.run(serve(server, "ws" if tls is None else "wss", options.host))
-    except OSError as error:
-        if error.errno in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL):
-            raise OSError(f"cannot listen on {options.host}:{options.port}: {os.strerror(error.errno)}") from error
-        raise
+        from diffusion_policy.commands.replicas import start_replicas
+    except ImportError as error:
+        extra = "pip install 'diffusion-policy-toolkit[ray]'"
+        raise ConfigError(f"--engine ray needs Ray Serve: {extra} ({one_line(str(error), 200)})") from error
+    return start_replicas(options, chosen)
 
 
 def describe(options: Serve, chosen: Chosen, batch: int) -> Served:
@@ -137,7 +154,6 @@ async def serve(server: PolicyServer, scheme: str, host: str) -> None:
 
     with hearing(end):
         await server.run(stop, ready)
-    console.print("stopped")
 
 
 def choose(options: Serve) -> Chosen:
@@ -173,7 +189,8 @@ def choose_exported(options: Serve, loaded: ExportedPolicy, runtime: RuntimeName
         "control_rate": config.control_rate,
         "weights_sha256": config.weights_sha256,
     }
-    return Chosen(CallsOfSizes({config.batch: loaded.planner}), chunking, described)
+    resolved = replace(options, backend=described["backend"])
+    return Chosen(CallsOfSizes({config.batch: loaded.planner}), chunking, described, resolved)
 
 
 def make_served_chunking(config: ChunkingConfig) -> Chunking:

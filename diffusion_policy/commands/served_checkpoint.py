@@ -1,6 +1,7 @@
 """What `diffusion-policy serve` makes of a checkpoint; an exported policy needs none of it, and no torch."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from diffusion_policy.serving.batching import CallsOfSizes
 
 def choose_planner(
     options: Serve, loaded: Checkpoint, sizes: Sequence[int]
-) -> tuple[Planner, Chunking, dict[str, Any]]:
-    """Planner, chunking and description. `sizes`: rows of the graphs, where it is planned by some."""
+) -> tuple[Planner, Chunking, dict[str, Any], Serve]:
+    """Planner, chunking, description, and the options with what `auto` means. `sizes`: rows of the graphs, where it is
+    planned by some."""
     policy = loaded.policy
     sampling = policy.complete(options.sampling)
     if options.chunking.roll_forward:
@@ -45,7 +47,7 @@ def choose_planner(
         "threads": torch.get_num_threads(),
         "angles": {key: tuple(columns) for key, columns in policy.shapes.angles.items()},
         "environment": loaded.environment.id,
-        "control_rate": None,
+        "control_rate": loaded.dataset.control_rate,
         "weights_sha256": loaded.weights_sha256,
     }
-    return planner, chunking, described
+    return planner, chunking, described, replace(options, backend=backend, device=policy.device.type)

@@ -4,6 +4,7 @@ measure its policy on the way.
 Knows datasets, policies and environments. Trains nothing and writes nothing.
 """
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -98,8 +99,16 @@ def describe_store(store: EpisodeStore, keys: Keys) -> tuple[Environment, Datase
         modes=dict(sorted(Counter(modes).items())),
         seeds=(int(seeds.min()), int(seeds.max())) if len(seeds) else None,
         action_key=keys.action,
+        control_rate=_control_rate(store),
     )
     return environment, dataset
+
+
+def _control_rate(store: EpisodeStore) -> float | None:
+    """Steps in a second, where the store says a number that can be one."""
+    said = store.attributes.get("control_frequency")
+    number = type(said) in (int, float) and 0 < said < math.inf
+    return float(said) if number else None
 
 
 def require_lengths(options: Train, lengths: np.ndarray) -> None:

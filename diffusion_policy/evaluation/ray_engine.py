@@ -1,4 +1,5 @@
-"""The engine `ray`: the same work as in local worker processes, on a Ray cluster. The only module that imports ray.
+"""The engine `ray`: the same work as in local worker processes, on a Ray cluster. Beside it, only `serving.replicas`
+imports ray.
 
 Every machine of the cluster needs this package, in the same version. A cluster that is started here listens on
 127.0.0.1 alone, where every user of this machine can reach it; that of RAY_ADDRESS as whoever started it has chosen.
@@ -37,16 +38,17 @@ _END = object()
 
 
 @contextlib.contextmanager
-def connect(workers: int) -> Iterator[None]:
+def connect(workers: int, option: str = "workers") -> Iterator[None]:
     """The Ray cluster of the environment variable RAY_ADDRESS, else a local one of so many cores. What was connected
-    before stays so; what is begun here ends with the context. Raises ValueError for a cluster with fewer cores."""
+    before stays so; what is begun here ends with the context. Raises ValueError for a cluster with fewer cores;
+    `option`: what asked for so many."""
     begun = not ray.is_initialized()
     if begun:
         _initialize(workers)
     try:
         cores = int(ray.cluster_resources().get("CPU", 0))
         if cores < workers:
-            raise ValueError(f"workers must be at most {cores}, the cores of the Ray cluster; got {workers}")
+            raise ValueError(f"{option} must be at most {cores}, the cores of the Ray cluster; got {workers}")
         yield
     finally:
         if begun:

@@ -1,7 +1,7 @@
 """Requests of many robots, planned together: what is computed in one call, and whose turn it is.
 
 A batch gives each request to the bit what it would be given alone. Where a backend's rows depend on how many are
-computed together, requests are planned one after the other instead. Knows planners. Knows no connection.
+computed together, each request is planned by itself instead. Knows planners. Knows no connection.
 """
 
 import asyncio
@@ -10,7 +10,8 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -118,6 +119,61 @@ class Job(NamedTuple):
         return self.noise.shape[1:], asked, None if handover is None else handover.delay_steps
 
 
+def plan_jobs(planner: Planner, chunking: Chunking, jobs: Sequence[Job]) -> list[np.ndarray]:
+    """Plans of some requests of one kind, in one call; see `Answer.plans`."""
+    observations = {key: np.concatenate([job.observations[key] for job in jobs]) for key in jobs[0].observations}
+    noise = np.concatenate([job.noise for job in jobs])
+    first = jobs[0]
+    if first.handover is not None:
+        handovers = [job.handover for job in jobs if job.handover is not None]
+        joined = chunking.plan(planner, observations, noise, _join_handovers(handovers))
+        plans = joined.executed[:, None]
+    else:
+        steering = first.steering
+        if steering is not None:
+            parts = [job.steering for job in jobs if job.steering is not None]
+            steering = steering._replace(
+                actions=np.concatenate([one.actions for one in parts]),
+                weights=np.concatenate([one.weights for one in parts]),
+            )
+        plans = planner.sample(observations, noise, steering)
+    ends = np.cumsum([len(job.noise) for job in jobs])[:-1]
+    return np.split(plans, ends)
+
+
+class Engine(Protocol):
+    """Where calls are computed."""
+
+    calls: int
+    """That it computes at once."""
+
+    def plan(self, jobs: Sequence[Job]) -> list[np.ndarray]:
+        """As `plan_jobs`; `calls` threads may ask. Raises Busy where the same call can succeed later."""
+        ...
+
+    def count_replicas(self) -> int:
+        """How many copies of the policy plan now."""
+        ...
+
+
+class LocalEngine:
+    """This process."""
+
+    calls = 1
+
+    def __init__(self, planner: Planner, chunking: Chunking | None = None) -> None:
+        """`chunking`: how a session's plan is joined to what it executes."""
+        self._planner, self._chunking = planner, chunking or Chunking()
+
+    def plan(self, jobs: Sequence[Job]) -> list[np.ndarray]:
+        """See `Engine`."""
+        return plan_jobs(self._planner, self._chunking, jobs)
+
+    def count_replicas(self) -> int:
+        """See `Engine`."""
+        return 1
+
+
 class Answer(NamedTuple):
     """What came of a request."""
 
@@ -140,12 +196,11 @@ class _Waiting(NamedTuple):
 
 
 class Batcher:
-    """Plans requests in the order in which they come, those of one kind together, in a thread beside the event loop."""
+    """Plans requests in the order in which they come, those of one kind together, in threads beside the event loop."""
 
     def __init__(
         self,
-        planner: Planner,
-        chunking: Chunking | None = None,
+        engine: Engine,
         *,
         max_batch: int = 16,
         max_wait: float = 0.003,
@@ -153,12 +208,14 @@ class Batcher:
     ) -> None:
         """`max_batch`: rows planned together, 1 for one request after the other; `max_wait`: how long a request waits
         for those that were planned together last [s]; `queued`: requests that wait at most."""
-        self._planner, self._chunking = planner, chunking or Chunking()
+        self._engine = engine
         self._max_batch, self._max_wait, self._queued = max_batch, max_wait, queued
         self._waiting: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, "planning")
+        self._threads = ThreadPoolExecutor(engine.calls, "planning")
         self._running, self._last = 0, 1
+        self.calls = 0
+        """Under way."""
 
     @property
     def waiting(self) -> int:
@@ -176,33 +233,55 @@ class Batcher:
 
     async def run(self) -> None:
         """Plan for ever; to be cancelled. Whoever waits then is told that the server stops."""
-        loop = asyncio.get_running_loop()
-        batch: list[_Waiting] = []
+        free = asyncio.Semaphore(self._engine.calls)
+
+        def end(batch: list[_Waiting], _task: asyncio.Task[None]) -> None:
+            for one in batch:  # who has no answer when a call is cancelled
+                _give(one, Stopping("the server stops"))
+            self._running -= len(batch)
+            self.calls -= 1
+            free.release()
+
         try:
-            while True:
-                await self._arrived.wait()
-                await self._wait_for_others()
-                batch = self._take()
-                if not batch:
-                    continue
-                self._running = self._last = len(batch)
-                started = time.perf_counter()
-                jobs = [one.job for one in batch]
-                try:
-                    plans = await loop.run_in_executor(self._thread, self._compute, jobs)
-                except Exception as error:
-                    await self._plan_alone(batch, error)
-                else:
-                    milliseconds = 1000 * (time.perf_counter() - started)
-                    for one, plan in zip(batch, plans, strict=True):
-                        finite = np.isfinite(plan).all()
-                        _give(one, Answer(plan, milliseconds, len(batch)) if finite else NOT_FINITE)
-                self._running = 0
+            async with asyncio.TaskGroup() as calls:
+                while True:
+                    await free.acquire()
+                    batch = await self._next()
+                    self._running += len(batch)
+                    self.calls += 1
+                    calls.create_task(self._call(batch)).add_done_callback(partial(end, batch))
         finally:
-            for one in (*batch, *self._waiting):
+            for one in self._waiting:
                 _give(one, Stopping("the server stops"))
             self._waiting.clear()
-            self._thread.shutdown(wait=False, cancel_futures=True)
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _next(self) -> list[_Waiting]:
+        """The next batch, as soon as there is one."""
+        while True:
+            await self._arrived.wait()
+            await self._wait_for_others()
+            batch = self._take()
+            if batch:
+                self._last = len(batch)
+                return batch
+
+    async def _call(self, batch: Sequence[_Waiting]) -> None:
+        """Answer the requests of a batch."""
+        try:
+            await self._plan_together(batch)
+        except Busy as error:
+            for one in batch:
+                _give(one, error)
+        except Exception as error:
+            await self._plan_alone(batch, error)
+
+    async def _plan_together(self, batch: Sequence[_Waiting]) -> None:
+        started, jobs = time.perf_counter(), [one.job for one in batch]
+        plans = await asyncio.get_running_loop().run_in_executor(self._threads, self._engine.plan, jobs)
+        milliseconds = 1000 * (time.perf_counter() - started)
+        for one, plan in zip(batch, plans, strict=True):
+            _give(one, Answer(plan, milliseconds, len(batch)) if np.isfinite(plan).all() else NOT_FINITE)
 
     async def _wait_for_others(self) -> None:
         """A moment for the robots of the last call, which come back about now; one that is alone waits for nobody."""
@@ -219,11 +298,8 @@ class Batcher:
             if len(batch) == 1:
                 _give(one, error)
                 return
-            started = time.perf_counter()
             try:
-                (plan,) = await asyncio.get_running_loop().run_in_executor(self._thread, self._compute, [one.job])
-                took = 1000 * (time.perf_counter() - started)
-                _give(one, Answer(plan, took, 1) if np.isfinite(plan).all() else NOT_FINITE)
+                await self._plan_together([one])
             except Exception as own:
                 _give(one, own)
 
@@ -252,27 +328,6 @@ class Batcher:
         else:
             self._arrived.clear()
         return batch
-
-    def _compute(self, jobs: Sequence[Job]) -> list[np.ndarray]:
-        """Plans of some requests of one kind."""
-        observations = {key: np.concatenate([job.observations[key] for job in jobs]) for key in jobs[0].observations}
-        noise = np.concatenate([job.noise for job in jobs])
-        first = jobs[0]
-        if first.handover is not None:
-            handovers = [job.handover for job in jobs if job.handover is not None]
-            joined = self._chunking.plan(self._planner, observations, noise, _join_handovers(handovers))
-            plans = joined.executed[:, None]
-        else:
-            steering = first.steering
-            if steering is not None:
-                parts = [job.steering for job in jobs if job.steering is not None]
-                steering = steering._replace(
-                    actions=np.concatenate([one.actions for one in parts]),
-                    weights=np.concatenate([one.weights for one in parts]),
-                )
-            plans = self._planner.sample(observations, noise, steering)
-        ends = np.cumsum([len(job.noise) for job in jobs])[:-1]
-        return np.split(plans, ends)
 
 
 def _join_handovers(handovers: Sequence[Handover]) -> Handover:

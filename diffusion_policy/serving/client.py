@@ -7,12 +7,12 @@ of a server that never failed.
 import contextlib
 import socket
 import ssl
-import struct
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -52,9 +52,9 @@ def connect(
     warn: Callable[[str], None] | None = None,
 ) -> "RemotePolicy":
     """The policy of `diffusion-policy serve` at ws://host:port (or wss://). `deadline`: how long one answer may take
-    [s]; then it is said, by `warn` (a warning of Python's by default), and asked again, for `patience` seconds;
-    `tls`: whom to trust, by default the system's authorities. Raises ServerLost, Refused for a wrong key, ProtocolError
-    for a server of another protocol."""
+    [s], the connection included where there is none; then it is said, by `warn` (a warning of Python's by default), and
+    asked again, for `patience` seconds; `tls`: whom to trust, by default the system's authorities. Raises ServerLost,
+    Refused for a wrong key, ProtocolError for a server of another protocol."""
     if not _is_address(url):
         raise ValueError(f"a server's address is ws://host:port or wss://host:port; got {url!r:.200}")
     if not deadline > 0 or not patience >= 0:
@@ -62,13 +62,13 @@ def connect(
     return RemotePolicy(url, api_key, deadline, patience, tls, warn or _warn)
 
 
-class _Link(NamedTuple):
-    """A thread's connection."""
+class _Link:
+    """A thread's connection; it is closed when its thread ends, if not before."""
 
-    connection: ClientConnection
-    served: Served
-    stack: contextlib.ExitStack
-    """Closes it."""
+    def __init__(self, connection: ClientConnection, served: Served, stack: contextlib.ExitStack) -> None:
+        """`stack` closes it."""
+        self.connection, self.served = connection, served
+        self.close = weakref.finalize(self, stack.close)
 
 
 class RemotePolicy:
@@ -106,7 +106,7 @@ class RemotePolicy:
         if steering is not None:
             request["steering"] = steering._asdict()
         frame = pack(request)
-        answer = self._persist(lambda: self._ask(frame))
+        answer = self._persist(lambda ends: self._ask(frame, ends))
         plans = answer.get("actions")
         shape = (*noise.shape[:2], self.steps, *self.action_shape)
         if not isinstance(plans, np.ndarray) or plans.shape != shape or plans.dtype.kind != "f":
@@ -144,19 +144,20 @@ class RemotePolicy:
         link = getattr(self._threads, "link", None)
         self._threads.link = None
         if link is not None:
-            link.stack.close()
+            link.close()
 
-    def _persist(self, attempt: Callable[[], Any]) -> Any:
-        """What an attempt gives, or one after it while the server does not answer."""
+    def _persist(self, attempt: Callable[[float], Any]) -> Any:
+        """What an attempt gives, or one after it while the server does not answer. An attempt is told when its deadline
+        is, as `time.monotonic` counts."""
         began, pause, told = time.monotonic(), PAUSE[0], False
         while True:
             try:
-                return attempt()
+                return attempt(time.monotonic() + self._deadline)
             except (OSError, WebSocketException) as error:
                 waited, answered = time.monotonic() - began, isinstance(error, _TryAgain)
                 reason = _explain(error)
                 if not answered:
-                    self.close()
+                    self._cut()
                 if waited >= self._patience:
                     raise ServerLost(f"no plan from {self.url} for {waited:.0f} s: {reason}") from error
                 if not told and (waited >= self._deadline or not answered):
@@ -165,51 +166,61 @@ class RemotePolicy:
             time.sleep(pause)
             pause = min(2 * pause, PAUSE[1])
 
-    def _link(self) -> _Link:
-        """This thread's connection, made where there is none."""
+    def _cut(self) -> None:
+        """As `close`, without a word to a server that does not answer."""
+        link = getattr(self._threads, "link", None)
+        if link is not None:
+            _shut(link.connection)
+        self.close()
+
+    def _link(self, ends: float) -> _Link:
+        """This thread's connection, made until then where there is none."""
         link = getattr(self._threads, "link", None)
         if link is None:
-            headers = {} if self._key is None else {"Authorization": f"Api-Key {self._key}"}
-            options: dict[str, Any] = {} if self._tls is None else {"ssl": self._tls}
+            stack = contextlib.ExitStack()
+            connection = stack.enter_context(self._open(ends))
             try:
-                stack = contextlib.ExitStack()
-                opening = open_connection(
-                    self.url,
-                    additional_headers=headers,
-                    open_timeout=self._deadline,
-                    close_timeout=1,
-                    ping_interval=None,
-                    compression=None,
-                    max_size=MOST_BYTES,
-                    proxy=None,
-                    **options,
-                )
-                connection = stack.enter_context(opening)
-            except InvalidStatus as error:
-                if error.response.status_code in (401, 403):
-                    said = (error.response.body or b"").decode(errors="replace").strip()
-                    raise Refused(f"{self.url} refuses this client: {said:.200}") from error
-                raise
-            except ssl.SSLCertVerificationError as error:
-                raise Refused(f"{self.url} is not trusted: {error.verify_message}") from error
-            try:
-                timeout = struct.pack("ll", int(self._deadline), int(1e6 * (self._deadline % 1)))
-                connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
-                served = read_description(connection.recv(timeout=self._deadline))
+                served = read_description(connection.recv(timeout=_left(ends)))
                 if served != getattr(self, "served", served):
                     raise Refused(f"{self.url} serves another policy now than before")
             except BaseException:
+                _shut(connection)
                 stack.close()
                 raise
             link = self._threads.link = _Link(connection, served, stack)
         return link
 
-    def _ask(self, frame: bytes) -> dict[str, Any]:
-        connection, served, _ = self._link()
-        if len(frame) > served.max_frame_bytes:
-            raise Refused(f"{self.url} takes requests of {served.max_frame_bytes} bytes; this one has {len(frame)}")
-        connection.send(frame)
-        answer = connection.recv(timeout=self._deadline)
+    def _open(self, ends: float) -> ClientConnection:
+        options: dict[str, Any] = {} if self._tls is None else {"ssl": self._tls}
+        if self._key is not None:
+            options["additional_headers"] = {"Authorization": f"Api-Key {self._key}"}
+        try:
+            return open_connection(
+                self.url,
+                open_timeout=_left(ends),
+                close_timeout=1,
+                ping_interval=None,
+                compression=None,
+                max_size=MOST_BYTES,
+                proxy=None,
+                **options,
+            )
+        except InvalidStatus as error:
+            if error.response.status_code in (401, 403):
+                said = (error.response.body or b"").decode(errors="replace").strip()
+                raise Refused(f"{self.url} refuses this client: {said:.200}") from error
+            raise
+        except ssl.SSLCertVerificationError as error:
+            raise Refused(f"{self.url} is not trusted: {error.verify_message}") from error
+
+    def _ask(self, frame: bytes, ends: float) -> dict[str, Any]:
+        link = self._link(ends)
+        connection, most = link.connection, link.served.max_frame_bytes
+        if len(frame) > most:
+            raise Refused(f"{self.url} takes requests of {most} bytes; this one has {len(frame)}")
+        with _shut_at(ends, connection):
+            connection.send(frame)
+        answer = connection.recv(timeout=_left(ends))
         if isinstance(answer, bytes):
             return unpack(answer)
         kind, _, sentence = answer.partition(": ")
@@ -220,6 +231,34 @@ class RemotePolicy:
 
 class _TryAgain(OSError):
     """The server asks for another attempt."""
+
+
+def _left(ends: float) -> float:
+    """Time until then [s]; raises TimeoutError where there is none."""
+    left = ends - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+@contextlib.contextmanager
+def _shut_at(ends: float, connection: ClientConnection) -> Iterator[None]:
+    """Raises TimeoutError unless what is sent within the context is sent until then; sending has no timeout itself."""
+    timer = threading.Timer(_left(ends), _shut, [connection])
+    timer.start()
+    try:
+        yield
+    except (OSError, WebSocketException):
+        _left(ends)
+        raise
+    finally:
+        timer.cancel()
+
+
+def _shut(connection: ClientConnection) -> None:
+    """End a connection at once, from any thread."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(connection.socket, socket.SHUT_RDWR)  # beneath its encryption
 
 
 def _is_address(url: str) -> bool:

@@ -174,7 +174,7 @@ class Served:
     """Columns that are angles [rad], of observations and of `action`; no client normalizes anything."""
     environment: str | None
     control_rate: float | None
-    """Of the demonstrations [1/s]."""
+    """Of the demonstrations [1/s]; None where they do not say."""
     weights_sha256: str
     max_batch: int
     max_frame_bytes: int

@@ -26,7 +26,7 @@ from websockets.http11 import Request, Response
 from diffusion_policy.basics.text import one_line
 from diffusion_policy.control.chunking import Chunking
 from diffusion_policy.control.planner import Planner
-from diffusion_policy.serving.batching import Batcher, Busy, Late, Stopping
+from diffusion_policy.serving.batching import Batcher, Busy, Engine, Late, LocalEngine, Stopping
 from diffusion_policy.serving.protocol import MAX_TEXT, Fault, ProtocolError, Served, describe, pack, unpack
 from diffusion_policy.serving.sessions import Session, Sessions, read_planning
 
@@ -70,8 +70,8 @@ class Metrics:
         self.batches: Counter[int] = Counter()
         self.connections = 0
 
-    def write(self, queue: int, sessions: int) -> str:
-        """In the text format of Prometheus, version 0.0.4."""
+    def write(self, **gauges: int) -> str:
+        """In the text format of Prometheus, version 0.0.4; `gauges`: what is counted elsewhere."""
         lines = ["# TYPE diffusion_policy_requests_total counter"]
         lines += [f'diffusion_policy_requests_total{{answer="{kind}"}} {n}' for kind, n in sorted(self.answers.items())]
         lines.append("# TYPE diffusion_policy_batch_size histogram")
@@ -88,7 +88,7 @@ class Metrics:
                 lines.append(f'diffusion_policy_request_seconds{{quantile="{share}"}} {value:.6f}')
         lines.append(f"diffusion_policy_request_seconds_sum {self.total:.6f}")
         lines.append(f"diffusion_policy_request_seconds_count {self.answers['ok']}")
-        for name, value in (("queue", queue), ("sessions", sessions), ("connections", self.connections)):
+        for name, value in {**gauges, "connections": self.connections}.items():
             lines += [f"# TYPE diffusion_policy_{name} gauge", f"diffusion_policy_{name} {value}"]
         return "\n".join(lines) + "\n"
 
@@ -97,19 +97,25 @@ class PolicyServer:
     """Serves one planner to many clients."""
 
     def __init__(
-        self, planner: Planner, served: Served, chunking: Chunking | None = None, options: ServerOptions | None = None
+        self,
+        planner: Planner,
+        served: Served,
+        chunking: Chunking | None = None,
+        options: ServerOptions | None = None,
+        engine: Engine | None = None,
     ) -> None:
-        """`chunking`: how a session's plan is joined to the one it executes. Raises ValueError for a policy that
-        observes what the protocol calls an option, ConfigError for a chunking that the planner cannot follow."""
+        """`chunking`: how a session's plan is joined to the one it executes; `engine`: where that is computed, by
+        default here, by `planner`. Raises ValueError for a policy that observes what the protocol calls an option,
+        ConfigError for a chunking that the planner cannot follow."""
         taken = sorted({*served.options, "observations"} & set(served.observation_shapes))
         if taken:
             raise ValueError(f"the policy observes {taken[0]!r}, which is the name of an option of the protocol")
         self.options, self._served = options or ServerOptions(), served
-        self._chunking = chunking or Chunking()
+        chunking = chunking or Chunking()
         self._first = describe(served)
-        self._chunking.require(planner, 0)
-        self._sessions = Sessions(served, planner, self._chunking, self.options.sessions, self.options.idle)
-        self._planner = planner
+        chunking.require(planner, 0)
+        self._sessions = Sessions(served, planner, chunking, self.options.sessions, self.options.idle)
+        self._engine = engine or LocalEngine(planner, chunking)
         self.metrics = Metrics()
         self.port: int | None = None
         """Where it listens, once it does."""
@@ -120,11 +126,7 @@ class PolicyServer:
         """Serve until `stop`, then answer what has come, and close. Raises OSError where it cannot listen."""
         options = self.options
         self._batcher = Batcher(
-            self._planner,
-            self._chunking,
-            max_batch=options.max_batch,
-            max_wait=options.max_wait,
-            queued=options.queued,
+            self._engine, max_batch=options.max_batch, max_wait=options.max_wait, queued=options.queued
         )
         planning = asyncio.create_task(self._batcher.run())
         try:
@@ -163,14 +165,14 @@ class PolicyServer:
                 while self._busy:
                     await asyncio.sleep(0.01)
 
-    def _before_upgrade(self, connection: ServerConnection, request: Request) -> Response | None:
+    async def _before_upgrade(self, connection: ServerConnection, request: Request) -> Response | None:
         """Answers what operators ask, and refuses whoever does not know the key, before anything else is done."""
         try:
-            return self._answer_http(request)
+            return await self._answer_http(request)
         except ValueError:  # two headers where one may be, say
             return _say(http.HTTPStatus.BAD_REQUEST, "this is no request\n")
 
-    def _answer_http(self, request: Request) -> Response | None:
+    async def _answer_http(self, request: Request) -> Response | None:
         path = request.path.partition("?")[0]
         if path == "/healthz":
             return _say(http.HTTPStatus.OK, "OK\n")
@@ -181,12 +183,17 @@ class PolicyServer:
         if not self._knows_key(request.headers):
             return _say(http.HTTPStatus.UNAUTHORIZED, "this server asks for a key: Authorization: Api-Key KEY\n")
         if path == "/metrics":
-            return _say(http.HTTPStatus.OK, self.metrics.write(self._batcher.waiting, len(self._sessions)))
+            return _say(http.HTTPStatus.OK, await self._write_metrics())
         if self._draining:
             return _say(http.HTTPStatus.SERVICE_UNAVAILABLE, "stopping\n")
         if self.metrics.connections >= self.options.connections:
             return _say(http.HTTPStatus.SERVICE_UNAVAILABLE, f"{self.options.connections} clients are connected\n")
         return None
+
+    async def _write_metrics(self) -> str:
+        replicas = await asyncio.to_thread(self._engine.count_replicas)  # which asks other processes
+        queue, calls, sessions = self._batcher.waiting, self._batcher.calls, len(self._sessions)
+        return self.metrics.write(queue=queue, calls=calls, replicas=replicas, sessions=sessions)
 
     def _knows_key(self, headers: Headers) -> bool:
         key = self.options.api_key

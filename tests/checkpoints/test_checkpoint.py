@@ -23,6 +23,7 @@ from diffusion_policy.checkpoints.checkpoint import Checkpoint, CheckpointError,
 from diffusion_policy.checkpoints.safe_files import describe
 from diffusion_policy.config import PolicyConfig, TrainConfig, with_options
 from diffusion_policy.control.planner import planning_rng
+from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.datasets.windows import Batch
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.training.losses import denoising_loss, draw
@@ -146,6 +147,7 @@ def test_it_says_what_it_was_trained_for_and_on(run: Path, demonstrations: Path)
     assert loaded.dataset.location == str(demonstrations)
     assert loaded.dataset.modes == {"left": 6, "right": 6}
     assert loaded.dataset.seeds == (0, 11)
+    assert loaded.dataset.control_rate == EpisodeStore.open(demonstrations).attributes["control_frequency"]
     assert np.isfinite([weight.abs().max().item() for weight in loaded.policy.state_dict().values()]).all()
 
 
@@ -227,9 +229,10 @@ def test_shapes_that_disagree_with_the_configuration_are_named(copy: Path) -> No
 
 
 def test_newer_formats_and_other_files_are_refused(copy: Path) -> None:
-    for version in (checkpoint_contents.FORMAT_VERSION + 1, 0, True, "1", None):
+    newest = checkpoint_contents.FORMAT_VERSION
+    for version in (newest + 1, 0, True, "1", None):
         edit_config(copy, format_version=version)
-        with pytest.raises(CheckpointError, match=rf"has format version {version!r}; this package reads up to 4"):
+        with pytest.raises(CheckpointError, match=f"has format version {version!r}; this package reads up to {newest}"):
             checkpoint.load(copy)
     edit_config(copy, format="something else")
     with pytest.raises(CheckpointError, match="is not the configuration of a checkpoint"):

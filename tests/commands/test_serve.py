@@ -1,13 +1,16 @@
 """A policy server as a process of its own, and the commands that let it plan."""
 
+import contextlib
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +20,7 @@ import numpy as np
 import pytest
 
 import diffusion_policy as dp
+from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.cli import main, parse
 from diffusion_policy.commands.capacity import Call, count_servers, read_rate
 from diffusion_policy.commands.episodes import make_group_planner, sharing_cores
@@ -171,8 +175,41 @@ def test_python_asks_a_server(server, run: Path) -> None:
         for i in range(12):
             observation = {key: np.array([0.5, 0.01 * i]) for key in ("desired_xy", "actual_xy")}
             np.testing.assert_array_equal(far.act(observation), near.act(observation))
+    control_rate = checkpoint.load(run).dataset.control_rate
+    assert control_rate == dp.connect(server.url).served.control_rate
+    assert control_rate
     with pytest.raises(ValueError, match="the server samples as it was told; eta is an option of serve"):
         dp.connect(server.url).controller(eta=0.5)
+
+
+def test_without_ray_serve_its_engine_is_refused(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["serve", "--checkpoint", str(run), "--port", "0", "--backend", "eager", "--device", "cpu", *SAMPLING]
+    monkeypatch.setitem(sys.modules, "ray.serve", None)
+    monkeypatch.delitem(sys.modules, "diffusion_policy.commands.replicas", raising=False)
+    monkeypatch.delitem(sys.modules, "diffusion_policy.serving.replicas", raising=False)
+    assert main([*command, "--engine", "ray"]) == 2
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "error: --engine ray needs Ray Serve: pip install 'diffusion-policy-toolkit[ray]'" in said
+
+
+@pytest.mark.parametrize(
+    "options", [["--backend", "onnx"], ["--precision", "bf16"], ["--device", "cpu"]], ids=lambda options: options[0]
+)
+def test_what_only_the_server_decides_is_refused_beside_it(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = {
+        "run-robot": ["run-robot", "m:R", "--hz", "5", "--output", "o"],
+        "evaluate": ["evaluate", "--checkpoint", "c", "--output", "o"],
+        "rollout": ["rollout", "--checkpoint", "c"],
+    }
+    for verb, command in asked.items():
+        if verb == "run-robot" or options[0] == "--backend":  # evaluate and rollout draw with the checkpoint, too
+            assert main([*command, "--server", "ws://b:1", *options]) == 2
+            said = f"error: {options[0]} is an option of serve where --server plans; got {options[1]}"
+            assert said in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.parametrize(
@@ -271,6 +308,9 @@ def test_what_cannot_be_served_is_said_at_the_start(run: Path, tmp_path: Path) -
         (["--roll-forward"], "roll-forward asks an environment"),
         (["--chunking", "trained-rtc"], "max-delay"),
         (["--sampling-steps", "1000"], "1000"),
+        (["--replicas", "2"], "replicas are those of Ray Serve: they need --engine ray; got 2"),
+        (["--engine", "ray", "--replicas", "0"], "replicas must be at least 1; got 0"),
+        (["--engine", "ray", "--replicas", "2", "--min-replicas", "3"], "min-replicas must be at most 2, the replicas"),
     ):
         assert main_says(run, options).count(message) == 1, options
 
@@ -318,6 +358,8 @@ def test_how_many_servers_a_rate_needs(run: Path, capsys: pytest.CaptureFixture[
         r"1000/min is 16.7 plans a second, by eager \d+% of what one such machine gives: 1 server,", said.out
     )
     assert "steps x step cost" in said.err
+    assert main([*command, "100000/s"]) == 0
+    assert re.search(r"(\d+) servers \(or one with --engine ray --replicas \1\), each at most", capsys.readouterr().out)
     for wrong in ("many", "10/year", "0/s", "-1/s"):
         assert main([*command, wrong]) == 2
         assert "plan must be a rate such as 1000/min" in capsys.readouterr().err
@@ -327,24 +369,93 @@ def test_how_many_servers_a_rate_needs(run: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("blank_pictures")
-@pytest.mark.parametrize("clients", [1, 4, 16])
-def test_evaluations_at_once_are_all_those_of_here(run: Path, server, tmp_path: Path, clients: int) -> None:
-    def command(output: Path, *options: str) -> list[str]:
-        told = ["evaluate", "--checkpoint", str(run), "--output", str(output), "--episodes", "60", "--videos", "0"]
-        return [sys.executable, "-m", "diffusion_policy.cli", *told, *SAMPLING, "--device", "cpu", *options]
-
-    def results(output: Path) -> dict[str, Any]:
-        found = json.loads((output / "results.json").read_text())
-        return {name: value for name, value in found.items() if name not in TIMES}
-
-    subprocess.run(command(tmp_path / "local"), check=True, capture_output=True)
-    asked = ["--server", server.url, "--server-patience", "600", "--workers", "1"]
-    outputs = [tmp_path / f"far{i}" for i in range(clients)]
-    running = [subprocess.Popen(command(output, *asked), stderr=subprocess.DEVNULL) for output in outputs]
-    assert [one.wait(1200) for one in running] == [0] * clients
+def test_evaluations_at_once_are_all_those_of_here(run: Path, server, local, tmp_path: Path) -> None:
+    outputs = [tmp_path / f"far{i}" for i in range(16)]
+    command = [sys.executable, "-m", "diffusion_policy.cli", "evaluate", "--checkpoint", str(run), *SAMPLING]
+    asked = ["--episodes", "6", "--videos", "0", "--workers", "1", "--device", "cpu", "--server", server.url]
+    running = [
+        subprocess.Popen(
+            [*command, *asked, "--server-patience", "600", "--output", str(output)], stderr=subprocess.DEVNULL
+        )
+        for output in outputs
+    ]
+    assert [one.wait(600) for one in running] == [0] * len(outputs)
     for output in outputs:
-        assert results(output) == results(tmp_path / "local")
+        results = json.loads((output / "results.json").read_text())
+        assert {name: value for name, value in results.items() if name not in TIMES} == local
+
+
+def processes_with(name: str, value: str) -> dict[int, str]:
+    """Those that have this in their environment, with what they call themselves."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"{name}={value}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                found[int(process.name)] = (process / "cmdline").read_bytes().split(b"\0")[0].decode()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="what runs cannot be read here")
+@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_replicas_plan_as_evaluate_does_and_one_that_is_killed_is_replaced(
+    run: Path, serve, evaluate, local, tmp_path: Path, number: int
+) -> None:
+    pytest.importorskip("ray.serve", exc_type=ImportError)
+    options = ("--engine", "ray", "--replicas", "2", "--min-replicas", "2", "--backend", "eager", *SAMPLING)
+    process = serve(run, "--port", "0", *options, MARK=str(tmp_path))
+    replicas = [one for one, name in processes_with("MARK", str(tmp_path)).items() if "ServeReplica" in name]
+    assert len(replicas) == 2
+    killer = threading.Timer(1.0, os.kill, [replicas[0], signal.SIGKILL])
+    killer.start()
+    assert evaluate("--server", process.url) == local
+    killer.join()
+    assert process.end(number) == 0
+    assert process.said.endswith("stopped\n")
+    assert "Traceback" not in process.said
+    assert processes_with("MARK", str(tmp_path)) == {}
+
+
+@pytest.fixture
+def cluster() -> Iterator[dict[str, str]]:
+    """The environment that says where a Ray cluster of two cores is, with a token of its own."""
+    pytest.importorskip("ray.serve", exc_type=ImportError)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    options = ("--head", "--block", "--port", str(port), "--num-cpus", "2", "--include-dashboard", "false")
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options]
+    head = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **secret})
+    assert head.stdout is not None
+    for line in iter(head.stdout.readline, b""):
+        if b"block forever" in line:
+            break
+    yield {**secret, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    head.terminate()
+    with head.stdout:
+        head.stdout.read()
+    head.wait(30)
+
+
+WHAT_IS_LEFT = """
+import ray
+ray.init(log_to_driver=False, logging_level="ERROR")
+print(ray.util.list_named_actors(all_namespaces=True), ray.available_resources()["CPU"])
+"""
+
+
+@pytest.mark.slow
+def test_replicas_run_on_the_cluster_that_there_is_and_leave_it_as_it_was(run: Path, serve, cluster) -> None:
+    options = ("--engine", "ray", "--backend", "eager", *SAMPLING)
+    process = serve(run, "--port", "0", *options, **cluster)
+    assert dp.connect(process.url).served.backend == "eager"
+    assert process.end() == 0
+    asked = [sys.executable, "-c", WHAT_IS_LEFT]
+    left = subprocess.run(asked, capture_output=True, text=True, check=True, env={**os.environ, **cluster})
+    assert left.stdout == "[] 2.0\n"
+    said = refuse(run, "--device", "cpu", "--replicas", "3", *options, **cluster)
+    assert "replicas must be at most 2, the cores of the Ray cluster; got 3" in said
 
 
 @pytest.mark.slow

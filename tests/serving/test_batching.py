@@ -1,8 +1,9 @@
 """What is planned in one call, and whose turn it is."""
 
 import asyncio
+import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,15 @@ import pytest
 
 from diffusion_policy.control.chunking import Chunking, Handover
 from diffusion_policy.control.planner import Steering
-from diffusion_policy.serving.batching import Batcher, Busy, CallsOfSizes, Job, Late, rows_are_independent
+from diffusion_policy.serving.batching import (
+    Batcher,
+    Busy,
+    CallsOfSizes,
+    Job,
+    Late,
+    LocalEngine,
+    rows_are_independent,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -91,10 +100,10 @@ def test_a_batch_gives_each_request_to_the_bit_what_it_gets_alone(arithmetic) ->
     async def work() -> tuple[list[Any], list[Any]]:
         alone = []
         for job in jobs:
-            batcher = Batcher(arithmetic, chunking, max_batch=1)
+            batcher = Batcher(LocalEngine(arithmetic, chunking), max_batch=1)
             alone += await plan_all(batcher, [batcher.plan(job)])
         arithmetic.calls.clear()
-        batcher = Batcher(arithmetic, chunking, max_batch=8, max_wait=0.02)
+        batcher = Batcher(LocalEngine(arithmetic, chunking), max_batch=8, max_wait=0.02)
         return alone, await plan_all(batcher, [batcher.plan(job) for job in jobs])
 
     alone, together = run(work)
@@ -109,7 +118,7 @@ def test_a_batch_has_at_most_so_many_rows_but_a_large_request_is_planned(arithme
     jobs = [Job(*draw(rows)) for rows in (2, 2, 2, 9, 1)]
 
     async def work() -> list[Any]:
-        batcher = Batcher(arithmetic, max_batch=4, max_wait=0.02)
+        batcher = Batcher(LocalEngine(arithmetic), max_batch=4, max_wait=0.02)
         return await plan_all(batcher, [batcher.plan(job) for job in jobs])
 
     assert [len(answer.plans) for answer in run(work)] == [2, 2, 2, 9, 1]
@@ -121,7 +130,7 @@ def test_a_request_that_fails_fails_alone(arithmetic) -> None:
     jobs[1].observations["xy"][:] = 13
 
     async def work() -> list[Any]:
-        batcher = Batcher(arithmetic, max_batch=4, max_wait=0.02)
+        batcher = Batcher(LocalEngine(arithmetic), max_batch=4, max_wait=0.02)
         return await plan_all(batcher, [batcher.plan(job) for job in jobs])
 
     first, failed, last = run(work)
@@ -130,12 +139,57 @@ def test_a_request_that_fails_fails_alone(arithmetic) -> None:
         np.testing.assert_array_equal(answer.plans, arithmetic.sample(job.observations, job.noise))
 
 
+class TwoCalls:
+    """An engine that computes two calls at once, and begins neither before both are there."""
+
+    calls = 2
+
+    def __init__(self, planner: Any) -> None:
+        self._local, self._both = LocalEngine(planner), threading.Barrier(2, timeout=10)
+
+    def plan(self, jobs: Sequence[Job]) -> list[np.ndarray]:
+        self._both.wait()
+        return self._local.plan(jobs)
+
+    def count_replicas(self) -> int:
+        return 2
+
+
+def test_as_many_calls_are_made_at_once_as_the_engine_computes(arithmetic) -> None:
+    jobs = [Job(*draw(1)) for _ in range(8)]
+
+    async def work() -> list[Any]:
+        batcher = Batcher(TwoCalls(arithmetic), max_batch=2)
+        found = await plan_all(batcher, [batcher.plan(job) for job in jobs])
+        assert batcher.waiting == batcher.calls == 0
+        return found
+
+    for job, answer in zip(jobs, run(work), strict=True):
+        np.testing.assert_array_equal(answer.plans, arithmetic.sample(job.observations, job.noise))
+
+
+def test_an_engine_that_is_busy_is_not_asked_for_each_request_again() -> None:
+    asked = []
+
+    class BusyEngine(TwoCalls):
+        def plan(self, jobs: Sequence[Job]) -> list[np.ndarray]:
+            asked.append(len(jobs))
+            raise Busy("no replica is there")
+
+    async def work() -> list[Any]:
+        batcher = Batcher(BusyEngine(None), max_batch=4, max_wait=0.02)
+        return await plan_all(batcher, [batcher.plan(Job(*draw(1))) for _ in range(4)])
+
+    assert [str(one) for one in run(work)] == ["no replica is there"] * 4
+    assert asked == [4]
+
+
 def test_who_comes_too_late_is_told_so_and_not_planned_for(arithmetic) -> None:
     arithmetic.may_go.clear()
     jobs = [Job(*draw(1)) for _ in range(3)]
 
     async def work() -> list[Any]:
-        batcher = Batcher(arithmetic, max_batch=1)
+        batcher = Batcher(LocalEngine(arithmetic), max_batch=1)
         now = time.monotonic()
         requests = [batcher.plan(jobs[0]), batcher.plan(jobs[1], now + 0.01), batcher.plan(jobs[2], now + 60)]
         return await plan_all(batcher, requests, arithmetic)
@@ -151,7 +205,7 @@ def test_more_than_may_wait_are_told_that_it_is_busy(arithmetic) -> None:
     arithmetic.may_go.clear()
 
     async def work() -> list[Any]:
-        batcher = Batcher(arithmetic, max_batch=1, queued=3)
+        batcher = Batcher(LocalEngine(arithmetic), max_batch=1, queued=3)
         return await plan_all(batcher, [batcher.plan(Job(*draw(1))) for _ in range(6)], arithmetic)
 
     found = run(work)
@@ -162,7 +216,7 @@ def test_a_robot_that_is_gone_is_not_planned_for(arithmetic) -> None:
     arithmetic.may_go.clear()
 
     async def work() -> None:
-        batcher = Batcher(arithmetic, max_batch=1)
+        batcher = Batcher(LocalEngine(arithmetic), max_batch=1)
         planning = asyncio.create_task(batcher.run())
         asked = [asyncio.create_task(batcher.plan(Job(*draw(1)))) for _ in range(3)]
         await asyncio.sleep(0.05)

@@ -446,6 +446,8 @@ def test_metrics_count_what_was_answered(start) -> None:
     assert lines['diffusion_policy_batch_size_bucket{le="1"}'] == "3"
     assert lines["diffusion_policy_connections"] == "1"
     assert lines["diffusion_policy_sessions"] == "1"
+    assert lines["diffusion_policy_calls"] == "0"
+    assert lines["diffusion_policy_replicas"] == "1"
     assert 0 < float(lines['diffusion_policy_request_seconds{quantile="0.5"}']) < 1
     assert server.get("/nothing")[0] == 426
 
@@ -575,7 +577,7 @@ def test_a_server_that_was_lost_is_waited_for_and_the_result_is_the_same(start, 
     assert "trying again for 60 s" in said[0]
 
 
-def test_patience_ends(start) -> None:
+def test_patience_ends(start, arithmetic) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         url = f"ws://127.0.0.1:{nobody.getsockname()[1]}"
@@ -583,7 +585,7 @@ def test_patience_ends(start) -> None:
             connect(url, patience=0.2)
     server = start()
     remote = connect(server.url, deadline=0.2, patience=0.5)
-    server.server._planner.may_go.clear()
+    arithmetic.may_go.clear()
     with pytest.warns(UserWarning, match="its deadline passed"), pytest.raises(ServerLost):
         remote.sample(rows_of(1), draw(1))
 
@@ -630,3 +632,74 @@ def test_another_kind_of_server_is_refused() -> None:
             with pytest.raises(ProtocolError, match=message):
                 connect(f"ws://127.0.0.1:{other.socket.getsockname()[1]}")
             other.shutdown()
+
+
+@contextlib.contextmanager
+def listening(serve: Callable[[socket.socket], None]) -> Iterator[str]:
+    """The address of a server that does this with each connection, in a thread of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as server, contextlib.ExitStack() as stack:
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    one, _ = server.accept()
+                    stack.callback(one.close)
+                    threading.Thread(target=serve, args=(one,), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"ws://127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def test_the_deadline_is_that_of_connection_description_and_answer_together(start) -> None:
+    """Whatever the server says comes 0.4 s later: each part in time, all of them not."""
+    server = start()
+
+    def delay(client: socket.socket) -> None:
+        with socket.create_connection(("127.0.0.1", server.port)) as behind, contextlib.suppress(OSError):
+
+            def send_on() -> None:
+                with contextlib.suppress(OSError):
+                    while part := client.recv(2**16):
+                        behind.sendall(part)
+
+            threading.Thread(target=send_on, daemon=True).start()
+            while part := behind.recv(2**16):
+                time.sleep(0.4)
+                client.sendall(part)
+
+    remote = connect(server.url, deadline=0.6, patience=0.0)
+    with listening(delay) as url:
+        remote.close()
+        remote.url = url
+        started = time.monotonic()
+        with pytest.raises(ServerLost, match="its deadline passed"):
+            remote.sample(rows_of(1), draw(1))
+        assert 0.5 < time.monotonic() - started < 1.0
+
+
+def test_a_server_that_reads_nothing_does_not_hold_up_a_client_beyond_its_deadline(start, served: Served) -> None:
+    server = start(served=replace(served, max_frame_bytes=2**27))
+    remote = connect(server.url, deadline=0.5, patience=0.0)
+    remote._threads.link.connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    frame = b"x" * 2**26
+    held = threading.Event()
+    server._loop.call_soon_threadsafe(held.wait, 3)  # the server's event loop reads nothing meanwhile
+    started = time.monotonic()
+    with pytest.raises(ServerLost, match="its deadline passed"):
+        remote._persist(lambda ends: remote._ask(frame, ends))
+    assert 0.4 < time.monotonic() - started < 1.0
+    held.set()
+
+
+def test_the_connection_of_a_thread_ends_with_it(start) -> None:
+    server = start()
+    remote = connect(server.url)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: remote.sample(rows_of(1), draw(1)), range(20)))
+        assert server.server.metrics.connections > 1
+    ends = time.monotonic() + 10
+    while server.server.metrics.connections > 1 and time.monotonic() < ends:
+        time.sleep(0.01)
+    assert server.server.metrics.connections == 1
+    assert remote.sample(rows_of(1), draw(1)).shape == (1, 1, 6, 2)

@@ -67,6 +67,7 @@ class Evaluate(ActingCommand):
 
     def __post_init__(self) -> None:
         anchor(self)
+        self.remote.refuse(self, "backend")
         require_at_least(self, 1, ("episodes", "workers", "parallel", "repeats"))
         require_at_least(self, 0, ("videos",))
         if self.videos > MOST_VIDEOS:

@@ -1,7 +1,8 @@
 """What commands that can let a server plan are told of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from diffusion_policy.config import ConfigError
 
@@ -16,7 +17,8 @@ class RemoteOptions:
     api_key_file: Path | None = None
     """File that holds the server's key; without it the environment variable DIFFUSION_POLICY_API_KEY."""
     server_deadline: float = 10.0
-    """How long the server may take for a plan before that is said, and it is asked again [s]."""
+    """How long the server may take for a plan, the connection included where there is none, before that is said, and it
+    is asked again [s]."""
     server_patience: float = 60.0
     """How long a server that does not answer is asked again before the command ends [s]."""
 
@@ -25,3 +27,10 @@ class RemoteOptions:
             raise ConfigError(f"server-deadline must be above 0; got {self.server_deadline}")
         if not 0 <= self.server_patience < float("inf"):
             raise ConfigError(f"server-patience must be at least 0; got {self.server_patience}")
+
+    def refuse(self, command: Any, *names: str) -> None:
+        """Raise ConfigError where a command whose server plans is told how to plan here, by options of these names."""
+        for option in fields(command):
+            value = getattr(command, option.name)
+            if self.server is not None and option.name in names and value != option.default:
+                raise ConfigError(f"--{option.name} is an option of serve where --server plans; got {value}")

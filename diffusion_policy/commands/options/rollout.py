@@ -52,6 +52,7 @@ class Rollout(ActingCommand):
 
     def __post_init__(self) -> None:
         anchor(self)
+        self.remote.refuse(self, "backend")
         require_at_least(self, 1, ("episodes", "workers"))
         require_at_least(self, 0, ("delay_steps",))
         require_episodes(self.episodes)

@@ -76,6 +76,7 @@ class RunRobot(Command):
 
     def __post_init__(self) -> None:
         anchor(self)
+        self.remote.refuse(self, "backend", "precision", "device")
         require_seed(self)
         if (self.checkpoint is None) == (self.remote.server is None):
             raise ConfigError("run-robot takes --checkpoint or --server, one of them")

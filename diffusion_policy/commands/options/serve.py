@@ -16,6 +16,7 @@ from diffusion_policy.config import (
     SampleConfig,
     require_at_least,
 )
+from diffusion_policy.evaluation.engines import Engine, require_engine
 
 KEY_VARIABLE = "DIFFUSION_POLICY_API_KEY"
 
@@ -46,7 +47,15 @@ class Serve(Command):
     tls_key: Path | None = None
     """The certificate's private key (PEM)."""
     plan: Annotated[str | None, Group("load")] = None
-    """Serve nothing; measure how long plans take, and say how many such servers a rate needs: 1000/min, 20/s."""
+    """Serve nothing; measure how long plans take, and say how many such servers or replicas a rate needs: 1000/min,
+    20/s."""
+    engine: Engine = "local"
+    """Where plans are made: in this process, or in replicas of the policy by Ray Serve, on the Ray cluster of the
+    environment variable RAY_ADDRESS (without it, one is started here). Clients get the same answers."""
+    replicas: int = 1
+    """Replicas at most, with --engine ray. They begin when calls queue up, and end when they are idle."""
+    min_replicas: int = 1
+    """Replicas that stay when they are idle."""
     max_batch: int = 16
     """Plans made in one call at most."""
     max_wait_ms: float = 3.0
@@ -86,7 +95,13 @@ class Serve(Command):
         anchor(self)
         if not 0 <= self.port < 2**16:
             raise ConfigError(f"port must be from 0 to 65535; got {self.port}")
-        require_at_least(self, 1, ("max_batch", "max_queue", "max_connections", "max_sessions"))
+        names = ("max_batch", "max_queue", "max_connections", "max_sessions", "replicas", "min_replicas")
+        require_at_least(self, 1, names)
+        require_engine(self.engine)
+        if self.engine == "local" and self.replicas > 1:
+            raise ConfigError(f"replicas are those of Ray Serve: they need --engine ray; got {self.replicas}")
+        if self.min_replicas > self.replicas:
+            raise ConfigError(f"min-replicas must be at most {self.replicas}, the replicas; got {self.min_replicas}")
         require_at_least(self, 0, ("max_wait_ms",))
         for name in ("session_idle", "max_frame_mb"):
             if not 0 < getattr(self, name) < float("inf"):
