@@ -107,8 +107,9 @@ def describe_store(store: EpisodeStore, keys: Keys) -> tuple[Environment, Datase
 def _control_rate(store: EpisodeStore) -> float | None:
     """Steps in a second, where the store says a number that can be one."""
     said = store.attributes.get("control_frequency")
-    number = type(said) in (int, float) and 0 < said < math.inf
-    return float(said) if number else None
+    if isinstance(said, int | float) and not isinstance(said, bool) and 0 < said < math.inf:
+        return float(said)
+    return None
 
 
 def require_lengths(options: Train, lengths: np.ndarray) -> None:
