@@ -13,7 +13,15 @@ import tyro
 from diffusion_policy.cli import VERBS, main
 from diffusion_policy.commands import evaluate
 from diffusion_policy.commands.options.flags import list_flags
-from diffusion_policy.config import ChunkingConfig, PolicyConfig, SampleConfig, SuccessAndModes, TrainConfig, UnetConfig
+from diffusion_policy.config import (
+    ChunkingConfig,
+    PolicyConfig,
+    SampleConfig,
+    SuccessAndModes,
+    TrainConfig,
+    TransformerConfig,
+    UnetConfig,
+)
 
 SMALL = "--widths 16 32 --groups 4 --level-dim 16 --noise-levels 20 --steps 4 --batch-size 32 --device cpu"
 BRIEF = '{"rows":1,"max_episode_steps":20}'
@@ -65,6 +73,9 @@ study samplers --checkpoint r --output st --samplers ddim --steps 1 2 --mode lef
     --chunking bid \
     --seed 100700 --env diffusion_policy/Avoid-v0 --env-kwargs '{BRIEF}' --success none --fresh \
     --mode-function {{module}}:label --mode-labels up down --action-horizon 2 --workers 1 --device cpu
+train --dataset a.zarr --output t --network transformer --width 16 --layers 2 --heads 2 --mlp-ratio 2 --dropout 0.1 \
+    --conditioning cross-attention --level-dim 16 --noise-levels 20 --prediction-horizon 9 --steps 2 --device cpu
+evaluate --checkpoint t --output et --episodes 1 --sampling-steps 2 --env-kwargs '{BRIEF}' --videos 0 --workers 1
 train --dataset a.zarr --output m {SMALL} --max-delay 3
 evaluate --checkpoint m --output em --episodes 1 --sampling-steps 2 --env-kwargs '{BRIEF}' --videos 0 --workers 1 \
     --chunking trained-rtc --delay-steps 2 --roll-forward
@@ -179,8 +190,9 @@ def test_the_session_gives_every_option_a_value_other_than_its_default() -> None
     for verb, kind in VERBS.items():
         if verb not in UNTRIED:
             require_all(kind, given_to(verb), verb)
-    shared = PolicyConfig, UnetConfig, TrainConfig, SampleConfig, ChunkingConfig, SuccessAndModes  # by several verbs
-    for config in shared:
+    networks = UnetConfig, TransformerConfig
+    shared = PolicyConfig, TrainConfig, SampleConfig, ChunkingConfig, SuccessAndModes  # by several verbs
+    for config in (*networks, *shared):
         require_all(config, given_to(), config.__name__)
 
 
