@@ -196,8 +196,8 @@ class TransformerConfig:
 
 def _require_level_dim(level_dim: int) -> None:
     """Raise ConfigError for a size that an embedding of the noise level cannot have."""
-    allowed = f"even, at least 4 and at most {MAX_WIDTH}"
-    _require(level_dim % 2 == 0 and 4 <= level_dim <= MAX_WIDTH, "level_dim", allowed, level_dim)
+    _require(level_dim <= MAX_WIDTH, "level_dim", f"at most {MAX_WIDTH}", level_dim)
+    _require(level_dim % 2 == 0 and level_dim >= 4, "level_dim", "even and at least 4", level_dim)
 
 
 @dataclass(frozen=True)
@@ -317,7 +317,7 @@ class TrainConfig:
     """What the network computes in; its weights stay fp32."""
     accumulation: int = 1
     """Parts of a batch that are computed one after the other, which takes less memory and gives the same result but for
-    rounding."""
+    rounding, and for what dropout leaves out."""
     compile: bool = False
     """Have the network compiled by torch.compile: a minute at the start, then faster on a GPU."""
     seed: int = 0
@@ -543,9 +543,8 @@ def flat_options(config: Any) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, hint in _hints_of(type(config)).items():
         value = getattr(config, name)
-        found = {name: value}
-        if dataclasses.is_dataclass(value):
-            found = {name: kind for kind, one in kinds_of(hint).items() if isinstance(value, one)} | flat_options(value)
+        found = {name: value.kind} if kinds_of(hint) else {}
+        found |= flat_options(value) if dataclasses.is_dataclass(value) else {name: value}
         if flat.keys() & found.keys():
             raise TypeError(f"two options are called {min(flat.keys() & found.keys())}")
         flat |= found
@@ -576,7 +575,9 @@ def as_kind(config: Any, kind: type) -> Any:
     """Options of this kind: themselves, or the defaults with the options that both kinds have."""
     if isinstance(config, kind):
         return config
-    return kind(**{one.name: getattr(config, one.name) for one in dataclasses.fields(kind) if hasattr(config, one.name)})
+    return kind(
+        **{one.name: getattr(config, one.name) for one in dataclasses.fields(kind) if hasattr(config, one.name)}
+    )
 
 
 def refuse_others(kind: Any, kinds: Mapping[str, Any], given: Collection[str]) -> None:
@@ -584,9 +585,7 @@ def refuse_others(kind: Any, kinds: Mapping[str, Any], given: Collection[str]) -
     for other in kinds.values():
         for name in list_types(other):
             if name in given and name not in list_types(kind):
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} is an option of the {other.kind}; this is a {kind.kind}"
-                )
+                raise ConfigError(f"--{name.replace('_', '-')} is an option of the {other.kind}; this is a {kind.kind}")
 
 
 T = TypeVar("T")
@@ -608,7 +607,9 @@ def with_options(config: T, **options: Any) -> T:
             continue
         if kinds := kinds_of(hint):
             value = _choose(name, value, kinds, options)
-        changes[name] = with_options(value, **{name: options[name] for name in list_types(type(value)) & options.keys()})
+        changes[name] = with_options(
+            value, **{name: options[name] for name in list_types(type(value)) & options.keys()}
+        )
     return dataclasses.replace(config, **changes)  # pyright: ignore[reportArgumentType]
 
 

@@ -53,12 +53,16 @@ from diffusion_policy.diffusion.schedules import SCHEDULES, SPACINGS
         (UnetConfig, {"widths": (12, 24)}, r"widths must be multiples of the 8 groups; got \[12\]"),
         (UnetConfig, {"kernel_size": 4}, "kernel-size must be odd; got 4"),
         (UnetConfig, {"level_dim": 7}, "level-dim must be even"),
-        (TransformerConfig, {"level_dim": 2}, "level-dim must be even, at least 4 and at most 8192; got 2"),
+        (TransformerConfig, {"level_dim": 2}, "level-dim must be even and at least 4; got 2"),
         (TransformerConfig, {"width": 100, "heads": 8}, "width must be a multiple of the 8 heads; got 100"),
         (TransformerConfig, {"heads": 512}, "width must be a multiple of the 512 heads; got 256"),
         (TransformerConfig, {"heads": 0}, "heads must be at least 1; got 0"),
         (TransformerConfig, {"dropout": 1.0}, "dropout must be from 0 to below 1; got 1.0"),
-        (TransformerConfig, {"conditioning": "film"}, "unknown conditioning 'film'; choose from adaln, cross-attention"),
+        (
+            TransformerConfig,
+            {"conditioning": "film"},
+            "unknown conditioning 'film'; choose from adaln, cross-attention",
+        ),
         (PolicyConfig, {"schedule": "cubic"}, "unknown schedule 'cubic'; choose from cosine, linear"),
         (TrainConfig, {"steps": 0}, "steps must be at least 1; got 0"),
         (TrainConfig, {"learning_rate": 0.0}, "learning-rate must be above 0"),
@@ -274,7 +278,7 @@ def test_from_python_an_option_of_the_other_network_is_refused_too() -> None:
         with_options(PolicyConfig(), layers=2)
     with pytest.raises(ConfigError, match="unknown network 'mlp'; choose from unet, transformer"):
         with_options(PolicyConfig(), network="mlp")
-    with pytest.raises(ConfigError, match="unknown option 'layer'; did you mean layers?"):
+    with pytest.raises(ConfigError, match=r"unknown option 'layer'; did you mean layers\?"):
         with_options(PolicyConfig(), layer=2)
 
 
@@ -322,7 +326,7 @@ def test_a_file_that_names_no_kind_of_network_means_the_unet() -> None:
 
 def test_a_training_with_another_network_is_another_training(tmp_path: Path) -> None:
     before, now = (to_options(told(network), "abc") for network in NETWORKS)
-    with pytest.raises(ConfigError, match="another training: network unet, now transformer$"):
+    with pytest.raises(ConfigError, match=r"another training: network unet, now transformer$"):
         runs.require_same(tmp_path, as_json(before), as_json(now))
 
 

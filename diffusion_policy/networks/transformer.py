@@ -143,7 +143,9 @@ class DiTBlock(nn.Module):
         sublayers: list[Callable[[Tensor], Tensor]] = [self.attention, self.mlp]
         if self.cross_attention is not None:
             sublayers.insert(1, partial(self.cross_attention, keys_values=keys_values))
-        vectors = rearrange(vectors, "b (sublayers three width) -> sublayers three b 1 width", three=3, width=x.shape[-1])
+        vectors = rearrange(
+            vectors, "b (sublayers three width) -> sublayers three b 1 width", three=3, width=x.shape[-1]
+        )
         for sublayer, (shift, scale, gate) in zip(sublayers, vectors, strict=True):
             x = x + gate * self.dropout(sublayer(modulate(x, shift, scale)))
         return x
@@ -178,9 +180,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, keys_values: Tensor) -> Tensor:
         """`keys_values`: what the layer of this name makes of the tokens, (B, M · 2 width)."""
         query = rearrange(self.queries(x), "b t (h d) -> b h t d", h=self.heads)
-        key, value = rearrange(
-            keys_values, "b (m two h d) -> two b h m d", two=2, h=self.heads, d=query.shape[-1]
-        )
+        key, value = rearrange(keys_values, "b (m two h d) -> two b h m d", two=2, h=self.heads, d=query.shape[-1])
         return self.out(attend(query, key, value, self.dropout if self.training else 0.0))
 
 
