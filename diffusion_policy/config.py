@@ -42,7 +42,7 @@ MAX_WIDTH = 8192
 """Channels, also of the noise level's embedding."""
 MAX_KERNEL_SIZE = 255
 MAX_LAYERS = 128
-"""Also what an MLP may be wider than a token."""
+"""Of a transformer; also how many times wider than a token its MLPs may be."""
 MAX_LEVELS = 100_000
 MAX_STEP = 10**12
 MAX_PLANS = 1024

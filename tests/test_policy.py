@@ -298,7 +298,7 @@ def sampling_id(config: SampleConfig) -> str:
 
 BY_UNET = [pytest.param(config, ONE_RESOLUTION, id=sampling_id(config)) for config in SAMPLINGS]
 BY_TRANSFORMER = [
-    pytest.param(SampleConfig("ddim", 2, guidance=2.0), one, id=one.network.conditioning) for one in TRANSFORMERS
+    pytest.param(SampleConfig("ddim", 1, guidance=2.0), one, id=one.network.conditioning) for one in TRANSFORMERS
 ]  # pyright: ignore
 
 
