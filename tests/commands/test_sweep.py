@@ -271,7 +271,8 @@ SAME_LOSS = {
     "action_horizon", "widths", "kernel_size", "groups", "level_dim", "condition_dropout", "steps", "batch_size",
     "learning_rate", "weight_decay", "warmup_steps", "gradient_clip", "ema_power", "ema_max_decay",
     "validate_every", "checkpoint_every", "keep_checkpoints", "keep_best", "rollout_every", "rollout_episodes",
-    "precision", "accumulation", "compile", "network", "width", "layers", "heads", "mlp_ratio", "dropout", "conditioning",
+    "precision", "accumulation", "compile", "network", "width", "layers", "heads", "mlp_ratio", "dropout",
+    "conditioning",
 }  # fmt: skip
 """Options under which the validation loss stays what it is: the mean over the same windows, of the EMA weights, in
 single precision and with the condition."""
