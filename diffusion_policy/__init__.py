@@ -18,7 +18,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from diffusion_policy.commands.front_door import LoadedPolicy, collect, evaluate, rollout, train
     from diffusion_policy.commands.loading import load
-    from diffusion_policy.config import PolicyConfig, SampleConfig, SuccessAndModes, TrainConfig, UnetConfig
+    from diffusion_policy.config import (
+        PolicyConfig,
+        SampleConfig,
+        SuccessAndModes,
+        TrainConfig,
+        TransformerConfig,
+        UnetConfig,
+    )
     from diffusion_policy.control.controller import Controller
     from diffusion_policy.control.policy_planner import PolicyPlanner
     from diffusion_policy.datasets.recorder import Recorder
@@ -32,7 +39,7 @@ if TYPE_CHECKING:
 HOMES = {
     "commands.front_door": ("LoadedPolicy", "collect", "evaluate", "rollout", "train"),
     "commands.loading": ("load",),
-    "config": ("PolicyConfig", "SampleConfig", "SuccessAndModes", "TrainConfig", "UnetConfig"),
+    "config": ("PolicyConfig", "SampleConfig", "SuccessAndModes", "TrainConfig", "TransformerConfig", "UnetConfig"),
     "control.controller": ("Controller",),
     "control.policy_planner": ("PolicyPlanner",),
     "datasets.recorder": ("Recorder",),
@@ -48,7 +55,7 @@ HOMES = {
 __all__ = [  # noqa: RUF022  (functions first)
     "collect", "train", "evaluate", "rollout", "load", "connect", "LoadedPolicy", "DiffusionPolicy", "Controller",
     "PolicyPlanner", "Trainer", "Windows", "EpisodeStore", "Recorder", "EnvSpec", "PolicyConfig", "UnetConfig",
-    "TrainConfig", "SampleConfig", "SuccessAndModes",
+    "TransformerConfig", "TrainConfig", "SampleConfig", "SuccessAndModes",
 ]  # fmt: skip
 
 

@@ -113,7 +113,8 @@ def parse(arguments: Sequence[str]) -> Command:
         raise
     form = getattr(form, "verb", form)
     verb = next(verb for verb, kind in forms.items() if type(form) is kind)
-    return fill_in(VERBS[verb], form, defaults.get(verb))
+    given = {argument.partition("=")[0].strip("-").replace("-", "_") for argument in arguments if argument[:2] == "--"}
+    return fill_in(VERBS[verb], form, defaults.get(verb), given)
 
 
 def _choice(forms: Mapping[str, type]) -> Any:

@@ -38,6 +38,7 @@ ClipName = Literal["auto", "static", "dynamic", "none"]
 GuidanceScheduleName = Literal["constant", "falling", "rising", "middle"]
 ChunkingName = Literal["receding", "rtc", "trained-rtc", "bid", "ensemble"]
 RtcMask = Literal["exp", "linear", "ones", "zeros"]
+ConditioningName = Literal["adaln", "cross-attention"]
 
 # What options may ask for, far beyond what anyone trains: a checkpoint that asks for more is a stranger's.
 MAX_HORIZON = 1024
@@ -46,6 +47,8 @@ MAX_WIDTH = 8192
 """Channels, also of the noise level's embedding."""
 MAX_KERNEL_SIZE = 255
 MAX_COMPONENTS = 1024
+MAX_LAYERS = 128
+"""Of a transformer; also how many times wider than a token its MLPs may be."""
 MAX_LEVELS = 100_000
 MAX_STEP = 10**12
 MAX_PAIRS = 10**8
@@ -115,21 +118,20 @@ class UnetConfig:
     widths: tuple[int, ...] = (64, 128, 256)
     """Channels of the U-Net at each resolution; each resolution is half as long in time as the one before."""
     kernel_size: int = 5
-    """Steps that one convolution sees; odd."""
+    """Steps that one convolution of the U-Net sees; odd."""
     groups: int = 8
-    """Groups of each GroupNorm; divides every width."""
+    """Groups of each GroupNorm of the U-Net; divides every width."""
     level_dim: int = 128
     """Size of the noise level's embedding; even."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, ("groups",))
         require_at_most(self, MAX_KERNEL_SIZE, ("kernel_size",))
-        require_at_most(self, MAX_WIDTH, ("level_dim",))
         _require(len(self.widths) >= 1 and min(self.widths) >= 1, "widths", "positive numbers", self.widths)
         fit = len(self.widths) <= MAX_RESOLUTIONS and max(self.widths) <= MAX_WIDTH
         _require(fit, "widths", f"at most {MAX_RESOLUTIONS} numbers up to {MAX_WIDTH}", reprlib.repr(self.widths))
         _require(self.kernel_size % 2 == 1 and self.kernel_size > 0, "kernel_size", "odd", self.kernel_size)
-        _require(self.level_dim % 2 == 0 and self.level_dim >= 4, "level_dim", "even and at least 4", self.level_dim)
+        _require_level_dim(self.level_dim)
         wrong = [width for width in self.widths if width % self.groups]
         _require(not wrong, "widths", f"multiples of the {self.groups} groups", wrong)
         require_numbers(self)
@@ -148,6 +150,62 @@ class UnetConfig:
         some 16 times, for four residual blocks."""
         return 4 * 16 * sum(width * (prediction_horizon >> i) for i, width in enumerate(self.widths))
 
+    def numbers_held(self, prediction_horizon: int) -> int:
+        """About as many numbers as one sequence takes at a time while the network looks at it."""
+        return prediction_horizon * 4 * max(self.widths)
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The diffusion transformer over the steps of a sequence: DiT blocks with adaLN-Zero."""
+
+    kind: ClassVar[str] = "transformer"
+    width: int = 256
+    """Numbers of each token of the transformer, which is a step of the sequence; a multiple of the heads."""
+    layers: int = 4
+    """Blocks of the transformer, each with self-attention and an MLP."""
+    heads: int = 4
+    """Heads of each attention of the transformer."""
+    mlp_ratio: int = 4
+    """How many times wider than a token the MLPs of the transformer are inside."""
+    dropout: float = 0.0
+    """Share of attention weights, and of what each part of a transformer's block adds, that is left out in training;
+    0.1 is usual."""
+    conditioning: ConditioningName = "adaln"
+    """How the transformer is told the observations: beside the noise level, in the scale, shift and gate of each block
+    (adaln); or as tokens that every block attends to, one for each key and observed step (cross-attention)."""
+    level_dim: int = 128
+    """Size of the noise level's embedding; even."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, ("width", "layers", "heads", "mlp_ratio"))
+        require_at_most(self, MAX_WIDTH, ("width",))
+        require_at_most(self, MAX_LAYERS, ("layers", "mlp_ratio"))
+        _require(self.width % self.heads == 0, "width", f"a multiple of the {self.heads} heads", self.width)
+        _require(0 <= self.dropout < 1, "dropout", "from 0 to below 1", self.dropout)
+        check_choice("conditioning", self.conditioning, get_args(ConditioningName))
+        _require_level_dim(self.level_dim)
+        require_numbers(self)
+
+    def require_horizon(self, prediction_horizon: int) -> None:
+        """Nothing: the network takes sequences of any length."""
+
+    def least_memory(self, prediction_horizon: int) -> int:
+        """Bytes that one sequence takes at least while the network learns from it: each block keeps about ten tokens a
+        step, and the inside of its MLP before and behind the activation."""
+        return 4 * prediction_horizon * self.layers * self.width * (10 + 2 * self.mlp_ratio)
+
+    def numbers_held(self, prediction_horizon: int) -> int:
+        """About as many numbers as one sequence takes at a time while the network looks at it: the inside of an MLP and
+        three tokens a step, or the weights of an attention."""
+        return prediction_horizon * max((self.mlp_ratio + 3) * self.width, self.heads * prediction_horizon)
+
+
+def _require_level_dim(level_dim: int) -> None:
+    """Raise ConfigError for a size that an embedding of the noise level cannot have."""
+    _require(level_dim <= MAX_WIDTH, "level_dim", f"at most {MAX_WIDTH}", level_dim)
+    _require(level_dim % 2 == 0 and level_dim >= 4, "level_dim", "even and at least 4", level_dim)
+
 
 @dataclass(frozen=True)
 class StateEncoderConfig:
@@ -163,10 +221,11 @@ class PolicyConfig:
     observation_horizon: int = 2
     """Observed steps given to the policy, the last one is now (To)."""
     prediction_horizon: int = 16
-    """Steps in a predicted action sequence (T); a multiple of 2^(number of widths - 1)."""
+    """Steps in a predicted action sequence (T); with the unet a multiple of 2^(number of widths - 1)."""
     action_horizon: int = 8
     """Steps executed before planning again (Ta); at most T - To + 1."""
-    network: Annotated[UnetConfig, Group("network")] = field(default_factory=UnetConfig)
+    network: Annotated[UnetConfig | TransformerConfig, Group("network")] = field(default_factory=UnetConfig)
+    """The network: a temporal U-Net, or a diffusion transformer, which takes any prediction horizon."""
     encoder: StateEncoderConfig = field(default_factory=StateEncoderConfig)
     schedule: Annotated[ScheduleName, Group("diffusion")] = "cosine"
     """Noise schedule: how much noise each level holds."""
@@ -333,7 +392,7 @@ class TrainConfig:
     """What the network computes in; its weights stay fp32."""
     accumulation: int = 1
     """Parts of a batch that are computed one after the other, which takes less memory and gives the same result but for
-    rounding."""
+    rounding, and for what dropout leaves out."""
     compile: bool = False
     """Have the network compiled by torch.compile: a minute at the start, then faster on a GPU."""
     seed: int = 0
@@ -564,16 +623,54 @@ def to_json(config: Any) -> Any:
 
 
 def flat_options(config: Any) -> dict[str, Any]:
-    """{name: value} of a dataclass and of those within it, as the command line names them; raises TypeError for a name
-    that stands in two of them."""
+    """{name: value} of a dataclass and of those within it, as the command line names them, with the kind of those that
+    are one of several; raises TypeError for a name that stands in two of them."""
     flat: dict[str, Any] = {}
-    for one in dataclasses.fields(config):
-        value = getattr(config, one.name)
-        found = flat_options(value) if dataclasses.is_dataclass(value) else {one.name: value}
+    for name, hint in _hints_of(type(config)).items():
+        value = getattr(config, name)
+        found = {name: value.kind} if kinds_of(hint) else {}
+        found |= flat_options(value) if dataclasses.is_dataclass(value) else {name: value}
         if flat.keys() & found.keys():
             raise TypeError(f"two options are called {min(flat.keys() & found.keys())}")
         flat |= found
     return flat
+
+
+def kinds_of(hint: Any) -> dict[str, Any]:
+    """{kind: dataclass} of a type that is one of several dataclasses, told apart by their `kind`; empty for others."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
+    return {option.kind: option for option in options} if all(hasattr(option, "kind") for option in options) else {}
+
+
+def list_types(kind: Any) -> dict[str, Any]:
+    """{name: type} of all options of a dataclass and of those within it, also of those that are not chosen."""
+    found: dict[str, Any] = {}
+    for name, hint in _hints_of(kind).items():
+        kinds = kinds_of(hint)
+        if dataclasses.is_dataclass(hint):
+            found |= list_types(hint)
+        else:
+            found[name] = Literal[tuple(kinds)] if kinds else hint
+        for one in kinds.values():
+            found |= list_types(one)
+    return found
+
+
+def as_kind(config: Any, kind: type) -> Any:
+    """Options of this kind: themselves, or the defaults with the options that both kinds have."""
+    if isinstance(config, kind):
+        return config
+    return kind(
+        **{one.name: getattr(config, one.name) for one in dataclasses.fields(kind) if hasattr(config, one.name)}
+    )
+
+
+def refuse_others(kind: Any, kinds: Mapping[str, Any], given: Collection[str]) -> None:
+    """Raise ConfigError for options that other kinds have and this one has not."""
+    for other in kinds.values():
+        for name in list_types(other):
+            if name in given and name not in list_types(kind):
+                raise ConfigError(f"--{name.replace('_', '-')} is an option of the {other.kind}; this is a {kind.kind}")
 
 
 T = TypeVar("T")
@@ -581,20 +678,32 @@ T = TypeVar("T")
 
 def with_options(config: T, **options: Any) -> T:
     """The dataclass with other values for some options, which may stand in a dataclass within it: `with_options(
-    PolicyConfig(), widths=(16, 32))`. Raises ConfigError for unknown names, with the nearest."""
-    known = flat_options(config)
+    PolicyConfig(), network="transformer", width=128)`. Raises ConfigError for unknown names, with the nearest, and for
+    options of another kind than the chosen one."""
+    known = list_types(type(config))
     for name in options:
         if name not in known:
             raise ConfigError(f"unknown option {name!r}; {did_you_mean(name, known)}")
     changes: dict[str, Any] = {}
-    for one in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]
-        value = getattr(config, one.name)
-        if dataclasses.is_dataclass(value):
-            within = {name: options[name] for name in flat_options(value) if name in options}
-            changes |= {one.name: with_options(value, **within)} if within else {}
-        elif one.name in options:
-            changes[one.name] = options[one.name]
+    for name, hint in _hints_of(type(config)).items():
+        value = getattr(config, name)
+        if not dataclasses.is_dataclass(value):
+            changes |= {name: options[name]} if name in options else {}
+            continue
+        if kinds := kinds_of(hint):
+            value = _choose(name, value, kinds, options)
+        changes[name] = with_options(
+            value, **{name: options[name] for name in list_types(type(value)) & options.keys()}
+        )
     return dataclasses.replace(config, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def _choose(name: str, config: Any, kinds: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """The one of several kinds of options that is asked for."""
+    chosen = options.get(name, config.kind)
+    check_choice(name, chosen, kinds)
+    refuse_others(kinds[chosen], kinds, options)
+    return as_kind(config, kinds[chosen])
 
 
 def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
@@ -639,10 +748,20 @@ def _decode_one_of(value: Any, hint: Any, where: str) -> Any:
     options = [option for option in get_args(hint) if option is not type(None)]
     if value is None and len(options) < len(get_args(hint)):
         return None
+    if kinds := kinds_of(hint):
+        return _decode_object(value, _named_kind(value, kinds, where), where)
     for option in options[:-1]:
         with contextlib.suppress(ConfigError):
             return decode(value, option, where)
     return decode(value, options[-1], where)
+
+
+def _named_kind(value: Any, kinds: Mapping[str, Any], where: str) -> Any:
+    """The dataclass that JSON names by its `kind`; the first one where it names none."""
+    named = value.get("kind", next(iter(kinds))) if type(value) is dict else next(iter(kinds))
+    if named not in [*kinds]:
+        raise ConfigError(f"{where or 'this'}: unknown kind {reprlib.repr(named)}; known are {', '.join(kinds)}")
+    return kinds[named]
 
 
 def _decode_object(value: Any, kind: Any, where: str) -> Any:

@@ -32,6 +32,7 @@ from diffusion_policy.diffusion.process import count_draws
 from diffusion_policy.diffusion.samplers import SAMPLERS, Denoise, Levels, Sampler, ddim, ddpm
 from diffusion_policy.diffusion.schedules import make_schedule
 from diffusion_policy.networks import ENCODERS, FOR_FEW_ROWS, NETWORKS
+from diffusion_policy.networks.encoders import CondPart
 from diffusion_policy.normalizer import NORMALIZATIONS, Normalizer
 
 MOST_DRAWN = 2**28
@@ -105,12 +106,14 @@ class DiffusionPolicy(nn.Module):
         self.diffusion = OBJECTIVES[config.objective](schedule, config)
         (target_dim,) = self.normalizer.shapes[self.target.key]
         marks = len(self.modes) or (1 if config.condition_dropout else 0)
+        cond_parts = [encoder.part for encoder in self.encoders] + [CondPart(1, marks)] * bool(marks)
         self.cond_dim = self.features + marks
         """C, numbers of a condition."""
         options = {name: value for name, value in to_json(config.network).items() if name != "kind"}
         self.network = NETWORKS[config.network.kind](
             target_dim + bool(config.max_delay),  # a column that marks what is given
-            self.cond_dim,
+            cond_parts,
+            config.prediction_horizon,
             outputs=self.diffusion.count_outputs(target_dim),
             level_inputs=self.diffusion.level_inputs,
             **options,

@@ -25,6 +25,7 @@ from diffusion_policy.commands.collect import Collect
 from diffusion_policy.commands.train import Train
 from diffusion_policy.config import PolicyConfig, TrainConfig, with_options
 from diffusion_policy.datasets.store import EpisodeStore
+from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.report import page
 
 if (
@@ -64,6 +65,20 @@ def never_waiting() -> Callable[[], contextlib.AbstractContextManager[None]]:
             torch.cuda.set_sync_debug_mode("default")
 
     return context
+
+
+@pytest.fixture(scope="session")
+def stir() -> Callable[[DiffusionPolicy], DiffusionPolicy]:
+    """Gives weights to a new transformer where it has zeros, by which its plans depend on nothing but noise."""
+
+    def stir(policy: DiffusionPolicy) -> DiffusionPolicy:
+        generator = torch.Generator().manual_seed(0)
+        for weight in policy.network.parameters():
+            if not weight.any():
+                torch.nn.init.normal_(weight, std=0.2, generator=generator)
+        return policy
+
+    return stir
 
 
 @pytest.fixture(scope="session")

@@ -26,8 +26,11 @@ from diffusion_policy.config import (
     SpacingName,
     SuccessAndModes,
     TrainConfig,
+    TransformerConfig,
     UnetConfig,
+    as_kind,
     decode,
+    flat_options,
     from_dict,
     with_options,
 )
@@ -51,6 +54,16 @@ from diffusion_policy.diffusion.schedules import SCHEDULES, SPACINGS
         (UnetConfig, {"widths": (12, 24)}, r"widths must be multiples of the 8 groups; got \[12\]"),
         (UnetConfig, {"kernel_size": 4}, "kernel-size must be odd; got 4"),
         (UnetConfig, {"level_dim": 7}, "level-dim must be even"),
+        (TransformerConfig, {"level_dim": 2}, "level-dim must be even and at least 4; got 2"),
+        (TransformerConfig, {"width": 100, "heads": 8}, "width must be a multiple of the 8 heads; got 100"),
+        (TransformerConfig, {"heads": 512}, "width must be a multiple of the 512 heads; got 256"),
+        (TransformerConfig, {"heads": 0}, "heads must be at least 1; got 0"),
+        (TransformerConfig, {"dropout": 1.0}, "dropout must be from 0 to below 1; got 1.0"),
+        (
+            TransformerConfig,
+            {"conditioning": "film"},
+            "unknown conditioning 'film'; choose from adaln, cross-attention",
+        ),
         (PolicyConfig, {"schedule": "cubic"}, "unknown schedule 'cubic'; choose from cosine, linear"),
         (TrainConfig, {"steps": 0}, "steps must be at least 1; got 0"),
         (TrainConfig, {"learning_rate": 0.0}, "learning-rate must be above 0"),
@@ -90,6 +103,10 @@ OTHERS: dict[type, dict[str, Any]] = {
         "objective": "regression", "student_steps": 2, "mixture_components": 3, "max_delay": 3,
     },
     UnetConfig: {"widths": (16, 32), "kernel_size": 3, "groups": 4, "level_dim": 16},
+    TransformerConfig: {
+        "width": 96, "layers": 3, "heads": 8, "mlp_ratio": 2, "dropout": 0.1, "conditioning": "cross-attention",
+        "level_dim": 16,
+    },
     TrainConfig: {
         "steps": 4, "batch_size": 8, "learning_rate": 1e-05, "weight_decay": 0.0, "warmup_steps": 1,
         "gradient_clip": 0.5, "ema_power": 0.6, "ema_max_decay": 0.0, "validation_share": 0.25, "max_episodes": 3,
@@ -122,15 +139,17 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def told(**given: Any) -> Train:
+NETWORKS = UnetConfig(**OTHERS[UnetConfig]), TransformerConfig(**OTHERS[TransformerConfig])
+of_each_network = pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.kind)
+
+
+def told(network: UnetConfig | TransformerConfig = NETWORKS[0], **given: Any) -> Train:
     """A training in which every option is given."""
     return Train(
         "data.zarr",
         Path("run"),
         **{**RUN, "action": ("a+b",), **given},
-        policy=PolicyConfig(
-            **{**OTHERS[PolicyConfig], "objective": "denoising"}, network=UnetConfig(**OTHERS[UnetConfig])
-        ),
+        policy=PolicyConfig(**{**OTHERS[PolicyConfig], "objective": "denoising"}, network=network),
         training=TrainConfig(**OTHERS[TrainConfig], distillation=DistillationConfig(**OTHERS[DistillationConfig])),
     )
 
@@ -147,7 +166,7 @@ def test_an_option_survives_json_and_can_be_varied(kind: type, name: str) -> Non
     value = OTHERS[kind][name]
     config = dataclasses.replace(kind(), **{name: value})
     assert from_dict(kind, as_json(dataclasses.asdict(config))) == config
-    if kind in (PolicyConfig, UnetConfig, TrainConfig):
+    if kind in (PolicyConfig, UnetConfig, TransformerConfig, TrainConfig):
         text = ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
         (point,) = read_grid([f"{name.replace('_', '-')}={text}"])
         assert vary(kind(), as_json(point)) == config
@@ -157,8 +176,9 @@ def test_an_option_survives_json_and_can_be_varied(kind: type, name: str) -> Non
             assert vary(config, back) == kind()
 
 
-def test_a_run_remembers_all_that_it_was_told(tmp_path: Path) -> None:
-    train = told()
+@of_each_network
+def test_a_run_remembers_all_that_it_was_told(network, tmp_path: Path) -> None:
+    train = told(network)
     names = {field.name for field in dataclasses.fields(Train)} - {"dataset", "output", "resume", "config"}
     assert names == KEPT.keys() == RUN.keys() | {"policy", "training"}
     options = to_options(train, "abc")
@@ -169,8 +189,9 @@ def test_a_run_remembers_all_that_it_was_told(tmp_path: Path) -> None:
     runs.require_same(tmp_path, as_json(options), options)
 
 
-def test_a_file_of_options_says_all_that_flags_can(tmp_path: Path) -> None:
-    train, file = told(), tmp_path / "options.json"
+@of_each_network
+def test_a_file_of_options_says_all_that_flags_can(network, tmp_path: Path) -> None:
+    train, file = told(network), tmp_path / "options.json"
     file.write_text(json.dumps(to_options(train, "abc")))
     assert parse(["train", "--dataset", "data.zarr", "--output", "run", "--config", str(file)]) == dataclasses.replace(
         train, config=file
@@ -204,8 +225,11 @@ def test_a_sweep_takes_of_a_file_what_its_trials_share(tmp_path: Path) -> None:
     }
 
 
-def test_the_command_of_a_trial_says_all_that_it_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train = told()
+@of_each_network
+def test_the_command_of_a_trial_says_all_that_it_was_told(
+    network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = told(network)
     monkeypatch.chdir(tmp_path)
     teacher = tmp_path / OTHERS[DistillationConfig]["teacher"] / "step-000004"
     teacher.mkdir(parents=True)
@@ -214,6 +238,107 @@ def test_the_command_of_a_trial_says_all_that_it_was_told(tmp_path: Path, monkey
     assert again == dataclasses.replace(train, output=Path("run-again"))
     plain = Train("data.zarr", Path("run"))
     assert parse(["train", *to_flags(plain)]) == dataclasses.replace(plain, output=Path("run-again"))
+
+
+# Which network
+
+
+def parse_train(*flags: str) -> PolicyConfig:
+    train = parse(["train", "--dataset", "d", "--output", "o", *flags])
+    assert isinstance(train, Train)
+    return train.policy
+
+
+def test_a_network_is_chosen_by_name_with_options_of_its_own() -> None:
+    chosen = with_options(PolicyConfig(), network="transformer", width=96, heads=8, level_dim=16)
+    assert chosen.network == TransformerConfig(width=96, heads=8, level_dim=16)
+    assert chosen == parse_train("--network", "transformer", "--width", "96", "--heads", "8", "--level-dim", "16")
+    assert with_options(chosen, layers=2).network == TransformerConfig(width=96, heads=8, level_dim=16, layers=2)
+    assert with_options(chosen, network="unet").network == UnetConfig(level_dim=16)  # what both have stays
+    assert flat_options(chosen)["network"] == "transformer"
+    assert parse_train("--level-dim", "16").network == UnetConfig(level_dim=16)
+    assert as_kind(chosen.network, TransformerConfig) is chosen.network
+
+
+@pytest.mark.parametrize("horizon", [1, 7, 1024])
+def test_a_transformer_takes_any_horizon(horizon: int) -> None:
+    config = PolicyConfig(1, horizon, 1, TransformerConfig())
+    assert config.network.numbers_held(horizon) > 0
+    with pytest.raises(ConfigError, match="prediction-horizon must be a multiple of 4"):
+        PolicyConfig(1, 7, 1, UnetConfig())
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--network", "transformer", "--widths", "64"], "^--widths is an option of the unet; this is a transformer$"),
+        (["--network=transformer", "--kernel_size=5"], "^--kernel-size is an option of the unet; this is a tr"),
+        (["--width", "256"], "^--width is an option of the transformer; this is a unet$"),  # though it is the default
+        (["--network", "mlp"], "mlp.*unet.*transformer"),
+    ],
+)
+def test_an_option_of_the_other_network_is_refused_and_not_ignored(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_train(*flags)
+
+
+def test_from_python_an_option_of_the_other_network_is_refused_too() -> None:
+    with pytest.raises(ConfigError, match="--widths is an option of the unet; this is a transformer"):
+        with_options(PolicyConfig(), network="transformer", widths=(8,))
+    with pytest.raises(ConfigError, match="--layers is an option of the transformer; this is a unet"):
+        with_options(PolicyConfig(), layers=2)
+    with pytest.raises(ConfigError, match="unknown network 'mlp'; choose from unet, transformer"):
+        with_options(PolicyConfig(), network="mlp")
+    with pytest.raises(ConfigError, match=r"unknown option 'layer'; did you mean layers\?"):
+        with_options(PolicyConfig(), layer=2)
+
+
+def test_a_file_says_one_network_and_flags_another(tmp_path: Path) -> None:
+    file = tmp_path / "options.json"
+    file.write_text(json.dumps(to_options(told(NETWORKS[1]), "abc")))
+    from_file = "--config", str(file)
+    assert parse_train(*from_file, "--layers", "1").network == dataclasses.replace(NETWORKS[1], layers=1)
+    assert parse_train(*from_file, "--network", "unet", "--groups", "4").network == UnetConfig(groups=4, level_dim=16)
+    with pytest.raises(ConfigError, match="--groups is an option of the unet; this is a transformer"):
+        parse_train(*from_file, "--groups", "4")
+
+
+def test_a_sweep_varies_networks_and_the_options_of_one() -> None:
+    (one, other) = read_grid(["network=unet,transformer"])
+    assert (vary(PolicyConfig(), one), vary(PolicyConfig(), other).network) == (PolicyConfig(), TransformerConfig())
+    (point,) = read_grid(["network=transformer", "layers=2"])
+    assert vary(PolicyConfig(), point).network == TransformerConfig(layers=2)
+    assert vary(TrainConfig(), point) == TrainConfig()
+    with pytest.raises(ConfigError, match="--layers is an option of the transformer; this is a unet"):
+        vary(PolicyConfig(), {"layers": 2})
+
+
+@pytest.mark.parametrize(
+    "network, message",
+    [
+        ({"kind": "mlp"}, "^network: unknown kind 'mlp'; known are unet, transformer$"),
+        ({"kind": ["unet"]}, r"^network: unknown kind \['unet'\]; known are unet, transformer$"),
+        ({"kind": "unet", "layers": 2}, "^network: unknown option 'layers'; known are widths, kernel_size"),
+        ({"widths": [7]}, r"^network: widths must be multiples of the 8 groups; got \[7\]$"),
+        ({"kind": "transformer", "widths": [8]}, "^network: unknown option 'widths'; did you mean width?"),
+        ({"kind": "transformer", "heads": 3}, "^network: width must be a multiple of the 3 heads; got 256$"),
+        ({"kind": "transformer", "heads": "3"}, "^network, heads must be a whole number; got '3'$"),
+        (3, "^network must be a JSON object; got 3$"),
+    ],
+)
+def test_what_is_wrong_with_a_network_in_a_file_is_said_of_the_one_that_is_named(network, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_dict(PolicyConfig, {"network": network})
+
+
+def test_a_file_that_names_no_kind_of_network_means_the_unet() -> None:
+    assert from_dict(PolicyConfig, {"network": {"widths": [8, 16]}}).network == UnetConfig(widths=(8, 16))
+
+
+def test_a_training_with_another_network_is_another_training(tmp_path: Path) -> None:
+    before, now = (to_options(told(network), "abc") for network in NETWORKS)
+    with pytest.raises(ConfigError, match=r"another training: network unet, now transformer$"):
+        runs.require_same(tmp_path, as_json(before), as_json(now))
 
 
 @dataclasses.dataclass(frozen=True)

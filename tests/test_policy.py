@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffusion_policy.config import PolicyConfig, SampleConfig, with_options
+from diffusion_policy.config import PolicyConfig, SampleConfig, TransformerConfig, with_options
 from diffusion_policy.control.planner import planning_rng
 from diffusion_policy.datasets.windows import Batch
 from diffusion_policy.diffusion.prediction import PREDICTIONS
@@ -30,6 +30,10 @@ DATA = {
 
 GUIDABLE = replace(CONFIG, condition_dropout=0.1)
 ONE_RESOLUTION = with_options(GUIDABLE, widths=(16,))  # compiles faster
+TRANSFORMERS = [
+    replace(GUIDABLE, network=TransformerConfig(16, 2, 2, level_dim=16, conditioning=name))
+    for name in ("adaln", "cross-attention")
+]
 STEERABLE = replace(GUIDABLE, condition_on_mode=True)
 MODES = ("left", "middle", "right")
 
@@ -292,10 +296,18 @@ def sampling_id(config: SampleConfig) -> str:
     )
 
 
-@pytest.mark.parametrize("config", SAMPLINGS, ids=sampling_id)
-def test_encoder_sampling_loop_and_normalizer_compile_as_one_graph_and_give_the_same(config: SampleConfig) -> None:
+BY_UNET = [pytest.param(config, ONE_RESOLUTION, id=sampling_id(config)) for config in SAMPLINGS]
+BY_TRANSFORMER = [
+    pytest.param(SampleConfig("ddim", 1, guidance=2.0), one, id=one.network.conditioning) for one in TRANSFORMERS
+]  # pyright: ignore
+
+
+@pytest.mark.parametrize("config, by", BY_UNET + BY_TRANSFORMER[1:])
+def test_encoder_sampling_loop_and_normalizer_compile_as_one_graph_and_give_the_same(
+    config: SampleConfig, by: PolicyConfig, stir
+) -> None:
     torch.manual_seed(0)
-    policy = DiffusionPolicy.for_data(ONE_RESOLUTION, DATA, angles={"goal": (1,), "action": (0,)}).eval()
+    policy = stir(DiffusionPolicy.for_data(by, DATA, angles={"goal": (1,), "action": (0,)})).eval()
     noise = torch.randn(2, 1, *policy.noise_shape(config))
     observations = observe(2)
     torch.compiler.reset()
@@ -322,10 +334,10 @@ class OnDevice(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("angles", [{}, {"goal": (1,), "action": (0,)}], ids=["plain", "angles"])
-@pytest.mark.parametrize("config", SAMPLINGS, ids=sampling_id)
-def test_sampling_on_the_device_needs_no_number_of_it(config: SampleConfig, angles: dict) -> None:
+@pytest.mark.parametrize("config, by", BY_UNET + BY_TRANSFORMER)
+def test_sampling_on_the_device_needs_no_number_of_it(config: SampleConfig, by: PolicyConfig, angles: dict) -> None:
     """The device `meta` has no numbers, so that whatever asks for one fails there."""
-    policy = DiffusionPolicy.for_data(ONE_RESOLUTION, DATA, angles=angles).eval().to("meta")
+    policy = DiffusionPolicy.for_data(by, DATA, angles=angles).eval().to("meta")
     noise = torch.zeros(2, 3, *policy.noise_shape(config), device="meta")
     observations = {key: rows.double().to("meta") for key, rows in observe(2).items()}
     with torch.no_grad(), OnDevice():
@@ -368,6 +380,35 @@ def test_a_policy_laid_out_for_few_rows_shares_all_but_its_network() -> None:
     assert policy.training
     assert other.training
     assert not policy.eval().for_few_rows().training
+
+
+@pytest.mark.parametrize("config", TRANSFORMERS, ids=lambda config: config.network.conditioning)
+def test_a_transformer_observes_each_key_at_each_step_and_the_mode(config: PolicyConfig, stir) -> None:
+    policy = stir(new_policy(replace(config, condition_on_mode=True, prediction_horizon=7, action_horizon=5))).eval()
+    observations, sampling = observe(1), SampleConfig(sampling_steps=2, mode="left", clip="none")
+
+    def plan(observed: dict[str, torch.Tensor], sampling: SampleConfig = sampling) -> torch.Tensor:
+        return policy.sample(observed, [planning_rng(0)], config=sampling)
+
+    plain = plan(observations)
+    assert plain.shape == (1, 1, 7, 2)
+    for key, values in observations.items():
+        for step in range(2):
+            moved = values.clone()
+            moved[:, step] += 1
+            assert (plan(observations | {key: moved}) - plain).abs().max() > 1e-3
+    assert (plan(observations, replace(sampling, mode="right")) - plain).abs().max() > 1e-3
+    assert (plan(observations, replace(sampling, guidance=1.0)) - plain).abs().max() > 1e-3
+    assert policy.for_few_rows() is policy
+
+
+def test_both_networks_are_of_one_size_by_default() -> None:
+    """For the observations of Avoid: two steps of 20 numbers."""
+    sizes = [
+        sum(weight.numel() for weight in DiffusionPolicy(config, Shapes({"a": (20,)}, (2,))).parameters())
+        for config in (PolicyConfig(), with_options(PolicyConfig(), network="transformer"))
+    ]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
 
 
 def test_an_absent_device_is_refused() -> None:

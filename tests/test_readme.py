@@ -64,6 +64,7 @@ def has_code(page: str) -> bool:
 
 
 SMALL = "--widths 16 32 --groups 4 --level-dim 16 --noise-levels 20 --steps 2 --batch-size 16 --device cpu"
+SMALL_TRANSFORMER = SMALL.replace("--widths 16 32 --groups 4", "--width 16 --layers 2 --heads 2")
 SHORT = "--env-kwargs '{\"max_episode_steps\": 10}'"
 MINIATURE = {
     "collect": "--episodes 4 --workers 1",
@@ -134,7 +135,7 @@ def run_command(command: str) -> None:
     if verb == "compare" and not Path("runs/other").exists():  # the demo is long
         shutil.copytree("runs/demo/evaluation", "runs/other/evaluation")
     if "--resume" not in words:
-        words += shlex.split(MINIATURE[verb])
+        words += shlex.split(SMALL_TRANSFORMER if verb == "train" and "transformer" in words else MINIATURE[verb])
     if verb in LEFT and Path(LEFT[verb]).exists():
         parse(words)
         shutil.copytree(LEFT[verb], words[words.index("--output") + 1])

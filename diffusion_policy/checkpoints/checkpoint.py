@@ -130,7 +130,7 @@ def count_weights(policy: DiffusionPolicy) -> int:
     weights = sum(weight.numel() for weight in policy.parameters())
     if weights > MAX_WEIGHTS:
         raise CheckpointError(
-            f"a policy has at most {MAX_WEIGHTS} weights; got {weights}; lower the widths, or observe fewer numbers"
+            f"a policy has at most {MAX_WEIGHTS} weights; got {weights}; a smaller network, or fewer observed numbers"
         )
     return weights
 

@@ -21,7 +21,7 @@ from diffusion_policy.commands.outputs import require_fresh
 from diffusion_policy.commands.plain_reference import PlainTraining
 from diffusion_policy.commands.policy_in_env import join_environment
 from diffusion_policy.commands.terminal import console, out
-from diffusion_policy.config import BackendName, SuccessAndModes
+from diffusion_policy.config import BackendName, SuccessAndModes, to_json
 from diffusion_policy.control.latency import check_latency
 from diffusion_policy.control.policy_planner import PolicyPlanner
 from diffusion_policy.evaluation.engines import require_workers
@@ -108,7 +108,7 @@ def describe(options: Benchmark, policy: DiffusionPolicy) -> dict[str, Any]:
         "versions": {"package": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "policy": {
             "checkpoint": str(options.checkpoint) if options.checkpoint else None,
-            "network": dict(vars(policy.config.network)),
+            "network": to_json(policy.config.network),
             "weights": sum(weight.numel() for weight in policy.parameters()),
         },
         "sampling": {"sampler": options.sampling.sampler, "steps": options.sampling.sampling_steps},

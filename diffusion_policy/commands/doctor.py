@@ -177,7 +177,7 @@ def _check_with_data(options: Doctor, subject: Subject, rows: Rows) -> Iterator[
         yield from _check_policy(options, policy, windows, jumps)
     if options.overfit_steps and weights > MOST_FITTED:
         figure = f"{weights} weights; the test is made with at most {MOST_FITTED}"
-        yield Check("overfits 32 windows", "warn", figure, "fewer observed numbers, or smaller widths")
+        yield Check("overfits 32 windows", "warn", figure, "fewer observed numbers, or a smaller network")
     elif options.overfit_steps:
         yield _check_overfit(options, make().to(subject.device) if loaded else policy, windows)
 
@@ -240,9 +240,8 @@ def _numbers_held(policy: DiffusionPolicy) -> int:
     """About as many numbers as a window takes while the network looks at it."""
     config, shapes = policy.config, policy.shapes
     observed = sum(math.prod(shape) for shape in shapes.observations.values())
-    return config.observation_horizon * observed + config.prediction_horizon * (
-        shapes.action[0] + 4 * max(config.network.widths)
-    )
+    horizon = config.prediction_horizon
+    return config.observation_horizon * observed + horizon * shapes.action[0] + config.network.numbers_held(horizon)
 
 
 def _windows(

@@ -16,10 +16,16 @@ from diffusion_policy.commands.joining import choose_backend, choose_chunking
 from diffusion_policy.commands.options.collect import Collect
 from diffusion_policy.commands.options.evaluate import Evaluate
 from diffusion_policy.commands.options.export import Export
-from diffusion_policy.commands.options.flags import list_types
 from diffusion_policy.commands.options.rollout import Rollout
 from diffusion_policy.commands.options.train import Train, fields_of_teacher
-from diffusion_policy.config import BackendName, ChunkingName, PlanningPrecision, SampleConfig, with_options
+from diffusion_policy.config import (
+    BackendName,
+    ChunkingName,
+    PlanningPrecision,
+    SampleConfig,
+    list_types,
+    with_options,
+)
 from diffusion_policy.control.chunking import Chunking, Roll, split_options
 from diffusion_policy.control.latency import time_plans
 from diffusion_policy.control.single import SingleController
@@ -115,7 +121,7 @@ class LoadedPolicy:
 
 def _told(command: T, options: Mapping[str, Any]) -> T:
     """A command with these options: what JSON flags say may be a mapping, paths may be texts."""
-    types, values = list_types(command), dict(options)
+    types, values = list_types(type(command)), dict(options)
     for name, value in options.items():
         if isinstance(value, Mapping):
             values[name] = json.dumps(value)

@@ -9,11 +9,10 @@ import numpy as np
 
 from diffusion_policy.basics.files import parse_json
 from diffusion_policy.basics.streams import derive_rng
-from diffusion_policy.commands.options.flags import list_types
 from diffusion_policy.commands.options.sweep import MAX_TRIALS
-from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, did_you_mean
+from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, did_you_mean, list_types
 
-TYPES = list_types(PolicyConfig()) | list_types(TrainConfig())
+TYPES = list_types(PolicyConfig) | list_types(TrainConfig)
 """The options that can be varied, and what they are."""
 DISTRIBUTIONS = ("log:1e-5:1e-3", "uniform:0:0.2", "int:100:200", "choice:64,128")
 """What --random can draw from."""

@@ -39,8 +39,8 @@ def require_same(run: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -
     for part in defaults:
         was = flat_options(old[part])
         for option, value in flat_options(new[part]).items():
-            if was.get(option) != value and option not in FREE:
-                differences.append(f"{option.replace('_', '-')} {say(was.get(option))}, now {say(value)}")
+            if was.get(option, value) != value and option not in FREE:
+                differences.append(f"{option.replace('_', '-')} {say(was[option])}, now {say(value)}")
     for name in ("observation", "action", "angles"):
         if old.get(name) != new.get(name):
             differences.append(f"{name} {say(old.get(name))}, now {say(new.get(name))}")

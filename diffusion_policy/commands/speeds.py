@@ -105,20 +105,21 @@ def make_observations(policy: DiffusionPolicy, rows: int) -> dict[str, np.ndarra
 
 
 def planning_limit(policy: DiffusionPolicy, sampling: SampleConfig, sequences: int, limits: Limits) -> float:
-    """The least time of a plan [ms]: in each call of the network its convolutions' weights are read once, and its
+    """The least time of a plan [ms]: in each call of the network the matrices that it needs are read once, and its
     products are computed."""
     sampler, levels = policy.resolve_sampling(sampling)
     calls = len(policy.diffusion.tabulate(sampler, levels, sampling.corrector_steps).levels)
     rows = 2 * sequences if sampling.guidance else sequences
     device = policy.device
-    films = policy.network.condition(torch.zeros(1, device=device), torch.zeros(rows, policy.cond_dim, device=device))
+    cond = torch.zeros(rows, policy.cond_dim, device=device)
     xt = torch.zeros(rows, *policy.noise_shape(sampling)[1:], device=device)
     with torch.no_grad():
-        flops = count_flops(lambda: policy.network.denoise(xt, films.at(0)))
-    modules = [*policy.network.modules()]
-    convolutions = [m for m in modules if isinstance(m, torch.nn.Conv1d | torch.nn.ConvTranspose1d)]
-    weights = sum(4 * one.weight.numel() for one in convolutions)
-    return 1000 * calls * max(weights / limits.bandwidth, flops / limits.matrix_rate)
+        films = policy.network.condition(torch.zeros(1, device=device), cond).at(0)
+        flops = count_flops(lambda: policy.network.denoise(xt, films))
+    matrices = [weight for weight in policy.network.parameters() if weight.ndim > 1]
+    reached = torch.autograd.grad(policy.network.denoise(xt, films).sum(), matrices, allow_unused=True)
+    read = sum(4 * gradient.numel() for gradient in reached if gradient is not None)
+    return 1000 * calls * max(read / limits.bandwidth, flops / limits.matrix_rate)
 
 
 def reference_planner(policy: DiffusionPolicy, sampling: SampleConfig) -> PolicyPlanner | str:

@@ -30,6 +30,7 @@ from diffusion_policy.config import (
     TrainConfig,
     decode,
     flat_options,
+    list_types,
     to_json,
     with_options,
     with_todays_names,
@@ -130,7 +131,7 @@ def open_log(path: Path) -> IO[str]:
 
 def vary(config: Any, point: Mapping[str, Any]) -> Any:
     """A config with those of these options that are its own, {field: value as JSON}; raises ConfigError."""
-    own = flat_options(config).keys() & point.keys()
+    own = list_types(type(config)).keys() & point.keys()
     return with_options(config, **{name: decode(point[name], type_of(name), name) for name in own})
 
 
@@ -140,7 +141,7 @@ def to_flags(train: Train) -> list[str]:
     given: list[str] = ["--dataset", train.dataset, "--output", f"{train.output}-again"]
     for option, value in flat_options(train).items():
         name = option.replace("_", "-")
-        if value == usual[option]:
+        if option in usual and value == usual[option]:
             continue
         if isinstance(value, bool):
             given.append(f"--{name}" if value else f"--no-{name}")

@@ -2,8 +2,17 @@
 condition."""
 
 import math
+from typing import NamedTuple
 
 from torch import Tensor, nn
+
+
+class CondPart(NamedTuple):
+    """A part of a condition: rows of as many numbers, side by side."""
+
+    rows: int
+    """Such as the observed steps of a key."""
+    numbers: int
 
 
 class StateEncoder(nn.Module):
@@ -12,7 +21,8 @@ class StateEncoder(nn.Module):
     def __init__(self, shape: tuple[int, ...], observation_horizon: int) -> None:
         """`shape`: of one step."""
         super().__init__()
-        self.features = observation_horizon * math.prod(shape)
+        self.part = CondPart(observation_horizon, math.prod(shape))
+        self.features = math.prod(self.part)
 
     def forward(self, observed: Tensor) -> Tensor:
         return observed.flatten(1)

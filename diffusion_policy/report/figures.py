@@ -82,11 +82,12 @@ def draw_benchmark(results: Mapping[str, Any]) -> Figure:
     axis.set_yticks(range(len(cases)), labels)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.35 * longest)
-    network = "x".join(map(str, results["policy"]["network"].get("widths", ())))
+    network = results["policy"]["network"]
+    size = "x".join(map(str, network.get("widths") or (network["width"], network["layers"])))
     title = "times faster than plain torch and diffusers" if plain else "share of the machine's limit"
     sampling = results["sampling"]
     axis.set_title(
-        f"a plan: {title} (widths {network}, {sampling['steps']} steps of {sampling['sampler']}, "
+        f"a plan: {title} ({network.get('kind', 'unet')} {size}, {sampling['steps']} steps of {sampling['sampler']}, "
         f"{results['machine']['threads']} threads)", loc="left", color=INK, fontsize=11,
     )  # fmt: skip
     if plain:

@@ -268,7 +268,8 @@ def test_what_is_no_json_object_in_utf_8_is_refused(copy: Path, content: bytes) 
         ("policy.network.widths", [True], r"widths\[0\] must be a whole number; got True"),
         ("policy.network.widths", [], "widths must be positive numbers"),
         ("policy.prediction_horizon", 2**40, "prediction-horizon must be at most 1024"),
-        ("policy.network.kind", "transformer", "unknown kind .transformer.; known is unet"),
+        ("policy.network.kind", "mlp", "unknown kind 'mlp'; known are unet, transformer"),
+        ("policy.network.kind", "transformer", "network: unknown option 'widths'; did you mean width"),
         ("policy.network.kernel_size", 10**9 + 1, "kernel-size must be at most 255"),
         ("policy.network.level_dim", 10**12, "level-dim must be at most 8192"),
         ("policy.noise_levels", 10**12, "noise-levels must be at most 100000"),
@@ -331,6 +332,24 @@ def test_weights_are_counted_before_they_take_memory(copy: Path) -> None:
         checkpoint.load(copy)
     edit(copy, lambda config: config["policy"]["network"].update(widths=[512, 1024], kernel_size=3))  # 80 million
     with refused(r"has shape .*; its configuration needs"):
+        checkpoint.load(copy)
+
+
+@pytest.mark.parametrize(
+    "network, message",
+    [
+        ({"width": 10**12}, "width must be at most 8192; got 1000000000000"),
+        ({"layers": 10**9}, "layers must be at most 128; got 1000000000"),
+        ({"mlp_ratio": 10**9}, "mlp-ratio must be at most 128; got 1000000000"),
+        ({"width": 8192, "layers": 128}, r"would have \d+ weights; at most 268435456 are loaded"),
+        ({"width": 8192, "layers": 1, "mlp_ratio": 128}, r"would have \d+ weights; at most 268435456 are loaded"),
+        ({"width": 1024, "layers": 8, "conditioning": "cross-attention"}, "does not fit its configuration"),
+        ({"kind": "transformers"}, "policy, network: unknown kind 'transformers'; known are unet, transformer"),
+    ],
+)
+def test_a_transformer_beyond_reason_is_refused_before_it_takes_memory(copy: Path, network: dict, message: str) -> None:
+    edit(copy, lambda config: config["policy"].update(network={"kind": "transformer", **network}))
+    with refused(message):
         checkpoint.load(copy)
 
 

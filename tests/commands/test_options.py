@@ -20,6 +20,7 @@ from diffusion_policy.config import (
     SampleConfig,
     SuccessAndModes,
     TrainConfig,
+    TransformerConfig,
     UnetConfig,
 )
 
@@ -73,6 +74,9 @@ study samplers --checkpoint r --output st --samplers ddim --steps 1 2 --mode lef
     --chunking bid \
     --seed 100700 --env diffusion_policy/Avoid-v0 --env-kwargs '{BRIEF}' --success none --fresh \
     --mode-function {{module}}:label --mode-labels up down --action-horizon 2 --workers 1 --device cpu
+train --dataset a.zarr --output t --network transformer --width 16 --layers 2 --heads 2 --mlp-ratio 2 --dropout 0.1 \
+    --conditioning cross-attention --level-dim 16 --noise-levels 20 --prediction-horizon 9 --steps 2 --device cpu
+evaluate --checkpoint t --output et --episodes 1 --sampling-steps 2 --env-kwargs '{BRIEF}' --videos 0 --workers 1
 train --dataset a.zarr --output m {SMALL} --max-delay 3
 train --dataset a.zarr --output mx {SMALL} --objective mixture --mixture-components 3
 evaluate --checkpoint mx --output emx --episodes 1 --env-kwargs '{BRIEF}' --videos 0 --workers 1
@@ -191,10 +195,11 @@ def test_the_session_gives_every_option_a_value_other_than_its_default() -> None
     for verb, kind in VERBS.items():
         if verb not in UNTRIED:
             require_all(kind, given_to(verb), verb)
+    networks = UnetConfig, TransformerConfig
     shared = (  # by several verbs
-        PolicyConfig, UnetConfig, TrainConfig, DistillationConfig, SampleConfig, ChunkingConfig, SuccessAndModes,
+        PolicyConfig, TrainConfig, DistillationConfig, SampleConfig, ChunkingConfig, SuccessAndModes,
     )  # fmt: skip
-    for config in shared:
+    for config in (*networks, *shared):
         require_all(config, given_to(), config.__name__)
 
 

@@ -21,7 +21,7 @@ from diffusion_policy.commands.sweep import Sweep, conclude, make_trials, write_
 from diffusion_policy.commands.train import Train
 from diffusion_policy.commands.trials import CURVE, Trial, describe_trial, open_log
 from diffusion_policy.commands.trials_table import OTHER_LOSS
-from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, flat_options, with_options
+from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, list_types, with_options
 
 TINY = with_options(PolicyConfig(), widths=(16, 32), level_dim=32, noise_levels=4)
 TRAINING = TrainConfig(steps=4, batch_size=16, validate_every=2, validation_share=0.2)
@@ -271,14 +271,15 @@ SAME_LOSS = {
     "action_horizon", "widths", "kernel_size", "groups", "level_dim", "condition_dropout", "steps", "batch_size",
     "learning_rate", "weight_decay", "warmup_steps", "gradient_clip", "ema_power", "ema_max_decay",
     "validate_every", "checkpoint_every", "keep_checkpoints", "keep_best", "rollout_every", "rollout_episodes",
-    "precision", "accumulation", "compile",
+    "precision", "accumulation", "compile", "network", "width", "layers", "heads", "mlp_ratio", "dropout",
+    "conditioning",
 }  # fmt: skip
 """Options under which the validation loss stays what it is: the mean over the same windows, of the EMA weights, in
 single precision and with the condition."""
 
 
 def test_of_each_option_it_is_known_whether_losses_compare() -> None:
-    options = flat_options(PolicyConfig()).keys() | flat_options(TrainConfig()).keys()
+    options = list_types(PolicyConfig).keys() | list_types(TrainConfig).keys()
     assert OTHER_LOSS.keys() | SAME_LOSS == options
     assert not OTHER_LOSS.keys() & SAME_LOSS
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_policy.config import ChunkingConfig, PolicyConfig, SampleConfig, with_options
+from diffusion_policy.config import ChunkingConfig, PolicyConfig, SampleConfig, TransformerConfig, with_options
 from diffusion_policy.control.planner import Steering
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.serving.export import Exporting, export
@@ -59,6 +59,17 @@ def plain(make_policy: Callable[..., DiffusionPolicy]) -> Exported:
     config = with_options(SMALL, prediction="sample", widths=(8,))
     policy = make_policy(config, angles={"noise": (1,), "action": (0,)})
     return Exported(policy, SampleConfig(sampling_steps=3), Exporting())
+
+
+@pytest.fixture(scope="session", params=[pytest.param("adaln", marks=pytest.mark.slow), "cross-attention"])
+def transformer(request: pytest.FixtureRequest, make_policy: Callable[..., DiffusionPolicy], stir: Any) -> Exported:
+    """A transformer over seven steps, told the observations in either way, and guided; three sequences for each of two
+    robots."""
+    network = TransformerConfig(width=16, layers=2, heads=2, conditioning=request.param, level_dim=16)
+    config = PolicyConfig(2, 7, 4, network, prediction="sample", condition_dropout=0.1)
+    return Exported(
+        stir(make_policy(config)), SampleConfig(sampling_steps=3, guidance=0.5, clip="none"), Exporting(2, 3)
+    )
 
 
 @pytest.fixture(scope="session")

@@ -121,6 +121,14 @@ def test_a_network_that_is_compiled_gives_the_actions_of_eager(plain, rows: int)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inside torch.compile
+def test_a_transformer_that_is_compiled_gives_the_actions_of_eager(transformer) -> None:
+    policy, sampling, _ = transformer
+    expected, found = sample(policy, [make_planner(policy, sampling, name) for name in ("eager", "compile")], sampling)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", GRAPHS)
 def test_a_graph_is_laid_out_for_rows_and_samples(plain, backend) -> None:
     policy, sampling, _ = plain

@@ -108,6 +108,16 @@ def test_a_recorded_graph_reads_all_its_inputs_from_its_buffers(plain, capture, 
     assert [graph.replays for graph in recorded] == [3, 3]  # one graph for each number of rows
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_transformer_is_captured_too(transformer, capture, precision: str) -> None:
+    policy, sampling, _ = transformer
+    sample, eager = capture(policy, sampling, precision), EagerSampling(policy, sampling, precision)
+    for seed in range(2):
+        observations, noise = draw(policy, sampling, 2, seed)
+        found = sample({key: one.clone() for key, one in observations.items()}, noise.copy())
+        torch.testing.assert_close(found, eager(observations, noise), rtol=1e-5, atol=1e-5)
+
+
 def test_a_graph_in_bf16_is_near(plain, capture) -> None:
     sampling = plain.sampling
     sample = capture(plain.policy, sampling, "bf16")

@@ -32,6 +32,18 @@ def test_a_folder_acts_the_same_in_every_runtime(plain, request, runtime, form: 
     np.testing.assert_allclose(loaded.planner.sample(observations, noise), expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("runtime", HERE)
+def test_a_transformer_acts_the_same_in_every_runtime(transformer, write, runtime) -> None:
+    policy, sampling, _ = transformer
+    loaded = exported.load(write(transformer), 1, runtime)
+    observations, noise = draw_observations(policy, 3, RNG), policy.draw_noise([RNG] * 3, 3, sampling)
+    tensors = {key: torch.from_numpy(rows) for key, rows in observations.items()}
+    expected = policy.sample_from(tensors, noise, sampling)[:, :, 1:].numpy()
+    np.testing.assert_allclose(loaded.planner.sample(observations, noise), expected, rtol=1e-4, atol=1e-4)
+    other = policy.sample_from({key: rows + 1 for key, rows in tensors.items()}, noise, sampling)[:, :, 1:].numpy()
+    assert np.abs(other - expected).max() > 0.01  # it does look at what it observes
+
+
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="no openvino")
 def test_bf16_is_near_where_the_runtime_has_it(plain, loop_folder) -> None:
     planners = [exported.load(loop_folder, 1, "openvino", name).planner for name in ("fp32", "bf16")]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion_policy.config import PolicyConfig, TrainConfig, with_options
+from diffusion_policy.config import PolicyConfig, TrainConfig, TransformerConfig, with_options
 from diffusion_policy.datasets.windows import Windows
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.training.losses import denoising_loss, draw
@@ -16,16 +16,19 @@ from diffusion_policy.training.validation import action_errors
 CONFIG = with_options(
     PolicyConfig(), prediction_horizon=8, action_horizon=4, widths=(16, 32), level_dim=32, noise_levels=20
 )
+BY_TRANSFORMER = replace(
+    CONFIG, network=TransformerConfig(16, 2, 2, dropout=0.1, conditioning="cross-attention", level_dim=16)
+)
 RNG = np.random.default_rng(0)
 DATA = {"state": RNG.normal(size=(60, 2)).astype(np.float32), "action": RNG.normal(size=(60, 2)).astype(np.float32)}
 ENDS = np.array([20, 40, 60])
 
 
-def new_trainer(data=DATA, **options) -> Trainer:
+def new_trainer(data=DATA, by: PolicyConfig = CONFIG, **options) -> Trainer:
     torch.manual_seed(0)
     windows = Windows(data, ENDS, [0, 1], CONFIG.observation_horizon, CONFIG.prediction_horizon)
     validation = Windows(DATA, ENDS, [2], CONFIG.observation_horizon, CONFIG.prediction_horizon)
-    policy = DiffusionPolicy.for_data(CONFIG, DATA)
+    policy = DiffusionPolicy.for_data(by, DATA)
     defaults = {"steps": 20, "batch_size": 32, "learning_rate": 2e-3, "warmup_steps": 5, "validate_every": 10}
     return Trainer.for_policy(policy, windows, validation, TrainConfig(**(defaults | options)))
 
@@ -83,15 +86,20 @@ def test_the_averaged_policy_never_drops_out() -> None:
     assert (mean != 0).any()  # in validation it is used, not learned
 
 
-def test_the_least_memory_is_no_more_than_is_taken() -> None:
+@pytest.mark.parametrize(
+    "network",
+    [CONFIG.network, TransformerConfig(64, 2, 2), TransformerConfig(64, 2, 2, conditioning="cross-attention")],
+    ids=["unet", "adaln", "cross-attention"],
+)
+def test_the_least_memory_is_no_more_than_is_taken(network) -> None:
     """Counted by the tensors that autograd keeps of a batch."""
     kept = {}
-    policy = DiffusionPolicy.for_data(CONFIG, DATA)
+    policy = DiffusionPolicy.for_data(replace(CONFIG, network=network), DATA)
     batch = Windows(DATA, ENDS, [0, 1, 2], CONFIG.observation_horizon, CONFIG.prediction_horizon).gather(np.arange(60))
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.update({x.data_ptr(): x.nbytes}) or x, lambda x: x):
         denoising_loss(policy, batch, draw(policy, 60, torch.Generator().manual_seed(0)))
     weights = sum(weight.nbytes for weight in policy.parameters())
-    needed = 60 * CONFIG.network.least_memory(CONFIG.prediction_horizon)
+    needed = 60 * network.least_memory(CONFIG.prediction_horizon)
     assert sum(kept.values()) / 3 - weights < needed < sum(kept.values())
 
 
@@ -170,6 +178,17 @@ def test_what_goes_on_from_a_state_is_the_same_training_bit_by_bit(steps: list[i
     assert [report[:-1] for report in pieces] == [report[:-1] for report in reports]  # all but its speed
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_transformer_with_dropout_goes_on_as_the_same_training_too(precision: str) -> None:
+    options = {"by": BY_TRANSFORMER, "precision": precision, "accumulation": 2}
+    whole, trainer, again = (new_trainer(**options) for _ in range(3))
+    whole.run()
+    trainer.run(should_stop=lambda: trainer.step == 7)
+    again.restore(7, trainer.ema.state_dict(), trainer.state())
+    again.run()
+    assert same_weights(whole, again)
+
+
 def test_a_state_of_another_policy_or_precision_is_refused() -> None:
     trainer = new_trainer(steps=2)
     trainer.run()
@@ -183,12 +202,14 @@ def test_a_state_of_another_policy_or_precision_is_refused() -> None:
         new_trainer().restore(2, averaged, state)
 
 
-def test_parts_of_a_batch_add_up_to_it() -> None:
-    whole, parts = new_trainer(), new_trainer(accumulation=3)
+@pytest.mark.parametrize("dropout", [None, 0.0, 0.1], ids=["unet", "transformer", "with dropout"])
+def test_parts_of_a_batch_add_up_to_it_but_for_dropout(dropout: float | None) -> None:
+    by = CONFIG if dropout is None else with_options(BY_TRANSFORMER, dropout=dropout)
+    whole, parts = new_trainer(by=by), new_trainer(by=by, accumulation=3)
     for trainer in (whole, parts):
         trainer.run()
-    for a, b in zip(whole.ema.parameters(), parts.ema.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    pairs = [*zip(whole.ema.parameters(), parts.ema.parameters(), strict=True)]
+    assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in pairs) == (not dropout)
     assert not same_weights(whole, parts)  # they differ in rounding: it was divided
 
 
@@ -198,10 +219,11 @@ def test_a_batch_is_not_divided_into_more_parts_than_it_has_windows() -> None:
 
 
 @pytest.mark.parametrize("precision, allowed", [("bf16", 0.05), pytest.param("fp16", 0.02, marks=pytest.mark.slow)])
-def test_half_precision_learns_the_same_within_its_rounding(precision: str, allowed: float) -> None:
+@pytest.mark.parametrize("by", [CONFIG, with_options(BY_TRANSFORMER, dropout=0.0)], ids=["unet", "transformer"])
+def test_half_precision_learns_the_same_within_its_rounding(precision: str, allowed: float, by: PolicyConfig) -> None:
     losses = []
     for name in ("fp32", precision):
-        trainer, reports = new_trainer(steps=60, precision=name), []
+        trainer, reports = new_trainer(steps=60, precision=name, by=by), []
         trainer.run(reports.append)
         losses.append(reports[-1].validation_loss)
         assert {weight.dtype for weight in trainer.ema.parameters()} == {torch.float32}
@@ -211,8 +233,9 @@ def test_half_precision_learns_the_same_within_its_rounding(precision: str, allo
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inside torch.compile
-def test_a_compiled_network_learns_the_same() -> None:
-    plain, compiled = new_trainer(steps=5), new_trainer(steps=5, compile=True)
+@pytest.mark.parametrize("by", [CONFIG, with_options(BY_TRANSFORMER, dropout=0.0)], ids=["unet", "transformer"])
+def test_a_compiled_network_learns_the_same(by: PolicyConfig) -> None:
+    plain, compiled = new_trainer(steps=5, by=by), new_trainer(steps=5, by=by, compile=True)
     for trainer in (plain, compiled):
         trainer.run()
     for (name, a), (other, b) in zip(plain.state().items(), compiled.state().items(), strict=True):
@@ -294,8 +317,9 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_step_reads_no_number_from_the_device(precision: str) -> None:
-    config = replace(CONFIG, condition_dropout=0.2, condition_on_mode=True)
+@pytest.mark.parametrize("by", [CONFIG, BY_TRANSFORMER], ids=["unet", "transformer"])
+def test_a_step_reads_no_number_from_the_device(precision: str, by: PolicyConfig) -> None:
+    config = replace(by, condition_dropout=0.2, condition_on_mode=True)
     windows = Windows(DATA, ENDS, [0, 1, 2], 2, 8, modes=np.array([0, 1, 0]))
     policy = DiffusionPolicy.for_data(config, DATA, ("a", "b"), {"state": (1,)})
     options = TrainConfig(steps=100, batch_size=32, accumulation=2, precision=precision)

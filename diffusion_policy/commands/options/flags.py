@@ -8,14 +8,14 @@ import ast
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import tyro
 
-from diffusion_policy.config import Group
+from diffusion_policy.config import Group, as_kind, kinds_of, refuse_others
 
 T = TypeVar("T")
 
@@ -41,19 +41,24 @@ def list_flags(kind: type, defaults: object = None, title: str = "") -> Iterator
         hint = hints[option.name]
         title = next((mark.title for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Group)), title)
         default = default_of(option) if defaults is None else getattr(defaults, option.name)
-        if is_options(default):
+        kinds = kinds_of(get_args(hint)[0] if hasattr(hint, "__metadata__") else hint)
+        if kinds:
+            yield Flag(option.name, Literal[tuple(kinds)], default.kind, texts.get(option.name, ""), title)
+            yield from _list_flags_of_kinds(kinds, default, title)
+        elif is_options(default):
             yield from list_flags(type(default), default, title)
         else:
             yield Flag(option.name, hint, default, texts.get(option.name, ""), title)
 
 
-def list_types(options: Any) -> dict[str, Any]:
-    """{name: type} of all options of a dataclass, and of those within it."""
-    hints, found = get_type_hints(type(options)), {}
-    for option in dataclasses.fields(options):
-        value = getattr(options, option.name)
-        found |= list_types(value) if is_options(value) else {option.name: hints[option.name]}
-    return found
+def _list_flags_of_kinds(kinds: Mapping[str, Any], defaults: object, title: str) -> Iterator[Flag]:
+    """The flags of several dataclasses, of which one is chosen; what is called alike is one flag."""
+    seen: set[str] = set()
+    for kind in kinds.values():
+        for flag in list_flags(kind, as_kind(defaults, kind), title):
+            if flag.name not in seen:
+                yield flag
+            seen.add(flag.name)
 
 
 BARE: Any = {"kw_only": True, "repr": False, "eq": False, "match_args": False}
@@ -77,9 +82,10 @@ def make_form(kind: type, defaults: object = None) -> type:
     return make_dataclass(kind.__name__, members, **BARE, namespace={"__doc__": inspect.cleandoc(kind.__doc__ or "")})
 
 
-def fill_in(kind: type[T], form: object, defaults: object = None) -> T:
-    """The options that a form says; raises ConfigError for those that cannot work."""
-    return _build(kind, dict(_flat(form)), defaults)
+def fill_in(kind: type[T], form: object, defaults: object = None, given: Collection[str] = ()) -> T:
+    """The options that a form says; `given`: names of those that were given, not left at their defaults. Raises
+    ConfigError for options that cannot work, and for given ones of another kind than the chosen one."""
+    return _build(kind, dict(_flat(form)), defaults, given)
 
 
 def _flat(form: Any) -> Iterator[tuple[str, Any]]:
@@ -91,11 +97,17 @@ def _flat(form: Any) -> Iterator[tuple[str, Any]]:
             yield member.name, value
 
 
-def _build(kind: type[T], values: Mapping[str, Any], defaults: object) -> T:
-    found = {}
+def _build(kind: type[T], values: Mapping[str, Any], defaults: object, given: Collection[str]) -> T:
+    found, hints = {}, get_type_hints(kind)
     for option in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType]
         default = default_of(option) if defaults is None else getattr(defaults, option.name)
-        found[option.name] = _build(type(default), values, default) if is_options(default) else values[option.name]
+        if kinds := kinds_of(hints[option.name]):
+            chosen = kinds[values[option.name]]
+            refuse_others(chosen, kinds, given)
+            default = as_kind(default, chosen)
+        found[option.name] = (
+            _build(type(default), values, default, given) if is_options(default) else values[option.name]
+        )
     return kind(**found)
 
 
