@@ -92,7 +92,7 @@ def test_only_the_real_down_samplings_bind_the_horizon(widths, horizon) -> None:
     config = with_options(
         PolicyConfig(), widths=widths, prediction_horizon=horizon, observation_horizon=1, action_horizon=1
     )
-    assert (config.network.widths, config.prediction_horizon) == (widths, horizon)
+    assert (config.network, config.prediction_horizon) == (UnetConfig(widths=widths), horizon)
 
 
 OTHERS: dict[type, dict[str, Any]] = {

@@ -183,13 +183,15 @@ def _check_with_data(options: Doctor, subject: Subject, rows: Rows) -> Iterator[
 
 
 def _make_untrained(options: Doctor, subject: Subject, rows: Rows) -> DiffusionPolicy:
-    """A new policy for these data, whose loss weighs all levels alike and drops no condition."""
+    """A new policy for these data that denoises, whose loss weighs all levels alike and drops no condition."""
     loaded, names = subject.loaded, subject.keys.names
     modes = loaded.policy.modes if loaded else rows.store.modes
     angles = loaded.policy.shapes.angles if loaded else choose_angles(rows.store, options.angles, subject.keys)
     torch.manual_seed(options.seed)
     named = {names[key]: found for key, found in rows.statistics.items()}
-    plain = dataclasses.replace(subject.config, snr_gamma=0.0, condition_dropout=0.0)
+    plain = dataclasses.replace(
+        subject.config, objective="denoising", student_steps=0, snr_gamma=0.0, condition_dropout=0.0
+    )
     return DiffusionPolicy.for_statistics(plain, named, modes, angles)
 
 
@@ -216,6 +218,11 @@ def _check_policy(options: Doctor, policy: DiffusionPolicy, windows: Windows, ju
     order = torch.randperm(len(windows), generator=derive_generator("doctor windows", options.seed))
     probed = min(PROBED, max(2, PROBED_NUMBERS // _numbers_held(policy)))
     batch, few = windows.gather(order[:probed]), windows.gather(order[: min(PLANNED, probed)])
+    if policy.config.is_few_step:
+        said = f"{policy.config.describe_objective()} knows no other levels, so nothing is measured there"
+        yield Check("is asked at its own steps", "pass", said)
+        yield doctor.check_jumps(policy, few, jumps, options.sampling, options.seed)
+        return
     probes = doctor.probe(policy, batch, options.seed)
     yield doctor.check_noise_scale(probes)
     yield doctor.check_one_step(probes)

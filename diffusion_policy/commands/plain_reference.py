@@ -61,8 +61,8 @@ def make_scheduler(policy: DiffusionPolicy, sampling: SampleConfig) -> Scheduler
     _, chosen = policy.resolve_sampling(sampling)
     if prediction not in KINDS or policy.config.learn_variance:
         raise ValueError("the reference takes noise, sample and velocity prediction")
-    if policy.config.max_delay:
-        raise ValueError("the reference has no --max-delay")
+    if policy.config.objective != "denoising" or policy.config.max_delay:
+        raise ValueError("the reference denoises, and has no --max-delay")
     kept = policy.diffusion.schedule.alpha.double() ** 2  # ᾱ
     betas = 1 - kept / torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
     scheduler = DDIMScheduler(
@@ -93,12 +93,7 @@ class PlainTraining:
         policy, batch = self._policy, self._batch
         cond = policy.encode(batch.observations, batch.modes)
         x0 = policy.normalizer.normalize(policy.target.key, batch.actions)
-        level = torch.randint(policy.config.noise_levels, (len(x0),), device=x0.device)
-        eps = torch.randn_like(x0)
-        alpha, sigma = policy.diffusion.tables(level, x0)
-        output = policy.network(alpha * x0 + sigma * eps, level, cond)
-        target = policy.diffusion.prediction.target(x0, eps, alpha, sigma)
-        loss = torch.nn.functional.mse_loss(output[..., : x0.shape[-1]], target)
+        loss = self._denoise(x0, cond) if policy.config.objective == "denoising" else self._learn(x0, cond)
         self._optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._weights, 1.0)
@@ -107,6 +102,23 @@ class PlainTraining:
             for average, weight in zip(self._ema, self._weights, strict=True):
                 average.lerp_(weight, 0.01)
         return loss.detach()
+
+    def _denoise(self, x0: Tensor, cond: Tensor) -> Tensor:
+        """As loops of others are written."""
+        policy = self._policy
+        level = torch.randint(policy.config.noise_levels, (len(x0),), device=x0.device)
+        eps = torch.randn_like(x0)
+        alpha, sigma = policy.diffusion.tables(level, x0)
+        output = policy.network(alpha * x0 + sigma * eps, level, cond)
+        target = policy.diffusion.prediction.target(x0, eps, alpha, sigma)
+        return torch.nn.functional.mse_loss(output[..., : x0.shape[-1]], target)
+
+    def _learn(self, x0: Tensor, cond: Tensor) -> Tensor:
+        """By another objective, which no loop of others has."""
+        diffusion = self._policy.diffusion
+        noising = diffusion.draw(x0.shape, torch.Generator().manual_seed(0))
+        noising = noising._replace(level=noising.level.to(x0.device))
+        return diffusion.loss(self._policy.network, x0, cond, noising).mean()
 
 
 class PlainWindows(Dataset[dict[str, np.ndarray]]):

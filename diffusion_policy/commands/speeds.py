@@ -114,7 +114,7 @@ def planning_limit(policy: DiffusionPolicy, sampling: SampleConfig, sequences: i
     cond = torch.zeros(rows, policy.cond_dim, device=device)
     xt = torch.zeros(rows, *policy.noise_shape(sampling)[1:], device=device)
     with torch.no_grad():
-        films = policy.network.condition(torch.zeros(1, device=device), cond).at(0)
+        films = policy.network.condition(policy.diffusion.list_levels([0]), cond).at(0)
         flops = count_flops(lambda: policy.network.denoise(xt, films))
     matrices = [weight for weight in policy.network.parameters() if weight.ndim > 1]
     reached = torch.autograd.grad(policy.network.denoise(xt, films).sum(), matrices, allow_unused=True)

@@ -24,6 +24,8 @@ OTHER_LOSS = {
     **dict.fromkeys(("observation_horizon", "prediction_horizon"), "other steps are predicted"),
     **dict.fromkeys(("schedule", "schedule_options", "noise_levels"), "other noise is taken away"),
     **dict.fromkeys(("prediction", "snr_gamma", "learn_variance", "max_delay"), "the loss itself is another"),
+    **dict.fromkeys(("objective", "student", "student_steps", "mixture_components"), "the loss itself is another"),
+    **dict.fromkeys(("teacher", "teacher_weights", "teacher_steps", "pairs", "pair_noise"), "something else is taught"),
     "normalization": "it is measured in other units",
     "condition_on_mode": "the network is told more",
     **dict.fromkeys(("validation_share", "seed", "memory_gb"), "it is measured on other windows"),

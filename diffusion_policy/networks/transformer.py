@@ -43,9 +43,10 @@ class TemporalTransformer(nn.Module):
     ) -> None:
         """`target_dim`: D, numbers of a step of the sequence; `cond_parts`: what stands side by side in a condition;
         `steps`: T; `width`: numbers of a token, a multiple of `heads`; `outputs`: numbers predicted for each step, by
-        default D; `level_inputs`: numbers that say a level, (B, level_inputs) where there are several. `conditioning`: `adaln`, where the condition stands beside the noise level in scale, shift and gate;
-        or `cross-attention`, where each of its rows is a token that every block attends to (as in PixArt-α, Chen et
-        al. 2023, arXiv 2310.00426, section 2.3, but with a gate)."""
+        default D; `level_inputs`: numbers that say a level, (B, level_inputs) where there are several. `conditioning`:
+        `adaln`, where the condition stands beside the noise level in scale, shift and gate; or `cross-attention`, where
+        each of its rows is a token that every block attends to (as in PixArt-α, Chen et al. 2023, arXiv 2310.00426,
+        section 2.3, but with a gate)."""
         super().__init__()
         self.steps = steps
         self.embed_level = LevelEmbedding(level_dim, level_inputs)

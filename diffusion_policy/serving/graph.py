@@ -123,12 +123,11 @@ class _Denoise(nn.Module):
     def __init__(self, policy: DiffusionPolicy, sampling: SampleConfig, levels: list[int]) -> None:
         super().__init__()
         self.policy, self.sampling = policy, sampling
-        rows = policy.diffusion.list_levels(levels)
         cond = torch.zeros(1, policy.cond_dim)
         with torch.no_grad():
-            of_levels = policy.network.condition(rows, cond).of_levels
+            of_levels = policy.network.condition(policy.diffusion.list_levels(levels), cond).of_levels
         self.sizes = [part.shape[-1] for part in of_levels]
-        self.register_buffer("levels", rows)  # (E,)
+        self.register_buffer("levels", torch.tensor(levels))  # (E,)
         self.register_buffer("of_levels", torch.cat(of_levels, dim=-1))  # (E, features)
 
     def forward(self, xt: Tensor, place: Tensor, films: Tensor) -> Tensor:

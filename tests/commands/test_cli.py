@@ -56,10 +56,13 @@ def explain(verb: str) -> str:
 
 TITLES = {
     "collect": ["options", "environment", "episode", "simulation"],
-    "train": ["options", "data", "rollout", "policy", "network", "diffusion", "training", "validation", "checkpoint"],
+    "train": [
+        "options", "data", "rollout", "policy", "network", "diffusion", "objective", "training",
+        "validation", "checkpoint", "student",
+    ],
     "sweep": [
-        "options", "data", "search", "evaluation", "policy", "network", "diffusion", "training", "validation",
-        "checkpoint", "rollout", "sampling",
+        "options", "data", "search", "evaluation", "policy", "network", "diffusion", "objective", "training",
+        "validation", "checkpoint", "rollout", "student", "sampling",
     ],
     "dataset replay": ["positional arguments", "options", "episode", "environment"],
     "evaluate": ["options", "environment", "control", "simulation", "episode", "sampling", "server"],
@@ -68,9 +71,9 @@ TITLES = {
     "serve": ["options", "access", "load", "control", "sampling"],
     "live": ["options", "environment", "control", "simulation", "episode", "sampling"],
     "export": ["options", "graph", "sampling"],
-    "benchmark": ["options", "rollout", "planning", "policy", "network", "diffusion", "sampling"],
+    "benchmark": ["options", "rollout", "planning", "policy", "network", "diffusion", "objective", "sampling"],
     "study": ["positional arguments", "options", "environment", "control", "simulation", "sampling", "episode"],
-    "doctor": ["options", "data", "sampling", "policy", "network", "diffusion"],
+    "doctor": ["options", "data", "sampling", "policy", "network", "diffusion", "objective"],
 }  # fmt: skip
 """Groups of flags; verbs of few flags have no groups."""
 

@@ -221,7 +221,10 @@ def test_mistakes_are_told_before_anything_is_trained(options: tuple, said: str,
 @pytest.mark.parametrize(
     "options, said",
     [
-        (("--grid", "noise-levels=20,10"), "trial-001 (noise-levels 10): sampling steps must be from 1 to the 10"),
+        (
+            ("--grid", "noise-levels=20,10", "--sampling-steps", "16"),
+            "trial-001 (noise-levels 10): sampling steps must be from 1 to the 10",
+        ),
         (("--grid", "steps=1", "--guidance", "2"), "guidance 2.0 needs a policy trained with --condition-dropout"),
         (("--grid", "steps=1", "--mode", "left"), "cannot be steered to mode 'left'; it was trained without"),
         (("--grid", "condition-on-mode=true"), "this policy must be told a mode, one of left, right"),
@@ -272,7 +275,7 @@ SAME_LOSS = {
     "learning_rate", "weight_decay", "warmup_steps", "gradient_clip", "ema_power", "ema_max_decay",
     "validate_every", "checkpoint_every", "keep_checkpoints", "keep_best", "rollout_every", "rollout_episodes",
     "precision", "accumulation", "compile", "network", "width", "layers", "heads", "mlp_ratio", "dropout",
-    "conditioning",
+    "conditioning", "guard",
 }  # fmt: skip
 """Options under which the validation loss stays what it is: the mean over the same windows, of the EMA weights, in
 single precision and with the condition."""

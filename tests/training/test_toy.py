@@ -11,7 +11,7 @@ import torch
 from diffusion_policy.commands.toy import Toy
 from diffusion_policy.diffusion.likelihood import variational_bound
 from diffusion_policy.diffusion.samplers import SAMPLERS
-from diffusion_policy.training import toy
+from diffusion_policy.training import toy, toy_students
 
 
 def generator() -> torch.Generator:
@@ -69,6 +69,31 @@ def test_one_network_draws_the_ring_under_every_sampler(name: str, ring: toy.Fit
     points = toy.sample(ring, name, 50, 1000)
     assert toy.energy_distance(points, data) < 0.05
     assert toy.energy_distance(toy.sample(ring, name, 1, 1000), data) > 0.2  # one step gives the mean
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inside torch.func.jvp
+@pytest.mark.parametrize("name", toy_students.LESSONS)
+def test_each_student_of_a_toy_is_made_for_few_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy_students, "STUDENT_STEPS", 3)
+    problem = toy.PROBLEMS["two-class"]
+    teacher = toy.fit(problem, training_steps=3)
+    students = dict(toy_students.fit_students(problem, teacher, name))
+    assert list(students) == [4, 2, 1]
+    for steps, student in students.items():
+        assert toy.sample(student, "ddim", steps, 20).shape == (20, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inside torch.func.jvp
+@pytest.mark.parametrize("name", toy_students.LESSONS)
+def test_a_student_of_a_toy_is_nearer_to_the_data_in_one_step_than_its_teacher(
+    name: str, two_class: toy.Fitted
+) -> None:
+    data = toy.draw_two_class(2000, generator()).x
+    (*_, (steps, student)) = toy_students.fit_students(toy.PROBLEMS["two-class"], two_class, name)
+    assert steps == 1
+    taught, own = (toy.energy_distance(toy.sample(one, "ddim", 1, 2000), data) for one in (two_class, student))
+    assert own < taught / 2
 
 
 @pytest.mark.slow
