@@ -446,6 +446,9 @@ class SampleConfig:
     spacing: SpacingName = "trailing"
     """Which noise levels the steps start from: evenly down from the last one (trailing), evenly up from 0 (leading),
     evenly with both ends (even), evenly in log-SNR (log-snr)."""
+    jump_from: float = 0.0
+    """Share of the noise levels, from the least noised one, that the last step jumps over: with ddpm, a few steps with
+    noise and one jump."""
     eta: float = 0.0
     """Noise of ddim, from 0 (none) to 1 (as much as ddpm)."""
     clip: ClipName = "auto"
@@ -480,6 +483,7 @@ class SampleConfig:
         require_at_most(self, 1000, ("corrector_steps",))
         if self.corrector_steps and self.sampling_steps == 1:
             raise ConfigError("corrector-steps act between sampling steps, so sampling-steps must be at least 2; got 1")
+        _require(0 <= self.jump_from < 1, "jump_from", "from 0 to below 1", self.jump_from)
         _require(0 <= self.eta <= 1, "eta", "from 0 to 1", self.eta)
         _require(self.eta == 0 or self.sampler == "ddim", "eta", f"0 with the sampler {self.sampler}", self.eta)
         _require(-1 <= self.guidance < math.inf, "guidance", "at least -1", self.guidance)
@@ -489,7 +493,7 @@ class SampleConfig:
     @property
     def is_plain(self) -> bool:
         """Whether each step is DDIM's, from levels that are evenly spaced down from the last one."""
-        plain = self.sampler == "ddim" and self.spacing == "trailing"
+        plain = self.sampler == "ddim" and self.spacing == "trailing" and not self.jump_from
         return plain and not self.eta and not self.corrector_steps
 
 

@@ -314,7 +314,7 @@ class DiffusionPolicy(nn.Module):
             raise ValueError(
                 f"{self.config.describe_objective()} is sampled by ddim with trailing levels, without eta and corrector"
             )
-        return sampler, self.diffusion.choose_levels(sampler, steps, config.spacing)
+        return sampler, self.diffusion.choose_levels(sampler, steps, config.spacing, config.jump_from)
 
     def complete(self, config: SampleConfig) -> SampleConfig:
         """The same options with the number of steps that they mean. Raises ValueError where `resolve_sampling` does."""

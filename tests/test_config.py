@@ -119,8 +119,9 @@ OTHERS: dict[type, dict[str, Any]] = {
         "pair_noise": 0.1, "guard": "stop",
     },
     SampleConfig: {
-        "sampler": "ddpm", "sampling_steps": 3, "spacing": "even", "eta": 1.0, "clip": "dynamic", "guidance": -1.0,
-        "guidance_schedule": "rising", "mode": "links, \u00fcber", "corrector_steps": 1, "corrector_size": 0.02,
+        "sampler": "ddpm", "sampling_steps": 3, "spacing": "even", "jump_from": 0.5, "eta": 1.0, "clip": "dynamic",
+        "guidance": -1.0, "guidance_schedule": "rising", "mode": "links, \u00fcber", "corrector_steps": 1,
+        "corrector_size": 0.02,
     },
     SuccessAndModes: {
         "success": "return>=90", "mode_function": "a.b:c", "mode_labels": ("left", "right"), "fresh": True,

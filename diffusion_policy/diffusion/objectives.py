@@ -63,7 +63,9 @@ class MinimalIterative(Regression):
     def __init__(self, schedule: Schedule) -> None:
         super().__init__(schedule, (2,))
 
-    def choose_levels(self, sampler: Sampler, steps: int, spacing: str = "trailing") -> list[int]:
+    def choose_levels(
+        self, sampler: Sampler, steps: int, spacing: str = "trailing", jump_from: float = 0.0
+    ) -> list[int]:
         """The last level, by which the network knows the first call, and the first one, by which it knows the other."""
         return [len(self.schedule) - 1, 0]
 

@@ -204,9 +204,12 @@ class Diffusion(nn.Module):
             raise ValueError(f"this policy was trained for sampling steps {allowed}; got {steps}")
         return steps
 
-    def choose_levels(self, sampler: Sampler, steps: int, spacing: str = "trailing") -> list[int]:
-        """Levels to sample on: without a last level that holds no signal where prediction or sampler need some."""
-        return choose_levels(self.schedule, steps, spacing, self.most_steps(sampler) < len(self.schedule))
+    def choose_levels(
+        self, sampler: Sampler, steps: int, spacing: str = "trailing", jump_from: float = 0.0
+    ) -> list[int]:
+        """Levels to sample on (see `schedules.choose_levels`): without a last level that holds no signal where
+        prediction or sampler need some."""
+        return choose_levels(self.schedule, steps, spacing, self.most_steps(sampler) < len(self.schedule), jump_from)
 
     def adapt(self, sampler: Sampler) -> Sampler:
         """A sampler as this objective takes its steps: as it is."""

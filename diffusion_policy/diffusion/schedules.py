@@ -136,30 +136,39 @@ def low_middle_high(schedule: Schedule) -> tuple[int, int, int]:
 SPACINGS = ("trailing", "leading", "even", "log-snr")
 
 
-def choose_levels(schedule: Schedule, steps: int, spacing: str = "trailing", with_signal: bool = False) -> list[int]:
+def choose_levels(
+    schedule: Schedule, steps: int, spacing: str = "trailing", with_signal: bool = False, jump_from: float = 0.0
+) -> list[int]:
     """`steps` distinct levels, from the noisiest in use to the least noised; each is visited once.
 
     trailing: the last level first, then in equal strides; leading: 0 last, in equal strides; even: both ends, evenly
     between (Lin et al. 2024, arXiv 2305.08891, table 2); log-snr: both ends, evenly in log-SNR between (Lu et al. 2022,
     DPM-Solver, section 3.4), with the next free level where two of them would coincide. `with_signal` leaves out a last
-    level of alpha 0, where noise prediction and log-SNR are undefined; log-snr always does.
+    level of alpha 0, where noise prediction and log-SNR are undefined; log-snr always does. `jump_from`: the share of
+    the levels, from the least noised one, that is left out: the last step jumps over them.
 
     Raises ValueError for an unknown spacing, and for more steps than there are distinct levels, which it counts.
     """
     if spacing not in SPACINGS:
         raise ValueError(f"unknown spacing {spacing!r}; choose from {', '.join(SPACINGS)}")
     silent = schedule.ends_silent and (with_signal or spacing == "log-snr")
-    count = len(schedule) - silent
+    lowest = round(jump_from * len(schedule))
+    count = len(schedule) - silent - lowest
     if not 1 <= steps <= count:
-        which = " that hold signal" if silent else ""
+        which = (" that hold signal" if silent else "") + (f" from {jump_from:g} of them on" if lowest else "")
         raise ValueError(f"sampling steps must be from 1 to the {count} noise levels{which}; got {steps}")
+    chosen = _space(schedule.log_snr[lowest : lowest + count], count, steps, spacing)
+    return [lowest + level for level in chosen]
+
+
+def _space(log_snr: Tensor, count: int, steps: int, spacing: str) -> list[int]:
+    """Of `count` levels with these log-SNR."""
     if spacing == "trailing":
         return [round(count - i * count / steps) - 1 for i in range(steps)]
     if spacing == "leading":
         return [i * (count // steps) for i in reversed(range(steps))]
     if spacing == "even":
         return [round(level) for level in torch.linspace(count - 1, 0, steps, dtype=torch.float64).tolist()]
-    log_snr = schedule.log_snr[:count]
     levels = [count]
     for i, target in enumerate(torch.linspace(float(log_snr[-1]), float(log_snr[0]), steps, dtype=torch.float64)):
         nearest = int((log_snr - target).abs().argmin())

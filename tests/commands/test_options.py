@@ -61,7 +61,7 @@ evaluate --checkpoint r --output ev --episodes 2 --seed 100500 --repeats 2 --del
     --corrector-steps 1 --corrector-size 0.02 --parallel 2 --action-horizon 3 --workers 1 --hang-after 30 \
     --videos 1 --device cpu
 evaluate --checkpoint r --output ew --episodes 2 --seed 100500 --repeats 2 --success none --fresh --eta 0.5 \
-    --sampling-steps 2 --workers 1 --videos 0 --mode-function {{module}}:label --mode-labels up down
+    --sampling-steps 2 --jump-from 0.5 --workers 1 --videos 0 --mode-function {{module}}:label --mode-labels up down
 report ev --output again.html
 compare ev ev --output cmp --json
 rollout --checkpoint r --episodes 1 --seed 100600 --video v.gif --record rec.zarr --env diffusion_policy/Avoid-v0 \

@@ -144,6 +144,19 @@ def test_every_spacing_gives_as_many_distinct_levels_as_asked(name: str, count: 
     assert schedule.alpha[levels[0]] > 0
 
 
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_a_jump_leaves_out_the_least_noised_levels(spacing: str) -> None:
+    schedule = cosine(100)
+    levels = choose_levels(schedule, 4, spacing, jump_from=0.6)
+    assert len({*levels}) == 4
+    assert min(levels) >= 60
+    assert levels == [
+        60 + level for level in choose_levels(Schedule(schedule.alpha[60:], schedule.sigma[60:]), 4, spacing)
+    ]
+    with pytest.raises(ValueError, match=r"1 to the 40 noise levels from 0\.6 of them on; got 41"):
+        choose_levels(schedule, 41, spacing, jump_from=0.6)
+
+
 def test_levels_evenly_spaced_in_log_snr() -> None:
     schedule = linear(1000)
     levels = choose_levels(schedule, 10, "log-snr")
