@@ -119,7 +119,8 @@ def describe(loaded: Checkpoint, sampling: SampleConfig) -> str:
     """What a policy is and how it is sampled, in words; not the seed of its training."""
     config, taught = loaded.policy.config, loaded.training.distillation
     options = to_json(config.network)
-    size = " ".join(f"{value}" for name, value in options.items() if name in ("widths", "width", "layers"))
+    sizes = (options[name] for name in ("widths", "width", "layers") if name in options)
+    size = " x ".join("-".join(map(str, one)) if isinstance(one, list) else str(one) for one in sizes)
     learned = f"student ({taught.student})" if taught.student else config.objective
     steps = sampling.sampling_steps
     return f"{options['kind']} {size}, {learned}, {steps} {'step' if steps == 1 else 'steps'}"
