@@ -25,7 +25,7 @@ from torch.distributed.run import get_args_parser
 
 from diffusion_policy import envs
 from diffusion_policy.cli import VERBS, main, parse
-from diffusion_policy.commands import demo, evaluate
+from diffusion_policy.commands import demo, evaluate, study_policies
 from diffusion_policy.diffusion.samplers import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +113,7 @@ def run_page(page: str, folder: Path, *, only_long: bool = False) -> None:
         patch.setattr(demo, "STEPS", 4)
         patch.setattr(demo, "EPISODES", 2)
         patch.setattr(evaluate, "LATENCY_PLANS", 6)
+        patch.setattr(study_policies, "resolve_backend", lambda *_: "eager")  # or it would make a graph for each
         Path("my_robot.py").write_text(MY_ROBOT)
         for block in blocks(page):
             if block.language == "python" and not only_long:
@@ -135,7 +136,11 @@ def run_command(command: str) -> None:
     if verb == "compare" and not Path("runs/other").exists():  # the demo is long
         shutil.copytree("runs/demo/evaluation", "runs/other/evaluation")
     if "--resume" not in words:
-        words += shlex.split(SMALL_TRANSFORMER if verb == "train" and "transformer" in words else MINIATURE[verb])
+        added = SMALL_TRANSFORMER if verb == "train" and "transformer" in words else MINIATURE[verb]
+        if verb == "run-robot" and "--server" in words:  # where the server decides these
+            added = added.replace("--backend eager --device cpu", "")
+        words += shlex.split(added)
+        words += shlex.split("--pairs 40 --teacher-steps 4" if "--student" in words else "")
     if verb in LEFT and Path(LEFT[verb]).exists():
         parse(words)
         shutil.copytree(LEFT[verb], words[words.index("--output") + 1])
