@@ -37,6 +37,8 @@ def progress(step: int, **measured: float) -> Progress:
         "validation_loss": None,
         "action_error": None,
         "action_error_best": None,
+        "teacher_agreement": None,
+        "teacher_spread": None,
         "success_rate": None,
         "learning_rate": 1e-4,
         "gradient_norm": 0.5,

@@ -187,6 +187,8 @@ def test_without_ray_serve_its_engine_is_refused(
 ) -> None:
     command = ["serve", "--checkpoint", str(run), "--port", "0", "--backend", "eager", "--device", "cpu", *SAMPLING]
     monkeypatch.setitem(sys.modules, "ray.serve", None)
+    monkeypatch.delattr("ray.serve", raising=False)  # where another test has imported it
+    monkeypatch.setattr("diffusion_policy.commands.serve.serve", None)  # it must not come to that
     monkeypatch.delitem(sys.modules, "diffusion_policy.commands.replicas", raising=False)
     monkeypatch.delitem(sys.modules, "diffusion_policy.serving.replicas", raising=False)
     assert main([*command, "--engine", "ray"]) == 2
