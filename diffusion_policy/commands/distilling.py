@@ -7,6 +7,7 @@ Knows checkpoints and policies. Writes nothing.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,6 +102,7 @@ def make_lessons(
     loss = LOSSES[asked.student](policy, teacher)
     held = None
     if asked.student == "pairs":
+        _require_memory(options, policy)
         with progress_bar("pairs") as bar:
             task = bar.add_task("asking the teacher", total=asked.pairs, note="")
             windows = make_pairs(
@@ -117,6 +119,19 @@ def make_lessons(
 
     validate = make_validation(validation, options.training, loss, lessons=held, teacher=taught)
     return Lessons(windows, loss, validate)
+
+
+def _require_memory(options: Train, policy: DiffusionPolicy) -> None:
+    """Raise ConfigError for more pairs than windows may take of the memory."""
+    config, training = policy.config, options.training
+    observed = config.observation_horizon * sum(math.prod(shape) for shape in policy.shapes.observations.values())
+    jumps = 2 * config.student_steps * math.prod(policy.noise_shape()[1:])
+    needed = training.distillation.pairs * (8 * observed + 4 * jumps)
+    if needed > training.memory_gb * 1e9:
+        raise ConfigError(
+            f"{training.distillation.pairs} pairs take {needed / 1e9:.1f} GB, --memory-gb is {training.memory_gb:g}; "
+            "fewer --pairs"
+        )
 
 
 def _follow(teacher: Teacher, batch: Batch, noise: np.ndarray) -> Tensor:

@@ -100,6 +100,7 @@ def test_what_no_student_can_learn_is_said_in_one_line(demonstrations: Path, run
         (["--observation", "desired_xy"], "the teacher observes"),
         (["--teacher-weights", "0" * 64], "has other weights than those of --teacher-weights 000"),
         (["--student-steps", "3"], "teacher-steps must be a multiple of the 3 student-steps; got 2"),
+        (["--pairs", "20000000"], "20000000 pairs take 6.4 GB, --memory-gb is 4; fewer --pairs"),
         (["--objective", "mip"], "the student pairs has the objective denoising; got --objective mip"),
     ):
         assert train(demonstrations, run, tmp_path / "s", *options) == 2
