@@ -35,7 +35,7 @@ from diffusion_policy.commands.options.sweep import OF_A_TRAINING, Sweep
 from diffusion_policy.commands.options.toy import Toy
 from diffusion_policy.commands.options.train import Train, fields_of_teacher, read_options, to_fields
 from diffusion_policy.commands.terminal import console, open_standard_streams, out
-from diffusion_policy.config import ConfigError
+from diffusion_policy.config import ConfigError, with_options
 
 DESCRIPTION = """Learn multimodal robot behaviour from demonstrations, and measure success per mode.
 
@@ -155,6 +155,8 @@ def _defaults_from_files(arguments: Sequence[str]) -> dict[str, Command]:
     path = Path(values["--config"]) if "--config" in values else None
     fields = fields_of_teacher(Path(values["--teacher"])) if "--teacher" in values else {}
     fields |= {} if path is None else to_fields(read_options(path), path)
+    if "--teacher" in values and "training" in fields:  # whose weights another run's file cannot know
+        fields["training"] = with_options(fields["training"], teacher_weights=None)
     if verb == "train":
         return {verb: Train(tyro.MISSING, tyro.MISSING, config=path, **fields)}
     fields = {name: value for name, value in fields.items() if name in OF_A_TRAINING}

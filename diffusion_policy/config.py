@@ -31,9 +31,7 @@ NormalizationName = Literal["limits", "moments", "quantiles"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 PlanningPrecision = Literal["fp32", "bf16"]
 BackendName = Literal["eager", "compile", "graph", "onnx", "openvino", "auto"]
-MetricName = Literal[
-    "validation_loss", "action_error", "action_error_best", "success_rate", "teacher_agreement", "teacher_spread"
-]
+MetricName = Literal["validation_loss", "action_error", "action_error_best", "success_rate", "teacher_agreement"]
 ClipName = Literal["auto", "static", "dynamic", "none"]
 GuidanceScheduleName = Literal["constant", "falling", "rising", "middle"]
 ChunkingName = Literal["receding", "rtc", "trained-rtc", "bid", "ensemble"]
@@ -46,11 +44,12 @@ MAX_RESOLUTIONS = 10
 MAX_WIDTH = 8192
 """Channels, also of the noise level's embedding."""
 MAX_KERNEL_SIZE = 255
-MAX_COMPONENTS = 1024
+MAX_COMPONENTS = 128
 MAX_LAYERS = 128
 """Of a transformer; also how many times wider than a token its MLPs may be."""
 MAX_LEVELS = 100_000
 MAX_STEP = 10**12
+MAX_STUDENT_STEPS = 64
 MAX_PAIRS = 10**8
 MAX_PLANS = 1024
 """Made for one observation, to choose from."""
@@ -255,8 +254,8 @@ class PolicyConfig:
     regression (least squares, one answer to one observation), mip (two calls, the second corrects the first), mixture
     (behaviour cloning by a mixture of Gaussians)."""
     student_steps: int = 0
-    """Sampling steps that a student is trained for; also those by which shortcut and meanflow are sampled where nothing
-    else is asked for. 0 is 1 for these, and any number for denoising without --student."""
+    """Sampling steps that a student is trained for, and by which shortcut and meanflow are sampled where nothing else
+    is asked for; 0 is 1 for all of these."""
     mixture_components: int = 16
     """Gaussians of the objective mixture."""
     max_delay: Annotated[int, Group("policy")] = 0
@@ -294,9 +293,12 @@ class PolicyConfig:
     def _check_objective(self) -> None:
         check_choice("objective", self.objective, get_args(ObjectiveName))
         require_at_least(self, 0, ("student_steps",))
-        require_at_most(self, MAX_LEVELS, ("student_steps",))
+        require_at_most(self, MAX_STUDENT_STEPS, ("student_steps",))
         require_at_least(self, 1, ("mixture_components",))
         require_at_most(self, MAX_COMPONENTS, ("mixture_components",))
+        if self.objective in ("regression", "mip", "mixture"):
+            name = "student_steps"
+            _require(not self.student_steps, name, f"0 with the objective {self.objective}", self.student_steps)
         if self.objective != "denoising":
             for name in ("max_delay", "learn_variance", "snr_gamma"):
                 _require(not getattr(self, name), name, f"0 with the objective {self.objective}", getattr(self, name))

@@ -192,12 +192,17 @@ class DiffusionPolicy(nn.Module):
         """
         return self.sample_from(observations, self.draw_noise(generators, num_samples, config), config, wrap)
 
+    @property
+    def sequence_shape(self) -> tuple[int, ...]:
+        """Of one sequence as the network sees it, (T, D)."""
+        return (self.config.prediction_horizon, *self.normalizer.shapes[self.target.key])
+
     def noise_shape(self, config: SampleConfig | None = None) -> tuple[int, ...]:
         """What one sequence takes of noise: (draws, T, D). Raises ValueError where `resolve_sampling` does."""
         config = config or SampleConfig()
         sampler, levels = self.resolve_sampling(config)
         draws = count_draws(sampler, levels, config.corrector_steps)
-        return (draws, self.config.prediction_horizon, *self.normalizer.shapes[self.target.key])
+        return (draws, *self.sequence_shape)
 
     def draw_noise(
         self, generators: Sequence[np.random.Generator], num_samples: int = 1, config: SampleConfig | None = None

@@ -150,7 +150,7 @@ _ROWS = (
     MetricInfo("action_error", "action error", "training", "", True),
     MetricInfo("action_error_best", "best sample", "training", "", True),
     MetricInfo("teacher_agreement", "as the teacher", "training", "%", False),
-    MetricInfo("teacher_spread", "spread", "training", "", False),
+    MetricInfo("teacher_spread", "spread", "training", "", None),
 )
 
 METRICS = {row.name: row for row in _ROWS}

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from diffusion_policy.basics.files import WRITING, plain, remove
 from diffusion_policy.basics.text import error_line, one_line
-from diffusion_policy.commands.interrupts import Failed
+from diffusion_policy.commands.interrupts import Failed, Interrupted
 from diffusion_policy.commands.outputs import holding, require_fresh
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ConfigError
@@ -34,9 +34,12 @@ class Remarks:
             console.print(sentence, soft_wrap=True)
 
     def attempt(self, what: str, make: Callable[[], T], otherwise: T) -> T:
-        """What `make` gives; where it fails, for whatever reason, that is said and it is `otherwise`."""
+        """What `make` gives; where it fails, for whatever reason but Ctrl-C, that is said and it is
+        `otherwise`."""
         try:
             return make()
+        except Interrupted:
+            raise
         except (Exception, SystemExit) as error:  # somebody else's simulator may even leave
             self.say(f"{what}: {explain(error)}")
             return otherwise

@@ -13,6 +13,7 @@ from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.checkpoints.checkpoint import Checkpoint
 from diffusion_policy.commands.afterwards import Remarks
 from diffusion_policy.commands.episodes import make_group_planner, measure_episodes, run_episodes
+from diffusion_policy.commands.joining import choose_chunking, find_roll
 from diffusion_policy.commands.options.evaluate import Evaluate
 from diffusion_policy.commands.policy_in_env import PolicyInEnv, choose_modes
 from diffusion_policy.commands.terminal import console
@@ -47,16 +48,18 @@ def compare_with_teacher(
     none of the teacher's could be run."""
     taught = loaded._replace(checkpoint=teacher)
     sampling = teacher.policy.complete(SampleConfig(mode=options.sampling.mode))
+    chunking = choose_chunking(options.chunking, teacher.policy, sampling, find_roll(loaded.env))
     console.print(f"the teacher, in {sampling.sampling_steps} steps")
     rolled_out = run_episodes(
         taught,
         options.seeds,
-        make_group_planner(teacher.policy, sampling, "eager", options.parallel),
+        make_group_planner(teacher.policy, sampling, "eager", options.parallel, samples=chunking.samples),
         parallel=options.parallel,
         workers=options.workers,
         repeats=options.repeats,
         delay_steps=options.delay_steps[0],
         action_horizon=options.action_horizon,
+        chunking=chunking,
         hang_after=options.hang_after,
         engine=options.engine,
     )

@@ -27,8 +27,8 @@ from diffusion_policy.training.students import LOSSES, Teacher, make_pairs, stud
 from diffusion_policy.training.trainer import BatchesOfWindows, Progress
 from diffusion_policy.training.validation import VALIDATION_WINDOWS, Validation, make_validation
 
-FALLEN = 0.1
-"""By so much less than the best that was measured, the spread of plans has fallen."""
+LEAST_SPREAD = 0.9
+"""Of a student's plans, as a share of the spread of its teacher's."""
 
 
 class Lessons(NamedTuple):
@@ -48,14 +48,17 @@ def complete(options: Train, device: torch.device) -> tuple[Train, Teacher | Non
     policy = student_options(options.policy, asked)
     if asked.teacher is None:
         return dataclasses.replace(options, policy=policy), None
-    loaded = checkpoint.load(asked.teacher, device)
+    if asked.guard == "stop" and options.training.validation_share == 0:
+        raise ConfigError("--guard stop hears of validations: it needs held-out episodes; got validation-share 0")
+    folder = checkpoint.find(Path(asked.teacher))
+    loaded = checkpoint.load(folder, device)
     if asked.teacher_weights not in (None, loaded.weights_sha256):
         raise ConfigError(f"{asked.teacher} has other weights than those of --teacher-weights {asked.teacher_weights}")
     teacher = Teacher(loaded.policy, asked.teacher_steps)
     _require_like(policy, loaded.policy.config)
     known = dataclasses.replace(
         asked,
-        teacher=str(Path(asked.teacher).resolve()),
+        teacher=str(folder.resolve()),
         teacher_weights=loaded.weights_sha256,
         teacher_steps=teacher.sampling.sampling_steps,
     )
@@ -125,7 +128,7 @@ def _require_memory(options: Train, policy: DiffusionPolicy) -> None:
     """Raise ConfigError for more pairs than windows may take of the memory."""
     config, training = policy.config, options.training
     observed = config.observation_horizon * sum(math.prod(shape) for shape in policy.shapes.observations.values())
-    jumps = 2 * config.student_steps * math.prod(policy.noise_shape()[1:])
+    jumps = 2 * config.student_steps * math.prod(policy.sequence_shape)
     needed = training.distillation.pairs * (8 * observed + 4 * jumps)
     if needed > training.memory_gb * 1e9:
         raise ConfigError(
@@ -143,21 +146,22 @@ def _follow(teacher: Teacher, batch: Batch, noise: np.ndarray) -> Tensor:
 
 
 class Guard:
-    """Hears of each validation, and says when plans begin to spread less, beside the teacher's."""
+    """Hears of each validation, and says when a student's plans spread less than its teacher's, once half of the
+    training is over."""
 
-    def __init__(self, kind: GuardName) -> None:
+    def __init__(self, kind: GuardName, steps: int) -> None:
+        """`steps`: of the training."""
         self._kind: GuardName = kind
-        self._best = 0.0
-        self.stops = False
-        """Whether the training is to stop."""
+        self._steps = steps
+        self.reason = ""
+        """Why the training is to stop; empty where it is not."""
 
     def hear(self, progress: Progress, say: Callable[[str], None]) -> None:
         """Take the numbers of a step."""
         spread = progress.teacher_spread
-        if spread is None or self._kind == "off":
+        if spread is None or self._kind == "off" or 2 * progress.step < self._steps or spread >= LEAST_SPREAD:
             return
-        if spread < self._best - FALLEN:
-            wide = f"{spread:.2f} times as far as the teacher's, {self._best:.2f} before"
-            say(f"step {progress.step}: plans spread {wide}")
-            self.stops = self._kind == "stop"
-        self._best = max(self._best, spread)
+        sentence = f"step {progress.step}: plans spread {spread:.2f} times as far as the teacher's: modes may be lost"
+        say(sentence)
+        if self._kind == "stop" and progress.step < self._steps:
+            self.reason = sentence

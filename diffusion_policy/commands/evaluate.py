@@ -298,7 +298,10 @@ def measure_teacher(evaluation: Evaluation, episodes: Sequence[Episode]) -> dict
             return {}
         return {"teacher": compare_with_teacher(options, loaded, teacher, episodes, remarks)}
 
-    return remarks.attempt("the teacher could not be run beside it", compare, {})
+    try:
+        return remarks.attempt("the teacher could not be run beside it", compare, {})
+    except Interrupted:
+        raise KeyboardInterrupt from None  # what is kept is said by who called
 
 
 def tell_seeds_repeat(evaluation: Evaluation) -> bool | None:

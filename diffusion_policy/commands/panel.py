@@ -43,7 +43,7 @@ REFRESHES = 4
 """How often the panel is drawn anew [1/s]."""
 SMOOTHING = 0.2
 """Weight of the newest report in a smoothed number."""
-MEASURED = {name: METRICS[name].label for name in get_args(MetricName)}
+MEASURED = {name: METRICS[name].label for name in (*get_args(MetricName), "teacher_spread")}
 """Numbers that are measured from time to time, and what they are called."""
 BARS = "▁▂▃▄▅▆▇█"
 UNKNOWN = "–"  # noqa: RUF001
@@ -211,6 +211,8 @@ class Panel:
         for name in ("validation_loss", "action_error", "teacher_agreement", "teacher_spread", "success_rate"):
             if measured := self._measured.get(name):
                 beside = f"best {_show(name, measured.best)} at step {measured.best_step}"
+                if name == "teacher_spread":
+                    beside = "of the teacher's"
                 if name == "action_error" and (sample := self._measured.get("action_error_best")):
                     beside = f"best sample {_number(sample.last)}"
                 table.add_row(MEASURED[name], _show(name, measured.last), Text(beside, style="dim"))

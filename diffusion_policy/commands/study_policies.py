@@ -63,13 +63,13 @@ def run(options: Study, loaded: PolicyInEnv) -> dict[str, Any]:
     rows: dict[str, list[dict[str, Any]]] = {}
     results = {**tell_asked(options, loaded), "rows": rows}
     taught: list[Episode] = []
-    for one in asked:
+    for i, one in enumerate(asked):
         console.print(f"{one.row}: {one.path}", soft_wrap=True)
         try:
             cell, episodes = measure(options, one, taught if options.what == "students" else [])
         except (Interrupted, KeyboardInterrupt):
             raise Interrupted(f"stopped at {one.path}; the others are in {options.output}") from None
-        taught = taught or episodes
+        taught = episodes if i == 0 else taught
         rows.setdefault(one.row, []).append(cell)
         if "refused" in cell:
             console.print(f"  not possible: {cell['refused']}", soft_wrap=True)
@@ -89,7 +89,10 @@ def choose_policies(options: Study, loaded: PolicyInEnv) -> Iterator[Asked]:
     mine = str(options.checkpoint)
     yield Asked(describe(loaded.checkpoint, usual), mine, loaded, usual)
     if options.what == "students":
-        for steps in options.steps or FEW_STEPS:
+        trained = loaded.policy.diffusion.trained_steps or options.steps or FEW_STEPS
+        for steps in dict.fromkeys(trained):
+            if steps == usual.sampling_steps:
+                continue
             fewer = dataclasses.replace(usual, sampling_steps=steps)
             yield Asked(describe(loaded.checkpoint, fewer), mine, loaded, fewer)
     for path in options.beside:
@@ -103,14 +106,17 @@ def choose_policies(options: Study, loaded: PolicyInEnv) -> Iterator[Asked]:
 
 
 def tell_apart(asked: Sequence[Asked]) -> list[Asked]:
-    """With the folder behind the name of a row where another row of this name was trained otherwise."""
-    told: dict[str, Any] = {}
+    """With the path behind the name of a row where another row of this name was trained otherwise."""
+    groups: dict[str, list[tuple[Any, str]]] = {}
     apart = []
     for one in asked:
         training = to_json(one.loaded.checkpoint.training)
         own = to_json(one.loaded.policy.config), training | {"seed": 0}
-        row = one.row if told.get(one.row, own) == own else f"{one.row} ({Path(one.path).name})"
-        told[row] = own
+        alike = groups.setdefault(one.row, [])
+        row = next((name for known, name in alike if known == own), None)
+        if row is None:
+            row = f"{one.row} ({one.path})" if alike else one.row
+            alike.append((own, row))
         apart.append(one._replace(row=row))
     return apart
 

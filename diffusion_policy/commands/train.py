@@ -17,7 +17,7 @@ import torch
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.checkpoints.checkpoint import Checkpoint
 from diffusion_policy.commands import distilling, runs
-from diffusion_policy.commands.interrupts import Interrupted, stop_on_signal
+from diffusion_policy.commands.interrupts import Failed, Interrupted, stop_on_signal
 from diffusion_policy.commands.options.train import Train, read_run, to_options
 from diffusion_policy.commands.outputs import require_fresh
 from diffusion_policy.commands.panel import MEASURED, Panel
@@ -185,7 +185,7 @@ def _train(options: Train, trainer: Trainer, point: Checkpoint, episode_ends: np
         Panel(settings.steps, trainer.step, str(trainer.ema.device)) as panel,
         make_trackers(options.tracker, run, read_run(run), trainer.step, panel.note) as trackers,
     ):
-        guard = distilling.Guard(settings.distillation.guard)
+        guard = distilling.Guard(settings.distillation.guard, settings.steps)
 
         def show(progress: Progress) -> None:
             saver.latest = progress
@@ -199,9 +199,11 @@ def _train(options: Train, trainer: Trainer, point: Checkpoint, episode_ends: np
                     panel.note(f"no checkpoint at step {progress.step}: {error}; {runs.last_checkpoint(run)}")
 
         with _say_what_is_left(run, episode_ends):
-            trainer.run(show, lambda: stop.is_set() or guard.stops)
+            trainer.run(show, lambda: stop.is_set() or bool(guard.reason))
             folder = saver.save()
         panel.note(f"checkpoint in {folder}", checkpoint=folder)
+    if guard.reason:
+        raise Failed(f"stopped by --guard, {guard.reason}; checkpoint in {folder}")
     if trainer.step < settings.steps:
         raise Interrupted(
             f"stopped after step {trainer.step} of {settings.steps}; checkpoint in {folder}; {runs.resume_command(run)}"

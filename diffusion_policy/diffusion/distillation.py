@@ -116,18 +116,29 @@ def halve_steps(student: Denoiser, teacher: Denoiser, x0: Tensor, fine: Ladder, 
     return (alpha / sigma).square().clamp(min=1).flatten() * _mean_square(student(xt, start) - target)
 
 
-def agree_along(student: Denoiser, teacher: Denoiser, x0: Tensor, ladder: Ladder, noising: Noising) -> Tensor:
-    """One end from all levels of a path of the teacher (Song et al. 2023, arXiv 2303.01469, algorithm 2): after a jump
-    of the teacher the student says the same, there without its gradient. Pseudo-Huber loss of Song & Dhariwal 2023,
-    arXiv 2310.14189, section 3.3."""
+def agree_along(
+    student: Denoiser, teacher: Denoiser, x0: Tensor, ladder: Ladder, ends: Tensor, noising: Noising
+) -> Tensor:
+    """One end of a stretch from all its levels, on a path of the teacher (Song et al. 2023, arXiv 2303.01469, algorithm
+    2; in several stretches Heek et al. 2024, arXiv 2403.06807): after a jump of the teacher the student comes to the
+    same end, there without its gradient. Pseudo-Huber loss of Song & Dhariwal 2023, arXiv 2310.14189, section 3.3.
+
+    `ends`: level at the end of each of the ladder's jumps' stretch, (jumps,); see `find_ends`."""
     place = ladder.choose(noising)
-    start, end = ladder.path[place], ladder.path[place + 1]
+    start, after, end = ladder.path[place], ladder.path[place + 1], ends[place]
     xt = ladder.noise(x0, noising.eps, start)
     with torch.no_grad():
-        taught = teacher(xt, start)
-        there = student(ladder.jump(xt, taught, start, end), end.clamp(min=0))
-        target = torch.where((end < 0).reshape(-1, *[1] * (x0.ndim - 1)), taught, there)
+        there = ladder.jump(xt, teacher(xt, start), start, after)
+        onwards = ladder.jump(there, student(there, after.clamp(min=0)), after.clamp(min=0), end)
+        arrived = (after == end).reshape(-1, *[1] * (x0.ndim - 1))
+        target = ladder.solve(xt, torch.where(arrived, there, onwards), start, end)
     return (_mean_square(student(xt, start) - target) + SMOOTH**2).sqrt() - SMOOTH
+
+
+def find_ends(ladder: Ladder, coarse: Sequence[int]) -> Tensor:
+    """Of each of the ladder's jumps the first of the coarse levels behind it, or the clean sequence, (jumps,)."""
+    ends = [next((one for one in coarse if one < level), -1) for level in ladder.levels]
+    return torch.tensor(ends, device=ladder.path.device)
 
 
 def _mean_square(errors: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusion_policy.diffusion.prediction import PREDICTIONS
 from diffusion_policy.diffusion.process import Diffusion, Network, Noising
@@ -180,7 +181,7 @@ class Shortcut(Jumps):
         for n in counts:
             fine = [*choose_levels(schedule, 2 * n), -1]
             halves += list(zip(fine[:-1:2], fine[1::2], fine[2::2], strict=True))
-        self.register_buffer("halves", torch.tensor(halves), persistent=False)  # (jumps, 3), those of n from n - 1 on
+        self._halves = torch.tensor(halves)  # (jumps, 3), those of n from n - 1 on; on the CPU, where jumps are drawn
         self._counts = len(counts)
         self._shortest = math.ceil(len(schedule) / counts[-1])  # levels
 
@@ -191,7 +192,7 @@ class Shortcut(Jumps):
         level = torch.randint(len(self.schedule), (rows, 1), generator=generator).expand(-1, 3)
         n = 2 ** torch.randint(self._counts, (rows,), generator=generator)
         place = (torch.rand(rows, generator=generator) * n).long()
-        jump = self.get_buffer("halves").cpu()[n - 1 + place]
+        jump = self._halves[n - 1 + place]
         halved = torch.rand(rows, 1, generator=generator) < BOOTSTRAPPED
         return Noising(torch.where(halved, jump, level), torch.randn(*shape, generator=generator))
 
@@ -245,7 +246,7 @@ class MeanFlow(Jumps):
         def average(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
             return network(z, self.tell(t, r), cond)
 
-        with torch.no_grad():
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the other attentions have no derivative forwards
             slope = torch.func.jvp(average, (z, t, r), (v, torch.ones_like(t), torch.zeros_like(r)))[1]
             target = v - (t - r).reshape(-1, *[1] * (z.ndim - 1)) * slope
         errors = _mean_square(average(z, t, r) - target)

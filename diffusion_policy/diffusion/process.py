@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_policy.diffusion.prediction import Prediction, loss_weight
-from diffusion_policy.diffusion.samplers import Denoise, Levels, Sampler, langevin
+from diffusion_policy.diffusion.samplers import SAMPLERS, Denoise, Levels, Sampler, langevin
 from diffusion_policy.diffusion.schedules import Schedule, choose_levels
 from diffusion_policy.diffusion.variance import LearnedVariance
 
@@ -210,6 +210,11 @@ class Diffusion(nn.Module):
         """Levels to sample on (see `schedules.choose_levels`): without a last level that holds no signal where
         prediction or sampler need some."""
         return choose_levels(self.schedule, steps, spacing, self.most_steps(sampler) < len(self.schedule), jump_from)
+
+    def ddim_levels(self, steps: int | None = None) -> list[int]:
+        """Levels of so many steps of DDIM, by default the usual ones. Raises ValueError for what it cannot take."""
+        ddim = SAMPLERS["ddim"]
+        return self.choose_levels(ddim, self.choose_steps(ddim, steps))
 
     def adapt(self, sampler: Sampler) -> Sampler:
         """A sampler as this objective takes its steps: as it is."""

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from diffusion_policy.config import ConfigError, DistillationConfig, PolicyConfig, SampleConfig
-from diffusion_policy.datasets.windows import WHOLE, Batch, Shard, orders
+from diffusion_policy.datasets.windows import WHOLE, Batch, Shard, orders, send
 from diffusion_policy.diffusion.distillation import (
     Denoiser,
     Jumped,
     Ladder,
     agree_along,
+    find_ends,
     follow,
     halve_steps,
     repeat_pairs,
@@ -43,9 +44,14 @@ def student_options(policy: PolicyConfig, distillation: DistillationConfig) -> P
     if (distillation.teacher is None) != (name is None):
         raise ConfigError("--teacher and --student belong together")
     if name is None:
+        if dataclasses.replace(distillation, guard="warn") != DistillationConfig():
+            raise ConfigError("these are options of a student, which has a --teacher and a --student")
         if policy.objective == "denoising" and policy.student_steps:
             raise ConfigError("student-steps are those of a student: give --teacher and --student")
         return policy
+    plain = DistillationConfig()
+    if name != "pairs" and (distillation.pairs, distillation.pair_noise) != (plain.pairs, plain.pair_noise):
+        raise ConfigError(f"--pairs and --pair-noise are options of the student pairs; this one is {name}")
     objective = name if name in JUMPING else "denoising"
     if policy.objective not in ("denoising", objective):
         raise ConfigError(f"the student {name} has the objective {objective}; got --objective {policy.objective}")
@@ -70,13 +76,9 @@ class Teacher:
         if policy.config.objective != "denoising":
             raise ConfigError(f"a teacher denoises; this one has the objective {policy.config.objective}")
         self.policy = policy.eval().requires_grad_(False)
-        usual = None if policy.config.is_few_step else TEACHER_STEPS
-        self.sampling = policy.complete(SampleConfig(sampling_steps=steps or usual))
-        self.levels = self.find_levels(steps or usual)
-
-    def find_levels(self, steps: int | None) -> list[int]:
-        """Those of so many steps."""
-        return self.policy.resolve_sampling(SampleConfig(sampling_steps=steps))[1]
+        usual = None if policy.config.is_few_step else min(TEACHER_STEPS, policy.config.noise_levels - 1)
+        self.levels = policy.diffusion.ddim_levels(steps or usual)
+        self.sampling = SampleConfig(sampling_steps=len(self.levels))
 
     def denoiser(self, batch: Batch) -> Denoiser:
         """Clipped as in sampling."""
@@ -95,28 +97,33 @@ def _clean(policy: DiffusionPolicy, batch: Batch) -> Tensor:
     return policy.normalizer.normalize(policy.target.key, batch.actions)
 
 
-def _student_levels(student: DiffusionPolicy) -> list[int]:
-    return student.resolve_sampling(SampleConfig())[1]
-
-
 def _require_on_path(student: DiffusionPolicy, teacher: Teacher) -> None:
     """Raise ConfigError where a student's levels are none of its teacher's."""
-    if not {*_student_levels(student)} <= {*teacher.levels}:
-        steps = f"{len(_student_levels(student))} student-steps; got {len(teacher.levels)}"
-        raise ConfigError(f"teacher-steps must be a multiple of the {steps}")
+    own, taught = student.diffusion.ddim_levels(), teacher.levels
+    if own[0] != taught[0]:
+        raise ConfigError(
+            f"the teacher begins at level {taught[0]}, a student at {own[0]}: one that predicts noise cannot begin "
+            "without signal, as with --schedule flow"
+        )
+    if not {*own} <= {*taught}:
+        raise ConfigError(f"teacher-steps must be a multiple of the {len(own)} student-steps; got {len(taught)}")
 
 
 def pairs_loss(student: DiffusionPolicy, teacher: Teacher) -> Callable[[DiffusionPolicy, Pair, Draws], Tensor]:
     """See `distillation.repeat_pairs`; the pairs are made beforehand."""
-    ladder = Ladder(student.diffusion.schedule, _student_levels(student), student.device)
-    return lambda policy, batch, draws: repeat_pairs(_denoiser(policy, batch), batch.jumped, ladder, draws.noising)
+    ladder = Ladder(student.diffusion.schedule, student.diffusion.ddim_levels(), student.device)
+
+    def loss(policy: DiffusionPolicy, batch: Pair, draws: Draws) -> Tensor:
+        return repeat_pairs(_denoiser(policy, batch), batch.jumped, ladder, draws.to(policy.device).noising)
+
+    return loss
 
 
 def progressive_loss(student: DiffusionPolicy, teacher: Teacher) -> Loss:
     """See `distillation.halve_steps`. Raises ConfigError for a teacher that does not take twice as many steps."""
-    coarse = _student_levels(student)
+    coarse = student.diffusion.ddim_levels()
     try:
-        fine = teacher.find_levels(2 * len(coarse))
+        fine = teacher.policy.diffusion.ddim_levels(2 * len(coarse))
     except ValueError as error:
         raise ConfigError(f"the student progressive needs a teacher that takes twice its steps: {error}") from error
     if fine[::2] != coarse:
@@ -125,7 +132,7 @@ def progressive_loss(student: DiffusionPolicy, teacher: Teacher) -> Loss:
 
     def loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Tensor:
         asked, learns = teacher.denoiser(batch), _denoiser(policy, batch)
-        return halve_steps(learns, asked, _clean(policy, batch), ladder, draws.noising)
+        return halve_steps(learns, asked, _clean(policy, batch), ladder, draws.to(policy.device).noising)
 
     return loss
 
@@ -134,10 +141,12 @@ def consistency_loss(student: DiffusionPolicy, teacher: Teacher) -> Loss:
     """See `distillation.agree_along`. Raises ConfigError where the student's levels are not on the teacher's path."""
     _require_on_path(student, teacher)
     ladder = Ladder(student.diffusion.schedule, teacher.levels, student.device)
+    ends = find_ends(ladder, student.diffusion.ddim_levels())
 
     def loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Tensor:
         asked, learns = teacher.denoiser(batch), _denoiser(policy, batch)
-        return agree_along(learns, asked, _clean(policy, batch), ladder, draws.noising)
+        noising = draws.to(policy.device).noising
+        return agree_along(learns, asked, _clean(policy, batch), ladder, ends, noising)
 
     return loss
 
@@ -209,7 +218,8 @@ class Pairs:
 
     def gather(self, indices: Tensor) -> Pair:
         """Some of them."""
-        return self._pairs.map(lambda values: values[indices.to(values.device)])
+        there = send(indices, self._pairs.jumped.xts.device)
+        return self._pairs.map(lambda values: values[there])
 
     def batches(self, batch_size: int, seed: int, first_step: int = 0, shard: Shard = WHOLE) -> Iterator[Pair]:
         """As `Windows.batches`."""
@@ -237,9 +247,9 @@ def make_pairs(
     for number in range(-(-count // at_once)):
         generator = derive_generator("pairs of a student", seed, number)
         batch = _scatter(teacher.policy, next(batches), noise, generator)
-        shape = len(batch.actions), *teacher.policy.noise_shape(teacher.sampling)[1:]
+        shape = len(batch.actions), *student.sequence_shape
         start = torch.randn(shape, generator=generator).to(student.device)
-        jumped = follow(teacher.denoiser(batch), start, ladder, _student_levels(student))
+        jumped = follow(teacher.denoiser(batch), start, ladder, student.diffusion.ddim_levels())
         made.append(Pair({key: batch.observations[key] for key in student.keys}, jumped, batch.modes))
         on_made(min(count, (number + 1) * at_once))
     return Pairs(_join(made).map(lambda values: values[:count]), *student.shapes.action)

@@ -13,6 +13,7 @@ from diffusion_policy.diffusion.distillation import (
     Denoiser,
     Ladder,
     agree_along,
+    find_ends,
     follow,
     halve_steps,
     repeat_pairs,
@@ -103,11 +104,12 @@ def _progressive(problem: Problem, teacher: Fitted, steps: int) -> tuple[Diffusi
 
 
 def _consistency(problem: Problem, teacher: Fitted, steps: int) -> tuple[Diffusion, Any]:
-    path = Ladder(problem.schedule, _levels(teacher.diffusion, FOLLOWED))
+    diffusion, path = _few_steps(problem, steps), Ladder(problem.schedule, _levels(teacher.diffusion, FOLLOWED))
+    ends = find_ends(path, _levels(diffusion, steps))
     return _by(
-        _few_steps(problem, steps),
+        diffusion,
         teacher,
-        lambda student, asked, points, draws: agree_along(student, asked, points.x, path, draws.noising),
+        lambda student, asked, points, draws: agree_along(student, asked, points.x, path, ends, draws.noising),
     )
 
 

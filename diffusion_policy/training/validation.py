@@ -92,7 +92,7 @@ def make_validation(
 
 def _draw_shared(policy: DiffusionPolicy, rows: int, seed: int) -> np.ndarray:
     """Noise that teacher and student are compared on, (B, N, T, D)."""
-    shape = (COMPARED, *policy.noise_shape()[1:])
+    shape = (COMPARED, *policy.sequence_shape)
     return np.stack(
         [derive_rng("validation of a student", seed, row).standard_normal(shape, np.float32) for row in range(rows)]
     )
@@ -100,10 +100,9 @@ def _draw_shared(policy: DiffusionPolicy, rows: int, seed: int) -> np.ndarray:
 
 def _sample_shared(policy: DiffusionPolicy, batch: Batch, noise: np.ndarray) -> Tensor:
     """What a policy makes of noise that others get too, normalized (B N, T, D)."""
-    config = policy.complete(SampleConfig())
     cond = policy.encode(batch.observations, batch.modes).repeat_interleave(noise.shape[1], dim=0)
     start = torch.from_numpy(noise).to(policy.device).flatten(0, 1)[None]
-    return policy.denoise_from(start, cond, policy.resolve_sampling(config)[1], config)
+    return policy.denoise_from(start, cond, policy.diffusion.ddim_levels(), SampleConfig())
 
 
 def compare_plans(plans: Tensor, taught: Tensor, number: int) -> tuple[float, float]:

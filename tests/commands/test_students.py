@@ -1,5 +1,6 @@
 """Students from the command line and from Python: trained, resumed, evaluated beside their teacher, and studied."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,10 +12,13 @@ import torch
 import diffusion_policy as dp
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.cli import main
-from diffusion_policy.commands import study_policies
+from diffusion_policy.commands import distilling, evaluate, study_policies
 from diffusion_policy.commands.beside_teacher import agree
 from diffusion_policy.commands.distilling import Guard
+from diffusion_policy.commands.interrupts import Interrupted
 from diffusion_policy.commands.options.train import fields_of_teacher
+from diffusion_policy.commands.policy_in_env import PolicyInEnv
+from diffusion_policy.config import SampleConfig
 from diffusion_policy.evaluation.episode import Episode
 from diffusion_policy.evaluation.results import read_results
 from diffusion_policy.training.trainer import Progress
@@ -41,7 +45,7 @@ def student(demonstrations: Path, run: Path, tmp_path_factory: pytest.TempPathFa
 def test_a_student_is_a_checkpoint_that_names_its_teacher(student: Path, run: Path) -> None:
     loaded, teacher = checkpoint.load(student), checkpoint.load(run)
     asked = loaded.training.distillation
-    assert (asked.student, asked.teacher, asked.teacher_steps) == ("pairs", str(run.resolve()), 2)
+    assert (asked.student, asked.teacher, asked.teacher_steps) == ("pairs", str(checkpoint.find(run).resolve()), 2)
     assert asked.teacher_weights == teacher.weights_sha256
     assert loaded.policy.config.network == teacher.policy.config.network
     assert (loaded.policy.config.student_steps, loaded.policy.config.prediction) == (1, "sample")
@@ -144,23 +148,86 @@ def test_policies_are_studied_on_the_same_seeds(
     assert "--beside is for networks and students" in capsys.readouterr().err
 
 
-def test_the_guard_speaks_where_the_spread_falls() -> None:
+def test_the_guard_speaks_where_plans_spread_too_little() -> None:
     said: list[str] = []
 
-    def hear(guard: Guard, *spreads: float | None) -> bool:
+    def hear(guard: Guard, **spreads: float | None) -> str:
         said.clear()
-        for step, spread in enumerate(spreads):
-            numbers = dict.fromkeys(Progress._fields, None) | {"step": step, "teacher_spread": spread}
+        for step, spread in spreads.items():
+            numbers = dict.fromkeys(Progress._fields, None) | {"step": int(step[1:]), "teacher_spread": spread}
             guard.hear(Progress(**numbers), said.append)  # pyright: ignore
-        return guard.stops
+        return guard.reason
 
-    assert not hear(Guard("warn"), 0.4, None, 0.9, 0.95, 0.86)
+    assert not hear(Guard("stop", 100), s10=0.2, s40=1.8, s50=None, s60=0.95, s100=0.9)
     assert not said
-    assert not hear(Guard("warn"), 0.9, 0.7)
-    assert said == ["step 1: plans spread 0.70 times as far as the teacher's, 0.90 before"]
-    assert hear(Guard("stop"), 0.9, 0.7)
-    assert not hear(Guard("off"), 0.9, 0.1)
+    sentence = "step 60: plans spread 0.70 times as far as the teacher's: modes may be lost"
+    assert not hear(Guard("warn", 100), s50=0.9, s60=0.7)
+    assert said == [sentence]
+    assert hear(Guard("stop", 100), s60=0.7) == sentence
+    assert not hear(Guard("stop", 100), s100=0.7)  # it is over
+    assert len(said) == 1
+    assert not hear(Guard("off", 100), s60=0.1)
     assert not said
+
+
+def test_a_guard_that_stops_leaves_a_checkpoint_and_says_why(
+    demonstrations: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(distilling, "LEAST_SPREAD", 1e9)
+    assert train(demonstrations, run, tmp_path / "s", "--guard", "stop") == 1
+    assert "stopped by --guard, step 3: plans spread" in capsys.readouterr().err.replace("\n", " ")
+    assert (tmp_path / "s" / "step-000003" / "config.json").exists()
+    assert train(demonstrations, run, tmp_path / "n", "--guard", "stop", "--validation-share", "0") == 2
+    assert "--guard stop hears of validations" in capsys.readouterr().err
+
+
+def test_a_student_of_a_policy_that_is_told_a_mode_is_told_it_too(demonstrations: Path, tmp_path: Path, capsys) -> None:
+    teacher = ["--output", str(tmp_path / "t"), "--condition-on-mode", "--widths", "16", "32", "--noise-levels", "20"]
+    assert main(["train", "--dataset", str(demonstrations), *teacher, *STEPS]) == 0
+    for name in ("pairs", "consistency"):
+        options = ["--pairs", "64"] if name == "pairs" else []
+        asked = ["--teacher", str(tmp_path / "t"), "--student", name, "--teacher-steps", "2", *options, *STEPS]
+        assert main(["train", "--dataset", str(demonstrations), "--output", str(tmp_path / name), *asked]) == 0
+    policy = checkpoint.load(tmp_path / "pairs").policy
+    assert policy.modes == ("left", "right")
+    lines = [json.loads(line) for line in (tmp_path / "pairs" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["teacher_agreement"] is not None
+    assert policy.complete(SampleConfig(mode="left")).sampling_steps == 1
+
+
+def test_ctrl_c_while_the_teacher_runs_keeps_the_results(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def stop(*_: object) -> None:
+        raise Interrupted("stopped after 0 episodes; nothing was written")
+
+    arguments = ["evaluate", "--checkpoint", str(student), "--output", str(tmp_path / "e"), "--episodes", "1"]
+    arguments += ["--workers", "1", "--videos", "0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "compare_with_teacher", stop)
+        assert main(arguments) == 130
+    assert "the results are in" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert "teacher" in read_results(tmp_path / "e")
+
+
+def test_rows_are_told_apart_by_all_but_the_seed(student: Path, run: Path) -> None:
+    loaded = checkpoint.load(student)
+
+    def asked(path: str, seed: int, rate: float) -> study_policies.Asked:
+        training = dataclasses.replace(loaded.training, seed=seed, learning_rate=rate)
+        policy_in_env = PolicyInEnv(dataclasses.replace(loaded, training=training), "", {}, None, None, None)  # pyright: ignore
+        return study_policies.Asked("row", path, policy_in_env, SampleConfig())
+
+    given = [
+        asked("a/s0", 0, 1e-3),
+        asked("b/s0", 0, 1e-4),
+        asked("a/s1", 1, 1e-3),
+        asked("b/s1", 1, 1e-4),
+        asked("c", 0, 1),
+    ]
+    rows = [one.row for one in study_policies.tell_apart(given)]
+    assert rows == ["row", "row (b/s0)", "row", "row (b/s0)", "row (c)"]
 
 
 def test_modes_agree_by_seed_and_repeat() -> None:

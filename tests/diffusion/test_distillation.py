@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion_policy.diffusion.distillation import Ladder, agree_along, follow, halve_steps, repeat_pairs
+from diffusion_policy.diffusion.distillation import (
+    Ladder,
+    agree_along,
+    find_ends,
+    follow,
+    halve_steps,
+    repeat_pairs,
+)
 from diffusion_policy.diffusion.process import Noising
 from diffusion_policy.diffusion.samplers import SAMPLERS
 from diffusion_policy.diffusion.schedules import choose_levels, cosine
@@ -79,33 +86,68 @@ def test_a_teacher_of_one_step_more_is_met_by_what_two_of_its_jumps_make() -> No
     assert halve_steps(teacher, teacher, SPREAD * randn(), fine, noising()).mean() > 1e-3
 
 
-def test_consistency_holds_for_the_end_of_the_path_alone() -> None:
-    path = ladder(8)
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_consistency_holds_for_the_end_of_each_stretch_alone(steps: int) -> None:
+    path, coarse = ladder(8), ladder(steps)
+    ends = find_ends(path, coarse.levels)
+    assert ends.unique().tolist() == sorted([*coarse.levels[1:], -1])
 
-    def end_of_path(xt: Tensor, level: Tensor) -> Tensor:
-        """The teacher's path from there, to the end."""
+    def to_the_end(xt: Tensor, level: Tensor) -> Tensor:
+        """The x0 that leads to where the teacher's path is at the end of the stretch."""
+        here, at = xt, level
+        end = ends[(level[:, None] == path.path[None]).int().argmax(dim=1)]
         for i in range(len(path)):
-            start, end = path.path[i].expand(B), path.path[i + 1].expand(B)
-            moved = path.jump(xt, teacher(xt, start), start, end)
-            xt = torch.where((level >= start)[:, None], moved, xt)
-        return xt
+            start, after = path.path[i].expand(B), path.path[i + 1].expand(B)
+            moves = ((at == start) & (at > end))[:, None]
+            here = torch.where(moves, path.jump(here, teacher(here, start), start, after), here)
+            at = torch.where(moves[:, 0], after, at)
+        return path.solve(xt, here, level, end)
 
     x0 = SPREAD * randn()
-    assert agree_along(end_of_path, teacher, x0, path, noising()).max() < 1e-5
-    assert agree_along(teacher, teacher, x0, path, noising()).mean() > 1e-3
+    assert agree_along(to_the_end, teacher, x0, path, ends, noising()).max() < 1e-5
+    if steps < 8:
+        assert agree_along(teacher, teacher, x0, path, ends, noising()).mean() > 1e-4
+    xt = sampled = randn(3)  # and it is sampled by DDIM at the coarse levels
+    for i in range(8):
+        start, after = path.path[i].expand(B), path.path[i + 1].expand(B)
+        xt = path.jump(xt, teacher(xt, start), start, after)
+    for i in range(steps):
+        start, after = coarse.path[i].expand(B), coarse.path[i + 1].expand(B)
+        sampled = coarse.jump(sampled, to_the_end(sampled, start), start, after)
+    assert torch.allclose(sampled, xt, atol=1e-4)
+
+
+def test_progressive_errors_are_weighed_by_the_truncated_snr() -> None:
+    fine, noises = ladder(8), noising()
+    x0 = SPREAD * randn()
+
+    def off(xt: Tensor, level: Tensor) -> Tensor:
+        place = (level[:, None] == fine.path[None]).int().argmax(dim=1)
+        middle, end = fine.path[place + 1], fine.path[place + 2]
+        between = fine.jump(xt, teacher(xt, level), level, middle)
+        return fine.solve(xt, fine.jump(between, teacher(between, middle), middle, end), level, end) + 0.1
+
+    found = halve_steps(off, teacher, x0, fine, noises)
+    start = fine.path[2 * (noises.level % 4)]
+    snr = (SCHEDULE.alpha[start] / SCHEDULE.sigma[start]) ** 2
+    assert torch.allclose(found, 0.01 * snr.clamp(min=1).float(), rtol=1e-3)
 
 
 def test_targets_pass_no_gradient_but_the_students_own() -> None:
-    weight = torch.ones((), requires_grad=True)
-
-    def student(xt: Tensor, level: Tensor) -> Tensor:
-        return weight * teacher(xt, level)
-
+    weight, frozen = torch.ones((), requires_grad=True), torch.ones(())
     path = ladder(4)
-    for errors in (
-        agree_along(student, teacher, randn(), path, noising()),
-        halve_steps(student, teacher, randn(), path, noising()),
-    ):
-        (gradient,) = torch.autograd.grad(errors.sum(), weight)
-        assert torch.isfinite(gradient)
-        assert gradient != 0
+    ends = find_ends(path, path.levels[:1])
+
+    def gradient(of_target: Tensor) -> Tensor:
+        """With a student that says its target by one weight, and all else by another."""
+        calls: list[None] = []
+
+        def student(xt: Tensor, level: Tensor) -> Tensor:
+            calls.append(None)
+            return (of_target if len(calls) == 1 else weight) * teacher(xt, level) + 0.1 * xt
+
+        errors = agree_along(student, teacher, randn(), path, ends, noising())
+        assert len(calls) == 2
+        return torch.autograd.grad(errors.sum(), weight)[0]
+
+    assert torch.equal(gradient(weight), gradient(frozen))

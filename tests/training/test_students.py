@@ -1,6 +1,7 @@
 """Students of a small policy: what they are taught, how they are sampled, and what is refused."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from diffusion_policy.config import (
     PolicyConfig,
     SampleConfig,
     TrainConfig,
+    TransformerConfig,
     with_options,
 )
 from diffusion_policy.datasets.windows import Windows
@@ -81,10 +83,11 @@ def test_pairs_repeat_by_seed_and_their_noise_is_in_normalized_numbers() -> None
     assert moved.std() == pytest.approx(0.1, abs=0.02)
 
 
+@pytest.mark.parametrize("network", [CONFIG.network, TransformerConfig(width=16, layers=1, heads=2, level_dim=8)])
 @pytest.mark.parametrize("name", LOSSES)
-def test_every_student_learns_by_the_one_trainer_and_is_sampled_in_its_steps(name: str) -> None:
+def test_every_student_learns_by_the_one_trainer_and_is_sampled_in_its_steps(name: str, network: Any) -> None:
     teacher = Teacher(make(), 2)
-    student, config = make_student(name)
+    student, config = make_student(name, network=network)
     loss, lessons = LOSSES[name](student, teacher), windows()
     if name == "pairs":
         lessons = make_pairs(student, teacher, windows(), 64, 0.02, 0)
@@ -116,10 +119,14 @@ def test_what_no_student_can_be_is_refused() -> None:
     for given in ({"student": "pairs"}, {"teacher": "t"}):
         with pytest.raises(ConfigError, match="--teacher and --student belong together"):
             student_options(CONFIG, DistillationConfig(**given))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match="these are options of a student, which has a --teacher and a --student"):
+        student_options(CONFIG, DistillationConfig(pairs=5))
+    with pytest.raises(ConfigError, match="--pairs and --pair-noise are options of the student"):
+        student_options(CONFIG, DistillationConfig(teacher="t", student="meanflow", pairs=5))
     with pytest.raises(ConfigError, match="student-steps are those of a student"):
         student_options(dataclasses.replace(CONFIG, student_steps=2), DistillationConfig())
-    with pytest.raises(ConfigError, match="the student pairs has the objective denoising; got --objective mip"):
-        make_student("pairs", objective="mip")
+    with pytest.raises(ConfigError, match="the student pairs has the objective denoising; got --objective shortcut"):
+        make_student("pairs", objective="shortcut")
     with pytest.raises(ConfigError, match="a teacher denoises; this one has the objective regression"):
         Teacher(make(dataclasses.replace(CONFIG, objective="regression")))
     student, _ = make_student("pairs", 3)

@@ -75,6 +75,8 @@ class Study(ActingCommand):
             self.strategy(name)
         if self.chunking.chunking != "receding" and self.what == "chunking":
             raise ConfigError("study chunking tries several; name them with --strategies instead of --chunking")
+        if self.steps and self.what == "networks":
+            raise ConfigError("study networks takes each policy in its own steps; --steps is for the other studies")
         if self.beside and self.what in ("samplers", "chunking"):
             raise ConfigError(f"study {self.what} is of one checkpoint; --beside is for networks and students")
         if not self.samplers:

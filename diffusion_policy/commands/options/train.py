@@ -23,6 +23,7 @@ from diffusion_policy.config import (
     decode,
     did_you_mean,
     to_json,
+    with_options,
     with_todays_names,
 )
 from diffusion_policy.training.trackers import TrackerName
@@ -120,6 +121,7 @@ def fields_of_teacher(teacher: Path) -> dict[str, Any]:
     if not os.path.lexists(path):
         raise ConfigError(f"no teacher at {teacher}: neither config.json nor a folder step-... is there")
     fields = to_fields(read_options(path), path)
+    fields["policy"] = with_options(fields["policy"], objective="denoising", student_steps=0)
     return {name: value for name, value in fields.items() if name in ("policy", "observation", "action", "angles")}
 
 
