@@ -139,8 +139,10 @@ def run_command(command: str) -> None:
         added = SMALL_TRANSFORMER if verb == "train" and "transformer" in words else MINIATURE[verb]
         if verb == "run-robot" and "--server" in words:  # where the server decides these
             added = added.replace("--backend eager --device cpu", "")
+        if "networks" in words:  # which are taken in their own steps
+            added = added.replace("--steps 1", "")
         words += shlex.split(added)
-        words += shlex.split("--pairs 40 --teacher-steps 4" if "--student" in words else "")
+        words += shlex.split("--pairs 40 --teacher-steps 4" if "pairs" in words else "")
     if verb in LEFT and Path(LEFT[verb]).exists():
         parse(words)
         shutil.copytree(LEFT[verb], words[words.index("--output") + 1])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.commands.options.train import Train
-from diffusion_policy.commands.terminal import progress_bar
+from diffusion_policy.commands.terminal import console, progress_bar
 from diffusion_policy.config import ConfigError, GuardName
 from diffusion_policy.datasets.windows import Batch, Windows
 from diffusion_policy.policy import DiffusionPolicy
@@ -54,6 +54,10 @@ def complete(options: Train, device: torch.device) -> tuple[Train, Teacher | Non
     loaded = checkpoint.load(folder, device)
     if asked.teacher_weights not in (None, loaded.weights_sha256):
         raise ConfigError(f"{asked.teacher} has other weights than those of --teacher-weights {asked.teacher_weights}")
+    set_by_it = [name for name, value in vars(policy).items() if value != getattr(options.policy, name)]
+    if set_by_it:
+        said = ", ".join(f"{name.replace('_', '-')} {getattr(policy, name)}" for name in set_by_it)
+        console.print(f"as a student it has {said}", soft_wrap=True)
     teacher = Teacher(loaded.policy, asked.teacher_steps)
     _require_like(policy, loaded.policy.config)
     known = dataclasses.replace(

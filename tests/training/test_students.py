@@ -83,8 +83,13 @@ def test_pairs_repeat_by_seed_and_their_noise_is_in_normalized_numbers() -> None
     assert moved.std() == pytest.approx(0.1, abs=0.02)
 
 
-@pytest.mark.parametrize("network", [CONFIG.network, TransformerConfig(width=16, layers=1, heads=2, level_dim=8)])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "name, network",
+    [
+        *((name, CONFIG.network) for name in LOSSES),
+        ("meanflow", TransformerConfig(width=16, layers=1, heads=2, level_dim=8)),
+    ],
+)
 def test_every_student_learns_by_the_one_trainer_and_is_sampled_in_its_steps(name: str, network: Any) -> None:
     teacher = Teacher(make(), 2)
     student, config = make_student(name, network=network)
