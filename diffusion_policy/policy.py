@@ -317,7 +317,8 @@ class DiffusionPolicy(nn.Module):
         steps = self.diffusion.choose_steps(sampler, config.sampling_steps)
         if self.config.is_few_step and not config.is_plain:
             raise ValueError(
-                f"{self.config.describe_objective()} is sampled by ddim with trailing levels, without eta and corrector"
+                f"{self.config.describe_objective()} is sampled by ddim with trailing levels, without eta, corrector "
+                "and jump"
             )
         return sampler, self.diffusion.choose_levels(sampler, steps, config.spacing, config.jump_from)
 

@@ -29,6 +29,19 @@ FIGURES = ("success_rate", "mode_entropy", "commitment")
 """Of the scorecard."""
 
 
+def measure_teacher(
+    options: Evaluate, loaded: PolicyInEnv, episodes: Sequence[Episode], remarks: Remarks
+) -> dict[str, Any]:
+    """What results.json says of the teacher of a student, which ran these episodes; nothing for another policy. What
+    goes wrong is a remark."""
+
+    def compare() -> dict[str, Any]:
+        teacher = find_teacher(loaded.checkpoint)
+        return {} if teacher is None else {"teacher": compare_with_teacher(options, loaded, teacher, episodes, remarks)}
+
+    return remarks.attempt("the teacher could not be run beside it", compare, {}) if options.teacher else {}
+
+
 def find_teacher(student: Checkpoint) -> Checkpoint | None:
     """The teacher that a student names; None for a policy that has none. Raises ValueError where it is gone, or is no
     longer the one."""

@@ -9,23 +9,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.commands.options.train import Train
 from diffusion_policy.commands.terminal import console, progress_bar
 from diffusion_policy.config import ConfigError, GuardName
-from diffusion_policy.datasets.windows import Batch, Windows
+from diffusion_policy.datasets.windows import Windows
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.training.losses import Loss, denoising_loss
 from diffusion_policy.training.students import LOSSES, Teacher, make_pairs, student_options
 from diffusion_policy.training.trainer import BatchesOfWindows, Progress
-from diffusion_policy.training.validation import VALIDATION_WINDOWS, Validation, make_validation
+from diffusion_policy.training.validation import VALIDATION_WINDOWS, Validation, make_validation, sample_shared
 
 LEAST_SPREAD = 0.9
 """Of a student's plans, as a share of the spread of its teacher's."""
@@ -121,9 +120,7 @@ def make_lessons(
     if validation is None:
         return Lessons(windows, loss)
 
-    def taught(batch: Batch, noise: np.ndarray) -> Tensor:
-        return _follow(teacher, batch, noise)
-
+    taught = partial(sample_shared, teacher.policy, levels=teacher.levels)
     validate = make_validation(validation, options.training, loss, lessons=held, teacher=taught)
     return Lessons(windows, loss, validate)
 
@@ -139,14 +136,6 @@ def _require_memory(options: Train, policy: DiffusionPolicy) -> None:
             f"{training.distillation.pairs} pairs take {needed / 1e9:.1f} GB, --memory-gb is {training.memory_gb:g}; "
             "fewer --pairs"
         )
-
-
-def _follow(teacher: Teacher, batch: Batch, noise: np.ndarray) -> Tensor:
-    """The teacher's normalized sequences (B N, T, D) of noise (B, N, T, D)."""
-    policy = teacher.policy
-    cond = policy.encode(batch.observations, batch.modes).repeat_interleave(noise.shape[1], dim=0)
-    start = torch.from_numpy(noise).to(policy.device).flatten(0, 1)[None]
-    return policy.denoise_from(start, cond, teacher.levels, teacher.sampling)
 
 
 class Guard:

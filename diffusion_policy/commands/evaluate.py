@@ -9,7 +9,7 @@ from rich.table import Table
 
 from diffusion_policy.basics.files import format_json, plain, write_whole
 from diffusion_policy.commands.afterwards import PAGE, RESULTS, Remarks, hold_output, require_same, waits_for_page
-from diffusion_policy.commands.beside_teacher import compare_with_teacher, find_teacher
+from diffusion_policy.commands.beside_teacher import measure_teacher
 from diffusion_policy.commands.counting import count_results
 from diffusion_policy.commands.episodes import (
     RolledOut,
@@ -131,7 +131,7 @@ def finish(evaluation: Evaluation, results: dict[str, Any], episodes: Sequence[E
             results = {**results, "seeds_repeat": tell_seeds_repeat(evaluation)}
             with console.status("measuring diversity and latency"):
                 results |= plain(measure_plans(evaluation, episodes))
-            results |= plain(measure_teacher(evaluation, episodes))
+            results |= plain(measure_teacher(options, evaluation.loaded, episodes, remarks))
             remarks.attempt("what was measured after the rollouts is not kept", lambda: keep(options, results), None)
         print_scorecard(results)
         with console.status("filming and drawing"):
@@ -145,7 +145,7 @@ def telling_what_is_kept(options: Evaluate) -> Iterator[None]:
     """Ctrl-C within is Interrupted, with what can be done with the results."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         raise Interrupted(
             f"stopped; the results are in {options.output}/{RESULTS}, and the same command writes their page"
         ) from None
@@ -284,24 +284,6 @@ def measure_plans(evaluation: Evaluation, episodes: Sequence[Episode]) -> dict[s
         **evaluation.remarks.attempt("the diversity could not be measured", diversity, {}),
         **evaluation.remarks.attempt("the time of planning could not be measured", latency, {}),
     }
-
-
-def measure_teacher(evaluation: Evaluation, episodes: Sequence[Episode]) -> dict[str, Any]:
-    """The teacher of a student on the same seeds; nothing for another policy. What goes wrong is a remark."""
-    options, loaded, remarks = evaluation.options, evaluation.loaded, evaluation.remarks
-    if not options.teacher:
-        return {}
-
-    def compare() -> dict[str, Any]:
-        teacher = find_teacher(loaded.checkpoint)
-        if teacher is None:
-            return {}
-        return {"teacher": compare_with_teacher(options, loaded, teacher, episodes, remarks)}
-
-    try:
-        return remarks.attempt("the teacher could not be run beside it", compare, {})
-    except Interrupted:
-        raise KeyboardInterrupt from None  # what is kept is said by who called
 
 
 def tell_seeds_repeat(evaluation: Evaluation) -> bool | None:

@@ -11,6 +11,11 @@ import stat
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 from diffusion_policy.basics.text import one_line
 from diffusion_policy.commands.capacity import measure_calls, read_rate, tell
 from diffusion_policy.commands.interrupts import hearing
@@ -226,9 +231,7 @@ def choose_key(options: Serve) -> str | None:
 
 def allow_connections() -> int:
     """Clients that this process may have at once, with as many open files as the system lets it."""
-    try:
-        import resource
-    except ImportError:  # Windows
+    if resource is None:
         return 500
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):

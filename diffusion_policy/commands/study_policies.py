@@ -146,20 +146,26 @@ def tell_asked(options: Study, loaded: PolicyInEnv) -> dict[str, Any]:
     }
 
 
-def measure(options: Study, asked: Asked, taught: Sequence[Episode]) -> tuple[dict[str, Any], list[Episode]]:
-    """What one policy does and costs, and its episodes; `taught`: those of the teacher, none for no student."""
-    loaded, policy, sampling = asked.loaded, asked.loaded.policy, asked.sampling
-    cell: dict[str, Any] = {
+def tell_policy(asked: Asked) -> dict[str, Any]:
+    """What one policy is, and what its training took."""
+    trained, policy = asked.loaded.checkpoint, asked.loaded.policy
+    return {
         "checkpoint": asked.path,
         "network": to_json(policy.config.network),
         "objective": policy.config.objective,
-        "student": loaded.checkpoint.training.distillation.student,
-        "sampling_steps": sampling.sampling_steps,
-        "training_seed": loaded.checkpoint.training.seed,
-        "training_steps": loaded.checkpoint.step,
-        "training_minutes": training_minutes(Path(asked.path), loaded.checkpoint.step),
+        "student": trained.training.distillation.student,
+        "sampling_steps": asked.sampling.sampling_steps,
+        "training_seed": trained.training.seed,
+        "training_steps": trained.step,
+        "training_minutes": training_minutes(Path(asked.path), trained.step),
         "parameters": sum(weight.numel() for weight in policy.parameters()),
     }
+
+
+def measure(options: Study, asked: Asked, taught: Sequence[Episode]) -> tuple[dict[str, Any], list[Episode]]:
+    """What one policy does and costs, and its episodes; `taught`: those of the teacher, none for no student."""
+    loaded, policy, sampling = asked.loaded, asked.loaded.policy, asked.sampling
+    cell = tell_policy(asked)
     try:
         planner = make_group_planner(policy, sampling, "eager", PARALLEL)
         episodes, lost, _ = run_episodes(

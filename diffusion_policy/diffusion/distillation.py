@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion_policy.diffusion.process import Noising
+from diffusion_policy.diffusion.process import Diffusion, Noising, mean_square
 from diffusion_policy.diffusion.samplers import SAMPLERS
 from diffusion_policy.diffusion.schedules import Schedule
 
@@ -102,6 +102,18 @@ def repeat_pairs(student: Denoiser, jumped: Jumped, ladder: Ladder, noising: Noi
     return (x0 - jumped.x0s[rows, place]).abs().flatten(1).mean(dim=1)
 
 
+def velocity_of(teacher: Denoiser, diffusion: Diffusion) -> Denoiser:
+    """(xt, level) → eps - x0 as the teacher sees it, on its schedule."""
+
+    @torch.no_grad()
+    def velocity(xt: Tensor, level: Tensor) -> Tensor:
+        alpha, sigma = diffusion.tables(level, xt)
+        x0 = teacher(xt, level)
+        return (xt - alpha * x0) / sigma - x0
+
+    return velocity
+
+
 def halve_steps(student: Denoiser, teacher: Denoiser, x0: Tensor, fine: Ladder, noising: Noising) -> Tensor:
     """Two jumps of the teacher in one (Salimans & Ho 2022, arXiv 2202.00512, algorithm 2), weighed by the truncated SNR
     of section 4. `fine`: of the teacher's levels, twice as many as the student's."""
@@ -113,7 +125,7 @@ def halve_steps(student: Denoiser, teacher: Denoiser, x0: Tensor, fine: Ladder, 
         there = fine.jump(between, teacher(between, middle), middle, end)
         target = fine.solve(xt, there, start, end)
     alpha, sigma = fine.at(start, xt)
-    return (alpha / sigma).square().clamp(min=1).flatten() * _mean_square(student(xt, start) - target)
+    return (alpha / sigma).square().clamp(min=1).flatten() * mean_square(student(xt, start) - target)
 
 
 def agree_along(
@@ -132,15 +144,10 @@ def agree_along(
         onwards = ladder.jump(there, student(there, after.clamp(min=0)), after.clamp(min=0), end)
         arrived = (after == end).reshape(-1, *[1] * (x0.ndim - 1))
         target = ladder.solve(xt, torch.where(arrived, there, onwards), start, end)
-    return (_mean_square(student(xt, start) - target) + SMOOTH**2).sqrt() - SMOOTH
+    return (mean_square(student(xt, start) - target) + SMOOTH**2).sqrt() - SMOOTH
 
 
 def find_ends(ladder: Ladder, coarse: Sequence[int]) -> Tensor:
     """Of each of the ladder's jumps the first of the coarse levels behind it, or the clean sequence, (jumps,)."""
     ends = [next((one for one in coarse if one < level), -1) for level in ladder.levels]
     return torch.tensor(ends, device=ladder.path.device)
-
-
-def _mean_square(errors: Tensor) -> Tensor:
-    """Of each row, (B,)."""
-    return errors.square().flatten(1).mean(dim=1)

@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusion_policy.diffusion.prediction import PREDICTIONS
-from diffusion_policy.diffusion.process import Diffusion, Network, Noising
+from diffusion_policy.diffusion.process import Diffusion, Network, Noising, mean_square
 from diffusion_policy.diffusion.samplers import Denoise, Levels, Sampler
 from diffusion_policy.diffusion.schedules import Schedule, choose_levels
 
@@ -51,7 +51,7 @@ class Regression(Diffusion):
 
     def loss(self, network: Network, x0: Tensor, cond: Tensor, noising: Noising) -> Tensor:
         """Squared error of each row, (B,)."""
-        return _mean_square(self._call(network, torch.zeros_like(x0), len(self.schedule) - 1, cond) - x0)
+        return mean_square(self._call(network, torch.zeros_like(x0), len(self.schedule) - 1, cond) - x0)
 
     def _call(self, network: Network, xt: Tensor, level: int, cond: Tensor) -> Tensor:
         return network(xt, torch.full((len(xt),), level, device=xt.device), cond)
@@ -77,7 +77,7 @@ class MinimalIterative(Regression):
     def loss(self, network: Network, x0: Tensor, cond: Tensor, noising: Noising) -> Tensor:
         """Squared errors of both calls, each as a share of the variance that it was left with, (B,)."""
         near = x0 + (1 - NEAR) * noising.eps.to(x0)
-        refined = _mean_square(self._call(network, near, 0, cond) - x0)
+        refined = mean_square(self._call(network, near, 0, cond) - x0)
         return super().loss(network, x0, cond, noising) / NEAR**2 + refined / (1 - NEAR) ** 2
 
 
@@ -212,7 +212,7 @@ class Shortcut(Jumps):
             span = (t - r).clamp(min=1e-6)
             mean = ((t - m) / span).reshape(shape) * first + ((m - r) / span).reshape(shape) * second
             target = torch.where((start != end).reshape(shape), mean, target)
-        return _mean_square(network(z, self.tell(t, r), cond) - target)
+        return mean_square(network(z, self.tell(t, r), cond) - target)
 
 
 class MeanFlow(Jumps):
@@ -249,13 +249,8 @@ class MeanFlow(Jumps):
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the other attentions have no derivative forwards
             slope = torch.func.jvp(average, (z, t, r), (v, torch.ones_like(t), torch.zeros_like(r)))[1]
             target = v - (t - r).reshape(-1, *[1] * (z.ndim - 1)) * slope
-        errors = _mean_square(average(z, t, r) - target)
+        errors = mean_square(average(z, t, r) - target)
         return errors / (errors.detach() + 1e-3).sqrt()
-
-
-def _mean_square(errors: Tensor) -> Tensor:
-    """Of each row, (B,)."""
-    return errors.square().flatten(1).mean(dim=1)
 
 
 OBJECTIVES: dict[str, Callable[[Schedule, Any], Diffusion]] = {
@@ -273,3 +268,5 @@ OBJECTIVES: dict[str, Callable[[Schedule, Any], Diffusion]] = {
     "meanflow": lambda schedule, asked: MeanFlow(schedule, asked.student_steps or 1),
 }
 """By name: makes it of a schedule and the options of a policy, `config.PolicyConfig`."""
+JUMPING = ("shortcut", "meanflow")
+"""Objectives that a teacher can teach too."""

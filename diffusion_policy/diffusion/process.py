@@ -285,6 +285,11 @@ class SamplingTable(NamedTuple):
     back."""
 
 
+def mean_square(errors: Tensor) -> Tensor:
+    """Of each row, (B, ...) → (B,)."""
+    return errors.square().flatten(1).mean(dim=1)
+
+
 def count_draws(sampler: Sampler, levels: Levels, corrector_steps: int = 0) -> int:
     """Rows of noise that `Diffusion.sample` needs."""
     return 1 + len(levels) * (sampler.needs_noise + corrector_steps)

@@ -25,7 +25,9 @@ from diffusion_policy.diffusion.distillation import (
     follow,
     halve_steps,
     repeat_pairs,
+    velocity_of,
 )
+from diffusion_policy.diffusion.objectives import JUMPING
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.training.losses import Draws, Loss, derive_generator
 from diffusion_policy.training.trainer import BatchesOfWindows
@@ -33,8 +35,6 @@ from diffusion_policy.training.trainer import BatchesOfWindows
 TEACHER_STEPS = 8
 MADE_AT_ONCE = 1024
 """Pairs in one call of the teacher."""
-JUMPING = ("shortcut", "meanflow")
-"""Students whose objective is of the same name."""
 
 
 def student_options(policy: PolicyConfig, distillation: DistillationConfig) -> PolicyConfig:
@@ -155,14 +155,7 @@ def jumping_loss(student: DiffusionPolicy, teacher: Teacher) -> Loss:
     """The student's own objective, with the teacher's velocity in place of that of each demonstration and its noise."""
 
     def loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Tensor:
-        asked = teacher.denoiser(batch)
-
-        def velocity(xt: Tensor, level: Tensor) -> Tensor:
-            alpha, sigma = policy.diffusion.tables(level, xt)
-            with torch.no_grad():
-                x0 = asked(xt, level)
-            return (xt - alpha * x0) / sigma - x0
-
+        velocity = velocity_of(teacher.denoiser(batch), policy.diffusion)
         cond = policy.encode(batch.observations, batch.modes)
         x0, noising = _clean(policy, batch), draws.to(policy.device).noising
         return policy.diffusion.loss(policy.network, x0, cond, noising, velocity)  # pyright: ignore

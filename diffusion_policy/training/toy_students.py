@@ -17,8 +17,9 @@ from diffusion_policy.diffusion.distillation import (
     follow,
     halve_steps,
     repeat_pairs,
+    velocity_of,
 )
-from diffusion_policy.diffusion.objectives import MeanFlow, Shortcut
+from diffusion_policy.diffusion.objectives import JUMPING, MeanFlow, Shortcut
 from diffusion_policy.diffusion.prediction import PREDICTIONS
 from diffusion_policy.diffusion.process import Diffusion
 from diffusion_policy.diffusion.samplers import SAMPLERS
@@ -40,7 +41,7 @@ def fit_students(problem: Problem, teacher: Fitted, name: str, seed: int = 0) ->
     for steps in (2 * FEW[-1], *reversed(FEW)):
         if name == "progressive":
             taught = _fit(problem, taught, name, steps, seed)
-        elif steps in FEW and (name not in ("shortcut", "meanflow") or taught is teacher):
+        elif steps in FEW and (name not in JUMPING or taught is teacher):
             taught = _fit(problem, teacher, name, steps, seed)
         if steps in FEW:
             yield steps, taught
@@ -117,13 +118,7 @@ def _jumping(problem: Problem, teacher: Fitted, kind: type[Shortcut | MeanFlow])
     diffusion = kind(problem.schedule)
 
     def loss(network: PointNetwork, points: Points, draws: Draws) -> Tensor:
-        asked = _taught(teacher, points.label)
-
-        def velocity(xt: Tensor, level: Tensor) -> Tensor:
-            alpha, sigma = diffusion.tables(level, xt)
-            x0 = asked(xt, level)
-            return (xt - alpha * x0) / sigma - x0
-
+        velocity = velocity_of(_taught(teacher, points.label), diffusion)
         cond = one_hot(points.label, problem.classes)
         return diffusion.loss(network, points.x, cond, draws.noising, velocity)
 

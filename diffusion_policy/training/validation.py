@@ -11,6 +11,7 @@ from torch import Tensor
 from diffusion_policy.basics.streams import derive_rng
 from diffusion_policy.config import SampleConfig, TrainConfig
 from diffusion_policy.datasets.windows import Batch, Windows
+from diffusion_policy.diffusion.samplers import Levels
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.training.losses import Loss, denoising_loss, derive_generator, draw
 
@@ -84,7 +85,7 @@ def make_validation(
             noise = _draw_shared(policy, len(few.actions), config.seed)
             if not taught:
                 taught.append(teacher(few, noise))
-            beside = compare_plans(_sample_shared(policy, few, noise), taught[0], COMPARED)
+            beside = compare_plans(sample_shared(policy, few, noise), taught[0], COMPARED)
         return Validation(total / len(chosen), mean, best, *beside)
 
     return validate
@@ -98,11 +99,12 @@ def _draw_shared(policy: DiffusionPolicy, rows: int, seed: int) -> np.ndarray:
     )
 
 
-def _sample_shared(policy: DiffusionPolicy, batch: Batch, noise: np.ndarray) -> Tensor:
-    """What a policy makes of noise that others get too, normalized (B N, T, D)."""
+def sample_shared(policy: DiffusionPolicy, batch: Batch, noise: np.ndarray, levels: Levels | None = None) -> Tensor:
+    """What a policy makes of noise (B, N, T, D) that others get too, normalized (B N, T, D); `levels`: of DDIM, by
+    default the usual ones."""
     cond = policy.encode(batch.observations, batch.modes).repeat_interleave(noise.shape[1], dim=0)
     start = torch.from_numpy(noise).to(policy.device).flatten(0, 1)[None]
-    return policy.denoise_from(start, cond, policy.diffusion.ddim_levels(), SampleConfig())
+    return policy.denoise_from(start, cond, levels or policy.diffusion.ddim_levels(), SampleConfig())
 
 
 def compare_plans(plans: Tensor, taught: Tensor, number: int) -> tuple[float, float]:

@@ -12,7 +12,7 @@ import torch
 import diffusion_policy as dp
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.cli import main
-from diffusion_policy.commands import distilling, evaluate, study_policies
+from diffusion_policy.commands import beside_teacher, distilling, study_policies
 from diffusion_policy.commands.beside_teacher import agree
 from diffusion_policy.commands.distilling import Guard
 from diffusion_policy.commands.interrupts import Interrupted
@@ -204,7 +204,7 @@ def test_ctrl_c_while_the_teacher_runs_keeps_the_results(
     arguments = ["evaluate", "--checkpoint", str(student), "--output", str(tmp_path / "e"), "--episodes", "1"]
     arguments += ["--workers", "1", "--videos", "0"]
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "compare_with_teacher", stop)
+        patch.setattr(beside_teacher, "compare_with_teacher", stop)
         assert main(arguments) == 130
     assert "the results are in" in capsys.readouterr().err
     assert main(arguments) == 0

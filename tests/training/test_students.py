@@ -108,7 +108,7 @@ def test_every_student_learns_by_the_one_trainer_and_is_sampled_in_its_steps(nam
     assert trainer.ema.sample(rows, generators).shape == (3, 1, 8, 2)
     assert trainer.ema.complete(SampleConfig()).sampling_steps == 1
     assert config.is_few_step
-    with pytest.raises(ValueError, match="is sampled by ddim with trailing levels, without eta and corrector"):
+    with pytest.raises(ValueError, match="is sampled by ddim with trailing levels, without eta, corrector and jump"):
         trainer.ema.resolve_sampling(SampleConfig(sampler="heun"))
 
 

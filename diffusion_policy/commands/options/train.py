@@ -6,6 +6,7 @@ Knows JSON and the checks of each option. Imports neither torch nor a store, and
 import hashlib
 import json
 import os
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -115,7 +116,11 @@ def read_options(path: Path) -> dict[str, Any]:
 def fields_of_teacher(teacher: Path) -> dict[str, Any]:
     """What a student is told as its teacher was, as fields of `Train`: policy, keys and angles. Raises ValueError where
     there is none."""
-    folders = [path.parent for path in teacher.glob("step-*/config.json") if path.parent.name[5:].isdecimal()]
+    folders = [
+        path.parent
+        for path in teacher.glob("step-*/config.json")
+        if re.fullmatch(r"\d{1,18}", path.parent.name[5:], re.ASCII)
+    ]
     newest = max(folders, key=lambda folder: int(folder.name[5:]), default=teacher)
     path = (teacher if os.path.lexists(teacher / "config.json") else newest) / "config.json"
     if not os.path.lexists(path):
