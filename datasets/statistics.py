@@ -1,4 +1,5 @@
-"""Statistics that a normalizer needs, in one pass over blocks of any size: limits, moments, quantiles.
+"""Statistics that a normalizer needs, in one pass over blocks of any size: limits, moments, quantiles. Those of images
+are of their channels, and exact: a count of each brightness says all.
 
 Knows arrays. Knows no file.
 """
@@ -7,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffusion_policy.basics.images import as_uint8, is_image
 from diffusion_policy.basics.streams import derive_rng
 
 QUANTILES = (0.01, 0.99)
@@ -21,7 +23,7 @@ ROUNDED_ULPS = 4
 
 
 class Statistics(NamedTuple):
-    """Of the columns of one key; arrays of the shape of one row, float64."""
+    """Of the columns of one key; arrays of the shape of one row, or (channels,) of images, float64."""
 
     rows: int
     minimum: np.ndarray
@@ -34,6 +36,13 @@ class Statistics(NamedTuple):
     """The quantile 0.99."""
     dtype: np.dtype = np.dtype(np.float64)
     """Type in which the rows are stored."""
+    image: tuple[int, ...] | None = None
+    """Height, width and channels of images, which count as uint8; None for other rows."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one row."""
+        return self.image or self.mean.shape
 
     @property
     def rounding(self) -> np.ndarray:
@@ -60,10 +69,16 @@ class Measuring:
         self.sample = np.empty(0)
         """Rows drawn at random from all, or all while they are few."""
         self._places = np.empty(0)
+        self._image: tuple[int, ...] | None = None
+        self._pixels = np.empty(0)
+        """Of each channel, how many are of each brightness, (channels, 256)."""
 
     def add(self, rows: np.ndarray) -> None:
         """Take in rows (steps, ...); raises ValueError for what is no real number."""
         rows = as_rows(rows)
+        if is_image(rows.shape[1:]):
+            self._add_images(rows)
+            return
         self._dtype = rows.dtype if self._dtype is None else np.result_type(self._dtype, rows.dtype)
         step = max(1, BLOCK_NUMBERS // max(1, rows[:1].size))
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by the normalizer
@@ -86,6 +101,34 @@ class Measuring:
         self._count += count
         self._draw(rows)
 
+    def _add_images(self, images: np.ndarray) -> None:
+        """Count the brightness of pixels (steps, H, W, C)."""
+        if self._image is None:
+            self._image, self._pixels = images.shape[1:], np.zeros((images.shape[3], 256), np.int64)
+        self._count += len(images)
+        for some in np.array_split(images, max(1, images.size // BLOCK_NUMBERS)):
+            pixels = as_uint8(some, "an image")
+            for channel, counted in enumerate(self._pixels):
+                counted += np.bincount(pixels[..., channel].reshape(-1), minlength=256)
+
+    def _measure_images(self, image: tuple[int, ...]) -> Statistics:
+        levels, shares = np.arange(256.0), self._pixels / self._pixels.sum(axis=1, keepdims=True)
+        mean = shares @ levels
+        there = self._pixels > 0
+        high_to_low = there[:, ::-1]
+        low, high = ((np.cumsum(shares, axis=1) < share).sum(axis=1).astype(np.float64) for share in QUANTILES)
+        return Statistics(
+            self._count,
+            there.argmax(axis=1).astype(np.float64),
+            255.0 - high_to_low.argmax(axis=1),
+            mean,
+            np.sqrt((shares * (levels - mean[:, None]) ** 2).sum(axis=1)),
+            low,
+            high,
+            np.dtype(np.uint8),
+            image,
+        )
+
     def _draw(self, rows: np.ndarray) -> None:
         """Keep a uniform sample: every row draws a number, and the rows with the smallest ones stay."""
         most = max(1000, min(SAMPLE_ROWS, SAMPLE_BYTES // max(1, rows[:1].nbytes)))
@@ -98,6 +141,8 @@ class Measuring:
 
     def result(self) -> Statistics:
         """Statistics of all rows so far; raises ValueError when there are none."""
+        if self._count and self._image is not None:
+            return self._measure_images(self._image)
         if self._count == 0 or self._dtype is None:
             raise ValueError("statistics need at least one row")
         with np.errstate(over="ignore", invalid="ignore"):

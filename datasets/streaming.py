@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from diffusion_policy.basics.images import as_uint8, is_image
 from diffusion_policy.basics.streams import derive_rng
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.datasets.windows import WHOLE, Batch, Shard, Windows, held_type
@@ -130,7 +131,7 @@ class StreamedWindows:
         ends, episodes, indices = [], [], []
         for (start, stop), (first, last), offset in zip(inner, outer, offsets[:-1], strict=True):
             for key, name in self._keys.items():
-                data[name][offset : offset + last - first] = self._store.read_rows(key, first, last)
+                data[name][offset : offset + last - first] = _read(self._store, key, first, last)
             first_held, last_held = np.searchsorted(self._ends, [first, last - 1], side="right")
             held = np.arange(first_held, last_held + 1)
             ends.append(np.minimum(self._ends[held], last) - first + offset)
@@ -218,7 +219,7 @@ def read_episodes(
         filled = 0
         for start, stop in store.block_spans(key):
             if used[start:stop].any():
-                wanted = store.read_rows(key, start, stop)[used[start:stop]]
+                wanted = _read(store, key, start, stop)[used[start:stop]]
                 data[name][filled : filled + len(wanted)] = wanted
                 filled += len(wanted)
     return data, np.cumsum(lengths[chosen])
@@ -226,12 +227,21 @@ def read_episodes(
 
 def _row_bytes(store: EpisodeStore, key: str) -> int:
     """Bytes of a row as it is held."""
-    return held_type(store.dtype(key)).itemsize * math.prod(store.shape(key))
+    return held_type(store.dtype(key), store.shape(key)).itemsize * math.prod(store.shape(key))
 
 
 def _make_room(store: EpisodeStore, keys: Mapping[str, str], rows: int) -> dict[str, np.ndarray]:
     """Empty arrays for so many rows of each key, by its name."""
-    return {name: np.empty((rows, *store.shape(key)), held_type(store.dtype(key))) for key, name in keys.items()}
+    shapes = {key: store.shape(key) for key in keys}
+    return {
+        name: np.empty((rows, *shapes[key]), held_type(store.dtype(key), shapes[key])) for key, name in keys.items()
+    }
+
+
+def _read(store: EpisodeStore, key: str, start: int, stop: int) -> np.ndarray:
+    """Rows as they are held."""
+    rows = store.read_rows(key, start, stop)
+    return as_uint8(rows, f"{store.location}: data/{key}") if is_image(rows.shape[1:]) else rows
 
 
 def _join(parts: Sequence[Batch]) -> Batch:

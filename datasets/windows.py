@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_policy.basics.images import as_uint8, is_image
 from diffusion_policy.basics.streams import derive_rng
 from diffusion_policy.datasets.demonstration import nonfinite_rows
 from diffusion_policy.datasets.statistics import as_rows
@@ -166,8 +167,11 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def held_type(dtype: np.dtype) -> np.dtype:
-    """The type in which rows of this one are held: float32 where that holds all its numbers exactly, else float64."""
+def held_type(dtype: np.dtype, shape: tuple[int, ...]) -> np.dtype:
+    """The type in which rows of this type and shape are held: uint8 of images, else float32 where that holds all
+    numbers exactly, else float64."""
+    if is_image(shape):
+        return np.dtype(np.uint8)
     return np.dtype(np.float32 if np.can_cast(dtype, np.float32) else np.float64)
 
 
@@ -175,10 +179,12 @@ def _hold(key: str, array: np.ndarray, device: torch.device) -> np.ndarray:
     """An array as it is held, float32 on MPS, which has no float64; raises ValueError for NaN and infinity, and for
     what is no number."""
     rows = as_rows(np.asarray(array))
+    if is_image(rows.shape[1:]):
+        return np.ascontiguousarray(as_uint8(rows, key))
     bad = nonfinite_rows(rows)
     if len(bad):
         raise ValueError(f"{key} has NaN or infinity in {len(bad)} rows, first in row {bad[0]}")
-    return np.ascontiguousarray(rows, np.float32 if device.type == "mps" else held_type(rows.dtype))
+    return np.ascontiguousarray(rows, np.float32 if device.type == "mps" else held_type(rows.dtype, rows.shape[1:]))
 
 
 def _require_episodes(data: Mapping[str, np.ndarray], episode_ends: np.ndarray, episodes: np.ndarray) -> None:

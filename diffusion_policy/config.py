@@ -28,6 +28,7 @@ SamplerName = Literal[
 ]
 SpacingName = Literal["trailing", "leading", "even", "log-snr"]
 NormalizationName = Literal["limits", "moments", "quantiles"]
+ImageNormalizationName = Literal["scale", "channels", "imagenet"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 PlanningPrecision = Literal["fp32", "bf16"]
 BackendName = Literal["eager", "compile", "graph", "onnx", "openvino", "auto"]
@@ -45,6 +46,7 @@ MAX_WIDTH = 8192
 """Channels, also of the noise level's embedding."""
 MAX_KERNEL_SIZE = 255
 MAX_COMPONENTS = 128
+MAX_KEYPOINTS = 1024
 MAX_LAYERS = 128
 """Of a transformer; also how many times wider than a token its MLPs may be."""
 MAX_LEVELS = 100_000
@@ -214,8 +216,91 @@ class StateEncoderConfig:
 
 
 @dataclass(frozen=True)
+class CnnConfig:
+    """A small convolutional network, and the places where its maps are active (spatial softmax)."""
+
+    kind: ClassVar[str] = "cnn"
+    cnn_widths: tuple[int, ...] = (16, 32, 64, 64)
+    """Channels of the cnn's convolutions, of which the first two halve the image."""
+    keypoints: int = 32
+    """Places in the image that the spatial softmax of cnn and resnet18 finds."""
+
+    def __post_init__(self) -> None:
+        fit = 1 <= len(self.cnn_widths) <= MAX_RESOLUTIONS and 1 <= min(self.cnn_widths) <= max(self.cnn_widths)
+        fit = fit and max(self.cnn_widths) <= MAX_WIDTH
+        got = reprlib.repr(self.cnn_widths)
+        _require(fit, "cnn_widths", f"from 1 to {MAX_RESOLUTIONS} numbers from 1 to {MAX_WIDTH}", got)
+        _require_keypoints(self.keypoints)
+
+
+@dataclass(frozen=True)
+class ResnetConfig:
+    """ResNet-18 with GroupNorm, and the places where its maps are active (spatial softmax)."""
+
+    kind: ClassVar[str] = "resnet18"
+    keypoints: int = 32
+    """Places in the image that the spatial softmax of cnn and resnet18 finds."""
+
+    def __post_init__(self) -> None:
+        _require_keypoints(self.keypoints)
+
+
+@dataclass(frozen=True)
+class VitConfig:
+    """A small vision transformer over patches of the image."""
+
+    kind: ClassVar[str] = "vit"
+    vit_width: int = 128
+    """Numbers of each patch of the vit; a multiple of its heads."""
+    vit_layers: int = 1
+    """Blocks of the vit."""
+    vit_heads: int = 4
+    """Heads of each attention of the vit."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, ("vit_width", "vit_layers", "vit_heads"))
+        require_at_most(self, MAX_WIDTH, ("vit_width",))
+        require_at_most(self, MAX_LAYERS, ("vit_layers",))
+        _require(self.vit_width % self.vit_heads == 0, "vit_width", f"a multiple of {self.vit_heads}", self.vit_width)
+
+
+def _require_keypoints(keypoints: int) -> None:
+    """Raise ConfigError for a number of keypoints that an encoder cannot have."""
+    _require(1 <= keypoints <= MAX_KEYPOINTS, "keypoints", f"from 1 to {MAX_KEYPOINTS}", keypoints)
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """How the images among the observations are encoded: keys whose steps are (height, width, channels)."""
+
+    vision: CnnConfig | ResnetConfig | VitConfig = field(default_factory=CnnConfig)
+    """Encoder of each camera: a small convolutional network (cnn), ResNet-18 with GroupNorm, both with a spatial
+    softmax, or a vision transformer of one layer (vit)."""
+    image_features: int = 64
+    """Numbers that an image becomes for the network."""
+    image_crop: float = 0.875
+    """Share of height and width that is cut from each image: at a random place in training, which is what makes
+    policies from images work on little data, and from the middle otherwise; 1 cuts nothing."""
+    color_jitter: float = 0.0
+    """By how much brightness, contrast and saturation of images vary in training; 0.2 is usual where light changes."""
+    image_normalization: ImageNormalizationName = "scale"
+    """How pixels become numbers of about one: 0 and 255 become -1 and 1 (scale); each channel gets the mean 0 and the
+    deviation 1 of the data (channels), or of ImageNet, as published weights want it (imagenet)."""
+    share_encoder: bool = False
+    """Give all cameras one encoder, with the same weights; they must have images of one size."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, ("image_features",))
+        require_at_most(self, MAX_WIDTH, ("image_features",))
+        _require(0 < self.image_crop <= 1, "image_crop", "above 0 and at most 1", self.image_crop)
+        _require(0 <= self.color_jitter < 1, "color_jitter", "from 0 to below 1", self.color_jitter)
+        check_choice("image-normalization", self.image_normalization, get_args(ImageNormalizationName))
+        require_numbers(self)
+
+
+@dataclass(frozen=True)
 class PolicyConfig:
-    """What a policy is: horizons, network, encoder and diffusion."""
+    """What a policy is: horizons, network, encoders and diffusion."""
 
     observation_horizon: int = 2
     """Observed steps given to the policy, the last one is now (To)."""
@@ -226,6 +311,7 @@ class PolicyConfig:
     network: Annotated[UnetConfig | TransformerConfig, Group("network")] = field(default_factory=UnetConfig)
     """The network: a temporal U-Net, or a diffusion transformer, which takes any prediction horizon."""
     encoder: StateEncoderConfig = field(default_factory=StateEncoderConfig)
+    images: Annotated[ImageConfig, Group("images")] = field(default_factory=ImageConfig)
     schedule: Annotated[ScheduleName, Group("diffusion")] = "cosine"
     """Noise schedule: how much noise each level holds."""
     noise_levels: int = 100

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffusion_policy.basics.images import is_image
 from diffusion_policy.datasets.statistics import Statistics
 
 WITHOUT_FLOAT64 = ("mps",)
@@ -29,6 +30,25 @@ def quantiles(statistics: Statistics) -> tuple[np.ndarray, np.ndarray]:
     return statistics.low + half_range, half_range
 
 
+def full_scale(statistics: Statistics) -> tuple[np.ndarray, np.ndarray]:
+    """Offset and scale that map a pixel's 0 and 255 to −1 and 1."""
+    half = np.full_like(statistics.mean, 127.5)
+    return half, half
+
+
+def imagenet(statistics: Statistics) -> tuple[np.ndarray, np.ndarray]:
+    """Offset and scale by which the channels of ImageNet's images have mean 0 and deviation 1, as the encoders that are
+    published for them want it. Raises ValueError for images without three channels."""
+    if statistics.mean.shape != (3,):
+        raise ValueError(f"imagenet normalizes images of 3 channels; got {statistics.mean.size}")
+    return np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
+
+
+IMAGE_NORMALIZATIONS: dict[str, Callable[[Statistics], tuple[np.ndarray, np.ndarray]]] = {
+    "scale": full_scale,
+    "channels": moments,
+    "imagenet": imagenet,
+}
 NORMALIZATIONS: dict[str, Callable[[Statistics], tuple[np.ndarray, np.ndarray]]] = {
     "limits": limits,
     "moments": moments,
@@ -72,9 +92,10 @@ class Normalizer(nn.Module):
     cosine and its sine, which stand behind the other columns: [others | cosines | sines]. A new one shifts and scales
     nothing until it is fitted or loaded.
 
-    A constant column has the scale 0: it is normalized to 0, and what comes back is the constant. All is computed in
-    float64 (on MPS, which has none, in float32), so that small moves at large positions are still there; what the
-    network sees is float32.
+    An image has one offset and one scale for each channel, and is computed in float32. Of all else, a constant column
+    has the scale 0: it is normalized to 0, and what comes back is the constant; and all is computed in float64 (on MPS,
+    which has none, in float32), so that small moves at large positions are still there; what the network sees is
+    float32.
     """
 
     def __init__(
@@ -101,9 +122,12 @@ class Normalizer(nn.Module):
             for key, shape in shapes.items()
         }
         """Shape of each key at one step as the network sees it."""
+        self.images = frozenset(key for key, shape in self.shapes.items() if is_image(shape))
+        """The keys that are images."""
         for key, shape in self.shapes.items():
-            self.register_buffer(_buffer(key, "offset"), torch.zeros(shape, dtype=torch.float64))
-            self.register_buffer(_buffer(key, "scale"), torch.ones(shape, dtype=torch.float64))
+            columns = shape[-1:] if key in self.images else shape
+            self.register_buffer(_buffer(key, "offset"), torch.zeros(columns, dtype=torch.float64))
+            self.register_buffer(_buffer(key, "scale"), torch.ones(columns, dtype=torch.float64))
 
     @property
     def precision(self) -> torch.dtype:
@@ -114,11 +138,16 @@ class Normalizer(nn.Module):
         self,
         statistics: Mapping[str, Statistics],
         normalization: Callable[[Statistics], tuple[np.ndarray, np.ndarray]] = limits,
+        of_images: Callable[[Statistics], tuple[np.ndarray, np.ndarray]] = full_scale,
     ) -> None:
         """Take offset and scale of every key from its statistics; cosines and sines stay as they are. Raises ValueError
         for numbers that are not finite, or so large that their range is not."""
         for key in self.keys:
             found = statistics[key]
+            if key in self.images:
+                for name, numbers in zip(("offset", "scale"), of_images(found), strict=True):
+                    self.get_buffer(_buffer(key, name)).copy_(torch.as_tensor(numbers))
+                continue
             by_limits = found.constant | is_flat(found, normalization)
             pairs = zip(limits(found), normalization(found), strict=True)
             offset, scale = (torch.as_tensor(np.where(by_limits, of_limits, own)) for of_limits, own in pairs)
@@ -132,8 +161,11 @@ class Normalizer(nn.Module):
             self.get_buffer(_buffer(key, "scale")).copy_(scale)
 
     def normalize(self, key: str, x: Tensor) -> Tensor:
-        """Raw (..., *shape) of any type → about [−1, 1], (..., *shapes[key]) float32."""
+        """Raw (..., *shape) of any type → about [−1, 1], (..., *shapes[key]) float32. Of an image, height and width
+        may be others."""
         offset, scale = self._numbers(key)
+        if key in self.images:
+            return (x.float() - offset.float()) / scale.where(scale > 0, torch.inf).float()
         x = x.to(offset)
         if key in self._angles:
             angles = _take(x, self._angles[key])

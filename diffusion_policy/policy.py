@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,16 @@ from diffusion_policy.diffusion.samplers import SAMPLERS, Denoise, Levels, Sampl
 from diffusion_policy.diffusion.schedules import make_schedule
 from diffusion_policy.networks import ENCODERS, FOR_FEW_ROWS, NETWORKS
 from diffusion_policy.networks.encoders import CondPart
-from diffusion_policy.normalizer import NORMALIZATIONS, Normalizer
+from diffusion_policy.networks.vision import (
+    AUGMENTATION_DRAWS,
+    BACKBONES,
+    ImageEncoder,
+    center_crop,
+    crop_size,
+    jitter,
+    random_crop,
+)
+from diffusion_policy.normalizer import IMAGE_NORMALIZATIONS, NORMALIZATIONS, Normalizer
 
 MOST_DRAWN = 2**28
 """Numbers of noise for one batch of plans: 1 GB."""
@@ -96,28 +105,49 @@ class DiffusionPolicy(nn.Module):
         self.normalizer = Normalizer({**shapes.observations, self.target.key: shapes.action}, shapes.angles)
         self.keys = tuple(sorted(shapes.observations))
         """Observation keys, in the order of their features in the condition."""
-        make_encoder = ENCODERS[config.encoder.kind]
-        self.encoders = nn.ModuleList(
-            make_encoder(self.normalizer.shapes[key], config.observation_horizon) for key in self.keys
-        )
-        self.features: int = sum(encoder.features for encoder in self.encoders)  # pyright: ignore
+        self.images = tuple(key for key in self.keys if key in self.normalizer.images)
+        """Those that are images."""
+        self.encoders = nn.ModuleList()
+        self._encoder_of = {key: self._add_encoder(key) for key in self.keys}
+        encoders = [self.encoder_of(key) for key in self.keys]
+        self.features: int = sum(encoder.features for encoder in encoders)
         """Numbers of a condition that come from observations."""
         schedule = make_schedule(config.schedule, config.noise_levels, config.schedule_options)
         self.diffusion = OBJECTIVES[config.objective](schedule, config)
         (target_dim,) = self.normalizer.shapes[self.target.key]
         marks = len(self.modes) or (1 if config.condition_dropout else 0)
-        cond_parts = [encoder.part for encoder in self.encoders] + [CondPart(1, marks)] * bool(marks)
+        cond_parts = [encoder.part for encoder in encoders] + [CondPart(1, marks)] * bool(marks)
         self.cond_dim = self.features + marks
         """C, numbers of a condition."""
-        options = {name: value for name, value in to_json(config.network).items() if name != "kind"}
         self.network = NETWORKS[config.network.kind](
             target_dim + bool(config.max_delay),  # a column that marks what is given
             cond_parts,
             config.prediction_horizon,
             outputs=self.diffusion.count_outputs(target_dim),
             level_inputs=self.diffusion.level_inputs,
-            **options,
+            **_own_options(config.network),
         )
+
+    def _add_encoder(self, key: str) -> int:
+        """Make the encoder of a key, unless it shares one; returns its place. Raises ValueError for images that it
+        cannot take."""
+        shape, horizon, images = self.normalizer.shapes[key], self.config.observation_horizon, self.config.images
+        if key not in self.images:
+            self.encoders.append(ENCODERS[self.config.encoder.kind](shape, horizon))
+            return len(self.encoders) - 1
+        alike = [self.normalizer.shapes[other] for other in self.images]
+        if images.share_encoder and self.images.index(key):
+            if len(set(alike)) > 1:
+                raise ValueError(f"cameras with share-encoder must have images of one size; got {alike}")
+            return self.keys.index(self.images[0])
+        cropped = (*(crop_size(side, images.image_crop) for side in shape[:2]), shape[-1])
+        backbone = BACKBONES[images.vision.kind](cropped, images.image_features, **_own_options(images.vision))
+        self.encoders.append(ImageEncoder(backbone, horizon, images.image_features))
+        return len(self.encoders) - 1
+
+    def encoder_of(self, key: str) -> Any:
+        """The encoder of a key, which several cameras may share."""
+        return self.encoders[self._encoder_of[key]]
 
     @classmethod
     def for_statistics(
@@ -128,10 +158,11 @@ class DiffusionPolicy(nn.Module):
         angles: Mapping[str, tuple[int, ...]] | None = None,
     ) -> "DiffusionPolicy":
         """A new policy with shapes and normalizer taken from the statistics of `action` and each observation key."""
-        shapes = {key: part.mean.shape for key, part in statistics.items()}
+        shapes = {key: part.shape for key, part in statistics.items()}
         action = shapes.pop(Target().key)
         policy = cls(config, Shapes(shapes, action, dict(angles or {})), modes)
-        policy.normalizer.fit(statistics, NORMALIZATIONS[config.normalization])
+        of_images = IMAGE_NORMALIZATIONS[config.images.image_normalization]
+        policy.normalizer.fit(statistics, NORMALIZATIONS[config.normalization], of_images)
         return policy
 
     @classmethod
@@ -150,24 +181,41 @@ class DiffusionPolicy(nn.Module):
         """Where the weights are."""
         return self.diffusion.get_buffer("alpha").device
 
-    def encode(self, observations: Mapping[str, Tensor], modes: Tensor | None = None) -> Tensor:
+    def encode(
+        self, observations: Mapping[str, Tensor], modes: Tensor | None = None, augmentation: Tensor | None = None
+    ) -> Tensor:
         """Raw observations {key: (B, To, ...)} → conditioning vectors (B, C). `modes`: index of each row's mode, (B,)
-        int64, −1 where it is unknown or to be left open; None leaves all open. Raises ValueError for observations of
-        other keys or shapes; those beside them are left alone."""
+        int64, −1 where it is unknown or to be left open; None leaves all open. `augmentation`: draws from 0 to below 1
+        by which images are cropped and changed in training, (B, images, AUGMENTATION_DRAWS); None crops their middle.
+        Raises ValueError for observations of other keys or shapes; those beside them are left alone."""
         needed = {key: (self.config.observation_horizon, *self.shapes.observations[key]) for key in self.keys}
         found = {key: tuple(observations[key].shape[1:]) for key in needed if key in observations}
         if found != needed:
             raise ValueError(f"the policy observes {needed} beside the axis of rows; got {found}")
-        features = [
-            encoder(self.normalizer.normalize(key, observations[key]))
-            for key, encoder in zip(self.keys, self.encoders, strict=True)
-        ]
+        features = [self.encoder_of(key)(self.prepare(key, observations[key], augmentation)) for key in self.keys]
         cond = torch.cat(features, dim=-1)
         if self.modes:
             modes = torch.full((len(cond),), -1, device=cond.device) if modes is None else modes
             one_hot = modes[:, None] == torch.arange(len(self.modes), device=cond.device)  # (B, modes)
             return torch.cat([cond, one_hot.to(cond)], dim=-1)
         return torch.cat([cond, torch.ones_like(cond[:, :1])], dim=-1) if self.config.condition_dropout else cond
+
+    def prepare(self, key: str, observed: Tensor, augmentation: Tensor | None = None) -> Tensor:
+        """What the encoder of a key is given, (B, To, ...): normalized numbers; of images the crop. See `encode`."""
+        if key not in self.images:
+            return self.normalizer.normalize(key, observed)
+        share, strength = self.config.images.image_crop, self.config.images.color_jitter
+        if augmentation is None:
+            return self.normalizer.normalize(key, center_crop(observed, share))
+        draws = augmentation[:, self.images.index(key)]
+        cropped = self.normalizer.normalize(key, random_crop(observed, share, draws[:, :2]))
+        return jitter(cropped, strength, draws[:, 2:]) if strength else cropped
+
+    def draw_augmentation(self, rows: int, generator: torch.Generator) -> Tensor | None:
+        """What `encode` needs to change the images of so many windows; None for a policy that sees none."""
+        if not self.images:
+            return None
+        return torch.rand(rows, len(self.images), AUGMENTATION_DRAWS, generator=generator)
 
     def unconditional(self, cond: Tensor) -> Tensor:
         """Conditioning vectors (B, C) with the droppable part dropped."""
@@ -388,6 +436,11 @@ def giving(outputs: Denoise, given: Given | None) -> Denoise:
         return outputs(torch.cat([torch.where(known, sequence, xt), known.to(xt)], dim=-1), level)
 
     return network
+
+
+def _own_options(config: Any) -> dict[str, Any]:
+    """The options of a network or a backbone, without its kind."""
+    return {name: value for name, value in to_json(config).items() if name != "kind"}
 
 
 def find_sampler(config: SampleConfig) -> Sampler:

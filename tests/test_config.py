@@ -15,11 +15,14 @@ from diffusion_policy.commands.train import Train
 from diffusion_policy.commands.trials import to_flags, vary
 from diffusion_policy.config import (
     ClipName,
+    CnnConfig,
     ConfigError,
     DistillationConfig,
     GuidanceScheduleName,
+    ImageConfig,
     PolicyConfig,
     PredictionName,
+    ResnetConfig,
     SampleConfig,
     SamplerName,
     ScheduleName,
@@ -28,6 +31,7 @@ from diffusion_policy.config import (
     TrainConfig,
     TransformerConfig,
     UnetConfig,
+    VitConfig,
     as_kind,
     decode,
     flat_options,
@@ -64,6 +68,16 @@ from diffusion_policy.diffusion.schedules import SCHEDULES, SPACINGS
             {"conditioning": "film"},
             "unknown conditioning 'film'; choose from adaln, cross-attention",
         ),
+        (CnnConfig, {"cnn_widths": ()}, r"cnn-widths must be from 1 to 10 numbers from 1 to 8192; got \(\)"),
+        (CnnConfig, {"keypoints": 0}, "keypoints must be from 1 to 1024; got 0"),
+        (ResnetConfig, {"keypoints": 2000}, "keypoints must be from 1 to 1024; got 2000"),
+        (VitConfig, {"vit_width": 30}, "vit-width must be a multiple of 4; got 30"),
+        (VitConfig, {"vit_layers": 0}, "vit-layers must be at least 1; got 0"),
+        (ImageConfig, {"image_crop": 0.0}, "image-crop must be above 0 and at most 1; got 0.0"),
+        (ImageConfig, {"image_crop": 1.5}, "image-crop must be above 0 and at most 1; got 1.5"),
+        (ImageConfig, {"color_jitter": 1.0}, "color-jitter must be from 0 to below 1; got 1.0"),
+        (ImageConfig, {"image_features": 0}, "image-features must be at least 1; got 0"),
+        (ImageConfig, {"image_normalization": "gray"}, "unknown image-normalization 'gray'; choose from scale"),
         (PolicyConfig, {"schedule": "cubic"}, "unknown schedule 'cubic'; choose from cosine, linear"),
         (TrainConfig, {"steps": 0}, "steps must be at least 1; got 0"),
         (TrainConfig, {"learning_rate": 0.0}, "learning-rate must be above 0"),
@@ -107,6 +121,13 @@ OTHERS: dict[type, dict[str, Any]] = {
         "width": 96, "layers": 3, "heads": 8, "mlp_ratio": 2, "dropout": 0.1, "conditioning": "cross-attention",
         "level_dim": 16,
     },
+    ImageConfig: {
+        "image_features": 32, "image_crop": 0.5, "color_jitter": 0.2, "image_normalization": "imagenet",
+        "share_encoder": True,
+    },
+    CnnConfig: {"cnn_widths": (8, 16), "keypoints": 4},
+    ResnetConfig: {"keypoints": 4},
+    VitConfig: {"vit_width": 64, "vit_layers": 2, "vit_heads": 8},
     TrainConfig: {
         "steps": 4, "batch_size": 8, "learning_rate": 1e-05, "weight_decay": 0.0, "warmup_steps": 1,
         "gradient_clip": 0.5, "ema_power": 0.6, "ema_max_decay": 0.0, "validation_share": 0.25, "max_episodes": 3,
@@ -141,6 +162,7 @@ def as_json(value: Any) -> Any:
 
 
 NETWORKS = UnetConfig(**OTHERS[UnetConfig]), TransformerConfig(**OTHERS[TransformerConfig])
+VISIONS = {"unet": VitConfig(**OTHERS[VitConfig]), "transformer": CnnConfig(**OTHERS[CnnConfig])}
 of_each_network = pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.kind)
 
 
@@ -150,7 +172,11 @@ def told(network: UnetConfig | TransformerConfig = NETWORKS[0], **given: Any) ->
         "data.zarr",
         Path("run"),
         **{**RUN, "action": ("a+b",), **given},
-        policy=PolicyConfig(**{**OTHERS[PolicyConfig], "objective": "denoising"}, network=network),
+        policy=PolicyConfig(
+            **{**OTHERS[PolicyConfig], "objective": "denoising"},
+            network=network,
+            images=ImageConfig(**OTHERS[ImageConfig], vision=VISIONS[network.kind]),
+        ),
         training=TrainConfig(**OTHERS[TrainConfig], distillation=DistillationConfig(**OTHERS[DistillationConfig])),
     )
 
@@ -167,12 +193,12 @@ def test_an_option_survives_json_and_can_be_varied(kind: type, name: str) -> Non
     value = OTHERS[kind][name]
     config = dataclasses.replace(kind(), **{name: value})
     assert from_dict(kind, as_json(dataclasses.asdict(config))) == config
-    if kind in (PolicyConfig, UnetConfig, TransformerConfig, TrainConfig):
+    if kind in (PolicyConfig, UnetConfig, TransformerConfig, ImageConfig, CnnConfig, VitConfig, TrainConfig):
         text = ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
         (point,) = read_grid([f"{name.replace('_', '-')}={text}"])
         assert vary(kind(), as_json(point)) == config
         empty = [] if isinstance(value, tuple) else getattr(kind(), name)
-        if isinstance(empty, list | bool | type(None)) and name != "widths":
+        if isinstance(empty, list | bool | type(None)) and "widths" not in name:
             (back,) = read_grid([f"{name}={'false' if empty is False else 'none'}"])
             assert vary(config, back) == kind()
 

@@ -19,12 +19,12 @@ FILES = sorted(
 LAW = {
     "basics": {"basics"},
     "config": {"basics"},
-    "normalizer": {"datasets.statistics"},
+    "normalizer": {"basics.images", "datasets.statistics"},
     "diffusion": {"diffusion"},
     "networks": {"networks"},
     "policy": {"basics.streams", "config", "datasets.statistics", "diffusion", "networks", "normalizer"},
     "checkpoints": {"basics", "checkpoints", "config", "policy"},
-    "control": {"basics.streams", "config", "control", "policy"},
+    "control": {"basics.images", "basics.streams", "config", "control", "policy"},
     "serving": {"basics", "config", "control", "policy", "serving"},
     "training": {
         "basics", "config", "datasets.statistics", "datasets.windows", "diffusion", "networks", "normalizer", "policy",

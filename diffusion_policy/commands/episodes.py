@@ -15,6 +15,7 @@ import torch
 from rich.progress import Progress
 
 from diffusion_policy import __version__
+from diffusion_policy.basics.images import as_observed
 from diffusion_policy.basics.streams import derive_rng
 from diffusion_policy.commands.afterwards import Remarks
 from diffusion_policy.commands.interrupts import Interrupted
@@ -241,9 +242,8 @@ def observe(policy: DiffusionPolicy, episode: Episode, step: int) -> dict[str, t
 
     rows = np.maximum(np.arange(step - policy.config.observation_horizon + 1, step + 1), 0)
     seen = {key: episode.observations[key][rows] for key in policy.shapes.observations}
+    shapes = policy.shapes.observations
     return {
-        key: torch.as_tensor(values if values.dtype == np.float64 else values.astype(np.float32))[None].to(
-            policy.device
-        )
+        key: torch.as_tensor(as_observed(values, key, shapes[key]))[None].to(policy.device)
         for key, values in seen.items()
     }

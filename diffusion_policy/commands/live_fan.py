@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from diffusion_policy.basics.images import as_observed
 from diffusion_policy.config import SampleConfig
 from diffusion_policy.diffusion.samplers import Denoise
 from diffusion_policy.envs.protocols import Drawable
@@ -51,8 +52,8 @@ def sample_fan(
     horizon = policy.config.observation_horizon
     rows = [*[recent[0]] * (horizon - len(recent)), *recent]
     observed = {
-        key: torch.as_tensor(np.stack([np.asarray(row[key], np.float64) for row in rows]))[None]
-        for key in policy.shapes.observations
+        key: torch.as_tensor(np.stack([as_observed(row[key], key, shape) for row in rows]))[None]
+        for key, shape in policy.shapes.observations.items()
     }
     seen: list[torch.Tensor] = []
     bound = 1.0 if policy.choose_clip(sampling) == "static" else math.inf

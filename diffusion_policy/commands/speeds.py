@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusion_policy.basics.images import observed_type
 from diffusion_policy.basics.streams import derive_rng
 from diffusion_policy.commands.plain_reference import PlainSampling, PlainTraining, PlainWindows, plain_loader
 from diffusion_policy.config import BackendName, SampleConfig, TrainConfig
@@ -101,7 +102,8 @@ def count_flops(call: Callable[[], Any]) -> int:
 def make_observations(policy: DiffusionPolicy, rows: int) -> dict[str, np.ndarray]:
     """Raw observations {key: (rows, To, ...)}."""
     horizon = policy.config.observation_horizon
-    return {key: np.zeros((rows, horizon, *shape)) for key, shape in policy.shapes.observations.items()}
+    shapes = policy.shapes.observations
+    return {key: np.zeros((rows, horizon, *shape), observed_type(shape)) for key, shape in shapes.items()}
 
 
 def planning_limit(policy: DiffusionPolicy, sampling: SampleConfig, sequences: int, limits: Limits) -> float:

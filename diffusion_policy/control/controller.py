@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from diffusion_policy.basics.images import as_observed, is_channels_first, is_image, observed_type
 from diffusion_policy.config import ConfigError
 from diffusion_policy.control.chunking import Chunking, Handover
 from diffusion_policy.control.planner import Planner, planning_rng
@@ -50,7 +51,7 @@ class Controller:
         self.observation_shapes = dict(planner.observation_shapes)
         """What `act` reads of one environment's observation."""
         self._history = {  # the last To observations, oldest first
-            key: np.zeros((environments, planner.observation_horizon, *shape))
+            key: np.zeros((environments, planner.observation_horizon, *shape), observed_type(shape))
             for key, shape in self.observation_shapes.items()
         }
         self._fresh = np.ones(environments, bool)  # no observation yet in this episode
@@ -99,9 +100,10 @@ class Controller:
         ValueError for observations of other keys or shapes; keys that the policy does not observe are left alone."""
         for key, history in self._history.items():
             now = _observed(observations, key, (len(history), *history.shape[2:]))[:, None]  # (B, 1, ...)
-            shifted = np.concatenate([history[:, 1:], now], axis=1)
-            first = np.broadcast_to(now, history.shape)  # before the first step: that step repeated
-            history[active] = np.where(_expand(self._fresh, history), first, shifted)[active]
+            fresh, going_on = active & self._fresh, active & ~self._fresh
+            history[fresh] = now[fresh]  # before the first step: that step repeated
+            history[going_on, :-1] = history[going_on, 1:]
+            history[going_on, -1:] = now[going_on]
         self._fresh &= ~active
 
     def _mask(self, chosen: np.ndarray) -> np.ndarray:
@@ -155,15 +157,28 @@ def require_horizons(steps: int, action_horizon: int, delay_steps: int = 0) -> N
 
 
 def _observed(observations: Mapping[str, np.ndarray], key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """One key of the observations, (B, ...) float64; a single number a step is a row (1,)."""
+    """One key of the observations, (B, ...) as it is planned from; a single number a step is a row (1,)."""
     if key not in observations:
         raise ValueError(f"the policy observes {key!r}; got {', '.join(map(repr, observations)) or 'nothing'}")
     values = np.asarray(observations[key])
+    if is_image(shape[1:]):
+        _require_images(key, values, shape)
+        return as_observed(values, f"the observation {key}", shape[1:])
     if values.dtype.kind not in "biuf" or values.shape not in (shape, shape[: -1 if shape[1:] == (1,) else None]):
         raise ValueError(f"the observation {key} must be numbers of shape {shape}; got {values.dtype} {values.shape}")
-    return values.astype(np.float64).reshape(shape)
+    return as_observed(values, key, shape[1:]).reshape(shape)
 
 
-def _expand(mask: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """(B,) → (B, 1, ..., 1) with as many axes as `like`."""
-    return mask.reshape(-1, *[1] * (like.ndim - 1))
+def _require_images(key: str, images: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Raise ValueError for images of another shape than (B, H, W, C), with what would make them fit."""
+    if images.shape != shape:
+        height, width, channels = shape[1:]
+        advice = f"resize them to {height} x {width} px"
+        if images.ndim == 4 and is_channels_first(images.shape[1:]):
+            advice = "move the channels to the last axis"
+        elif images.ndim == 4 and images.shape[1:3] == (height, width):
+            advice = f"give {channels} channels" + (" (RGB)" if channels == 3 else "")
+        raise ValueError(
+            f"the observation {key} must be images (height, width, channels) of shape {shape[1:]}, {shape[0]} of them; "
+            f"got {images.shape}; {advice}"
+        )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffusion_policy.basics.images import observed_type
 from diffusion_policy.basics.streams import derive_rng
 from diffusion_policy.control.chunking import Chunking, Handover
 from diffusion_policy.control.planner import Planner
@@ -61,7 +62,8 @@ def time_plans(
     chunking, horizon = chunking or Chunking(), action_horizon or planner.action_horizon
     rng = derive_rng("latency")
     observations = {
-        key: np.zeros((rows, planner.observation_horizon, *shape)) for key, shape in planner.observation_shapes.items()
+        key: np.zeros((rows, planner.observation_horizon, *shape), observed_type(shape))
+        for key, shape in planner.observation_shapes.items()
     }
     noise = rng.standard_normal((rows, chunking.samples, *planner.noise_shape), np.float32)
     executing = np.full((rows, planner.steps, *planner.action_shape), np.nan)

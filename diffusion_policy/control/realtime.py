@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from diffusion_policy.basics.images import as_observed
 from diffusion_policy.config import ConfigError
 from diffusion_policy.control.chunking import Chunking, Handover, Joined
 from diffusion_policy.control.controller import require_horizons
@@ -204,7 +205,7 @@ class _Run:
             raise Fault(f"the robot's observe() must give {{key: numbers}} or None; got {type(observation).__name__}")
         for key, shape in self.r.planner.observation_shapes.items():
             try:
-                now = np.asarray(observation[key], float)
+                now = as_observed(observation[key], key, shape)
             except Exception:  # whatever the user's values are
                 now = None
             if now is None or now.size != math.prod(shape):

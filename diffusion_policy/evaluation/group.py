@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffusion_policy.basics.images import is_image
 from diffusion_policy.basics.text import one_line
 from diffusion_policy.control.controller import Controller
 from diffusion_policy.evaluation.host import EnvFailure, StepsResult
@@ -43,7 +44,8 @@ class Group:
         """Keep what the controller reads of one slot's observation."""
         for key in self._controller.observation_shapes:
             value = observation[key]
-            rows = self._latest.setdefault(key, np.zeros((len(self.slots), *value.shape)))
+            dtype = value.dtype if is_image(value.shape) else np.float64
+            rows = self._latest.setdefault(key, np.zeros((len(self.slots), *value.shape), dtype))
             rows[self._row(slot)] = value
 
     def look_on(self, results: Mapping[int, StepsResult]) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from diffusion_policy.basics.images import is_image
 from diffusion_policy.basics.streams import derive_rng
 from diffusion_policy.control.chunking import Chunking, Handover
 from diffusion_policy.control.planner import Planner, Steering
@@ -81,8 +82,12 @@ def _rows_of(steering: Steering | None, rows: np.ndarray) -> Steering | None:
 def rows_are_independent(planner: Planner, most: int) -> bool:
     """Whether each row of up to so many comes out to the bit as it does alone, in a trial."""
     rng = derive_rng("rows")
-    shapes = planner.observation_shapes.items()
-    observations = {key: rng.uniform(-1, 1, (most, planner.observation_horizon, *shape)) for key, shape in shapes}
+    observations = {
+        key: rng.integers(0, 256, (most, planner.observation_horizon, *shape), np.uint8)
+        if is_image(shape)
+        else rng.uniform(-1, 1, (most, planner.observation_horizon, *shape))
+        for key, shape in planner.observation_shapes.items()
+    }
     noise = rng.standard_normal((most, 1, *planner.noise_shape), np.float32)
     alone = [_sample_rows(planner, observations, noise, [row]) for row in range(most)]
     for count in range(2, most + 1):

@@ -159,6 +159,9 @@ def draw_observations(policy: DiffusionPolicy, batch: int, rng: np.random.Genera
     drawn = {}
     for key in policy.keys:
         shape = batch, policy.config.observation_horizon, *policy.normalizer.shapes[key]
+        if key in policy.images:
+            drawn[key] = rng.integers(0, 256, shape, np.uint8)
+            continue
         normalized = torch.from_numpy(rng.uniform(-1, 1, shape)).to(policy.device)
         drawn[key] = policy.normalizer.unnormalize(key, normalized).cpu().numpy().astype(np.float64)
     return drawn

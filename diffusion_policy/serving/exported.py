@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_policy.basics.images import as_observed
 from diffusion_policy.config import ChunkingName, ConfigError, PlanningPrecision, with_options
 from diffusion_policy.control.chunking import Chunking, make_chunking, split_options
 from diffusion_policy.control.planner import Steering
@@ -182,7 +183,8 @@ class OnnxPlanner:
         found = np.asarray(observations[key]).shape if key in observations else None
         if found != shape:
             raise ValueError(f"the policy observes {key} of shape {shape}; got {found or 'nothing'}")
-        values = np.ascontiguousarray(observations[key], self._config.dtype)
+        observed = as_observed(observations[key], f"the observation {key}", self.observation_shapes[key])
+        values = np.ascontiguousarray(observed, self._config.type_of(key))
         if not np.isfinite(values).all():
             raise ValueError(f"the observation {key} holds NaN or infinity")
         return values
@@ -191,7 +193,7 @@ class OnnxPlanner:
         """Raise ExportedError unless inputs and outputs are those of the config."""
         config, dtype = self._config, self._config.dtype
         observed = {
-            OBSERVATION + key: (dtype, [config.batch, self.observation_horizon, *shape])
+            OBSERVATION + key: (config.type_of(key), [config.batch, self.observation_horizon, *shape])
             for key, shape in self.observation_shapes.items()
         }
         if config.longest_prefix:

@@ -55,7 +55,8 @@ def make_graphs(
     samples: int = 1,
     dtype: torch.dtype = torch.float64,
 ) -> Graphs:
-    """The parts for B observations and N samples of each, without their joint; `dtype`: of observations and actions.
+    """The parts for B observations and N samples of each, without their joint; `dtype`: of observations, but images,
+    which are uint8, and of actions.
     Raises ExportError where a part of sampling has no form in a graph, ValueError where the policy cannot sample so."""
     require_exportable(policy, sampling)
     policy = policy.for_few_rows()
@@ -64,7 +65,12 @@ def make_graphs(
         *policy.resolve_sampling(sampling), sampling.corrector_steps, sampling.corrector_size
     )
     horizon = policy.config.observation_horizon
-    observed = [torch.zeros(batch, horizon, *policy.shapes.observations[key], dtype=dtype) for key in policy.keys]
+    observed = [
+        torch.zeros(
+            batch, horizon, *policy.shapes.observations[key], dtype=torch.uint8 if key in policy.images else dtype
+        )
+        for key in policy.keys
+    ]
     names = [OBSERVATION + key for key in policy.keys]
     if policy.config.max_delay:
         steps = policy.config.prediction_horizon - horizon + 1

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from diffusion_policy.basics.files import FileError, format_json, read_bytes, read_json, sync_folder, write_whole
+from diffusion_policy.basics.images import is_image
 from diffusion_policy.config import MAX_HORIZON, ConfigError, SampleConfig, decode, require_labels, to_json
 
 PLAN = "plan.json"
@@ -62,7 +63,7 @@ class PlanConfig:
     precision: Literal["fp32", "int8"]
     """Of the network's weights in products."""
     dtype: Literal["float64", "float32"]
-    """Of observations and actions."""
+    """Of actions and of observations, but images, which are uint8."""
     batch: int
     """B: observations in one call."""
     samples: int
@@ -102,6 +103,10 @@ class PlanConfig:
             raise ConfigError(
                 f"the form {self.form} has the files {', '.join(FILES[self.form])}; got {list(self.files)}"
             )
+
+    def type_of(self, key: str) -> str:
+        """Type of an observation."""
+        return "uint8" if is_image(self.observation_shapes[key]) else self.dtype
 
     @property
     def table_shape(self) -> tuple[int, int]:

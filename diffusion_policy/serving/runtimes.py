@@ -16,8 +16,8 @@ RuntimeName = Literal["onnxruntime", "openvino"]
 Interface = dict[str, tuple[str, list[Any]]]
 """Type, as numpy calls it, and shape, by name."""
 TYPES = {
-    "tensor(double)": "float64", "tensor(float)": "float32", "tensor(int64)": "int64",
-    "f64": "float64", "f32": "float32", "i64": "int64",
+    "tensor(double)": "float64", "tensor(float)": "float32", "tensor(int64)": "int64", "tensor(uint8)": "uint8",
+    "f64": "float64", "f32": "float32", "i64": "int64", "u8": "uint8",
 }  # fmt: skip
 """What the runtimes call them."""
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_policy.basics.bounds import MOST_SEED
+from diffusion_policy.basics.images import as_observed
 from diffusion_policy.config import MAX_PLANS, ConfigError
 from diffusion_policy.control.chunking import Chunking, Handover
 from diffusion_policy.control.controller import require_horizons
@@ -202,7 +203,7 @@ def read_planning(request: Mapping[str, Any], served: Served) -> Job:
     shapes = {key: (len(noise), served.observation_horizon, *one) for key, one in served.observation_shapes.items()}
     if set(observations) != set(shapes):
         raise ProtocolError(f"the policy observes {', '.join(shapes)}; got {', '.join(map(str, observations)):.200}")
-    found = {key: _numbers(observations[key], key) for key in shapes}
+    found = {key: _observed(observations[key], key, one) for key, one in served.observation_shapes.items()}
     for key, shape in shapes.items():
         if found[key].shape != shape:
             raise ProtocolError(f"the observation {key} must have the shape {shape}; got {found[key].shape}")
@@ -238,7 +239,7 @@ def _steps(request: Mapping[str, Any], key: str, shape: tuple[int, ...]) -> np.n
     """Steps of an observation (steps, ...), of one step (...) or several."""
     if key not in request:
         raise ProtocolError(f"the policy observes {key}; got {', '.join(map(str, request)) or 'nothing':.200}")
-    rows = _numbers(request[key], key)
+    rows = _observed(request[key], key, shape)
     one = () if shape == (1,) and rows.ndim == 0 else shape
     if rows.shape == one:
         return rows.reshape(1, *shape)
@@ -247,14 +248,22 @@ def _steps(request: Mapping[str, Any], key: str, shape: tuple[int, ...]) -> np.n
     return rows
 
 
+def _observed(value: Any, key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """An observation as it is planned from; raises ProtocolError for what is none."""
+    try:
+        return as_observed(_numbers(value, key, None), key, shape)
+    except ValueError as error:
+        raise ProtocolError(str(error)) from error
+
+
 def _numbers(value: Any, name: str, dtype: Any = np.float64, finite: bool = True) -> np.ndarray:
-    """As an array of this type; raises ProtocolError for what is not finite in it."""
+    """As an array of this type, or of its own; raises ProtocolError for what is not finite in it."""
     if isinstance(value, bool | int | float):
         value = np.array(value)
     if not isinstance(value, np.ndarray | np.generic):
         raise ProtocolError(f"{name} must be an array of numbers; got a {type(value).__name__}")
     with np.errstate(over="ignore"):
-        array = np.asarray(value).astype(dtype, copy=False)
+        array = np.asarray(value) if dtype is None else np.asarray(value).astype(dtype, copy=False)
     if finite and not np.isfinite(array).all():
         raise ProtocolError(f"{name} holds NaN or infinity")
     return array

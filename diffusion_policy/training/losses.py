@@ -25,6 +25,8 @@ class Draws(NamedTuple):
     noising: Noising
     dropped: Tensor
     """Which rows lose their condition, (B,) bool."""
+    augmentation: Tensor | None = None
+    """How the images of each row are changed, see `DiffusionPolicy.encode`."""
 
     def rows(self, first: int, last: int) -> Draws:
         """Those of some rows."""
@@ -36,18 +38,19 @@ class Draws(NamedTuple):
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Draws:
         level, eps, known = self.noising
-        return Draws(
-            Noising(change(level), change(eps), None if known is None else change(known)), change(self.dropped)
-        )
+        noising = Noising(change(level), change(eps), None if known is None else change(known))
+        augmentation = None if self.augmentation is None else change(self.augmentation)
+        return Draws(noising, change(self.dropped), augmentation)
 
 
 Loss = Callable[[DiffusionPolicy, Batch, Draws], Tensor]
 """The loss of each window, (B,)."""
 
 
-def draw(policy: DiffusionPolicy, rows: int, generator: torch.Generator, drop: bool = True) -> Draws:
-    """The random numbers for so many windows; with `drop`, conditions are dropped as the policy's options say."""
-    share = policy.config.condition_dropout if drop else 0.0
+def draw(policy: DiffusionPolicy, rows: int, generator: torch.Generator, learning: bool = True) -> Draws:
+    """The random numbers for so many windows; for `learning`, conditions are dropped and images changed as the policy's
+    options say."""
+    share = policy.config.condition_dropout if learning else 0.0
     dropped = torch.rand(rows, generator=generator) < share if share else torch.zeros(rows, dtype=torch.bool)
     shape = (rows, policy.config.prediction_horizon, *policy.normalizer.shapes[policy.target.key])
     noising = policy.diffusion.draw(shape, generator)
@@ -55,7 +58,7 @@ def draw(policy: DiffusionPolicy, rows: int, generator: torch.Generator, drop: b
         delay = torch.randint(policy.config.max_delay + 1, (rows, 1), generator=generator)
         step = torch.arange(shape[1]) - (policy.config.observation_horizon - 1)  # from now
         noising = noising._replace(known=((step >= 0) & (step < delay))[..., None])
-    return Draws(noising, dropped)
+    return Draws(noising, dropped, policy.draw_augmentation(rows, generator) if learning else None)
 
 
 def denoising_loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Tensor:
@@ -64,7 +67,7 @@ def denoising_loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Tenso
     if policy.modes and batch.modes is None:
         raise ValueError("a policy with condition-on-mode is trained with the modes of its windows; got none")
     draws = draws.to(policy.device)
-    cond = policy.encode(batch.observations, batch.modes)
+    cond = policy.encode(batch.observations, batch.modes, draws.augmentation)
     if policy.config.condition_dropout:
         cond = torch.where(draws.dropped[:, None], policy.unconditional(cond), cond)
     x0 = policy.normalizer.normalize(policy.target.key, batch.actions)

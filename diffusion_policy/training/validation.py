@@ -73,7 +73,7 @@ def make_validation(
         chosen = torch.randperm(len(held), generator=generator)[:VALIDATION_WINDOWS]
         sums = []
         for indices in chosen.split(config.batch_size):
-            draws = draw(policy, len(indices), generator, drop=False)
+            draws = draw(policy, len(indices), generator, learning=False)
             sums.append(loss(policy, held.gather(indices), draws).sum())
         total = sum(torch.stack(sums).tolist())
         looked_at = torch.randperm(len(windows), generator=derive_generator("validation", config.seed))

@@ -57,11 +57,11 @@ def explain(verb: str) -> str:
 TITLES = {
     "collect": ["options", "environment", "episode", "simulation"],
     "train": [
-        "options", "data", "rollout", "policy", "network", "diffusion", "objective", "training",
+        "options", "data", "rollout", "policy", "network", "images", "diffusion", "objective", "training",
         "validation", "checkpoint", "student",
     ],
     "sweep": [
-        "options", "data", "search", "evaluation", "policy", "network", "diffusion", "objective", "training",
+        "options", "data", "search", "evaluation", "policy", "network", "images", "diffusion", "objective", "training",
         "validation", "checkpoint", "rollout", "student", "sampling",
     ],
     "dataset replay": ["positional arguments", "options", "episode", "environment"],
@@ -71,9 +71,9 @@ TITLES = {
     "serve": ["options", "access", "load", "control", "sampling"],
     "live": ["options", "environment", "control", "simulation", "episode", "sampling"],
     "export": ["options", "graph", "sampling"],
-    "benchmark": ["options", "rollout", "planning", "policy", "network", "diffusion", "objective", "sampling"],
+    "benchmark": ["options", "rollout", "planning", "policy", "network", "images", "diffusion", "objective", "sampling"],
     "study": ["positional arguments", "options", "environment", "control", "simulation", "sampling", "episode"],
-    "doctor": ["options", "data", "sampling", "policy", "network", "diffusion", "objective"],
+    "doctor": ["options", "data", "sampling", "policy", "network", "images", "diffusion", "objective"],
 }  # fmt: skip
 """Groups of flags; verbs of few flags have no groups."""
 

@@ -275,7 +275,8 @@ SAME_LOSS = {
     "learning_rate", "weight_decay", "warmup_steps", "gradient_clip", "ema_power", "ema_max_decay",
     "validate_every", "checkpoint_every", "keep_checkpoints", "keep_best", "rollout_every", "rollout_episodes",
     "precision", "accumulation", "compile", "network", "width", "layers", "heads", "mlp_ratio", "dropout",
-    "conditioning", "guard",
+    "conditioning", "guard", "vision", "cnn_widths", "keypoints", "vit_width", "vit_layers", "vit_heads",
+    "image_features", "image_crop", "color_jitter", "image_normalization", "share_encoder",
 }  # fmt: skip
 """Options under which the validation loss stays what it is: the mean over the same windows, of the EMA weights, in
 single precision and with the condition."""
