@@ -364,7 +364,7 @@ def test_a_file_that_names_no_kind_of_network_means_the_unet() -> None:
 
 def test_a_training_with_another_network_is_another_training(tmp_path: Path) -> None:
     before, now = (to_options(told(network), "abc") for network in NETWORKS)
-    with pytest.raises(ConfigError, match=r"another training: network unet, now transformer$"):
+    with pytest.raises(ConfigError, match=r"another training: network unet, now transformer; vision vit, now cnn$"):
         runs.require_same(tmp_path, as_json(before), as_json(now))
 
 

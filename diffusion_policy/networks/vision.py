@@ -97,7 +97,9 @@ def make_cnn(
 
 def make_resnet18(image: tuple[int, int, int], features: int, *, keypoints: int) -> PointsBackbone:
     """ResNet-18 (He et al. 2016, arXiv 1512.03385, table 1) with GroupNorm of 16 channels a group (Wu & He 2018, arXiv
-    1803.08494), without its classifier."""
+    1803.08494), without its classifier. Raises ValueError for images of which it leaves one pixel, that says no place."""
+    if min(image[:2]) <= 32:
+        raise ValueError(f"resnet18 needs images above 32 x 32 px; got {image[0]} x {image[1]}, after the crop")
     return PointsBackbone(ResNet18(image[2]), 512, keypoints, features)
 
 
@@ -166,7 +168,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.Sequential(*(PreNormBlock(vit_width, vit_heads) for _ in range(vit_layers)))
         self.norm = nn.LayerNorm(vit_width)
         self.places = nn.Sequential(nn.Linear(tokens, features), nn.LayerNorm(features), nn.ReLU())
-        self.weights = nn.Parameter(nn.init.normal_(torch.empty(vit_width, features), std=0.02))
+        self.weights = nn.Parameter(nn.init.normal_(torch.empty(vit_width, features), std=vit_width**-0.5))
         self.out = nn.LayerNorm(features)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -224,11 +226,9 @@ def random_crop(images: Tensor, share: float, places: Tensor) -> Tensor:
     0 to below 1, of all that there are, down and to the right, (B, 2)."""
     if share == 1:
         return images
-    sizes = images.shape[-3:-1]
-    height, width = (crop_size(size, share) for size in sizes)
+    height, width = (crop_size(size, share) for size in images.shape[-3:-1])
     windows = images.unfold(2, height, 1).unfold(3, width, 1)  # (B, To, tops, lefts, C, h, w), a view
-    counts = torch.tensor([size - inner + 1 for size, inner in zip(sizes, (height, width), strict=True)])
-    top, left = (places * counts.to(places)).long().unbind(-1)
+    top, left = ((places[:, i] * windows.shape[2 + i]).long() for i in range(2))
     rows = torch.arange(len(images), device=images.device)
     return rearrange(windows[rows, :, top, left], "b t c h w -> b t h w c").contiguous()
 

@@ -71,7 +71,9 @@ TITLES = {
     "serve": ["options", "access", "load", "control", "sampling"],
     "live": ["options", "environment", "control", "simulation", "episode", "sampling"],
     "export": ["options", "graph", "sampling"],
-    "benchmark": ["options", "rollout", "planning", "policy", "network", "images", "diffusion", "objective", "sampling"],
+    "benchmark": [
+        "options", "rollout", "planning", "policy", "network", "images", "diffusion", "objective", "sampling",
+    ],
     "study": ["positional arguments", "options", "environment", "control", "simulation", "sampling", "episode"],
     "doctor": ["options", "data", "sampling", "policy", "network", "images", "diffusion", "objective"],
 }  # fmt: skip
