@@ -36,6 +36,8 @@ MOST_TINY_CHUNKS = 2**16
 """... and most where they have on average less than ..."""
 TINY_CHUNK = 2**9
 """... so many bytes: each takes zarr some time, however little is in it."""
+IMAGE_CHUNK = 2**16
+"""Chunks of so many bytes on average, as those of images, may be as many as there are."""
 
 
 def refuse_unsafe(array: zarr.Array, rows: int, complete: bool) -> None:
@@ -64,7 +66,7 @@ def refuse_unsafe(array: zarr.Array, rows: int, complete: bool) -> None:
     size = rows * math.prod(array.shape[1:]) * array.dtype.itemsize
     count = math.prod(_grid(array, rows, array.chunks))
     most = MOST_CHUNKS if size >= count * TINY_CHUNK else MOST_TINY_CHUNKS
-    if count > most:
+    if count > most and size < count * IMAGE_CHUNK:
         raise ValueError(f"has {count} chunks of some {size // count} bytes; at most {most} of those are read")
     missing = next(missing_chunks(array, rows, complete), None)
     if missing is not None and (complete or size > LARGEST_GAP or math.prod(_grid(array, rows)) > MOST_PLACES):
