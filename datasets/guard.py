@@ -15,6 +15,7 @@ from zarr.core.sync import sync
 
 from diffusion_policy.datasets.guarded_store import GuardedStore, gather
 from diffusion_policy.datasets.packing import COMPRESSORS, Packing
+from diffusion_policy.datasets.shards import lies_in_shards, read_in_shards
 
 CODECS = COMPRESSORS | {"bytes", "crc32c", "sharding_indexed", "transpose"}
 """Codecs of zarr v2 and v3 that turn bytes into bytes or numbers ..."""
@@ -84,7 +85,7 @@ def trust(array: zarr.Array) -> None:
 def read_rows(array: zarr.Array, start: int, stop: int) -> np.ndarray:
     """Some rows of an array that is trusted, (stop - start, ...); raises what its files make zarr raise, and leaves no
     thread of it at work."""
-    return sync(gather(array.async_array, start, stop))
+    return read_in_shards(array, start, stop) if lies_in_shards(array) else sync(gather(array.async_array, start, stop))
 
 
 def codec_names(array: zarr.Array) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import zarr
 
-from diffusion_policy.datasets import durable, guard, guarded_store, storage
+from diffusion_policy.datasets import durable, guard, guarded_store, shards, storage
 from diffusion_policy.datasets.demonstration import Demonstration
 from diffusion_policy.datasets.storage import StoreError, image_rows
 from diffusion_policy.datasets.store import EpisodeStore
@@ -203,3 +203,43 @@ def test_a_walk_through_large_pictures_holds_little(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("diffusion_policy.datasets.store.BLOCK_BYTES", 2**17)  # less than a file
     assert opened.chunk_rows("camera") == 42
     assert list(blocks_of(opened, "camera")) == [42, 28]
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<f4", ">f4", "<i2"])
+@pytest.mark.parametrize("codec", ["zstd", "lz4hc"])
+def test_files_of_many_chunks_are_read_as_zarr_reads_them(tmp_path: Path, dtype: str, codec: str) -> None:
+    rows = np.random.default_rng(0).integers(0, 99, (50, 8, 8, 3)).astype(dtype)
+    group = zarr.create_group(tmp_path / "store.zarr")
+    array = group.create_array(
+        "data/camera",
+        shape=rows.shape,
+        dtype=dtype,
+        chunks=(3, 8, 8, 3),
+        shards=(24, 8, 8, 3),
+        compressors=[zarr.codecs.BloscCodec(cname=codec), zarr.codecs.Crc32cCodec()],
+        fill_value=7,
+    )
+    array[:20], array[27:] = rows[:20], rows[27:]  # the chunks between are not written
+    group.create_array("data/action", data=np.zeros((50, 1)))
+    group.create_array("meta/episode_ends", data=np.array([50]))
+    store = EpisodeStore.open(tmp_path / "store.zarr")
+    expected = np.asarray(array[:])
+    assert (expected[21:24] == 7).all()
+    assert shards.lies_in_shards(store.arrays.raw("data/camera"))
+    for start in range(0, 50, 7):
+        for stop in range(start, 51, 3):
+            np.testing.assert_array_equal(store.read_rows("camera", start, stop), expected[start:stop])
+    assert store.read_rows("camera", 0, 5).dtype == store.dtype("camera")
+
+
+def test_a_file_of_pictures_that_is_cut_short_is_damaged(tmp_path: Path) -> None:
+    with EpisodeStore.create(tmp_path / "store.zarr", {}, [], sync=False) as store:
+        store.append([episode(6, 0)])
+    file = tmp_path / "store.zarr" / "data" / "camera" / "c.0.0.0.0"
+    content = file.read_bytes()
+    for size in (0, 3, len(content) // 2, len(content) - 1):
+        file.write_bytes(content[:size])
+        with pytest.raises(StoreError, match=r"data/camera is damaged"):
+            EpisodeStore.open(tmp_path / "store.zarr").read("camera")
+        with pytest.raises(StoreError, match=r"data/camera is damaged"):
+            EpisodeStore.open(tmp_path / "store.zarr").read_rows("camera", 1, 3)
