@@ -194,8 +194,11 @@ class Appender:
                     shutil.rmtree(folder)
         for path, beyond in self._arrays.uncommitted().items():
             array = self._writable_array(path)
-            committed, chunk = array.shape[0] - beyond, array.chunks[0]
-            array[committed : math.ceil(committed / chunk) * chunk] = array.fill_value  # other rows of the last chunk
+            committed, chunk, file = array.shape[0] - beyond, array.chunks[0], (array.shards or array.chunks)[0]
+            whole = math.ceil(committed / chunk) * chunk
+            array[committed:whole] = array.fill_value  # other rows of the last chunk
+            rest = array.with_config({"write_empty_chunks": False})
+            rest[whole : math.ceil(committed / file) * file] = array.fill_value  # other chunks of the last file
             array.resize((committed, *array.shape[1:]))
         for file in unfinished_files(str(self._folder)):
             file.unlink()

@@ -151,13 +151,15 @@ class GuardedStore(WrapperStore[Any]):
         content = await self._read(key, byte_range, packing.most_stored)
         if index and content is not None:
             return content
+        part = byte_range.start if isinstance(byte_range, RangeByteRequest) else -1
+        unpacked = packing.chunk_bytes if part >= 0 else packing.file_bytes
         if content is not None and byte_range is None and count is not None:
-            for chunk in chunks_of_shard(memoryview(content), count):
+            chunks = list(chunks_of_shard(memoryview(content), count))  # fewer where it is not yet full
+            unpacked = packing.chunk_bytes * len(chunks)
+            for chunk in chunks:
                 refuse_bomb(chunk, packing)
         elif content is not None:
             refuse_bomb(memoryview(content), packing)
-        part = byte_range.start if isinstance(byte_range, RangeByteRequest) else -1
-        unpacked = packing.chunk_bytes if part >= 0 else packing.file_bytes
         if self.read_only:  # a writer reads only what it has checked or makes itself
             self._count((key, part), 0 if content is None else self._weigh(key, content), unpacked)
         return content

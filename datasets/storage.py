@@ -20,6 +20,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
+from diffusion_policy.basics.images import is_image
 from diffusion_policy.basics.text import one_line
 from diffusion_policy.datasets.guard import collect_async
 from diffusion_policy.datasets.guarded_store import GuardedStore, Listing, gather
@@ -33,6 +34,15 @@ CHUNK_BYTES = 2**19
 """Decoded size of a chunk of wide rows: large enough to read fast, small enough to hold several in memory."""
 CHUNK_ROWS = 16384
 """Most rows in a chunk: some hundred episodes, so that many small episodes do not become many small files."""
+IMAGE_CHUNK_BYTES = 2**17
+"""Decoded size of a chunk of images, at least one: four of 96 x 96 in colour. A window of two then decodes five images
+on average, and four in a row still pack better than one."""
+IMAGE_SHARD_BYTES = 2**23
+"""Decoded size of a file of images. An append writes the last file anew, so this bounds what it costs, except ..."""
+IMAGE_SHARD_ROWS = 64
+"""... that a file has at least so many images, so that a million steps are at most some 16,000 files ..."""
+LARGEST_IMAGE_SHARD = 2**26
+"""... and that no file is larger than this, one image apart."""
 KEY = re.compile(r"(?!zarr\.json$)[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 """Names that are written."""
 MOST_BEYOND = 2**24
@@ -81,20 +91,37 @@ def refuse_links(path: Path) -> None:
 
 
 def create_array(group: zarr.Group, path: str, like: np.ndarray, fill_value: float | None = None) -> None:
-    """An array with a checksum on every chunk, each chunk one file. Rows that were never written are NaN where there is
-    a NaN."""
+    """An array with a checksum on every chunk, each chunk one file; many chunks of images are one file. Rows that were
+    never written are NaN where there is a NaN."""
     if fill_value is None:
         fill_value = math.nan if like.dtype.kind == "f" else 0
-    rows = max(1, min(CHUNK_ROWS, CHUNK_BYTES // max(1, row_bytes(like.shape[1:], like.dtype))))
+    row = like.shape[1:]
+    shard_rows = None
+    if is_image(row):
+        rows, shard_rows = image_rows(row_bytes(row, like.dtype))
+        # Of Blosc's codecs lz4hc unpacks images fastest, and blank ones into no more than 255 times their size, which
+        # a guard cannot mistake for a bomb. Bit planes, zarr's default for bytes, pack images worse than no shuffle.
+        blosc = BloscCodec(cname="lz4hc", clevel=5, shuffle="noshuffle" if like.dtype.itemsize == 1 else "shuffle")
+    else:
+        rows = max(1, min(CHUNK_ROWS, CHUNK_BYTES // max(1, row_bytes(row, like.dtype))))
+        blosc = BloscCodec(cname="zstd", clevel=3)
     group.create_array(
         path,
         shape=like.shape,
         dtype=like.dtype,
-        chunks=(rows, *(max(1, n) for n in like.shape[1:])),
+        chunks=(rows, *(max(1, n) for n in row)),
+        shards=None if shard_rows is None else (shard_rows, *row),
         chunk_key_encoding={"name": "default", "separator": "."},
-        compressors=[BloscCodec(cname="zstd", clevel=3), Crc32cCodec()],
+        compressors=[blosc, Crc32cCodec()],
         fill_value=fill_value,
     )
+
+
+def image_rows(image_bytes: int) -> tuple[int, int]:
+    """How many images of so many bytes a chunk holds, and how many a file, which is some whole chunks."""
+    rows = max(1, IMAGE_CHUNK_BYTES // image_bytes)
+    in_file = min(max(IMAGE_SHARD_ROWS, IMAGE_SHARD_BYTES // image_bytes), max(1, LARGEST_IMAGE_SHARD // image_bytes))
+    return rows, rows * max(1, in_file // rows)
 
 
 def rows_beyond(array: zarr.Array) -> np.ndarray:

@@ -187,9 +187,9 @@ class EpisodeStore:
         return np.result_type(*(self.arrays.readable(f"data/{part}").dtype for part in self.parts(key)))
 
     def chunk_rows(self, key: str) -> int:
-        """Rows of a key that are stored together."""
+        """Rows of a key that are stored and read together: a file, or a chunk of it where a file is large."""
         arrays = [self.arrays.readable(f"data/{part}") for part in self.parts(key)]
-        return max((array.shards or array.chunks)[0] for array in arrays)
+        return max(_read_together(array) for array in arrays)
 
     def stored_bytes(self, key: str) -> int | None:
         """Size of the files of a key; None where they cannot be listed."""
@@ -370,6 +370,12 @@ class EpisodeStore:
             raise StoreError(f"{self.location} was opened to read; open it to append with EpisodeStore.append_to")
         self.__dict__.pop("left_out", None)
         self._appender.append(episodes)
+
+
+def _read_together(array: zarr.Array) -> int:
+    """Rows of a file of an array, or of a chunk of it where a file is large."""
+    file = array.shards or array.chunks
+    return file[0] if math.prod(file) * array.dtype.itemsize <= BLOCK_BYTES else array.chunks[0]
 
 
 def _side_by_side(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -47,6 +47,7 @@ LIBRARIES = {
     "datasets.streaming": {"numpy", "torch"},
     "datasets.recorder": {"numpy", "zarr", "gymnasium"},
     "datasets.checksums": {"numpy", "google_crc32c"},
+    "datasets.shards": {"numpy", "zarr", "numcodecs", "google_crc32c"},
     "datasets.web": {"zarr", "aiohttp"},
     "datasets.formats": {"numpy", "zarr", "fsspec", "h5py", "pyarrow", "minari", "gymnasium"},
     "basics": {"numpy"},
