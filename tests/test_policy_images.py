@@ -144,7 +144,8 @@ def test_an_exported_policy_sees(vision, graphs_made_once) -> None:
     tensors = {key: torch.from_numpy(values) for key, values in observations.items()}
     expected = policy.sample_from(tensors, noise, sampling)[:, :, 1:]
     np.testing.assert_allclose(planner.sample(observations, noise), expected, rtol=1e-4, atol=1e-4)
-    assert config.type_of("image") == "uint8" and config.type_of("state") == "float64"
+    assert config.type_of("image") == "uint8"
+    assert config.type_of("state") == "float64"
 
 
 def test_a_policy_with_a_transformer_sees_each_image_as_a_token() -> None:
@@ -159,7 +160,8 @@ def test_a_checkpoint_keeps_what_it_sees_by(tmp_path: Path) -> None:
     dataset = Dataset("d.zarr", "0" * 64, 1, 60, {}, None, "action")
     point = Checkpoint(policy, TrainConfig(steps=1), Environment(None, {}, ()), dataset, 1)
     loaded = checkpoint.load(checkpoint.save(tmp_path, point, {}, 1, None)).policy.eval()
-    assert loaded.config == policy.config and loaded.images == ("image", "wrist")
+    assert loaded.config == policy.config
+    assert loaded.images == ("image", "wrist")
     observations = observe(1)
     assert torch.equal(*(one.sample(observations, [planning_rng(0)]) for one in (policy, loaded)))
 
@@ -201,7 +203,8 @@ def test_windows_hold_uint8_and_give_what_was_stored() -> None:
 def test_statistics_of_images_are_those_of_their_channels() -> None:
     found = measure(DATA["image"])
     pixels = DATA["image"].reshape(-1, 3).astype(np.float64)
-    assert found.shape == SIZE and found.rows == 60
+    assert found.shape == SIZE
+    assert found.rows == 60
     np.testing.assert_allclose(found.mean, pixels.mean(0))
     np.testing.assert_allclose(found.std, pixels.std(0))
     np.testing.assert_array_equal([found.minimum, found.maximum], [pixels.min(0), pixels.max(0)])
@@ -209,8 +212,13 @@ def test_statistics_of_images_are_those_of_their_channels() -> None:
 
 
 def test_what_is_an_image() -> None:
-    assert is_image((96, 96, 3)) and is_image((8, 8, 1)) and not is_image((9, 2)) and not is_image((3, 96, 96))
-    assert is_channels_first((3, 96, 96)) and not is_channels_first((96, 96, 3)) and not is_channels_first((4, 4, 4))
+    assert is_image((96, 96, 3))
+    assert is_image((8, 8, 1))
+    assert not is_image((9, 2))
+    assert not is_image((3, 96, 96))
+    assert is_channels_first((3, 96, 96))
+    assert not is_channels_first((96, 96, 3))
+    assert not is_channels_first((4, 4, 4))
     shares = np.array([[[[0.0], [1.0], [0.5]]]])
     assert as_uint8(shares, "x").ravel().tolist() == [0, 255, 128]
     assert as_uint8(shares, "x", full_range=True).ravel().tolist() == [0, 1, 0]

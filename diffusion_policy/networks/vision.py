@@ -97,7 +97,7 @@ def make_cnn(
 
 def make_resnet18(image: tuple[int, int, int], features: int, *, keypoints: int) -> PointsBackbone:
     """ResNet-18 (He et al. 2016, arXiv 1512.03385, table 1) with GroupNorm of 16 channels a group (Wu & He 2018, arXiv
-    1803.08494), without its classifier. Raises ValueError for images of which it leaves one pixel, that says no place."""
+    1803.08494), without its classifier. Raises ValueError for images of which it leaves one pixel, so no place."""
     if min(image[:2]) <= 32:
         raise ValueError(f"resnet18 needs images above 32 x 32 px; got {image[0]} x {image[1]}, after the crop")
     return PointsBackbone(ResNet18(image[2]), 512, keypoints, features)

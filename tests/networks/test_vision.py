@@ -50,7 +50,9 @@ def test_keypoints_follow_what_moves_in_the_image() -> None:
     near, far = torch.zeros(2, 1, 2, 32, 32, 3)
     near[:, :, 4:8, 4:8], far[:, :, 24:28, 24:28] = 5.0, 5.0
     first, second = encoder.keypoints(near), encoder.keypoints(far)
-    assert first is not None and second is not None and first.shape == (1, 2, 5, 2)
+    assert first is not None
+    assert second is not None
+    assert first.shape == (1, 2, 5, 2)
     assert ((second - first).abs() > 1e-4).all()
     assert make("vit", 32).keypoints(near) is None
 
