@@ -9,7 +9,7 @@ Knows arrays. Knows neither stores nor policies: windows of a store are made in 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -113,6 +113,17 @@ class Windows:
         """All rows of the chosen episodes: `action` and each observation key, (windows, ...)."""
         return {key: array.cpu().numpy()[self._now] for key, array in self._data.items()}
 
+    @property
+    def held_rows(self) -> int:
+        """Rows of each key that are held, those of windows that are not chosen too."""
+        return len(self._data["action"])
+
+    def with_rows(self, key: str, change: Callable[[Tensor], Tensor]) -> Windows:
+        """The same windows with other rows of a key, made of its rows (rows, ...) at once."""
+        changed = copy.copy(self)
+        changed._data = {**self._data, key: change(self._data[key])}
+        return changed
+
     def subset(self, indices: np.ndarray) -> Windows:
         """Some of the windows, on the same data."""
         chosen = copy.copy(self)
@@ -121,7 +132,7 @@ class Windows:
         chosen._rows = self._rows[indices]
         return chosen
 
-    def gather(self, indices: np.ndarray | Tensor) -> Batch:
+    def gather(self, indices: Sequence[int] | np.ndarray | Tensor) -> Batch:
         """The windows with these indices, (B,) int64 on the CPU."""
         indices = np.asarray(indices)
         now, first, last = (rows[indices, None] for rows in (self._now, self._first, self._last))  # (B, 1) each

@@ -464,6 +464,12 @@ class TrainConfig:
     """Use only so many episodes, drawn by the seed; those held out come on top."""
     memory_gb: float = 4.0
     """Windows that need more memory than this are streamed from the store in shuffled blocks, in some 0.2 GB."""
+    vision_weights: Annotated[str | None, Group("images")] = None
+    """File of weights (.safetensors) that the trunks of all image encoders begin with, such as those of a published
+    ResNet-18, whose BatchNorms are left out."""
+    freeze_vision: bool = False
+    """Leave the trunks of the image encoders as they begin; what they make of the images' middle is computed once,
+    before the training."""
     validate_every: Annotated[int, Group("validation")] = 250
     """Training steps between two validations."""
     checkpoint_every: Annotated[int, Group("checkpoint")] = 1000

@@ -188,17 +188,44 @@ class DiffusionPolicy(nn.Module):
         int64, −1 where it is unknown or to be left open; None leaves all open. `augmentation`: draws from 0 to below 1
         by which images are cropped and changed in training, (B, images, AUGMENTATION_DRAWS); None crops their middle.
         Raises ValueError for observations of other keys or shapes; those beside them are left alone."""
-        needed = {key: (self.config.observation_horizon, *self.shapes.observations[key]) for key in self.keys}
-        found = {key: tuple(observations[key].shape[1:]) for key in needed if key in observations}
-        if found != needed:
-            raise ValueError(f"the policy observes {needed} beside the axis of rows; got {found}")
-        features = [self.encoder_of(key)(self.prepare(key, observations[key], augmentation)) for key in self.keys]
+        self._require_observations(observations)
+        features = [self._encode_key(key, observations[key], augmentation) for key in self.keys]
         cond = torch.cat(features, dim=-1)
         if self.modes:
             modes = torch.full((len(cond),), -1, device=cond.device) if modes is None else modes
             one_hot = modes[:, None] == torch.arange(len(self.modes), device=cond.device)  # (B, modes)
             return torch.cat([cond, one_hot.to(cond)], dim=-1)
         return torch.cat([cond, torch.ones_like(cond[:, :1])], dim=-1) if self.config.condition_dropout else cond
+
+    def _require_observations(self, observations: Mapping[str, Tensor]) -> None:
+        """Raise ValueError for observations of other keys or shapes."""
+        needed = {key: (self.config.observation_horizon, *self.shapes.observations[key]) for key in self.keys}
+        needed = {key: shape for key, shape in needed.items() if not self._is_maps(key, observations.get(key))}
+        for key in self.images:
+            if key not in needed and tuple(observations[key].shape[2:]) == self.shapes.observations[key]:
+                raise ValueError(f"the images {key} must be uint8; got {observations[key].dtype}")
+        found = {key: tuple(observations[key].shape[1:]) for key in needed if key in observations}
+        if found != needed:
+            raise ValueError(f"the policy observes {needed} beside the axis of rows; got {found}")
+
+    def _is_maps(self, key: str, observed: Tensor | None) -> bool:
+        """Whether it is what the trunk of an encoder has made of images; images are uint8."""
+        return key in self.images and observed is not None and observed.is_floating_point()
+
+    def _encode_key(self, key: str, observed: Tensor, augmentation: Tensor | None) -> Tensor:
+        encoder = self.encoder_of(key)
+        if self._is_maps(key, observed):
+            return encoder.features_of(observed)
+        return encoder(self.prepare(key, observed, augmentation))
+
+    def is_frozen(self, key: str) -> bool:
+        """Whether the trunk of a camera's encoder does not learn."""
+        return not any(weight.requires_grad for weight in self.encoder_of(key).backbone.trunk.parameters())
+
+    def maps_of(self, key: str, images: Tensor) -> Tensor:
+        """What the trunk of a camera's encoder makes of images (B, To, H, W, C) uint8: (B, To, *maps) float32, which
+        `encode` takes in their place."""
+        return self.encoder_of(key).maps_of(self.prepare(key, images))
 
     def prepare(self, key: str, observed: Tensor, augmentation: Tensor | None = None) -> Tensor:
         """What the encoder of a key is given, (B, To, ...): normalized numbers; of images the crop. See `encode`."""

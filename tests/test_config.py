@@ -133,7 +133,7 @@ OTHERS: dict[type, dict[str, Any]] = {
         "gradient_clip": 0.5, "ema_power": 0.6, "ema_max_decay": 0.0, "validation_share": 0.25, "max_episodes": 3,
         "memory_gb": 0.5, "validate_every": 500, "checkpoint_every": 2000, "keep_checkpoints": 2, "keep_best":
         "action_error_best", "rollout_every": 500, "rollout_episodes": 2, "precision": "bf16", "accumulation": 2,
-        "compile": True, "seed": 2**32 - 1,
+        "compile": True, "seed": 2**32 - 1, "vision_weights": "resnet18.safetensors", "freeze_vision": True,
     },
     DistillationConfig: {
         "teacher": "runs/teacher", "student": "pairs", "teacher_steps": 4, "teacher_weights": "0" * 64, "pairs": 100,

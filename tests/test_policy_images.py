@@ -78,7 +78,8 @@ def test_a_row_depends_on_its_own_images_and_noise_alone(vision) -> None:
 def test_images_are_encoded_once_for_all_samples_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, calls = new_policy(), []
     encoder = policy.encoder_of("image")
-    monkeypatch.setattr(encoder.backbone, "forward", lambda x, own=encoder.backbone.forward: calls.append(x) or own(x))
+    own = encoder.backbone.trunk.forward
+    monkeypatch.setattr(encoder.backbone.trunk, "forward", lambda images: calls.append(images) or own(images))
     policy.sample(observe(2), [planning_rng(0)] * 2, 5, SampleConfig("ddim", 8))
     assert [tuple(images.shape) for images in calls] == [(4, 3, 42, 35)]
 

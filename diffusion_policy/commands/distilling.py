@@ -91,10 +91,11 @@ def begin(policy: DiffusionPolicy, teacher: Teacher) -> None:
         if own != other:
             raise ConfigError(f"the teacher {what} {other}; of this dataset the student {what} {own}")
     policy.normalizer.load_state_dict(taught.normalizer.state_dict())
-    own = policy.network.state_dict()
-    for name, weights in taught.network.state_dict().items():
-        if name in own and own[name].shape == weights.shape:
-            own[name].copy_(weights)
+    for learner, source in ((policy.network, taught.network), (policy.encoders, taught.encoders)):
+        own = learner.state_dict()
+        for name, weights in source.state_dict().items():
+            if name in own and own[name].shape == weights.shape:
+                own[name].copy_(weights)
 
 
 def make_lessons(

@@ -16,7 +16,7 @@ import torch
 
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.checkpoints.checkpoint import Checkpoint
-from diffusion_policy.commands import distilling, runs
+from diffusion_policy.commands import distilling, image_encoders, runs
 from diffusion_policy.commands.interrupts import Failed, Interrupted, stop_on_signal
 from diffusion_policy.commands.options.train import Train, read_run, to_options
 from diffusion_policy.commands.outputs import require_fresh
@@ -71,10 +71,14 @@ def _run(options: Train, processes: Distributed, device_name: str) -> None:
     point = _begin(options, store, plan, sketch, device)
     if teacher is not None:
         distilling.begin(point.policy, teacher)
+    image_encoders.begin(point.policy, options.training)
     roll_out = make_rollouts(options, store, point) if options.training.rollout_every else None
     told = _tell(options, store, plan, point.dataset.fingerprint)
     with console.status("reading the data"):
         windows, validation = cut_windows(options, store, plan, device)
+        if options.training.freeze_vision:
+            windows = image_encoders.cache(windows, point.policy, options.training)
+            validation = validation and image_encoders.cache(validation, point.policy, options.training)
     _say_what_is_trained(plan, windows, point.policy, processes)
     lessons = distilling.make_lessons(options, point.policy, teacher, windows, validation)
     trainer = Trainer.for_policy(

@@ -2,6 +2,9 @@
 
     normalized images (B, To, H, W, C) → backbone, image by image → features (B, To · F)
 
+A backbone is a trunk, for which others publish weights, and a head that makes features of its maps. What a frozen trunk
+gives can be kept, and taken by the head alone.
+
 The last axis is the channels', as cameras and stores have it; for convolutions that order is torch's channels-last. No
 layer looks at other images of a batch (GroupNorm, no BatchNorm), so a result does not depend on its neighbours, and
 moving averages of the weights are those of a network that could have been trained.
@@ -27,43 +30,60 @@ class ImageEncoder(nn.Module):
     """Images of one camera, or of several that share it: (B, To, H, W, C) → (B, To · F)."""
 
     def __init__(self, backbone: nn.Module, observation_horizon: int, features: int) -> None:
-        """`backbone`: (images, C, H, W) → (images, F)."""
+        """`backbone`: with `trunk`, (images, C, H, W) → maps, and `head`, maps → (images, F)."""
         super().__init__()
         self.backbone = backbone
         self.part = CondPart(observation_horizon, features)
         self.features = observation_horizon * features
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.features_of(self.maps_of(images))
+
+    def maps_of(self, images: Tensor) -> Tensor:
+        """What the trunk makes of normalized images, (B, To, *maps)."""
         flat = rearrange(images, "b t h w c -> (b t) c h w")  # in memory still (h, w, c)
-        return rearrange(self.backbone(flat), "(b t) f -> b (t f)", b=len(images))
+        return self.backbone.trunk(flat).unflatten(0, images.shape[:2])  # pyright: ignore[reportCallIssue]
+
+    def features_of(self, maps: Tensor) -> Tensor:
+        """What the head makes of a trunk's maps (B, To, *maps): (B, To · F)."""
+        features = self.backbone.head(maps.flatten(0, 1))  # pyright: ignore[reportCallIssue]
+        return rearrange(features, "(b t) f -> b (t f)", b=len(maps))
 
     def keypoints(self, images: Tensor) -> Tensor | None:
         """Where the spatial softmax looks in each image, (B, To, K, 2): x and y from -1 to 1, to the right and down;
         None where the backbone has none."""
         if not isinstance(self.backbone, PointsBackbone):
             return None
-        flat = rearrange(images, "b t h w c -> (b t) c h w")
-        return rearrange(self.backbone.points(flat), "(b t) k xy -> b t k xy", b=len(images))
+        maps = self.maps_of(images)
+        return self.backbone.head.points(maps.flatten(0, 1)).unflatten(0, maps.shape[:2])
 
 
 class PointsBackbone(nn.Module):
-    """A convolutional trunk, and where in the image each of its last maps is active: the keypoints' places, made
-    features by a linear layer."""
+    """A convolutional trunk, and where in the image its maps are active."""
 
     def __init__(self, trunk: nn.Module, channels: int, keypoints: int, features: int) -> None:
         """`channels`: of the trunk's maps."""
         super().__init__()
         self.trunk = trunk
+        self.head = PointsHead(channels, keypoints, features)
+
+
+class PointsHead(nn.Module):
+    """Maps (N, channels, h, w) → the places where K maps made of them are active, made features by a linear layer,
+    (N, F)."""
+
+    def __init__(self, channels: int, keypoints: int, features: int) -> None:
+        super().__init__()
         self.maps = nn.Conv2d(channels, keypoints, 1)
         self.softmax = SpatialSoftmax()
         self.out = nn.Linear(2 * keypoints, features)
 
-    def points(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) → the keypoints' places, (N, K, 2)."""
-        return self.softmax(self.maps(self.trunk(images)))
+    def points(self, maps: Tensor) -> Tensor:
+        """The keypoints' places, (N, K, 2)."""
+        return self.softmax(self.maps(maps))
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.out(self.points(images).flatten(1))
+    def forward(self, maps: Tensor) -> Tensor:
+        return self.out(self.points(maps).flatten(1))
 
 
 class SpatialSoftmax(nn.Module):
@@ -146,10 +166,9 @@ class ResidualBlock(nn.Module):
         return self.relu(shortcut + self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
 
 
-class VisionTransformer(nn.Module):
-    """A small transformer over patches, as DPPO and IBRL have it: two convolutions cut the image into overlapping
-    patches, blocks of pre-norm attention follow, and the tokens are weighed into one vector by learned places:
-    (N, C, H, W) → (N, F)."""
+class VitBackbone(nn.Module):
+    """A small transformer over patches, as DPPO and IBRL have it; the tokens are weighed into one vector by learned
+    places."""
 
     def __init__(
         self, image: tuple[int, int, int], features: int, *, vit_width: int, vit_layers: int, vit_heads: int
@@ -160,20 +179,36 @@ class VisionTransformer(nn.Module):
         height, width = (((size - 8) // 4 + 1 - 3) // 2 + 1 for size in image[:2])
         if min(height, width) < 1:
             raise ValueError(f"a vit needs images of at least 16 x 16 px; got {image[0]} x {image[1]}, after the crop")
-        self.patches = nn.Sequential(
-            nn.Conv2d(image[2], vit_width, 8, 4), nn.ReLU(), nn.Conv2d(vit_width, vit_width, 3, 2)
-        )
-        tokens = height * width
-        self.positions = nn.Parameter(nn.init.normal_(torch.empty(tokens, vit_width), std=0.02))
-        self.blocks = nn.Sequential(*(PreNormBlock(vit_width, vit_heads) for _ in range(vit_layers)))
-        self.norm = nn.LayerNorm(vit_width)
-        self.places = nn.Sequential(nn.Linear(tokens, features), nn.LayerNorm(features), nn.ReLU())
-        self.weights = nn.Parameter(nn.init.normal_(torch.empty(vit_width, features), std=vit_width**-0.5))
-        self.out = nn.LayerNorm(features)
+        self.trunk = VisionTransformer(image[2], height * width, vit_width, vit_layers, vit_heads)
+        self.head = TokensHead(height * width, vit_width, features)
+
+
+class VisionTransformer(nn.Module):
+    """Two convolutions cut the image into overlapping patches, and blocks of pre-norm attention follow:
+    (N, C, H, W) → (N, M, width)."""
+
+    def __init__(self, channels: int, tokens: int, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.patches = nn.Sequential(nn.Conv2d(channels, width, 8, 4), nn.ReLU(), nn.Conv2d(width, width, 3, 2))
+        self.positions = nn.Parameter(nn.init.normal_(torch.empty(tokens, width), std=0.02))
+        self.blocks = nn.Sequential(*(PreNormBlock(width, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, images: Tensor) -> Tensor:
         tokens = rearrange(self.patches(images), "n f h w -> n (h w) f") + self.positions
-        tokens = self.norm(self.blocks(tokens))
+        return self.norm(self.blocks(tokens))
+
+
+class TokensHead(nn.Module):
+    """Tokens (N, M, width) → one vector, (N, F): what each of their numbers is at learned places, weighed."""
+
+    def __init__(self, tokens: int, width: int, features: int) -> None:
+        super().__init__()
+        self.places = nn.Sequential(nn.Linear(tokens, features), nn.LayerNorm(features), nn.ReLU())
+        self.weights = nn.Parameter(nn.init.normal_(torch.empty(width, features), std=width**-0.5))
+        self.out = nn.LayerNorm(features)
+
+    def forward(self, tokens: Tensor) -> Tensor:
         return self.out((self.places(tokens.mT) * self.weights).sum(1))
 
 
@@ -194,7 +229,7 @@ class PreNormBlock(nn.Module):
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "cnn": make_cnn,
     "resnet18": make_resnet18,
-    "vit": VisionTransformer,
+    "vit": VitBackbone,
 }
 """By the kind of its options: (image (H, W, C) after the crop, features, and its own options) → backbone."""
 
@@ -248,11 +283,10 @@ AUGMENTATION_DRAWS = 5
 """Numbers from 0 to below 1 by which the images of a key are changed: place of the crop, then those of `jitter`."""
 
 
-def load_backbone(backbone: nn.Module, weights: Mapping[str, Tensor], source: str) -> list[str]:
-    """Take weights by name into a backbone, or into its trunk; returns the names of its own that they lack. Raises
-    ValueError where nothing fits, naming what was sought."""
-    own = backbone.trunk if isinstance(backbone, PointsBackbone) else backbone
-    wanted = own.state_dict()
+def load_trunk(trunk: nn.Module, weights: Mapping[str, Tensor], source: str) -> list[str]:
+    """Take weights by name into a trunk; returns the names of its own that they lack: its norms, where they were
+    BatchNorms. Raises ValueError for weights that do not fit, naming the first."""
+    wanted = trunk.state_dict()
     normed = any(name.endswith("running_mean") for name in weights)
     taken = {
         name: tensor
@@ -268,5 +302,5 @@ def load_backbone(backbone: nn.Module, weights: Mapping[str, Tensor], source: st
     if unknown or lacking:
         found = f"has no {lacking[0]}" if lacking else f"has {unknown[0]}, which the encoder does not"
         raise ValueError(f"{source}: the weights do not fit the encoder: it {found}; names are those of the encoder")
-    own.load_state_dict({**wanted, **taken})
+    trunk.load_state_dict({**wanted, **taken})
     return [name for name in wanted if name not in taken]

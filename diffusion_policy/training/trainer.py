@@ -116,9 +116,10 @@ class Trainer:
         self._loss, self._draw, self._validate, self._roll_out = loss, draw, validate, roll_out
         self._device = next(model.parameters()).device
         kept = {id(weight) for weight in undecayed}
+        learned = [weight for weight in model.parameters() if weight.requires_grad]
         groups = [
-            {"params": [weight for weight in model.parameters() if id(weight) not in kept]},
-            {"params": [weight for weight in model.parameters() if id(weight) in kept], "weight_decay": 0.0},
+            {"params": [weight for weight in learned if id(weight) not in kept]},
+            {"params": [weight for weight in learned if id(weight) in kept], "weight_decay": 0.0},
         ]
         self._optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]],
@@ -351,6 +352,7 @@ def _require_fit(policy: DiffusionPolicy, windows: BatchesOfWindows) -> None:
     config, shapes = policy.config, policy.shapes
     needed = {key: (config.observation_horizon, *shape) for key, shape in shapes.observations.items()}
     needed[policy.target.key] = (config.prediction_horizon, *shapes.action)
+    needed = {key: shape for key, shape in needed.items() if key not in policy.images or not policy.is_frozen(key)}
     found = {key: shape for key, shape in windows.shapes.items() if key in needed}
     if found != needed:
         raise ValueError(f"the policy needs windows of {needed}; got {windows.shapes}")

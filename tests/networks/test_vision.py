@@ -8,7 +8,7 @@ from diffusion_policy.networks.vision import (
     SpatialSoftmax,
     center_crop,
     jitter,
-    load_backbone,
+    load_trunk,
     random_crop,
 )
 
@@ -106,12 +106,11 @@ def test_jitter_changes_brightness_contrast_and_saturation_of_a_row_alike() -> N
 
 
 def test_published_weights_of_a_resnet_are_taken_but_for_classifier_and_batchnorm() -> None:
-    encoder, source = make("resnet18"), ResNet18(3)
-    published = {name: torch.full_like(tensor, 0.5) for name, tensor in source.state_dict().items()}
+    trunk = ResNet18(3)
+    published = {name: torch.full_like(tensor, 0.5) for name, tensor in ResNet18(3).state_dict().items()}
     published |= {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
     published |= {"bn1.running_mean": torch.zeros(64), "bn1.num_batches_tracked": torch.tensor(1)}
-    lacking = load_backbone(encoder.backbone, published, "resnet.safetensors")
-    trunk = encoder.backbone.trunk  # pyright: ignore[reportAttributeAccessIssue]
+    lacking = load_trunk(trunk, published, "resnet.safetensors")
     assert (trunk.layer3[1].conv1.weight == 0.5).all()
     assert (trunk.bn1.weight == 1).all()
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in lacking} <= {"bn1", "bn2", "1"}
@@ -128,4 +127,4 @@ def test_published_weights_of_a_resnet_are_taken_but_for_classifier_and_batchnor
 def test_weights_that_do_not_fit_are_refused_by_name(change: dict[str, torch.Tensor | None], message: str) -> None:
     weights = {name: tensor for name, tensor in {**ResNet18(3).state_dict(), **change}.items() if tensor is not None}
     with pytest.raises(ValueError, match=message):
-        load_backbone(make("resnet18").backbone, weights, "resnet.safetensors")
+        load_trunk(ResNet18(3), weights, "resnet.safetensors")
