@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
+from diffusion_policy.envs.cameras import ImageOptions, arm_cameras
 from diffusion_policy.envs.robots import panda_with_rod
 from diffusion_policy.envs.scene import Scene
-from diffusion_policy.envs.simulation import Simulation, Viewpoint
+from diffusion_policy.envs.simulation import Mount, Simulation, Viewpoint
 from diffusion_policy.envs.task import Advance, TaskEnv, at_height, float_box, path_of_changes, rendering
 
 
@@ -55,6 +56,10 @@ SUBSTEPS = 7
 """Physics steps in a control step: the rod moves less than 3 mm in one, far less than any radius."""
 
 VIEW = Viewpoint(target=(0.5, 0.03, 0.05), distance=0.95, yaw=90, pitch=-48)
+CAMERA = Viewpoint(target=(0.46, 0.025, 0.09), distance=1.8, yaw=90, pitch=-52, field=27)
+"""Of the observed image: all of the workspace, the rod before the arm."""
+WRIST = Mount(eye=(0.11, 0.0, -0.13), target=(-0.01, 0.0, 0.10), up=(-1.0, 0.0, 0.0), field=80)
+"""Of the image from the wrist: the rod in the middle, what stands left and right of it."""
 
 
 def modes(rows: int) -> tuple[str, ...]:
@@ -65,14 +70,26 @@ def modes(rows: int) -> tuple[str, ...]:
 class AvoidEnv(TaskEnv):
     """Observation: `desired_xy`, the commanded, and `actual_xy`, the measured position of the rod (each (2,), [m]).
     Action: change of the commanded position, (2,) [m]. Reward: 1 at success, else 0. The episode ends at success
-    (beyond the finish line) or at any contact between rod and cylinder.
+    (beyond the finish line) or at any contact between rod and cylinder. Where they are asked for, `image` and
+    `wrist_image` are observed as well.
     """
 
     metadata = rendering(CONTROL_PERIOD)
     _simulation: Simulation
 
-    def __init__(self, rows: int = 2, fixed_start: bool = False, render_mode: str | None = None) -> None:
-        """`rows`: how many rows of cylinders stand, 1 to 3; `fixed_start`: always start at START_XY."""
+    def __init__(
+        self,
+        rows: int = 2,
+        fixed_start: bool = False,
+        render_mode: str | None = None,
+        *,
+        image_size: int | None = 0,
+        wrist_image: bool = False,
+        image_renderer: str = "tiny",
+    ) -> None:
+        """`rows`: how many rows of cylinders stand, 1 to 3; `fixed_start`: always start at START_XY; of the images, see
+        `ImageOptions`."""
+        images = ImageOptions.checked(image_size, wrist_image, image_renderer)
         if rows not in (1, 2, 3):
             raise ValueError(f"rows must be 1, 2 or 3; got {rows!r}")
         super().__init__(render_mode)
@@ -86,9 +103,10 @@ class AvoidEnv(TaskEnv):
         )
         self.action_space = float_box([-MAX_ACTION] * 2, [MAX_ACTION] * 2)
 
-        self._simulation = Simulation(CONTROL_PERIOD / SUBSTEPS, VIEW, window=self._window)
+        self._simulation = Simulation(CONTROL_PERIOD / SUBSTEPS, VIEW, window=self._window, renderer=images.renderer)
         self._cylinders = self._build_scene()
-        self._arm = panda_with_rod(self._simulation, ROD_RADIUS, ROD_LENGTH)
+        self._arm = panda_with_rod(self._simulation, ROD_RADIUS, ROD_LENGTH, coarse=images.size > 0)
+        self._look_through(arm_cameras(self._simulation, self._arm, CAMERA, WRIST, images), images.size)
         self._pristine = self._simulation.save()
         self._desired_xy = np.array(START_XY)
 
@@ -139,6 +157,7 @@ class AvoidEnv(TaskEnv):
         return {
             "desired_xy": self._desired_xy.astype(np.float32),
             "actual_xy": self._arm.tool_position[:2].astype(np.float32),
+            **self._images(),
         }
 
     def save_state(self) -> tuple[int, np.ndarray]:

@@ -27,10 +27,11 @@ from diffusion_policy.envs.block_push_state import (
     relative_features,
     solved,
 )
+from diffusion_policy.envs.cameras import ImageOptions, arm_cameras
 from diffusion_policy.envs.protocols import Grip, Push
 from diffusion_policy.envs.robots import xarm_with_rod
 from diffusion_policy.envs.scene import Scene
-from diffusion_policy.envs.simulation import Simulation, Viewpoint
+from diffusion_policy.envs.simulation import Mount, Simulation, Viewpoint
 from diffusion_policy.envs.task import (
     Advance,
     TaskEnv,
@@ -78,6 +79,10 @@ TARGET_OFFSET = 0.12
 TARGET_YAW = (math.pi - math.pi / 30, math.pi + math.pi / 30)
 
 VIEW = Viewpoint(target=(0.34, 0.0, 0.05), distance=1.2, yaw=90, pitch=-55)
+CAMERA = Viewpoint(target=(0.40, 0.0, 0.03), distance=2.0, yaw=90, pitch=-60, field=32)
+"""Of the observed image: all of the workspace, the rod before the arm."""
+WRIST = Mount(eye=(0.16, 0.0, -0.12), target=(-0.01, 0.0, 0.05), up=(-1.0, 0.0, 0.0), field=80)
+"""Of the image from the wrist: the rod in the middle, what lies left and right of it."""
 
 _BOUNDS = np.array(WORKSPACE).T
 
@@ -93,9 +98,10 @@ class Saved(NamedTuple):
 
 class BlockPushEnv(TaskEnv):
     """Observation: `state` (16,): red block x, y [m], yaw [rad]; blue block likewise; effector x, y; commanded effector
-    x, y; green target x, y, yaw; yellow target likewise (yaw modulo pi); and `relative` (22,), made from it by
-    `relative_features`. Action: (2,) [m], the change of the commanded position, or that position itself. Reward: 0.49
-    when a block first enters a target; 0.51, and the end, when the blocks are in two different targets.
+    x, y; green target x, y, yaw; yellow target likewise (yaw modulo pi); `relative` (22,), made from it by
+    `relative_features`; and the images that are asked for. Action: (2,) [m], the change of the commanded position, or
+    that position itself. Reward: 0.49 when a block first enters a target; 0.51, and the end, when the blocks are in two
+    different targets.
 
     `info["measures"]`: `score`, the sum of the different rewards so far; `p1` and `p2`, whether it passes 0.4 and 0.9.
     `info["events"]`: the step at which each of REACH_0, REACH_1, TARGET_0_0, ... (block, target) was first seen.
@@ -105,8 +111,18 @@ class BlockPushEnv(TaskEnv):
     modes = MODES
     _simulation: Simulation
 
-    def __init__(self, action: str = "delta", render_mode: str | None = None) -> None:
-        """`action`: "delta" (added to the commanded position) or "absolute" (replaces it)."""
+    def __init__(
+        self,
+        action: str = "delta",
+        render_mode: str | None = None,
+        *,
+        image_size: int | None = 0,
+        wrist_image: bool = False,
+        image_renderer: str = "tiny",
+    ) -> None:
+        """`action`: "delta" (added to the commanded position) or "absolute" (replaces it); of the images, see
+        `ImageOptions`."""
+        images = ImageOptions.checked(image_size, wrist_image, image_renderer)
         if action not in ACTIONS:
             raise ValueError(f"unknown action {action!r}; choose from {', '.join(ACTIONS)}")
         super().__init__(render_mode)
@@ -120,9 +136,12 @@ class BlockPushEnv(TaskEnv):
             {"state": float_box(state_low, state_high), "relative": float_box(-relative_high, relative_high)}
         )
 
-        self._simulation = Simulation(TIME_STEP, VIEW, window=self._window, precision=SOLVER_PRECISION)
+        self._simulation = Simulation(
+            TIME_STEP, VIEW, window=self._window, precision=SOLVER_PRECISION, renderer=images.renderer
+        )
         self._build_scene()
-        self._arm = xarm_with_rod(self._simulation, ROD_RADIUS, ROD_LENGTH, TOOL_Z - ROD_GAP)
+        self._arm = xarm_with_rod(self._simulation, ROD_RADIUS, ROD_LENGTH, TOOL_Z - ROD_GAP, coarse=images.size > 0)
+        self._look_through(arm_cameras(self._simulation, self._arm, CAMERA, WRIST, images), images.size)
         self._arm.reset((*START_XY, TOOL_Z))
         self._hand = Hand(self._simulation, BLOCKS, BLOCK_SIZE)
         self._push: Push | None = None
@@ -231,7 +250,7 @@ class BlockPushEnv(TaskEnv):
         return np.concatenate([*poses[:2], effector, self._command, *poses[2:]]).astype(np.float32)
 
     def _observation(self, state: np.ndarray) -> dict[str, np.ndarray]:
-        return {"state": state, "relative": relative_features(state)}
+        return {"state": state, "relative": relative_features(state), **self._images()}
 
     def save_state(self) -> Saved:
         """The full state of the episode, for `restore_state` of this environment."""

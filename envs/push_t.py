@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
+from diffusion_policy.envs.cameras import IMAGE, require_image_size
 from diffusion_policy.envs.protocols import Grip, Push
 from diffusion_policy.envs.scene import Scene
 from diffusion_policy.envs.task import Advance, TaskEnv, float_box, path_through, rendering
@@ -116,8 +117,8 @@ class SavedState(NamedTuple):
 
 class PushTEnv(TaskEnv):
     """Observation: `state` (5,), as the module says, the angle in [0, 2 pi), and `keypoint` (9, 2) [px], both as in the
-    published dataset. Action: where the agent shall go, (2,) [px], absolute. Reward: clip(coverage / 0.95, 0, 1).
-    The episode ends at success, more than 95 % of the outline covered.
+    published dataset; `image` where it is asked for. Action: where the agent shall go, (2,) [px], absolute. Reward:
+    clip(coverage / 0.95, 0, 1). The episode ends at success, more than 95 % of the outline covered.
 
     `info["measures"]`: `score`, the highest reward of the episode so far, and `final_coverage`, the present coverage.
     `reset(seed=...)` begins as the published tests do (`published_start`), `reset(options={"state": ...})` in a state
@@ -131,8 +132,10 @@ class PushTEnv(TaskEnv):
     """The plane with the goal's outline; y_range falls because y points down."""
     _unit = "px"
 
-    def __init__(self, render_mode: str | None = None) -> None:
-        """Raises ValueError where gym-pusht is not installed or cannot be loaded."""
+    def __init__(self, render_mode: str | None = None, *, image_size: int | None = 0) -> None:
+        """`image_size`: width and height of the image that is observed [px], 0 for none; the published one has 96.
+        Raises ValueError where gym-pusht is not installed or cannot be loaded."""
+        image_size = require_image_size(image_size)
         super().__init__(render_mode)
         block = np.full(2, -REACH)
         corner = np.full((9, 2), -REACH - 124)  # no keypoint is farther from the block's origin
@@ -148,6 +151,7 @@ class PushTEnv(TaskEnv):
         self._actions: list[tuple[np.ndarray, Push | None]] = []
         self._push: Push | None = None
         self._score = 0.0
+        self._look_through({IMAGE: lambda: self._photograph(image_size)} if image_size else {}, image_size)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         """Put agent and block at rest: in `options["state"]`, or where the published protocol puts them for `seed`
@@ -188,7 +192,12 @@ class PushTEnv(TaskEnv):
 
     def _observation(self) -> dict[str, np.ndarray]:
         state = self._simulation.get_obs()
-        return {"state": state.astype(np.float32), "keypoint": keypoints(state).astype(np.float32)}
+        named = {"state": state.astype(np.float32), "keypoint": keypoints(state).astype(np.float32)}
+        return named | self._images()
+
+    def _photograph(self, size: int) -> np.ndarray:
+        """The published image: agent, block and outline, without the cross that `render` draws at the last action."""
+        return self._simulation._get_img(self._simulation._draw(), size, size)
 
     def _info(self, coverage: float) -> dict[str, Any]:
         # The start's coverage shows after a reset, but the published score is that of the steps alone.

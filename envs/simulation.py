@@ -7,10 +7,11 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
+from diffusion_policy.envs import egl
 from diffusion_policy.envs.quiet import silence
 
 with silence():
@@ -46,19 +47,66 @@ class Viewpoint(NamedTuple):
     """[px]"""
     height: int = 384
     """[px]"""
+    field: float = 45.0
+    """Of view, from the lower to the upper edge [degrees]."""
+
+
+class Mount(NamedTuple):
+    """How a camera sits on a link, in the link's own frame."""
+
+    eye: tuple[float, float, float]
+    """[m]"""
+    target: tuple[float, float, float]
+    """Point looked at [m]."""
+    up: tuple[float, float, float]
+    """Direction that is up in the picture."""
+    field: float
+    """Of view [degrees]."""
+
+
+class Mounted(NamedTuple):
+    """A camera on a link of a body."""
+
+    body: str
+    link: int
+    mount: Mount
+
+
+Renderer = Literal["tiny", "egl"]
+RENDERERS: tuple[Renderer, ...] = get_args(Renderer)
+"""What draws images: PyBullet's TinyRenderer, on the CPU; its OpenGL renderer without a window, where there is EGL."""
+NEAR, FAR = 0.02, 5.0
+"""What is nearer to the eye of a camera on a link, or farther from any eye, is not drawn [m]."""
+LIGHT = (0.6, -0.8, 2.0)
+"""The direction from which light comes."""
 
 
 class Simulation:
     """One PyBullet world with a fixed time step, seen from one viewpoint."""
 
-    def __init__(self, time_step: float, view: Viewpoint, *, window: bool = False, precision: float = 1e-7) -> None:
+    def __init__(
+        self,
+        time_step: float,
+        view: Viewpoint,
+        *,
+        window: bool = False,
+        precision: float = 1e-7,
+        renderer: Renderer = "tiny",
+    ) -> None:
         """`time_step` is one physics step [s]; `window` opens one, which needs a display; the solver stops once the
-        squares of what velocities lack are below `precision` [m^2/s^2] (the default is PyBullet's)."""
+        squares of what velocities lack are below `precision` [m^2/s^2] (the default is PyBullet's); `renderer`: what
+        draws the images of `photograph`. Raises ValueError for EGL where it cannot be had."""
+        plugin = egl.find_plugin() if renderer == "egl" else None
         with silence():
             self._client = _Client(pybullet.GUI if window else pybullet.DIRECT)
+            if plugin:
+                self._client.loadPlugin(plugin, "_eglRendererPlugin")  # it draws only what is added from now on
+                egl.hold(self._client)
         if window:
             self._client.configureDebugVisualizer(pybullet.COV_ENABLE_GUI, 0)
         self._view = view
+        self._renderer = pybullet.ER_BULLET_HARDWARE_OPENGL if plugin else pybullet.ER_TINY_RENDERER
+        self._cold = plugin is not None
         self.picture_share = 1.0
         """Of the view's width and height that `render` draws; less is faster."""
         self._client.resetDebugVisualizerCamera(view.distance, view.yaw, view.pitch, view.target)  # of the window
@@ -236,12 +284,39 @@ class Simulation:
 
     def render(self) -> np.ndarray:
         """A picture of the scene, (height, width, 3) uint8, drawn on the CPU."""
-        width, height = self._picture_size
-        view, projection = self._matrices()
+        return self._draw(*self._matrices(), *self._picture_size, pybullet.ER_TINY_RENDERER)
+
+    def photograph(self, camera: Viewpoint | Mounted, size: int) -> np.ndarray:
+        """A square image (size, size, 3) uint8 of what a camera sees."""
+        if isinstance(camera, Viewpoint):
+            eye, near = self._eye(camera), 0.1
+        else:
+            eye, near = self._eye_on_link(camera), NEAR
+        field = camera.field if isinstance(camera, Viewpoint) else camera.mount.field
+        projection = self._client.computeProjectionMatrixFOV(field, 1.0, near, FAR)
+        if self._cold:
+            self._cold = False
+            with silence():  # OpenGL's first two images are other ones, and it prints what draws
+                for _ in range(2):
+                    self._draw(eye, projection, size, size, self._renderer)
+        return self._draw(eye, projection, size, size, self._renderer)
+
+    def _draw(
+        self, eye: Sequence[float], projection: Sequence[float], width: int, height: int, renderer: int
+    ) -> np.ndarray:
+        """Without shadows, and without saying which pixel is whose: both take time."""
+        flags = pybullet.ER_NO_SEGMENTATION_MASK
         _, _, rgba, _, _ = self._client.getCameraImage(
-            width, height, view, projection, renderer=pybullet.ER_TINY_RENDERER, lightDirection=(0.6, -0.8, 2.0)
+            width, height, eye, projection, renderer=renderer, lightDirection=LIGHT, shadow=0, flags=flags
         )
         return np.asarray(rgba, dtype=np.uint8).reshape(height, width, 4)[..., :3]
+
+    def _eye_on_link(self, camera: Mounted) -> tuple[float, ...]:
+        """The matrix of a camera on a link."""
+        state = self._client.getLinkState(self._bodies[camera.body], camera.link, computeForwardKinematics=True)
+        turned = np.array(self._client.getMatrixFromQuaternion(state[5])).reshape(3, 3)
+        eye, target = (turned @ point + state[4] for point in (camera.mount.eye, camera.mount.target))
+        return self._client.computeViewMatrix(eye.tolist(), target.tolist(), (turned @ camera.mount.up).tolist())
 
     def pixels(self, points: np.ndarray) -> np.ndarray:
         """Where points (..., 3) [m] lie in a picture of `render`, (..., 2) [px]: column, row."""
@@ -263,11 +338,13 @@ class Simulation:
         return round(self._view.width * self.picture_share), round(self._view.height * self.picture_share)
 
     def _matrices(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        view, client = self._view, self._client
-        eye = client.computeViewMatrixFromYawPitchRoll(
+        view = self._view
+        return self._eye(view), self._client.computeProjectionMatrixFOV(view.field, view.width / view.height, 0.1, FAR)
+
+    def _eye(self, view: Viewpoint) -> tuple[float, ...]:
+        return self._client.computeViewMatrixFromYawPitchRoll(
             view.target, view.distance, view.yaw, view.pitch, roll=0, upAxisIndex=2
         )
-        return eye, client.computeProjectionMatrixFOV(45, view.width / view.height, 0.1, 5)
 
     # States
 
@@ -292,4 +369,5 @@ class Simulation:
         if self._connected:
             self._connected = False
             with silence(), contextlib.suppress(pybullet.error):  # the user may have closed the window
-                self._client.disconnect()
+                if not egl.release(self._client):
+                    self._client.disconnect()

@@ -6,6 +6,7 @@ Also formulas on planned paths and spaces that several tasks use. Knows Gymnasiu
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -25,14 +26,14 @@ class Advance(NamedTuple):
 
 
 class TaskEnv(gymnasium.Env):
-    """The base of all tasks, which keep the whole contract themselves: observations are a flat Dict of float32 Boxes,
-    actions a float32 Box (A,) that the task clips itself, every info has `is_success`, and the task is Multimodal. No
-    adapter is put around it.
+    """The base of all tasks, which keep the whole contract themselves: observations are a flat Dict of Boxes, float32
+    but for images, actions a float32 Box (A,) that the task clips itself, every info has `is_success`, and the task is
+    Multimodal. No adapter is put around it.
 
     A task sets `metadata` (see `rendering`), calls `super().__init__(render_mode)`, then sets both spaces and
-    `_simulation`, whose window opens if `_window`. It defines `reset`, which calls `super().reset(seed=seed)`, and
-    `_advance`. Here, a step checks its action and is paced where a window shows it. Time limits are Gymnasium's: a task
-    never truncates.
+    `_simulation`, whose window opens if `_window`, and gives its cameras to `_look_through`. It defines `reset`, which
+    calls `super().reset(seed=seed)`, and `_advance`; both observe `_images()` too. Here, a step checks its action and
+    is paced where a window shows it. Time limits are Gymnasium's: a task never truncates.
     """
 
     modes: tuple[str, ...] = ()
@@ -49,6 +50,17 @@ class TaskEnv(gymnasium.Env):
             raise ValueError(f"unknown render_mode {render_mode!r}; choose from {', '.join(known)}")
         self.render_mode = render_mode
         self._window = render_mode == "human" and has_display()
+        self._cameras: Mapping[str, Callable[[], np.ndarray]] = {}
+
+    def _look_through(self, cameras: Mapping[str, Callable[[], np.ndarray]], size: int) -> None:
+        """Observe what cameras see as well, each (size, size, 3) uint8."""
+        self._cameras = cameras
+        images = {key: gymnasium.spaces.Box(0, 255, (size, size, 3), np.uint8) for key in cameras}
+        self.observation_space = gymnasium.spaces.Dict({**self.observation_space.spaces, **images})  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _images(self) -> dict[str, np.ndarray]:
+        """What the cameras see now."""
+        return {key: camera() for key, camera in self._cameras.items()}
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
         """Act for one control period; raises ValueError for an action that is not finite numbers of the right count."""
