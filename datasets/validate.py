@@ -3,7 +3,9 @@
 Knows stores. Knows no policy.
 """
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -11,10 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import zarr
 
+from diffusion_policy.basics.images import is_channels_first, is_image
 from diffusion_policy.datasets.arrays import CHECKSUMS, ENDS, NO_CHECKSUMS, older
 from diffusion_policy.datasets.checksums import RowChecksums, checksum_of_meta, exchanged
 from diffusion_policy.datasets.consolidated import consolidated_is_stale
 from diffusion_policy.datasets.demonstration import nonfinite_rows
+from diffusion_policy.datasets.frames import MOVED, Frames
 from diffusion_policy.datasets.guard import codec_names, missing_chunks, read_rows
 from diffusion_policy.datasets.locations import open_group
 from diffusion_policy.datasets.storage import StoreError, error_text, list_names, unfinished_files
@@ -115,24 +119,16 @@ def _increase(ends: np.ndarray) -> bool:
 
 
 def _check_array(store: EpisodeStore, key: str) -> Iterator[Finding]:
-    """Missing chunks, then chunk by chunk damage, numbers that are not finite, and rows that are not those that were
-    written."""
+    """Missing chunks, then chunk by chunk damage, numbers that are not finite, rows that are not those that were
+    written, and what is wrong with frames."""
     ends = np.maximum.accumulate(store.episode_ends)
     path, array, rows = f"data/{key}", store.arrays.readable(f"data/{key}"), int(ends[-1])
-
-    def place(row: int) -> tuple[int, int]:
-        return int(np.searchsorted(ends, row, side="right")), row
-
-    chunk_rows = (array.shards or array.chunks)[0]
-    if store.arrays.is_ours:
-        for chunk in islice(missing_chunks(array, rows), MOST_FINDINGS):
-            first = chunk[0] * chunk_rows
-            what = (
-                f"chunk {array.metadata.encode_chunk_key(chunk)} is missing (rows {first} to {first + chunk_rows - 1})"
-            )
-            yield Finding(True, path, what, *place(first))
+    place = partial(_place, ends)
+    yield from _check_missing(store, path, array, rows, place)
     written = _written(store).get(key, np.empty(0)) if _increase(store.episode_ends) else ()
     check, whole, others = RowChecksums(key, ends), np.ones(len(ends), bool), []
+    frames = _frames(array, ends)
+    chunk_rows = store.chunk_rows(key)
     for first in range(0, rows, chunk_rows):
         stop = min(first + chunk_rows, rows)
         try:
@@ -141,6 +137,9 @@ def _check_array(store: EpisodeStore, key: str) -> Iterator[Finding]:
             yield Finding(True, path, f"rows {first} to {stop - 1} are damaged: {error_text(error)}", *place(first))
             found = np.zeros((stop - first, *array.shape[1:]), array.dtype)
             whole[place(first)[0] : place(stop - 1)[0] + 1] = False
+        else:
+            if frames is not None:
+                frames.add(first, found)
         bad = first + nonfinite_rows(found)
         for episode in np.unique(np.searchsorted(ends, bad, side="right")):
             of_episode = bad[np.searchsorted(ends, bad, side="right") == episode]
@@ -153,6 +152,90 @@ def _check_array(store: EpisodeStore, key: str) -> Iterator[Finding]:
     if others:
         what = exchanged(others[0]) + (f"; so of {len(others)} episodes" if len(others) > 1 else "")
         yield Finding(True, path, what, others[0], int(ends[others[0] - 1]) if others[0] else 0)
+    if frames is not None:
+        yield from _check_frames(store, key, frames, ends)
+    elif is_channels_first(array.shape[1:]):
+        what = f"rows of shape {array.shape[1:]} have their channels first; images are (height, width, channels): turn "
+        yield Finding(True, path, what + "them with numpy.moveaxis(rows, 1, -1), and write them anew")
+
+
+def _place(ends: np.ndarray, row: int) -> tuple[int, int]:
+    return int(np.searchsorted(ends, row, side="right")), row
+
+
+def _check_missing(
+    store: EpisodeStore, path: str, array: zarr.Array, rows: int, place: Callable[[int], tuple[int, int]]
+) -> Iterator[Finding]:
+    """Files of ours that are not there."""
+    file_rows = (array.shards or array.chunks)[0]
+    for chunk in islice(missing_chunks(array, rows), MOST_FINDINGS) if store.arrays.is_ours else ():
+        first = chunk[0] * file_rows
+        what = f"chunk {array.metadata.encode_chunk_key(chunk)} is missing (rows {first} to {first + file_rows - 1})"
+        yield Finding(True, path, what, *place(first))
+
+
+def _frames(array: zarr.Array, ends: np.ndarray) -> Frames | None:
+    """What the frames of an array are collected in; None where it holds no images."""
+    if not is_image(array.shape[1:]):
+        return None
+    starts = np.concatenate([[0], ends[:-1]])
+    return Frames(int(ends[-1]), starts[starts < ends[-1]], array.dtype)
+
+
+def _check_frames(store: EpisodeStore, key: str, frames: Frames, ends: np.ndarray) -> Iterator[Finding]:
+    """Frames that show nothing, cameras that froze while the state moved, and values that no image has."""
+    path = f"data/{key}"
+    frames.finish()
+    if not frames.fits:
+        limits = f"{frames.lowest.min():g} to {frames.highest.max():g}"
+        allowed = "floats of images lie from 0 to 1, or from 0 to 255, whole numbers from 0 on"
+        yield Finding(True, path, f"holds values from {limits}; {allowed}")
+    blank = np.flatnonzero(frames.blank)
+    of_blank = np.searchsorted(ends, blank, side="right")
+    for episode in np.unique(of_blank):
+        rows = blank[of_blank == episode]
+        what = f"{len(rows)} frames of episode {episode} show nothing (one colour all over), first in row {rows[0]}"
+        yield Finding(True, path, what, int(episode), int(rows[0]))
+    frozen: dict[int, list[tuple[int, int]]] = {}
+    state = _State(store)
+    for run in frames.runs(ends):
+        if not frames.blank[run.start : run.stop].all() and state.moves(run.start, run.stop):
+            frozen.setdefault(run.episode, []).append((run.start, run.stop))
+    for episode, runs in frozen.items():
+        start, stop = max(runs, key=lambda run: run[1] - run[0])
+        count = f"{sum(stop - start for start, stop in runs)} frames of episode {episode} are frozen"
+        what = f"{count} while {state.moved} moves, the longest time rows {start} to {stop - 1}"
+        yield Finding(True, path, what, episode, start)
+
+
+class _State:
+    """The columns of a store that are no images, as far as they can be read: does one of them move?"""
+
+    def __init__(self, store: EpisodeStore) -> None:
+        self._store = store
+        self.moved = ""
+        """Which key moved last."""
+        self._ranges: dict[str, np.ndarray] = {}
+        plain = [key for key in store.keys if len(store.shape(key)) == 1]
+        observed = [key for key in plain if key in store.observation_keys]
+        for key in observed or [key for key in store.parts(store.action_key) if key in plain]:
+            with contextlib.suppress(StoreError):  # said where the key itself is checked
+                self._ranges[key] = self._range(key)
+
+    def _range(self, key: str) -> np.ndarray:
+        low, high = np.inf, -np.inf
+        for _, rows in self._store.blocks(key):
+            low, high = np.minimum(low, rows.min(axis=0)), np.maximum(high, rows.max(axis=0))
+        return np.asarray(high, np.float64) - low
+
+    def moves(self, start: int, stop: int) -> bool:
+        """Whether a column moves by much of its range within some rows."""
+        for key, wide in self._ranges.items():
+            rows = self._store.read_rows(key, start, stop).astype(np.float64)
+            if (np.ptp(rows, axis=0) > MOVED * wide).any():  # never where a column is constant
+                self.moved = key
+                return True
+        return False
 
 
 def _written(store: EpisodeStore) -> Mapping[str, np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,6 +16,7 @@ from diffusion_policy.report.evaluation_figures import (
     FEW_COLORS,
     GRID,
     INK,
+    MUTED,
     PlanePath,
     clean,
     draw_mode_paths,
@@ -261,6 +262,51 @@ def draw_columns(rows: np.ndarray, name: str) -> Figure:
             axis.xaxis.set_major_locator(MaxNLocator(4))
             clean(axis)
     return figure
+
+
+class Film(NamedTuple):
+    """Some frames of an episode."""
+
+    episode: int
+    mode: str | None
+    success: bool | None
+    steps: list[int]
+    """Which step each is."""
+    frames: np.ndarray
+    """(frames, height, width, channels)"""
+
+
+def draw_frames(films: Sequence[Film], name: str) -> Figure:
+    """A contact sheet: a row an episode, its frames from the first to the last, each under its step."""
+    across, (height, width) = max(len(film.frames) for film in films), films[0].frames.shape[1:3]
+    cell = 1.5
+    size = cell * across * min(1.0, width / height) + 1.4, (cell * min(1.0, height / width) + 0.22) * len(films) + 0.4
+    figure = Figure(figsize=size, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)  # pyright: ignore
+    figure.suptitle(f"{name}: {height} x {width}", x=0.01, ha="left", color=INK, fontsize=12)
+    white = whitest(films)
+    for axes, film in zip(figure.subplots(len(films), across, squeeze=False), films, strict=True):
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, step, frame in zip(axes, film.steps, film.frames, strict=False):
+            shown = (frame[..., :3] if frame.shape[2] > 2 else frame[..., :1].repeat(3, axis=2)) / white
+            axis.imshow(shown.clip(0, 1), interpolation="antialiased")
+            axis.set(xticks=[], yticks=[])
+            axis.set_axis_on()
+            axis.spines[:].set_color(GRID)  # where a picture that is white at its edge ends
+            axis.set_title(f"step {step}", color=MUTED, fontsize=8, pad=2)
+        said = [f"episode {film.episode}", film.mode, {True: "success", False: "failure", None: None}[film.success]]
+        label = "\n".join(part for part in said if part)
+        axes[0].text(-0.08, 0.5, label, transform=axes[0].transAxes, ha="right", va="center", color=INK, fontsize=9)
+    return figure
+
+
+def whitest(films: Sequence[Film]) -> float:
+    """The value that is shown as white: 255, 1 for floats that are not above it, or the largest of other numbers."""
+    highest = max(float(film.frames.max()) for film in films)
+    if films[0].frames.dtype.kind == "f":
+        return 1.0 if highest <= 1 else 255.0 if highest <= 255 else highest
+    return max(255.0, highest)
 
 
 def draw_lengths(episode_ends: np.ndarray, control_frequency: float | None) -> Figure:

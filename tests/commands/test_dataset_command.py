@@ -14,6 +14,7 @@ from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.cli import main
 from diffusion_policy.commands import training_plan
 from diffusion_policy.commands.collect import Collect
+from diffusion_policy.commands.dataset.plot import choose_films
 from diffusion_policy.commands.options.dataset import Inspect, Merge, Replay, Validate
 from diffusion_policy.commands.rollout import Rollout
 from diffusion_policy.commands.stores import parse_angles
@@ -133,6 +134,36 @@ def test_plot_draws_three_pictures(demonstrations: Path, tmp_path: Path, capsys,
         assert picture.std() > 10
     status, _, err = run(capsys, "dataset", "plot", source, "--output", tmp_path / "new", "--plane", "state:0,9")
     assert (status, "--plane must be a key and two of its columns" in err) == (2, True)
+
+
+@pytest.mark.parametrize("dtype, channels", [(np.uint8, 3), (np.float32, 3), (np.uint16, 1)])
+def test_pictures_are_measured_and_shown(tmp_path: Path, capsys, dtype: type, channels: int) -> None:
+    rng, path = np.random.default_rng(0), tmp_path / "store.zarr"
+    with EpisodeStore.create(path, {"observation_keys": ["camera", "state"]}, ["left", "right"], sync=False) as store:
+        for seed in range(7):
+            frames = rng.integers(20, 200, (12, 24, 32, channels)).astype(dtype)
+            frames[5:8] = 20
+            data = {"camera": frames, "state": rng.normal(size=(12, 2)), "action": rng.normal(size=(12, 2))}
+            store.append([Demonstration(data, seed, ("left", "right")[seed % 2], seed > 2)])
+    _, out, _ = run(capsys, "dataset", "inspect", path)
+    (row,) = [line.split() for line in out.splitlines() if line.strip().startswith("camera   24 x 32")]
+    assert row[1:5] == ["24", "x", "32", str(channels)]
+    assert row[-2:] == ["25.00%", "16.67%"]
+    image = json.loads(run(capsys, "dataset", "inspect", path, "--json")[1])["keys"]["camera"]
+    assert (image["min"], image["max"]) == ([20] * channels, [199] * channels)
+    assert image["image"]["mean"] == pytest.approx(EpisodeStore.open(path).read("camera").mean(axis=(0, 1, 2)))
+    assert run(capsys, "dataset", "plot", path, "--output", tmp_path / "plots")[0] == 0
+    sheet = imageio.imread(tmp_path / "plots" / "frames_camera.png")
+    assert sheet.std() > 30
+    assert len(list((tmp_path / "plots").iterdir())) == 4
+
+
+def test_films_take_turns_among_the_modes() -> None:
+    assert choose_films(["a"]) == [0]
+    assert choose_films([None] * 100) == [0, 16, 33, 50, 66, 83]
+    assert choose_films(["a", "b"] * 50) == [0, 1, 32, 33, 66, 67]
+    assert choose_films(["a"] * 9 + ["b"]) == [0, 3, 6, 9]
+    assert len(choose_films([str(i) for i in range(40)])) == 6
 
 
 def test_replay_repeats_every_step_and_notices_when_it_does_not(

@@ -9,9 +9,11 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from diffusion_policy.basics.images import is_image
 from diffusion_policy.commands.options.dataset import Inspect
 from diffusion_policy.commands.stores import open_store
 from diffusion_policy.commands.terminal import console, out
+from diffusion_policy.datasets.frames import Frames
 from diffusion_policy.datasets.guard import codec_names
 from diffusion_policy.datasets.storage import StoreError
 from diffusion_policy.datasets.store import EpisodeStore
@@ -40,6 +42,9 @@ def print_tables(found: Mapping[str, Any]) -> None:
     roles = {role: [key for key in found["keys"] if found["keys"][key]["role"] == role] for role in ROLES}
     out.print("; ".join(f"{role}: {', '.join(keys)}" for role, keys in roles.items() if keys))
     out.print(tabulate_keys(found["keys"]))
+    images = {key: part for key, part in found["keys"].items() if part["image"] is not None}
+    if images:
+        out.print(tabulate_images(images))
     packings = {" + ".join(part["codecs"]) for part in found["keys"].values()}
     out.print(f"packed with {'; '.join(sorted(packings))}")
     lengths = found["lengths"]
@@ -63,6 +68,19 @@ def tabulate_keys(keys: Mapping[str, Any]) -> Table:
         shape, limits = "x".join(map(str, part["shape"])), (min(part["min"]), max(part["max"]))
         shape = shape if len(shape) <= 20 else f"{len(part['shape'])} axes"
         table.add_row(key, shape, part["dtype"], *(f"{n:.4g}" for n in limits), str(part["chunk_rows"]), *size)
+    return table
+
+
+def tabulate_images(keys: Mapping[str, Any]) -> Table:
+    """A row a key of images: among them the shares of frames of one colour, and of those that repeat the one before."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("images", "size", "channels", "means", "one colour", "repeated"):
+        table.add_column(name, no_wrap=True)
+    for key, part in keys.items():
+        image, (height, width, channels) = part["image"], part["shape"]
+        means = " ".join(f"{mean:.3g}" for mean in image["mean"])
+        shares = f"{image['blank']:.2%}", f"{image['repeated']:.2%}"
+        table.add_row(key, f"{height} x {width}", str(channels), means, *shares)
     return table
 
 
@@ -95,7 +113,8 @@ def inspect(store: EpisodeStore) -> dict[str, Any]:
 
 def describe_key(store: EpisodeStore, key: str) -> dict[str, Any]:
     """What is in one array; raises StoreError where its rows cannot be used."""
-    lowest, highest = measure_limits(store, key)
+    image = describe_images(store, key) if is_image(store.shape(key)) else None
+    lowest, highest = (image.pop("min"), image.pop("max")) if image else measure_limits(store, key)
     size = store.stored_bytes(key)
     raw = int(store.episode_ends[-1]) * int(np.prod(store.shape(key), dtype=np.int64)) * store.dtype(key).itemsize
     return {
@@ -104,10 +123,28 @@ def describe_key(store: EpisodeStore, key: str) -> dict[str, Any]:
         "dtype": str(store.dtype(key)),
         "min": lowest,
         "max": highest,
+        "image": image,
         "chunk_rows": store.chunk_rows(key),
         "codecs": codec_names(store.arrays.raw(f"data/{key}")),
         "bytes": size,
         "ratio": raw / size if size else None,
+    }
+
+
+def describe_images(store: EpisodeStore, key: str) -> dict[str, Any]:
+    """Limits and mean of each channel, and the shares of frames that show nothing (one colour all over) and that repeat
+    the one before them."""
+    ends = store.episode_ends
+    frames = Frames(int(ends[-1]), np.concatenate([[0], ends[:-1]]), store.dtype(key))
+    for first, rows in store.blocks(key):
+        frames.add(first, rows)
+    frames.finish()
+    return {
+        "min": frames.lowest.tolist(),
+        "max": frames.highest.tolist(),
+        "mean": frames.mean.tolist(),
+        "blank": float(frames.blank.mean()),
+        "repeated": float(frames.repeated.mean()),
     }
 
 

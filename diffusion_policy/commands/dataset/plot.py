@@ -1,9 +1,13 @@
 """diffusion-policy dataset plot: pictures of a dataset."""
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from diffusion_policy import envs
+from diffusion_policy.basics.images import is_image
 from diffusion_policy.commands.options.dataset import Plot
 from diffusion_policy.commands.outputs import require_fresh
 from diffusion_policy.commands.stores import choose_keys, open_store
@@ -15,7 +19,12 @@ from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs.protocols import Drawable, as_drawable
 from diffusion_policy.envs.scene import Scene
 from diffusion_policy.report.evaluation_figures import PlanePath, choose_drawn
-from diffusion_policy.report.figures import draw_columns, draw_lengths, draw_trajectories
+from diffusion_policy.report.figures import Film, draw_columns, draw_frames, draw_lengths, draw_trajectories
+
+FILMS = 6
+"""Episodes of which frames are shown ..."""
+FRAMES = 8
+"""... and so many frames of each, from the first to the last."""
 
 
 class InPlane(NamedTuple):
@@ -42,11 +51,31 @@ def run(options: Plot) -> None:
         "trajectories": draw_trajectories(*plane) if plane else None,
         "actions": draw_columns(actions.sample, keys.action),
         "lengths": draw_lengths(store.episode_ends, store.attributes.get("control_frequency")),
-    }
+    } | {f"frames_{key}": draw_frames(list(films(store, key)), key) for key in store.keys if is_image(store.shape(key))}
     for name, figure in figures.items():
         if figure is not None:
             figure.savefig(options.output / f"{name}.png", dpi=150)
             console.print(f"{options.output}/{name}.png")
+
+
+def films(store: EpisodeStore, key: str) -> Iterator[Film]:
+    """Frames of some episodes: of each mode in turn, where there are modes. Only what is shown is read."""
+    ends, modes, success = store.episode_ends, store.episode_modes(), store.read_meta("success")
+    starts = np.concatenate([[0], ends[:-1]])
+    for i in choose_films(modes):
+        rows = np.unique(np.linspace(starts[i], ends[i] - 1, FRAMES).round().astype(int))
+        frames = np.concatenate([store.read_rows(key, row, row + 1) for row in rows.tolist()])
+        succeeded = None if success is None or success[i] < 0 else bool(success[i])
+        yield Film(i, modes[i], succeeded, (rows - starts[i]).tolist(), frames)
+
+
+def choose_films(modes: list[str | None]) -> list[int]:
+    """Indices of at most FILMS episodes: modes take turns, and those of one mode are spread over the store."""
+    of_mode = {mode: [i for i, other in enumerate(modes) if other == mode] for mode in dict.fromkeys(modes)}
+    each = -(-FILMS // len(of_mode))
+    chosen = [[places[j * len(places) // each] for j in range(min(each, len(places)))] for places in of_mode.values()]
+    turns = [places[j] for j in range(each) for places in chosen if j < len(places)]
+    return sorted(turns[:FILMS])
 
 
 def choose_plane(store: EpisodeStore, wanted: str | None) -> InPlane | None:
@@ -86,7 +115,8 @@ def choose_columns(store: EpisodeStore, wanted: str | None) -> list[tuple[str, l
     there are."""
     sizes = {key: math.prod(store.shape(key)) for key in store.keys}
     if wanted is None:
-        return [(key, [0, 1]) for key in store.observation_keys if sizes.get(key, 0) >= 2]
+        flat = [key for key in store.observation_keys if key in sizes and not is_image(store.shape(key))]
+        return [(key, [0, 1]) for key in flat if sizes[key] >= 2]
     key, _, columns = wanted.rpartition(":")
     chosen = [int(column) for column in columns.split(",") if column.isdigit()]
     if key not in sizes or len(chosen) != 2 or max(chosen) >= sizes[key]:

@@ -16,7 +16,8 @@ Store = tyro.conf.Positional[str]
 
 @dataclass(frozen=True)
 class Inspect(Command):
-    """What is in a dataset: keys, shapes, ranges, lengths, modes, compression."""
+    """What is in a dataset: keys, shapes, ranges, lengths, modes, compression. Of images: the mean of each channel, and
+    the shares of frames that show nothing and that repeat the one before."""
 
     program: ClassVar[str] = "diffusion_policy.commands.dataset.inspect"
 
@@ -28,7 +29,8 @@ class Inspect(Command):
 
 @dataclass(frozen=True)
 class Validate(Command):
-    """Every problem of a dataset, with episode and row. Exit status 1 when there is one."""
+    """Every problem of a dataset, with episode and row. Exit status 1 when there is one. Among images: frames of one
+    colour, cameras that froze while the state moved, channels that come first, values that no image has."""
 
     program: ClassVar[str] = "diffusion_policy.commands.dataset.validate"
 
@@ -110,7 +112,8 @@ class Repair(Command):
 
 @dataclass(frozen=True)
 class Plot(Command):
-    """Pictures of a dataset: trajectories.png by mode, actions.png and lengths.png."""
+    """Pictures of a dataset: trajectories.png by mode, actions.png, lengths.png, and of images frames_KEY.png, a
+    contact sheet of some episodes."""
 
     program: ClassVar[str] = "diffusion_policy.commands.dataset.plot"
 
