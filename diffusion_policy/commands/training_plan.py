@@ -172,8 +172,8 @@ def parse_hindsight(texts: Sequence[str], share: float, keys: Collection[str]) -
         found = re.fullmatch(r"([^=]+)=(.+?)(?::(\d+(?:,\d+)*))?", text)
         if found is None or found[1] not in keys or found[2] not in keys:
             raise ConfigError(
-                f"--hindsight must name a goal and where it comes from, of the keys {', '.join(keys)}, as in goal=state "
-                f"or goal=state:2,3,4; got {text!r}"
+                f"--hindsight must name a goal and where it comes from, of the keys {', '.join(keys)}, as in "
+                f"goal=state or goal=state:2,3,4; got {text!r}"
             )
         sources[found[1]] = found[2], tuple(int(column) for column in (found[3] or "").split(",") if column)
     return Hindsight(sources, share) if sources else None
