@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 
 from diffusion_policy.datasets import convert as conversion
 from diffusion_policy.datasets.convert import convert
@@ -293,3 +294,56 @@ def test_pictures_in_files_of_their_own_are_left_out(tmp_path: Path) -> None:
     change_pictures(tmp_path / "b.lerobot", lambda i, _: {"bytes": None, "path": f"images/{i}.png"})
     convert(tmp_path / "b.lerobot", tmp_path / "c.zarr")
     assert EpisodeStore.open(tmp_path / "c.zarr").keys == ("action", "state")
+
+
+# Formats of arrays, in which pictures are rows like others
+
+
+@pytest.mark.parametrize("name", ["x.hdf5", "x-v0", "x.npz", "x.zarr.zip"])
+def test_pictures_come_back_from_every_other_format_exactly(tmp_path: Path, name: str) -> None:
+    pytest.importorskip({"x.hdf5": "h5py", "x-v0": "minari"}.get(name, "numpy"))
+    source = make(tmp_path / "a.zarr", (40, 48, 3))  # so large that Minari would pack them as JPEG
+    convert(source, tmp_path / name, target_format="minari" if name == "x-v0" else None)
+    convert(tmp_path / name, tmp_path / "c.zarr")
+    assert files_of(tmp_path / "c.zarr") == files_of(source)
+
+
+def test_cameras_of_maniskill_keep_their_names(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "trajectory.h5", "w") as file:
+        for i, length in enumerate(LENGTHS):
+            frames = film(length + 1, i, (32, 32, 3))
+            file[f"traj_{i}/obs/sensor_data/base_camera/rgb"] = frames
+            file[f"traj_{i}/obs/sensor_data/base_camera/depth"] = frames[..., :1].astype(np.int16)
+            file[f"traj_{i}/obs/agent/qpos"] = np.zeros((length + 1, 9), np.float32)
+            file[f"traj_{i}/actions"] = np.zeros((length, 8), np.float32)
+    convert(tmp_path / "trajectory.h5", tmp_path / "c.zarr")
+    store = EpisodeStore.open(tmp_path / "c.zarr")
+    camera = "sensor_data.base_camera"
+    assert store.observation_keys == ("agent.qpos", f"{camera}.depth", f"{camera}.rgb")
+    np.testing.assert_array_equal(store.read(f"{camera}.rgb")[:9], film(10, 0, (32, 32, 3))[:-1])
+    np.testing.assert_array_equal(store.finals()[f"{camera}.rgb"][0], film(10, 0, (32, 32, 3))[-1])
+    assert store.dtype(f"{camera}.depth") == np.int16
+
+
+@pytest.mark.parametrize("codec", ["imagecodecs_jpegxl", "imagecodecs_jpeg2k"])
+def test_pictures_of_umi_in_a_codec_that_is_not_read_are_left_out_and_named(tmp_path: Path, codec: str) -> None:
+    group = zarr.create_group(tmp_path / "umi.zarr", zarr_format=2)
+    for key in ("robot0_eef_pos", "action"):
+        group.create_array(f"data/{key}", data=np.zeros((50, 3), np.float32))
+    for key in ("camera0_rgb", "camera1_rgb"):
+        group.create_array(f"data/{key}", data=film(50, 0, (32, 32, 3)), chunks=(1, 32, 32, 3))
+    group.create_array("meta/episode_ends", data=np.array([20, 50]))
+    place = tmp_path / "umi.zarr/data/camera0_rgb/.zarray"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"compressor": {"id": codec, "level": 99}}))
+    store = EpisodeStore.open(tmp_path / "umi.zarr")
+    assert store.keys == ("action", "camera1_rgb", "robot0_eef_pos")  # its other camera is in a codec of zarr's own
+    np.testing.assert_array_equal(store.read("camera1_rgb"), film(50, 0, (32, 32, 3)))
+    assert store.left_out == {
+        "camera0_rgb": f"is packed with the codec {codec}, which is not read; write it anew with another where that "
+        "one is installed"
+    }
+    convert(tmp_path / "umi.zarr", tmp_path / "c.zarr")
+    assert EpisodeStore.open(tmp_path / "c.zarr").keys == ("action", "camera1_rgb", "robot0_eef_pos")
+    with pytest.raises(StoreError, match=f"camera0_rgb cannot be used: is packed with the codec {codec}"):
+        convert(tmp_path / "umi.zarr", tmp_path / "d.zarr", observation=["camera0_rgb"])
