@@ -41,6 +41,7 @@ PROGRAMS = {"commands", "cli", "__init__"}
 LIBRARIES = {
     "envs": {"gymnasium", "numpy"},
     "envs.simulation": {"numpy", "gymnasium", "pybullet", "pybullet_data", "pybullet_utils"},
+    "envs.images": {"gymnasium", "numpy", "PIL"},
     "envs.push_t": {"gymnasium", "numpy", "gym_pusht", "pymunk", "pygame"},
     "datasets": {"numpy", "zarr", "fsspec"},
     "datasets.windows": {"numpy", "torch"},

@@ -40,6 +40,10 @@ dataset replay a.zarr --episodes 1 --tolerance 1e-3 --env diffusion_policy/Avoid
     --success none
 dataset replay car.zarr --episodes 1 --success none --fresh --mode-function \
     diffusion_policy.envs.examples:mountain_car_mode --mode-labels left right --env MountainCarContinuous-v0
+dataset render a.zarr --output ai.zarr --key image wrist_image --size 16 --tolerance 1e-3 --env \
+    diffusion_policy/Avoid-v0 --env-kwargs '{{"rows":1}}' --success none --workers 1
+dataset render car.zarr --output ci.zarr --key picture --size 8 --success none --fresh --mode-function \
+    diffusion_policy.envs.examples:mountain_car_mode --mode-labels left right --workers 1
 dataset split a.zarr --output b.zarr c.zarr --share 0.5 --seed 1
 dataset merge b.zarr c.zarr --output d.zarr
 dataset repair d.zarr
