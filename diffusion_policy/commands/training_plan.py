@@ -156,7 +156,15 @@ def cut_windows(
     memory = options.training.memory_gb * 1e9
     hindsight = parse_hindsight(options.training.hindsight, options.training.hindsight_share, plan.keys.observations)
     windows = load_windows(
-        store, names, plan.chosen, *horizons, device=device, modes=modes, memory_bytes=memory, hindsight=hindsight
+        store,
+        names,
+        plan.chosen,
+        *horizons,
+        device=device,
+        modes=modes,
+        memory_bytes=memory,
+        hindsight=hindsight,
+        mark_padding=options.training.mask_padding,
     )
     if len(plan.held_out) == 0:
         return windows, None
