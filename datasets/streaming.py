@@ -16,7 +16,7 @@ import torch
 from diffusion_policy.basics.images import as_uint8, is_image
 from diffusion_policy.basics.streams import derive_rng
 from diffusion_policy.datasets.store import EpisodeStore
-from diffusion_policy.datasets.windows import WHOLE, Batch, Shard, Windows, held_type
+from diffusion_policy.datasets.windows import WHOLE, Batch, Hindsight, Shard, Windows, held_type
 
 POOL_BYTES = 2**26
 """Memory of the rows that a stream shuffles at a time; the next ones are read meanwhile into as much again."""
@@ -40,10 +40,12 @@ class StreamedWindows:
         *,
         device: torch.device | str = "cpu",
         modes: np.ndarray | None = None,
+        mark_padding: bool = False,
         pool_bytes: int = POOL_BYTES,
     ) -> None:
         """`keys`: name of each key of the store in a batch, one of them `action`; the others as in `Windows`."""
         self._store, self._keys, self._device, self._modes = store, keys, device, modes
+        self._mark_padding = mark_padding
         self._horizons = observation_horizon, prediction_horizon
         self._ends = store.episode_ends
         self._chosen = np.zeros(len(self._ends), bool)
@@ -140,7 +142,14 @@ class StreamedWindows:
         modes = None if self._modes is None else self._modes[np.concatenate(episodes)]
         joined = np.concatenate(ends)
         windows = Windows(
-            data, joined, np.arange(len(joined)), *self._horizons, device=self._device, modes=modes, rows=rows
+            data,
+            joined,
+            np.arange(len(joined)),
+            *self._horizons,
+            device=self._device,
+            modes=modes,
+            rows=rows,
+            mark_padding=self._mark_padding,
         )
         return windows, np.concatenate(indices)
 
@@ -159,13 +168,29 @@ def load_windows(
     device: torch.device | str,
     modes: np.ndarray | None,
     memory_bytes: float,
+    hindsight: Hindsight | None = None,
+    mark_padding: bool = False,
 ) -> Windows | StreamedWindows:
     """The windows of some episodes of a store: held in memory where they fit, else streamed. Arguments as in
-    `StreamedWindows`."""
-    horizons = observation_horizon, prediction_horizon
-    if memory_needed(store, keys, episodes) > memory_bytes:
-        return StreamedWindows(store, keys, episodes, *horizons, device=device, modes=modes)
-    return hold_windows(store, keys, episodes, *horizons, device=device, modes=modes)
+    `StreamedWindows` and `Windows`. Raises ValueError for hindsight where they do not fit."""
+    horizons, needed = (observation_horizon, prediction_horizon), memory_needed(store, keys, episodes)
+    if needed <= memory_bytes:
+        return hold_windows(
+            store,
+            keys,
+            episodes,
+            *horizons,
+            device=device,
+            modes=modes,
+            hindsight=hindsight,
+            mark_padding=mark_padding,
+        )
+    if hindsight is not None:
+        raise ValueError(
+            f"hindsight needs whole episodes in memory: {needed / 1e9:.1f} GB, and {memory_bytes / 1e9:g} are allowed; "
+            "raise --memory-gb"
+        )
+    return StreamedWindows(store, keys, episodes, *horizons, device=device, modes=modes, mark_padding=mark_padding)
 
 
 def hold_windows(
@@ -177,15 +202,26 @@ def hold_windows(
     *,
     device: torch.device | str = "cpu",
     modes: np.ndarray | None = None,
+    hindsight: Hindsight | None = None,
+    mark_padding: bool = False,
 ) -> Windows:
-    """The windows of some episodes of a store, in memory. Arguments as in `StreamedWindows`."""
+    """The windows of some episodes of a store, in memory. Arguments as in `StreamedWindows` and `Windows`."""
     episodes = np.sort(np.asarray(episodes))
     data, ends = read_episodes(store, keys, episodes)
     modes = None if modes is None else modes[episodes]
     starts, stops = np.concatenate([[0], store.episode_ends[:-1]])[episodes], store.episode_ends[episodes]
     rows = np.concatenate([np.arange(start, stop) for start, stop in zip(starts, stops, strict=True)])
+    horizons = observation_horizon, prediction_horizon
     return Windows(
-        data, ends, np.arange(len(ends)), observation_horizon, prediction_horizon, device=device, modes=modes, rows=rows
+        data,
+        ends,
+        np.arange(len(ends)),
+        *horizons,
+        device=device,
+        modes=modes,
+        rows=rows,
+        hindsight=hindsight,
+        mark_padding=mark_padding,
     )
 
 
@@ -250,4 +286,6 @@ def _join(parts: Sequence[Batch]) -> Batch:
     observations = {key: torch.cat([part.observations[key] for part in parts]) for key in parts[0].observations}
     modes = None if parts[0].modes is None else torch.cat([part.modes for part in parts if part.modes is not None])
     rows = np.concatenate([part.rows for part in parts if part.rows is not None])
-    return Batch(observations, torch.cat([part.actions for part in parts]), modes, rows)
+    marks = [part.demonstrated for part in parts if part.demonstrated is not None]
+    demonstrated = torch.cat(marks) if marks else None
+    return Batch(observations, torch.cat([part.actions for part in parts]), modes, rows, demonstrated)

@@ -50,7 +50,7 @@ LIBRARIES = {
     "datasets.checksums": {"numpy", "google_crc32c"},
     "datasets.shards": {"numpy", "zarr", "numcodecs", "google_crc32c"},
     "datasets.web": {"zarr", "aiohttp"},
-    "datasets.formats": {"numpy", "zarr", "fsspec", "h5py", "pyarrow", "minari", "gymnasium"},
+    "datasets.formats": {"numpy", "zarr", "fsspec", "h5py", "pyarrow", "minari", "gymnasium", "av"},
     "basics": {"numpy"},
     "config": set(),
     "policy": {"torch", "numpy", "einops"},

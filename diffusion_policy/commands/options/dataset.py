@@ -11,7 +11,7 @@ from diffusion_policy.commands.options.command import Command
 from diffusion_policy.config import ConfigError, Group, SuccessAndModes, require_at_least, require_seed
 from diffusion_policy.evaluation.engines import available_cores
 
-FormatName = Literal["zarr", "robomimic", "lerobot", "minari", "npz", "aloha", "maniskill", "d4rl"]
+FormatName = Literal["zarr", "robomimic", "lerobot", "minari", "npz", "aloha", "maniskill", "d4rl", "lerobot-video"]
 Store = tyro.conf.Positional[str]
 
 
@@ -44,7 +44,8 @@ class Validate(Command):
 @dataclass(frozen=True)
 class Convert(Command):
     """Copy a dataset into another format: zarr (and .zarr.zip), robomimic HDF5, LeRobot v3, Minari, npz. HDF5 of ALOHA
-    and ACT (a folder of episodes), of ManiSkill, and flat as of D4RL is only read."""
+    and ACT (a folder of episodes), of ManiSkill, and flat as of D4RL is only read. Images of bytes go to LeRobot as
+    PNG, which is exact, or as H.264 videos, which are smaller: with --output-format lerobot-video."""
 
     program: ClassVar[str] = "diffusion_policy.commands.dataset.convert"
 
