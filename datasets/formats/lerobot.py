@@ -187,6 +187,7 @@ def _episodes(path: Path, files: list[Path], columns: dict[str, _Column]) -> Ite
             mode=known["mode"][i] if "mode" in known else None,
             success=known["success"][i] if "success" in known else None,
             final=final or None,
+            instruction=known["instruction"][i] if "instruction" in known else None,
         )
 
 
@@ -307,6 +308,7 @@ class _Writer:
         )
         self._rows += steps
         known = {"length": steps, "seed": episode.seed, "mode": episode.mode, "success": episode.success}
+        known |= {"instruction": episode.instruction} if "instructions" in self._source.attributes else {}
         known |= {f"final/{key}": last for key, last in (episode.final or {}).items()}
         for name, value in known.items():
             self._known.setdefault(name, []).append(value)
