@@ -16,7 +16,7 @@ import torch
 from diffusion_policy.basics.images import as_uint8, is_image
 from diffusion_policy.basics.streams import derive_rng
 from diffusion_policy.datasets.store import EpisodeStore
-from diffusion_policy.datasets.windows import WHOLE, Batch, Shard, Windows, held_type
+from diffusion_policy.datasets.windows import WHOLE, Batch, Hindsight, Shard, Windows, held_type
 
 POOL_BYTES = 2**26
 """Memory of the rows that a stream shuffles at a time; the next ones are read meanwhile into as much again."""
@@ -159,13 +159,19 @@ def load_windows(
     device: torch.device | str,
     modes: np.ndarray | None,
     memory_bytes: float,
+    hindsight: Hindsight | None = None,
 ) -> Windows | StreamedWindows:
     """The windows of some episodes of a store: held in memory where they fit, else streamed. Arguments as in
-    `StreamedWindows`."""
-    horizons = observation_horizon, prediction_horizon
-    if memory_needed(store, keys, episodes) > memory_bytes:
-        return StreamedWindows(store, keys, episodes, *horizons, device=device, modes=modes)
-    return hold_windows(store, keys, episodes, *horizons, device=device, modes=modes)
+    `StreamedWindows` and `Windows`. Raises ValueError for hindsight where they do not fit."""
+    horizons, needed = (observation_horizon, prediction_horizon), memory_needed(store, keys, episodes)
+    if needed <= memory_bytes:
+        return hold_windows(store, keys, episodes, *horizons, device=device, modes=modes, hindsight=hindsight)
+    if hindsight is not None:
+        raise ValueError(
+            f"hindsight needs whole episodes in memory: {needed / 1e9:.1f} GB, and {memory_bytes / 1e9:g} are allowed; "
+            "raise --memory-gb"
+        )
+    return StreamedWindows(store, keys, episodes, *horizons, device=device, modes=modes)
 
 
 def hold_windows(
@@ -177,15 +183,17 @@ def hold_windows(
     *,
     device: torch.device | str = "cpu",
     modes: np.ndarray | None = None,
+    hindsight: Hindsight | None = None,
 ) -> Windows:
-    """The windows of some episodes of a store, in memory. Arguments as in `StreamedWindows`."""
+    """The windows of some episodes of a store, in memory. Arguments as in `StreamedWindows` and `Windows`."""
     episodes = np.sort(np.asarray(episodes))
     data, ends = read_episodes(store, keys, episodes)
     modes = None if modes is None else modes[episodes]
     starts, stops = np.concatenate([[0], store.episode_ends[:-1]])[episodes], store.episode_ends[episodes]
     rows = np.concatenate([np.arange(start, stop) for start, stop in zip(starts, stops, strict=True)])
+    horizons = observation_horizon, prediction_horizon
     return Windows(
-        data, ends, np.arange(len(ends)), observation_horizon, prediction_horizon, device=device, modes=modes, rows=rows
+        data, ends, np.arange(len(ends)), *horizons, device=device, modes=modes, rows=rows, hindsight=hindsight
     )
 
 

@@ -62,6 +62,16 @@ class Batch(NamedTuple):
         )
 
 
+class Hindsight(NamedTuple):
+    """Goals that come from what an episode came to (Andrychowicz et al. 2017, arXiv 1707.01495, section 4.5, `future`):
+    some windows get a later observation of their own episode as goal, each of those that are left as likely."""
+
+    sources: Mapping[str, tuple[str, tuple[int, ...]]]
+    """Of each goal key, the key that it comes from, and its columns; () for all."""
+    share: float
+    """Of the windows."""
+
+
 class Windows:
     """One window for every step of the chosen episodes, with that step as *now*.
 
@@ -79,6 +89,7 @@ class Windows:
         device: torch.device | str = "cpu",
         modes: np.ndarray | None = None,
         rows: np.ndarray | None = None,
+        hindsight: Hindsight | None = None,
     ) -> None:
         """`data`: `action` and each observation key, (steps, ...); `episodes`: indices of the episodes to use; `modes`:
         index of each episode's mode, (all episodes,), −1 where it has none; `rows`: where in the store each row of the
@@ -95,8 +106,10 @@ class Windows:
         self._last = np.repeat(episode_ends[episodes] - 1, lengths)  # (windows,) last row of its episode
         self._modes = None if modes is None else np.repeat(modes[episodes].astype(np.int64), lengths)
         self._rows = self._now if rows is None else rows[self._now]
+        self._hindsight = hindsight
         self._horizons = observation_horizon, prediction_horizon
         self._steps = np.arange(max(self._horizons)) + 1 - observation_horizon  # from now
+        _require_sources(held, hindsight)
         place = self._device if _fits(held.values(), self._device) else "cpu"
         self._data = {key: torch.as_tensor(array, device=place) for key, array in held.items()}
 
@@ -132,12 +145,15 @@ class Windows:
         chosen._rows = self._rows[indices]
         return chosen
 
-    def gather(self, indices: Sequence[int] | np.ndarray | Tensor) -> Batch:
-        """The windows with these indices, (B,) int64 on the CPU."""
+    def gather(self, indices: Sequence[int] | np.ndarray | Tensor, draws: np.ndarray | None = None) -> Batch:
+        """The windows with these indices, (B,) int64 on the CPU. `draws`: from 0 to below 1, which of them take a goal
+        in hindsight and of which step, (B, 2); by default none does."""
         indices = np.asarray(indices)
         now, first, last = (rows[indices, None] for rows in (self._now, self._first, self._last))  # (B, 1) each
         rows = np.minimum(np.maximum(now + self._steps, first), last)  # (B, the longer of To and T)
         taken = self._take(rows)
+        if draws is not None and self._hindsight is not None:
+            self._take_goals(taken, now[:, 0], last[:, 0], draws)
         modes = None if self._modes is None else send(torch.from_numpy(self._modes[indices]), self._device)
         return Batch(taken, taken.pop("action"), modes, self._rows[indices])
 
@@ -152,22 +168,44 @@ class Windows:
         there = send(torch.from_numpy(rows), self._device)
         return {key: array[there[:, : horizons[key]]] for key, array in self._data.items()}
 
+    def _take_goals(self, taken: dict[str, Tensor], now: np.ndarray, last: np.ndarray, draws: np.ndarray) -> None:
+        """Put later observations in the place of some goals (B, To, ...)."""
+        assert self._hindsight is not None
+        chosen = (draws[:, 0] < self._hindsight.share) & (now < last)
+        later = now + 1 + (draws[:, 1] * (last - now)).astype(np.int64)  # each of now + 1 ... last as likely
+        for goal, (source, columns) in self._hindsight.sources.items():
+            array = self._data[source]
+            found = array[torch.from_numpy(later[chosen]).to(array.device)].to(self._device)
+            found = found[:, list(columns)] if columns else found
+            taken[goal][torch.from_numpy(chosen).to(self._device)] = found[:, None].to(taken[goal])
+
     def batches(self, batch_size: int, seed: int, first_step: int = 0, shard: Shard = WHOLE) -> Iterator[Batch]:
         """Batches for ever, from the one of step `first_step` on: each pass over the windows in a new order that the
         seed fixes; an incomplete last batch is left out, unless there are fewer windows than `batch_size`. Of each
         batch, the rows of this `shard`."""
-        yield from map(self.gather, orders(len(self), batch_size, seed, first_step, shard))
+        draws, drawn_for = None, -1
+        for number, indices in passes(len(self), batch_size, seed, first_step, shard):
+            if self._hindsight is not None and number != drawn_for:
+                draws, drawn_for = derive_rng("hindsight", seed, number).random((len(self), 2)), number
+            yield self.gather(indices, None if draws is None else draws[indices])
 
 
 def orders(count: int, batch_size: int, seed: int, first_step: int = 0, shard: Shard = WHOLE) -> Iterator[np.ndarray]:
     """Indices of batches of `count` rows, for ever; see `Windows.batches`."""
+    return (indices for _, indices in passes(count, batch_size, seed, first_step, shard))
+
+
+def passes(
+    count: int, batch_size: int, seed: int, first_step: int = 0, shard: Shard = WHOLE
+) -> Iterator[tuple[int, np.ndarray]]:
+    """As `orders`, each with the number of the pass over all rows."""
     batch_size = min(batch_size, count)
     first, stop = shard.of(batch_size)
     number, done = divmod(first_step, count // batch_size)
     while True:
         order = derive_rng("order of windows", seed, number).permutation(count)
         for start in range(done * batch_size, count - batch_size + 1, batch_size):
-            yield order[start + first : start + stop]
+            yield number, order[start + first : start + stop]
         number, done = number + 1, 0
 
 
@@ -210,6 +248,21 @@ def _require_episodes(data: Mapping[str, np.ndarray], episode_ends: np.ndarray, 
         )
     if not len(episodes) or not np.isin(episodes, np.arange(len(episode_ends))).all():
         raise ValueError(f"windows need some of the {len(episode_ends)} episodes, from 0 on; got {episodes}")
+
+
+def _require_sources(data: Mapping[str, np.ndarray], hindsight: Hindsight | None) -> None:
+    """Raise ValueError for goals that cannot come from where hindsight takes them."""
+    for goal, (source, columns) in () if hindsight is None else hindsight.sources.items():
+        for key in (goal, source):
+            if key not in data or key == "action":
+                known = ", ".join(name for name in data if name != "action")
+                raise ValueError(f"hindsight takes goals from observations, {known}; got {key!r}")
+        shape = data[source].shape[1:]
+        if columns and (len(shape) != 1 or max(columns) >= shape[0]):
+            raise ValueError(f"hindsight: {source} has the shape {shape} a step; got the columns {list(columns)}")
+        found = (len(columns),) if columns else shape
+        if found != data[goal].shape[1:]:
+            raise ValueError(f"hindsight: the goal {goal} has the shape {data[goal].shape[1:]}, its source {found}")
 
 
 def _fits(arrays: Iterable[np.ndarray], device: torch.device) -> bool:

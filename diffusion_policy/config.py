@@ -328,10 +328,13 @@ class PolicyConfig:
     """Learn the variance of the sampler ddpm's steps too (Nichol & Dhariwal), which then calls the network twice."""
     condition_dropout: float = 0.0
     """Share of training windows that lose their condition, so that the policy can be guided; 0.1 is usual. What is
-    lost is the mode with condition-on-mode, else the observations."""
+    lost are the goals, and the mode with condition-on-mode; without either the observations."""
     normalization: Annotated[NormalizationName, Group("policy")] = "limits"
     """How each column becomes a number of about one: its limits become -1 and 1; or its mean 0 and its deviation 1; or
     its quantiles 0.01 and 0.99 become -1 and 1."""
+    goal: tuple[str, ...] = ()
+    """Observation keys that are goals: the same all through an episode, encoded once, and what condition-dropout loses,
+    so that guidance leads towards them."""
     condition_on_mode: bool = False
     """Give the demonstration's mode label to the network too, so that the policy can be steered with --mode."""
     objective: Annotated[ObjectiveName, Group("objective")] = "denoising"
@@ -464,6 +467,11 @@ class TrainConfig:
     """Use only so many episodes, drawn by the seed; those held out come on top."""
     memory_gb: float = 4.0
     """Windows that need more memory than this are streamed from the store in shuffled blocks, in some 0.2 GB."""
+    hindsight: tuple[str, ...] = ()
+    """Take goals from what the episode itself comes to: goal=state, or goal=state:2,3,4 for some of its columns,
+    replaces the goal of a window by a later observation of its episode."""
+    hindsight_share: float = 0.5
+    """Share of the training windows whose goal hindsight replaces."""
     vision_weights: Annotated[str | None, Group("images")] = None
     """File of weights (.safetensors) that the trunks of all image encoders begin with, such as those of a published
     ResNet-18, whose BatchNorms are left out."""
@@ -524,6 +532,7 @@ class TrainConfig:
         _require(self.max_episodes is None or self.max_episodes >= 1, "max_episodes", "at least 1", self.max_episodes)
         require_at_most(self, 1e6, ("memory_gb",))
         _require(0 <= self.validation_share < 1, "validation_share", "from 0 to below 1", self.validation_share)
+        _require(0 < self.hindsight_share <= 1, "hindsight_share", "above 0 and at most 1", self.hindsight_share)
         require_numbers(self)
 
 

@@ -84,9 +84,10 @@ Wrap = Callable[[Denoise], Denoise]
 class DiffusionPolicy(nn.Module):
     """Draws action sequences given observations, by denoising.
 
-    The conditioning vector is [kept | droppable]. With a mode label as condition the observations are kept and the
-    label, as a one-hot row, is droppable; without one the observations themselves are droppable, marked by a 1. What
-    is dropped becomes zeros: that is the unconditional side of classifier-free guidance.
+    The conditioning vector is [kept | droppable]. With goals, or a mode label, as condition the observations are kept,
+    and the goals and the label, as a one-hot row, are droppable; without them the observations themselves are. Where
+    there is no label, a 1 marks what was not dropped. What is dropped becomes zeros: that is the unconditional side of
+    classifier-free guidance.
     """
 
     def __init__(self, config: PolicyConfig, shapes: Shapes, modes: Sequence[str] = ()) -> None:
@@ -103,20 +104,27 @@ class DiffusionPolicy(nn.Module):
         self.modes = tuple(modes) if config.condition_on_mode else ()
         self.target = Target()
         self.normalizer = Normalizer({**shapes.observations, self.target.key: shapes.action}, shapes.angles)
-        self.keys = tuple(sorted(shapes.observations))
-        """Observation keys, in the order of their features in the condition."""
+        unknown = [key for key in config.goal if key not in shapes.observations]
+        if unknown or (config.goal and len(set(config.goal)) == len(shapes.observations)):
+            observed = ", ".join(shapes.observations)
+            raise ValueError(f"a goal is one of several observations, {observed}; got {', '.join(config.goal)}")
+        self.keys = tuple(sorted(shapes.observations, key=lambda key: (key in config.goal, key)))
+        """Observation keys, in the order of their features in the condition: the goals come last."""
         self.images = tuple(key for key in self.keys if key in self.normalizer.images)
         """Those that are images."""
         self.encoders = nn.ModuleList()
         self._encoder_of = {key: self._add_encoder(key) for key in self.keys}
-        encoders = [self.encoder_of(key) for key in self.keys]
-        self.features: int = sum(encoder.features for encoder in encoders)
+        parts = [CondPart(self.steps_of(key), self.encoder_of(key).numbers) for key in self.keys]
+        self.features = sum(map(math.prod, parts))
         """Numbers of a condition that come from observations."""
         schedule = make_schedule(config.schedule, config.noise_levels, config.schedule_options)
         self.diffusion = OBJECTIVES[config.objective](schedule, config)
         (target_dim,) = self.normalizer.shapes[self.target.key]
         marks = len(self.modes) or (1 if config.condition_dropout else 0)
-        cond_parts = [encoder.part for encoder in encoders] + [CondPart(1, marks)] * bool(marks)
+        cond_parts = parts + [CondPart(1, marks)] * bool(marks)
+        goals = sum(math.prod(part) for key, part in zip(self.keys, parts, strict=True) if key in config.goal)
+        self.kept = self.features - goals if self.modes or goals else 0
+        """Numbers of a condition, the first ones, that are never dropped."""
         self.cond_dim = self.features + marks
         """C, numbers of a condition."""
         self.network = NETWORKS[config.network.kind](
@@ -131,9 +139,9 @@ class DiffusionPolicy(nn.Module):
     def _add_encoder(self, key: str) -> int:
         """Make the encoder of a key, unless it shares one; returns its place. Raises ValueError for images that it
         cannot take."""
-        shape, horizon, images = self.normalizer.shapes[key], self.config.observation_horizon, self.config.images
+        shape, images = self.normalizer.shapes[key], self.config.images
         if key not in self.images:
-            self.encoders.append(ENCODERS[self.config.encoder.kind](shape, horizon))
+            self.encoders.append(ENCODERS[self.config.encoder.kind](shape))
             return len(self.encoders) - 1
         alike = [self.normalizer.shapes[other] for other in self.images]
         if images.share_encoder and self.images.index(key):
@@ -142,8 +150,12 @@ class DiffusionPolicy(nn.Module):
             return self.keys.index(self.images[0])
         cropped = (*(crop_size(side, images.image_crop) for side in shape[:2]), shape[-1])
         backbone = BACKBONES[images.vision.kind](cropped, images.image_features, **_own_options(images.vision))
-        self.encoders.append(ImageEncoder(backbone, horizon, images.image_features))
+        self.encoders.append(ImageEncoder(backbone, images.image_features))
         return len(self.encoders) - 1
+
+    def steps_of(self, key: str) -> int:
+        """Observed steps of a key that are encoded: a goal stays the same, so the last one says it."""
+        return 1 if key in self.config.goal else self.config.observation_horizon
 
     def encoder_of(self, key: str) -> Any:
         """The encoder of a key, which several cameras may share."""
@@ -213,7 +225,7 @@ class DiffusionPolicy(nn.Module):
         return key in self.images and observed is not None and observed.is_floating_point()
 
     def _encode_key(self, key: str, observed: Tensor, augmentation: Tensor | None) -> Tensor:
-        encoder = self.encoder_of(key)
+        encoder, observed = self.encoder_of(key), observed[:, -self.steps_of(key) :]
         if self._is_maps(key, observed):
             return encoder.features_of(observed)
         return encoder(self.prepare(key, observed, augmentation))
@@ -246,8 +258,7 @@ class DiffusionPolicy(nn.Module):
 
     def unconditional(self, cond: Tensor) -> Tensor:
         """Conditioning vectors (B, C) with the droppable part dropped."""
-        kept = self.features if self.modes else 0
-        return torch.cat([cond[:, :kept], torch.zeros_like(cond[:, kept:])], dim=-1)
+        return torch.cat([cond[:, : self.kept], torch.zeros_like(cond[:, self.kept :])], dim=-1)
 
     @torch.no_grad()
     def sample(

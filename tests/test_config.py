@@ -114,7 +114,7 @@ OTHERS: dict[type, dict[str, Any]] = {
         "observation_horizon": 3, "prediction_horizon": 32, "action_horizon": 4, "schedule": "linear",
         "noise_levels": 20, "schedule_options": (0.001, 0.3), "prediction": "velocity", "snr_gamma": 5.0,
         "learn_variance": True, "condition_dropout": 0.2, "normalization": "quantiles", "condition_on_mode": True,
-        "objective": "regression", "student_steps": 2, "mixture_components": 3, "max_delay": 3,
+        "objective": "regression", "student_steps": 2, "mixture_components": 3, "max_delay": 3, "goal": ("xy",),
     },
     UnetConfig: {"widths": (16, 32), "kernel_size": 3, "groups": 4, "level_dim": 16},
     TransformerConfig: {
@@ -134,6 +134,7 @@ OTHERS: dict[type, dict[str, Any]] = {
         "memory_gb": 0.5, "validate_every": 500, "checkpoint_every": 2000, "keep_checkpoints": 2, "keep_best":
         "action_error_best", "rollout_every": 500, "rollout_episodes": 2, "precision": "bf16", "accumulation": 2,
         "compile": True, "seed": 2**32 - 1, "vision_weights": "resnet18.safetensors", "freeze_vision": True,
+        "hindsight": ("xy=pose",), "hindsight_share": 1.0,
     },
     DistillationConfig: {
         "teacher": "runs/teacher", "student": "pairs", "teacher_steps": 4, "teacher_weights": "0" * 64, "pairs": 100,

@@ -6,8 +6,9 @@ Knows datasets, policies and environments. Trains nothing and writes nothing.
 
 import math
 import os
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from diffusion_policy.control.controller import Controller
 from diffusion_policy.control.policy_planner import PolicyPlanner
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.datasets.streaming import StreamedWindows, episodes_within, hold_windows, load_windows
-from diffusion_policy.datasets.windows import Windows, split_episodes
+from diffusion_policy.datasets.windows import Hindsight, Windows, split_episodes
 from diffusion_policy.evaluation.metrics import NONE
 from diffusion_policy.evaluation.rollout import RolloutError, rollout
 from diffusion_policy.policy import DiffusionPolicy, Shapes, choose_device
@@ -153,11 +154,29 @@ def cut_windows(
     horizons = options.policy.observation_horizon, options.policy.prediction_horizon
     modes = store.mode_indices() if options.policy.condition_on_mode else None
     memory = options.training.memory_gb * 1e9
-    windows = load_windows(store, names, plan.chosen, *horizons, device=device, modes=modes, memory_bytes=memory)
+    hindsight = parse_hindsight(options.training.hindsight, options.training.hindsight_share, plan.keys.observations)
+    windows = load_windows(
+        store, names, plan.chosen, *horizons, device=device, modes=modes, memory_bytes=memory, hindsight=hindsight
+    )
     if len(plan.held_out) == 0:
         return windows, None
     few = episodes_within(store, names, plan.held_out, memory if isinstance(windows, Windows) else VALIDATION_BYTES)
     return windows, hold_windows(store, names, few, *horizons, device=device, modes=modes)
+
+
+def parse_hindsight(texts: Sequence[str], share: float, keys: Collection[str]) -> Hindsight | None:
+    """--hindsight: texts such as `goal=state` or `goal=state:2,3,4`, of these keys; None for none. Raises ConfigError
+    for others."""
+    sources: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for text in texts:
+        found = re.fullmatch(r"([^=]+)=(.+?)(?::(\d+(?:,\d+)*))?", text)
+        if found is None or found[1] not in keys or found[2] not in keys:
+            raise ConfigError(
+                f"--hindsight must name a goal and where it comes from, of the keys {', '.join(keys)}, as in "
+                f"goal=state or goal=state:2,3,4; got {text!r}"
+            )
+        sources[found[1]] = found[2], tuple(int(column) for column in (found[3] or "").split(",") if column)
+    return Hindsight(sources, share) if sources else None
 
 
 def make_rollouts(options: Train, store: EpisodeStore, point: Checkpoint) -> Callable[[DiffusionPolicy], float | None]:

@@ -1,8 +1,8 @@
 """Networks and encoders by the `kind` of their options. A new one is a file here, its options in `config`, and a line.
 
 A network takes (target_dim, cond_parts, steps, outputs=..., and its own options) and promises what
-`diffusion.process.Network` says; an encoder takes (shape, observation_horizon), and has `features`, and the `part` of a
-condition that they are.
+`diffusion.process.Network` says; an encoder takes the shape of one step, and has `numbers`, how many features a step
+becomes. Encoders of images are in `vision`.
 """
 
 import math

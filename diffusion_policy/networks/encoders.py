@@ -16,13 +16,14 @@ class CondPart(NamedTuple):
 
 
 class StateEncoder(nn.Module):
-    """Lays the observed steps of a row of numbers side by side: (B, To, ...) → (B, features). It learns nothing."""
+    """Lays the observed steps of a row of numbers side by side: (B, steps, ...) → (B, steps · numbers). It learns
+    nothing."""
 
-    def __init__(self, shape: tuple[int, ...], observation_horizon: int) -> None:
+    def __init__(self, shape: tuple[int, ...]) -> None:
         """`shape`: of one step."""
         super().__init__()
-        self.part = CondPart(observation_horizon, math.prod(shape))
-        self.features = math.prod(self.part)
+        self.numbers = math.prod(shape)
+        """Features of one step."""
 
     def forward(self, observed: Tensor) -> Tensor:
         return observed.flatten(1)

@@ -19,7 +19,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffusion_policy.networks.encoders import CondPart
 from diffusion_policy.networks.transformer import SelfAttention
 
 RESNET_NAMES = ("fc.", "running_mean", "running_var", "num_batches_tracked")
@@ -29,12 +28,12 @@ RESNET_NAMES = ("fc.", "running_mean", "running_var", "num_batches_tracked")
 class ImageEncoder(nn.Module):
     """Images of one camera, or of several that share it: (B, To, H, W, C) → (B, To · F)."""
 
-    def __init__(self, backbone: nn.Module, observation_horizon: int, features: int) -> None:
+    def __init__(self, backbone: nn.Module, features: int) -> None:
         """`backbone`: with `trunk`, (images, C, H, W) → maps, and `head`, maps → (images, F)."""
         super().__init__()
         self.backbone = backbone
-        self.part = CondPart(observation_horizon, features)
-        self.features = observation_horizon * features
+        self.numbers = features
+        """Features of one image."""
 
     def forward(self, images: Tensor) -> Tensor:
         return self.features_of(self.maps_of(images))

@@ -53,9 +53,9 @@ def test_level_embeddings_differ_between_levels() -> None:
 
 
 def test_the_encoder_lays_the_observed_steps_side_by_side() -> None:
-    encoder = StateEncoder((3, 2), observation_horizon=2)
+    encoder = StateEncoder((3, 2))
     encoded = encoder(torch.arange(12.0).reshape(1, 2, 3, 2))
-    assert encoded.shape == (1, encoder.features) == (1, 12)
+    assert encoded.shape == (1, 2 * encoder.numbers) == (1, 12)
     assert encoded[0].tolist() == list(range(12))
 
 

@@ -21,14 +21,14 @@ OPTIONS = {
 
 def make(kind: str, size: int = 40, features: int = 6) -> ImageEncoder:
     torch.manual_seed(0)
-    return ImageEncoder(BACKBONES[kind]((size, size, 3), features, **OPTIONS[kind]), 2, features)
+    return ImageEncoder(BACKBONES[kind]((size, size, 3), features, **OPTIONS[kind]), features)
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_an_encoder_makes_features_of_each_observed_image_and_looks_at_no_other_row(kind: str) -> None:
     encoder, images = make(kind), torch.rand(3, 2, 40, 40, 3)
     features = encoder(images)
-    assert features.shape == (3, encoder.features) == (3, 12)
+    assert features.shape == (3, 2 * encoder.numbers) == (3, 12)
     torch.testing.assert_close(encoder(images[1:2]), features[1:2])
     swapped = encoder(images.flip(1)).unflatten(1, (2, 6)).flip(1).flatten(1)
     torch.testing.assert_close(swapped, features)
