@@ -39,11 +39,11 @@ class StreamedWindows:
         prediction_horizon: int,
         *,
         device: torch.device | str = "cpu",
-        modes: np.ndarray | None = None,
+        labels: np.ndarray | None = None,
         pool_bytes: int = POOL_BYTES,
     ) -> None:
         """`keys`: name of each key of the store in a batch, one of them `action`; the others as in `Windows`."""
-        self._store, self._keys, self._device, self._modes = store, keys, device, modes
+        self._store, self._keys, self._device, self._labels = store, keys, device, labels
         self._horizons = observation_horizon, prediction_horizon
         self._ends = store.episode_ends
         self._chosen = np.zeros(len(self._ends), bool)
@@ -137,10 +137,10 @@ class StreamedWindows:
             ends.append(np.minimum(self._ends[held], last) - first + offset)
             episodes.append(held)
             indices.append(np.flatnonzero(self._usable(start, stop)) + start - first + offset)
-        modes = None if self._modes is None else self._modes[np.concatenate(episodes)]
+        labels = None if self._labels is None else self._labels[np.concatenate(episodes)]
         joined = np.concatenate(ends)
         windows = Windows(
-            data, joined, np.arange(len(joined)), *self._horizons, device=self._device, modes=modes, rows=rows
+            data, joined, np.arange(len(joined)), *self._horizons, device=self._device, labels=labels, rows=rows
         )
         return windows, np.concatenate(indices)
 
@@ -157,7 +157,7 @@ def load_windows(
     prediction_horizon: int,
     *,
     device: torch.device | str,
-    modes: np.ndarray | None,
+    labels: np.ndarray | None,
     memory_bytes: float,
     hindsight: Hindsight | None = None,
 ) -> Windows | StreamedWindows:
@@ -165,13 +165,13 @@ def load_windows(
     `StreamedWindows` and `Windows`. Raises ValueError for hindsight where they do not fit."""
     horizons, needed = (observation_horizon, prediction_horizon), memory_needed(store, keys, episodes)
     if needed <= memory_bytes:
-        return hold_windows(store, keys, episodes, *horizons, device=device, modes=modes, hindsight=hindsight)
+        return hold_windows(store, keys, episodes, *horizons, device=device, labels=labels, hindsight=hindsight)
     if hindsight is not None:
         raise ValueError(
             f"hindsight needs whole episodes in memory: {needed / 1e9:.1f} GB, and {memory_bytes / 1e9:g} are allowed; "
             "raise --memory-gb"
         )
-    return StreamedWindows(store, keys, episodes, *horizons, device=device, modes=modes)
+    return StreamedWindows(store, keys, episodes, *horizons, device=device, labels=labels)
 
 
 def hold_windows(
@@ -182,18 +182,18 @@ def hold_windows(
     prediction_horizon: int,
     *,
     device: torch.device | str = "cpu",
-    modes: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
     hindsight: Hindsight | None = None,
 ) -> Windows:
     """The windows of some episodes of a store, in memory. Arguments as in `StreamedWindows` and `Windows`."""
     episodes = np.sort(np.asarray(episodes))
     data, ends = read_episodes(store, keys, episodes)
-    modes = None if modes is None else modes[episodes]
+    labels = None if labels is None else labels[episodes]
     starts, stops = np.concatenate([[0], store.episode_ends[:-1]])[episodes], store.episode_ends[episodes]
     rows = np.concatenate([np.arange(start, stop) for start, stop in zip(starts, stops, strict=True)])
     horizons = observation_horizon, prediction_horizon
     return Windows(
-        data, ends, np.arange(len(ends)), *horizons, device=device, modes=modes, rows=rows, hindsight=hindsight
+        data, ends, np.arange(len(ends)), *horizons, device=device, labels=labels, rows=rows, hindsight=hindsight
     )
 
 
@@ -256,6 +256,6 @@ def _join(parts: Sequence[Batch]) -> Batch:
     if len(parts) == 1:
         return parts[0]
     observations = {key: torch.cat([part.observations[key] for part in parts]) for key in parts[0].observations}
-    modes = None if parts[0].modes is None else torch.cat([part.modes for part in parts if part.modes is not None])
+    labels = None if parts[0].labels is None else torch.cat([part.labels for part in parts if part.labels is not None])
     rows = np.concatenate([part.rows for part in parts if part.rows is not None])
-    return Batch(observations, torch.cat([part.actions for part in parts]), modes, rows)
+    return Batch(observations, torch.cat([part.actions for part in parts]), labels, rows)

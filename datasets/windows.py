@@ -48,17 +48,18 @@ class Batch(NamedTuple):
     """Each key: (B, To, ...), the last one is *now*."""
     actions: Tensor
     """(B, T, A), from the first observed step on."""
-    modes: Tensor | None = None
-    """Index of the episode's mode, (B,) int64, -1 where it has none; None when the windows know no modes."""
+    labels: Tensor | None = None
+    """Index of what the episode is told, its mode or its instruction, (B,) int64, -1 where it has none; None when the
+    windows know no labels."""
     rows: np.ndarray | None = None
     """Row of the store that is *now* in each window, (B,) int64; of the data, where they come from no store."""
 
     def part(self, first: int, last: int) -> Batch:
         """Some of the windows."""
         observations = {key: values[first:last] for key, values in self.observations.items()}
-        modes = None if self.modes is None else self.modes[first:last]
+        labels = None if self.labels is None else self.labels[first:last]
         return Batch(
-            observations, self.actions[first:last], modes, None if self.rows is None else self.rows[first:last]
+            observations, self.actions[first:last], labels, None if self.rows is None else self.rows[first:last]
         )
 
 
@@ -87,13 +88,14 @@ class Windows:
         prediction_horizon: int,
         *,
         device: torch.device | str = "cpu",
-        modes: np.ndarray | None = None,
+        labels: np.ndarray | None = None,
         rows: np.ndarray | None = None,
         hindsight: Hindsight | None = None,
     ) -> None:
-        """`data`: `action` and each observation key, (steps, ...); `episodes`: indices of the episodes to use; `modes`:
-        index of each episode's mode, (all episodes,), −1 where it has none; `rows`: where in the store each row of the
-        data comes from, (steps,). Raises ValueError for data that cannot be cut so, and for NaN and infinity."""
+        """`data`: `action` and each observation key, (steps, ...); `episodes`: indices of the episodes to use;
+        `labels`: index of each episode's mode or instruction, (all episodes,), −1 where it has none; `rows`: where in
+        the store each row of the data comes from, (steps,). Raises ValueError for data that cannot be cut so, and for
+        NaN and infinity."""
         self._device = torch.device(device)
         held = {key: _hold(key, array, self._device) for key, array in data.items()}
         episode_ends, episodes = np.asarray(episode_ends), np.asarray(episodes)
@@ -104,7 +106,7 @@ class Windows:
         self._now = np.arange(lengths.sum()) + np.repeat(starts[episodes] - before, lengths)  # (windows,) row of *now*
         self._first = np.repeat(starts[episodes], lengths)  # (windows,) first row of its episode
         self._last = np.repeat(episode_ends[episodes] - 1, lengths)  # (windows,) last row of its episode
-        self._modes = None if modes is None else np.repeat(modes[episodes].astype(np.int64), lengths)
+        self._labels = None if labels is None else np.repeat(labels[episodes].astype(np.int64), lengths)
         self._rows = self._now if rows is None else rows[self._now]
         self._hindsight = hindsight
         self._horizons = observation_horizon, prediction_horizon
@@ -141,7 +143,7 @@ class Windows:
         """Some of the windows, on the same data."""
         chosen = copy.copy(self)
         chosen._now, chosen._first, chosen._last = (rows[indices] for rows in (self._now, self._first, self._last))
-        chosen._modes = None if self._modes is None else self._modes[indices]
+        chosen._labels = None if self._labels is None else self._labels[indices]
         chosen._rows = self._rows[indices]
         return chosen
 
@@ -154,8 +156,8 @@ class Windows:
         taken = self._take(rows)
         if draws is not None and self._hindsight is not None:
             self._take_goals(taken, now[:, 0], last[:, 0], draws)
-        modes = None if self._modes is None else send(torch.from_numpy(self._modes[indices]), self._device)
-        return Batch(taken, taken.pop("action"), modes, self._rows[indices])
+        labels = None if self._labels is None else send(torch.from_numpy(self._labels[indices]), self._device)
+        return Batch(taken, taken.pop("action"), labels, self._rows[indices])
 
     def _take(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Of rows (B, the longer of To and T): the first To of each observation key, the first T of `action`, on the
