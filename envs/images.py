@@ -38,6 +38,8 @@ class RenderedImage(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
                 f"{self._name} must be made with render_mode 'rgb_array' to give an image; got {env.render_mode!r}; it "
                 f"knows {one_line(known, 100)}"
             )
+        self.looking = True
+        """Whether the image is drawn; it is black else."""
         self._parts = observed_parts(env.observation_space, self._name)
         if key in self._parts:
             raise EnvSpecError(f"{self._name} observes {key!r} itself; call the image of its pictures otherwise")
@@ -57,7 +59,9 @@ class RenderedImage(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
         return self._observe(observation), reward, terminated, truncated, info
 
     def _observe(self, observation: Any) -> Observation:
-        return {**observe(self._parts, observation, self._name), self._key: self._photograph()}
+        black = np.zeros((self._size, self._size, 3), np.uint8)
+        image = self._photograph() if self.looking else black
+        return {**observe(self._parts, observation, self._name), self._key: image}
 
     def _photograph(self) -> np.ndarray:
         try:

@@ -26,6 +26,7 @@ from diffusion_policy.envs.images import RenderedImage
 from diffusion_policy.envs.modules import load
 from diffusion_policy.envs.protocols import layers
 from diffusion_policy.envs.spaces import EnvSpecError
+from diffusion_policy.envs.task import TaskEnv
 
 Wrapped = Mapping[str, Any]
 """One wrapper, as it is written."""
@@ -48,6 +49,8 @@ UNSEEN = {
 """Gymnasium's wrappers that change nothing of what is observed or done."""
 PICTURES = (AddWhiteNoise, ObstructView)
 """Those that change pictures alone, which are observed under AddRenderObservation only."""
+PASSING = {"Adapter", "Capped", "TimeLimit", "NoisyActions", "ClipAction", "RescaleAction"}
+"""Other wrappers that pass each observation on by itself: none is made of several, or of the one before."""
 OURS = {"Contract", "Fresh", "Recorder"}
 MOST = 4096
 """Largest whole number in the arguments of a wrapper, but a limit of steps: what is allocated grows with it."""
@@ -117,6 +120,16 @@ def wrap(env: gymnasium.Env, wrapped: Wrapped) -> gymnasium.Env:
         raise EnvSpecError(
             f"the wrapper {point} cannot be put around {name_of_env(env)}: {error_line(error)}"
         ) from error
+
+
+def look(env: gymnasium.Env, looking: bool) -> None:
+    """Have an environment draw the images that it observes from now on, or give black ones, which takes no time. One in
+    which a wrapper may make an observation out of several draws all of them."""
+    for layer in layers(env):
+        if isinstance(layer, TaskEnv | RenderedImage):
+            layer.looking = looking
+        if type(layer).__name__ not in OURS | UNSEEN | PASSING and not isinstance(layer, RenderedImage):
+            return
 
 
 def is_written(value: object) -> bool:

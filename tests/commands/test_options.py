@@ -72,6 +72,8 @@ rollout --checkpoint r --episodes 1 --seed 100600 --video v.gif --record rec.zar
     --env-kwargs '{BRIEF}' --success none --fresh --mode-function {{module}}:label --mode-labels up down \
     --sampler unipc --sampling-steps 2 --spacing leading --clip none --guidance 0.5 --guidance-schedule middle \
     --mode right --corrector-steps 1 --corrector-size 0.1 --action-horizon 2 --workers 1 --device cpu
+rollout --checkpoint r --episodes 1 --sampling-steps 2 --env-kwargs '{{"rows":1,"image_size":16}}' \
+    --record kept.zarr --keep-images --workers 1
 rollout --checkpoint r --episodes 1 --sampling-steps 2 --eta 0.3 --workers 1 --backend eager --precision bf16
 rollout --checkpoint r --episodes 2 --sampling-steps 2 --env {{module}}:tiny/Window-v0 --render human
 study samplers --checkpoint r --output st --samplers ddim --steps 1 2 --mode left --guidance 0.5 --episodes 1 \
