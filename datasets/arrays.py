@@ -94,8 +94,16 @@ class StoredArrays:
     def raw(self, path: str) -> zarr.Array:
         """An array as zarr opens it, its contents not yet trusted; raises StoreError."""
         folder, _, name = path.partition("/")
-        with self.foreign(path, " cannot be opened:"):
-            array = self.group[path] if NAME.fullmatch(name) and path in self.group else None
+        try:
+            with self.foreign(path, " cannot be opened:"):
+                array = self.group[path] if NAME.fullmatch(name) and path in self.group else None
+        except StoreError as error:
+            codec = getattr(error.__cause__, "codec_id", None)
+            if codec is None:
+                raise
+            name = str(codec).strip("'")
+            what = f"is packed with the codec {name}, which is not read; write it anew with another where that one is"
+            raise StoreError(f"{self.location}: {path} {what} installed") from error
         if not isinstance(array, zarr.Array):
             if name in self.names(folder):
                 raise StoreError(f"{self.location}: {path} is no array of zarr")

@@ -42,7 +42,7 @@ def merge(locations: Sequence[Path | str], target: Path) -> Merged:
             if value != expected[name]:
                 raise StoreError(f"{store.location} has the {name} {value}; {first.location} has {expected[name]}")
     types = {key: _common_type(key, stores) for key in first.keys}
-    known = [{*store.finals()} for store in stores]
+    known = [{*store.final_keys} for store in stores]
     finals, lost = set.intersection(*known), sorted(set.union(*known) - set.intersection(*known))
     source = read(first.location)
     attributes, remarks = _of_all(source.attributes, stores)

@@ -324,13 +324,14 @@ class EpisodeStore:
         modes, checksums = self.episode_modes(), self.checksums()
         instructions, embeddings = self.episode_instructions(), self.instruction_embeddings()
         seeds, successes = self.read_meta("seed"), self.read_meta("success")
-        finals = self.finals() if keys is None else {key: rows for key, rows in self.finals().items() if key in keys}
+        finals = [key for key in self.final_keys if keys is None or key in keys]
         keys = self.keys if keys is None else keys
         most_rows = 2 * BLOCK_BYTES // max(1, sum(row_bytes(self.shape(key), self.dtype(key)) for key in keys))
         chosen = np.arange(len(ends)) if indices is None else np.asarray(indices)
         for run in _runs(chosen, ends - starts, most_rows):
             first = int(starts[run[0]])
             rows = {key: self.read_rows(key, first, int(ends[run[-1]])) for key in keys}
+            last = {key: self._read_finals(key, int(run[0]), int(run[-1]) + 1) for key in finals}
             for i in run:
                 span = slice(starts[i] - first, ends[i] - first)
                 for key in rows.keys() & checksums.keys():
@@ -340,17 +341,28 @@ class EpisodeStore:
                     None if seeds is None or seeds[i] < 0 else int(seeds[i]),
                     modes[i],
                     None if successes is None or successes[i] < 0 else bool(successes[i]),
-                    {key: array[i] for key, array in finals.items()} or None,
+                    {key: array[i - run[0]] for key, array in last.items()} or None,
                     instructions[i],
                     None if embeddings is None or instructions[i] is None else embeddings[i],
                 )
 
     def finals(self) -> dict[str, np.ndarray]:
         """The observation after the last action of each episode, by key, (episodes, ...); empty where it is unknown."""
+        return {key: self._read_finals(key, 0, len(self.episode_ends)) for key in self.final_keys}
+
+    @property
+    def final_keys(self) -> tuple[str, ...]:
+        """The keys of which the observation after the last action is known."""
         prefix = "episode_final_"
-        keys = [name.removeprefix(prefix) for name in self.arrays.names("meta") if name.startswith(prefix)]
-        found = {key: self.read_meta(f"final_{key}") for key in keys}
-        return {key: rows if rows.ndim > 1 else rows[:, None] for key, rows in found.items() if rows is not None}
+        return tuple(name.removeprefix(prefix) for name in self.arrays.names("meta") if name.startswith(prefix))
+
+    def _read_finals(self, key: str, start: int, stop: int) -> np.ndarray:
+        """The observation after the last action of some episodes, (stop - start, ...)."""
+        path, places = f"meta/episode_final_{key}", np.flatnonzero(self.arrays.kept)[start:stop]
+        array = self.arrays.trusted(path)
+        with self.arrays.foreign(path, " is damaged:"):
+            rows = read_rows(array, int(places[0]), int(places[-1]) + 1)[places - places[0]]
+        return rows if rows.ndim > 1 else rows[:, None]
 
     def checksums(self) -> dict[str, np.ndarray]:
         """The checksum of each episode, (episodes,), by array of data/ and, of what is known of it, by `meta`; empty

@@ -40,10 +40,12 @@ class StreamedWindows:
         *,
         device: torch.device | str = "cpu",
         labels: np.ndarray | None = None,
+        mark_padding: bool = False,
         pool_bytes: int = POOL_BYTES,
     ) -> None:
         """`keys`: name of each key of the store in a batch, one of them `action`; the others as in `Windows`."""
         self._store, self._keys, self._device, self._labels = store, keys, device, labels
+        self._mark_padding = mark_padding
         self._horizons = observation_horizon, prediction_horizon
         self._ends = store.episode_ends
         self._chosen = np.zeros(len(self._ends), bool)
@@ -140,7 +142,14 @@ class StreamedWindows:
         labels = None if self._labels is None else self._labels[np.concatenate(episodes)]
         joined = np.concatenate(ends)
         windows = Windows(
-            data, joined, np.arange(len(joined)), *self._horizons, device=self._device, labels=labels, rows=rows
+            data,
+            joined,
+            np.arange(len(joined)),
+            *self._horizons,
+            device=self._device,
+            labels=labels,
+            rows=rows,
+            mark_padding=self._mark_padding,
         )
         return windows, np.concatenate(indices)
 
@@ -160,18 +169,28 @@ def load_windows(
     labels: np.ndarray | None,
     memory_bytes: float,
     hindsight: Hindsight | None = None,
+    mark_padding: bool = False,
 ) -> Windows | StreamedWindows:
     """The windows of some episodes of a store: held in memory where they fit, else streamed. Arguments as in
     `StreamedWindows` and `Windows`. Raises ValueError for hindsight where they do not fit."""
     horizons, needed = (observation_horizon, prediction_horizon), memory_needed(store, keys, episodes)
     if needed <= memory_bytes:
-        return hold_windows(store, keys, episodes, *horizons, device=device, labels=labels, hindsight=hindsight)
+        return hold_windows(
+            store,
+            keys,
+            episodes,
+            *horizons,
+            device=device,
+            labels=labels,
+            hindsight=hindsight,
+            mark_padding=mark_padding,
+        )
     if hindsight is not None:
         raise ValueError(
             f"hindsight needs whole episodes in memory: {needed / 1e9:.1f} GB, and {memory_bytes / 1e9:g} are allowed; "
             "raise --memory-gb"
         )
-    return StreamedWindows(store, keys, episodes, *horizons, device=device, labels=labels)
+    return StreamedWindows(store, keys, episodes, *horizons, device=device, labels=labels, mark_padding=mark_padding)
 
 
 def hold_windows(
@@ -184,6 +203,7 @@ def hold_windows(
     device: torch.device | str = "cpu",
     labels: np.ndarray | None = None,
     hindsight: Hindsight | None = None,
+    mark_padding: bool = False,
 ) -> Windows:
     """The windows of some episodes of a store, in memory. Arguments as in `StreamedWindows` and `Windows`."""
     episodes = np.sort(np.asarray(episodes))
@@ -193,7 +213,15 @@ def hold_windows(
     rows = np.concatenate([np.arange(start, stop) for start, stop in zip(starts, stops, strict=True)])
     horizons = observation_horizon, prediction_horizon
     return Windows(
-        data, ends, np.arange(len(ends)), *horizons, device=device, labels=labels, rows=rows, hindsight=hindsight
+        data,
+        ends,
+        np.arange(len(ends)),
+        *horizons,
+        device=device,
+        labels=labels,
+        rows=rows,
+        hindsight=hindsight,
+        mark_padding=mark_padding,
     )
 
 
@@ -258,4 +286,6 @@ def _join(parts: Sequence[Batch]) -> Batch:
     observations = {key: torch.cat([part.observations[key] for part in parts]) for key in parts[0].observations}
     labels = None if parts[0].labels is None else torch.cat([part.labels for part in parts if part.labels is not None])
     rows = np.concatenate([part.rows for part in parts if part.rows is not None])
-    return Batch(observations, torch.cat([part.actions for part in parts]), labels, rows)
+    marks = [part.demonstrated for part in parts if part.demonstrated is not None]
+    demonstrated = torch.cat(marks) if marks else None
+    return Batch(observations, torch.cat([part.actions for part in parts]), labels, rows, demonstrated)

@@ -53,14 +53,17 @@ class Batch(NamedTuple):
     windows know no labels."""
     rows: np.ndarray | None = None
     """Row of the store that is *now* in each window, (B,) int64; of the data, where they come from no store."""
+    demonstrated: Tensor | None = None
+    """Which actions were demonstrated, and not repeated beyond the ends of the episode, (B, T) bool; None where nobody
+    asks."""
 
     def part(self, first: int, last: int) -> Batch:
         """Some of the windows."""
         observations = {key: values[first:last] for key, values in self.observations.items()}
         labels = None if self.labels is None else self.labels[first:last]
-        return Batch(
-            observations, self.actions[first:last], labels, None if self.rows is None else self.rows[first:last]
-        )
+        rows = None if self.rows is None else self.rows[first:last]
+        demonstrated = None if self.demonstrated is None else self.demonstrated[first:last]
+        return Batch(observations, self.actions[first:last], labels, rows, demonstrated)
 
 
 class Hindsight(NamedTuple):
@@ -91,6 +94,7 @@ class Windows:
         labels: np.ndarray | None = None,
         rows: np.ndarray | None = None,
         hindsight: Hindsight | None = None,
+        mark_padding: bool = False,
     ) -> None:
         """`data`: `action` and each observation key, (steps, ...); `episodes`: indices of the episodes to use;
         `labels`: index of each episode's mode or instruction, (all episodes,), −1 where it has none; `rows`: where in
@@ -108,7 +112,7 @@ class Windows:
         self._last = np.repeat(episode_ends[episodes] - 1, lengths)  # (windows,) last row of its episode
         self._labels = None if labels is None else np.repeat(labels[episodes].astype(np.int64), lengths)
         self._rows = self._now if rows is None else rows[self._now]
-        self._hindsight = hindsight
+        self._hindsight, self._mark_padding = hindsight, mark_padding
         self._horizons = observation_horizon, prediction_horizon
         self._steps = np.arange(max(self._horizons)) + 1 - observation_horizon  # from now
         _require_sources(held, hindsight)
@@ -157,7 +161,9 @@ class Windows:
         if draws is not None and self._hindsight is not None:
             self._take_goals(taken, now[:, 0], last[:, 0], draws)
         labels = None if self._labels is None else send(torch.from_numpy(self._labels[indices]), self._device)
-        return Batch(taken, taken.pop("action"), labels, self._rows[indices])
+        there = (now + self._steps == rows)[:, : self._horizons[1]] if self._mark_padding else None
+        demonstrated = None if there is None else send(torch.from_numpy(there), self._device)
+        return Batch(taken, taken.pop("action"), labels, self._rows[indices], demonstrated)
 
     def _take(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Of rows (B, the longer of To and T): the first To of each observation key, the first T of `action`, on the

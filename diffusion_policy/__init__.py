@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from diffusion_policy.commands.front_door import LoadedPolicy, collect, evaluate, rollout, train
+    from diffusion_policy.commands.front_door import LoadedPolicy, collect, evaluate, render_dataset, rollout, train
     from diffusion_policy.commands.loading import load
     from diffusion_policy.config import (
         PolicyConfig,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from diffusion_policy.training.trainer import Trainer
 
 HOMES = {
-    "commands.front_door": ("LoadedPolicy", "collect", "evaluate", "rollout", "train"),
+    "commands.front_door": ("LoadedPolicy", "collect", "evaluate", "render_dataset", "rollout", "train"),
     "commands.loading": ("load",),
     "config": ("PolicyConfig", "SampleConfig", "SuccessAndModes", "TrainConfig", "TransformerConfig", "UnetConfig"),
     "control.controller": ("Controller",),
@@ -53,9 +53,9 @@ HOMES = {
 """Where each name of the front door stands."""
 
 __all__ = [  # noqa: RUF022  (functions first)
-    "collect", "train", "evaluate", "rollout", "load", "connect", "LoadedPolicy", "DiffusionPolicy", "Controller",
-    "PolicyPlanner", "Trainer", "Windows", "EpisodeStore", "Recorder", "EnvSpec", "PolicyConfig", "UnetConfig",
-    "TransformerConfig", "TrainConfig", "SampleConfig", "SuccessAndModes",
+    "collect", "train", "evaluate", "rollout", "render_dataset", "load", "connect", "LoadedPolicy", "DiffusionPolicy",
+    "Controller", "PolicyPlanner", "Trainer", "Windows", "EpisodeStore", "Recorder", "EnvSpec", "PolicyConfig",
+    "UnetConfig", "TransformerConfig", "TrainConfig", "SampleConfig", "SuccessAndModes",
 ]  # fmt: skip
 
 

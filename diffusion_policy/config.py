@@ -477,6 +477,9 @@ class TrainConfig:
     replaces the goal of a window by a later observation of its episode."""
     hindsight_share: float = 0.5
     """Share of the training windows whose goal hindsight replaces."""
+    mask_padding: bool = False
+    """Leave out of the loss the actions beyond an episode's ends, where the first or last one is repeated; without this
+    the policy learns to stay where the demonstration ended."""
     vision_weights: Annotated[str | None, Group("images")] = None
     """File of weights (.safetensors) that the trunks of all image encoders begin with, such as those of a published
     ResNet-18, whose BatchNorms are left out."""

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
-from diffusion_policy.envs.cameras import ImageOptions, arm_cameras
-from diffusion_policy.envs.robots import panda_with_rod
+from diffusion_policy.envs.cameras import ImageOptions, Mount, Viewpoint
+from diffusion_policy.envs.robots import arm_cameras, panda_with_rod
 from diffusion_policy.envs.scene import Scene
-from diffusion_policy.envs.simulation import Mount, Simulation, Viewpoint
+from diffusion_policy.envs.simulation import Simulation
 from diffusion_policy.envs.task import Advance, TaskEnv, at_height, float_box, path_of_changes, rendering
 
 

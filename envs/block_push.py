@@ -27,11 +27,11 @@ from diffusion_policy.envs.block_push_state import (
     relative_features,
     solved,
 )
-from diffusion_policy.envs.cameras import ImageOptions, arm_cameras
+from diffusion_policy.envs.cameras import ImageOptions, Mount, Viewpoint
 from diffusion_policy.envs.protocols import Grip, Push
-from diffusion_policy.envs.robots import xarm_with_rod
+from diffusion_policy.envs.robots import arm_cameras, xarm_with_rod
 from diffusion_policy.envs.scene import Scene
-from diffusion_policy.envs.simulation import Mount, Simulation, Viewpoint
+from diffusion_policy.envs.simulation import Simulation
 from diffusion_policy.envs.task import (
     Advance,
     TaskEnv,

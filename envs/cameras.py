@@ -1,25 +1,63 @@
-"""Cameras of the simulated tasks: what image is observed beside the state, how large it is, and what draws it.
+"""Cameras of the simulated tasks: where they stand, how large their images are, and what draws them.
 
-Images are squares (size, size, 3) uint8, and the same for the same seed in any process. Knows arms and arguments of
-environments. Knows no task.
+Images are squares (size, size, 3) uint8, and the same for the same seed in any process. Knows arguments of
+environments. Knows no simulator and no task.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from diffusion_policy.basics.images import LEAST_SIDE
-from diffusion_policy.envs.robots import Arm
-from diffusion_policy.envs.simulation import RENDERERS, Mount, Renderer, Simulation, Viewpoint
 
 IMAGE, WRIST_IMAGE = "image", "wrist_image"
 """Keys of what the cameras see: the whole workspace; the tool, from the wrist."""
 MOST_SIDE = 512
 """[px]"""
 
-Cameras = Mapping[str, Callable[[], np.ndarray]]
-"""By key what gives an image (size, size, 3) uint8 of the present state."""
+Renderer = Literal["tiny", "egl"]
+RENDERERS: tuple[Renderer, ...] = get_args(Renderer)
+"""What draws images: PyBullet's TinyRenderer, on the CPU; its OpenGL renderer without a window, where there is EGL."""
+
+
+class Viewpoint(NamedTuple):
+    """Where the scene is seen from, and the size of its picture."""
+
+    target: tuple[float, float, float]
+    """Point looked at [m]."""
+    distance: float
+    """From the target to the eye [m]."""
+    yaw: float
+    """Around the vertical axis [degrees]."""
+    pitch: float
+    """Above (negative: looking down) the horizon [degrees]."""
+    width: int = 480
+    """[px]"""
+    height: int = 384
+    """[px]"""
+    field: float = 45.0
+    """Of view, from the lower to the upper edge [degrees]."""
+
+
+class Mount(NamedTuple):
+    """How a camera sits on a link, in the link's own frame."""
+
+    eye: tuple[float, float, float]
+    """[m]"""
+    target: tuple[float, float, float]
+    """Point looked at [m]."""
+    up: tuple[float, float, float]
+    """Direction that is up in the picture."""
+    field: float
+    """Of view [degrees]."""
+
+
+class Mounted(NamedTuple):
+    """A camera on a link of a body."""
+
+    body: str
+    link: int
+    mount: Mount
 
 
 class ImageOptions(NamedTuple):
@@ -56,13 +94,3 @@ def require_image_size(size: int | None) -> int:
 
 def _is_whole(size: Any) -> bool:
     return isinstance(size, int | np.integer) and not isinstance(size, bool)
-
-
-def arm_cameras(simulation: Simulation, arm: Arm, view: Viewpoint, mount: Mount, images: ImageOptions) -> Cameras:
-    """The cameras of a task with an arm: one that stands, and one on the wrist."""
-    if not images.size:
-        return {}
-    cameras = {IMAGE: lambda: simulation.photograph(view, images.size)}
-    if images.wrist:
-        cameras[WRIST_IMAGE] = lambda: simulation.photograph(arm.mounted(mount), images.size)
-    return cameras

@@ -97,6 +97,17 @@ class Choosing(Protocol):
         ...
 
 
+class Posable(Protocol):
+    """Can stand as an observation says, without having come there."""
+
+    pose_keys: Sequence[str]
+    """What of an observation says it."""
+
+    def pose(self, observation: Observations) -> dict[str, np.ndarray]:
+        """Stand as these keys of an observation say, without physics; returns what is observed there, images too."""
+        ...
+
+
 class Foreseeing(Protocol):
     """Knows where actions lead before they are executed, as far as they are commands."""
 
@@ -110,7 +121,7 @@ def as_multimodal(env: gymnasium.Env) -> Multimodal | None:
     labels that cannot be printed."""
     for layer in layers(env):
         modes = _get(layer, "modes")
-        if not isinstance(modes, list | tuple) or not _takes(layer, "mode", 1) or not _observes_alike(env, layer):
+        if not isinstance(modes, list | tuple) or not _takes(layer, "mode", 1) or not _observes_all(env, layer):
             continue
         if all(isinstance(label, str) for label in modes) and len(set(modes)) == len(modes):
             for label in modes:
@@ -120,10 +131,11 @@ def as_multimodal(env: gymnasium.Env) -> Multimodal | None:
 
 
 def as_drawable(env: gymnasium.Env) -> Drawable | None:
-    """The environment within, where it can be drawn and no wrapper changes what it observes or takes."""
+    """The environment within, where it can be drawn and no wrapper changes what it takes or observes, but for what is
+    added."""
     task: Any = env.unwrapped
     offers = isinstance(_get(task, "scene"), Scene) and _takes(task, "path", 1) and _takes(task, "planned_path", 2)
-    return task if offers and _observes_alike(env, task) and _acts_alike(env, task) else None
+    return task if offers and _observes_all(env, task) and _acts_alike(env, task) else None
 
 
 def as_pictured(env: gymnasium.Env) -> Pictured | None:
@@ -139,15 +151,24 @@ def as_pushable(env: gymnasium.Env) -> Pushable | None:
 
 
 def as_choosing(env: gymnasium.Env) -> Choosing | None:
-    """The environment within, where it knows its decisions and no wrapper changes what it observes or takes."""
+    """The environment within, where it knows its decisions and no wrapper changes what it takes or observes, but
+    for what is added."""
     task: Any = env.unwrapped
-    return task if _takes(task, "choice", 2) and _observes_alike(env, task) and _acts_alike(env, task) else None
+    return task if _takes(task, "choice", 2) and _observes_all(env, task) and _acts_alike(env, task) else None
 
 
 def as_foreseeing(env: gymnasium.Env) -> Foreseeing | None:
-    """The environment within, where it foresees and no wrapper changes what it observes or takes."""
+    """The environment within, where it foresees and no wrapper changes what it takes or observes, but for what is
+    added."""
     task: Any = env.unwrapped
-    return task if _takes(task, "roll_forward", 2) and _observes_alike(env, task) and _acts_alike(env, task) else None
+    return task if _takes(task, "roll_forward", 2) and _observes_all(env, task) and _acts_alike(env, task) else None
+
+
+def as_posable(env: gymnasium.Env) -> Posable | None:
+    """The environment within, where it can be posed and no wrapper observes anything else."""
+    task: Any = env.unwrapped
+    known = isinstance(_get(task, "pose_keys"), tuple) and _takes(task, "pose", 1)
+    return task if known and env.observation_space == task.observation_space else None
 
 
 def layers(env: gymnasium.Env) -> list[gymnasium.Env]:
@@ -203,14 +224,15 @@ def _equal(a: list[Any], b: list[Any]) -> bool:
     )
 
 
-def _observes_alike(env: gymnasium.Env, layer: gymnasium.Env) -> bool:
-    """Whether what `env` observes is what `layer`, within it, observes."""
+def _observes_all(env: gymnasium.Env, layer: gymnasium.Env) -> bool:
+    """Whether `env` observes at least what `layer`, within it, observes: a wrapper may have added to it."""
     if env is layer:
         return True
     try:
-        return observed_space(env.observation_space) == observed_space(layer.observation_space)
+        outer, inner = (observed_space(each.observation_space) for each in (env, layer))
     except EnvSpecError:
         return False
+    return all(key in outer.spaces and outer[key] == space for key, space in inner.items())
 
 
 def _acts_alike(env: gymnasium.Env, layer: gymnasium.Env) -> bool:

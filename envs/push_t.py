@@ -130,6 +130,7 @@ class PushTEnv(TaskEnv):
     """Unknown: in how many ways a T can be pushed home is not settled."""
     scene = Scene((0, SIZE), (SIZE, 0), places=(GOAL,), unit="px")
     """The plane with the goal's outline; y_range falls because y points down."""
+    pose_keys = ("state",)
     _unit = "px"
 
     def __init__(self, render_mode: str | None = None, *, image_size: int | None = 0) -> None:
@@ -213,6 +214,20 @@ class PushTEnv(TaskEnv):
         self._begin(state.start)
         for action, push in state.actions:
             self._lead(action, push)
+
+    def pose(self, observation: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Put agent and block where `state` (5,) of an observation says, to be looked at; raises ValueError for what is
+        no state."""
+        state = np.asarray(observation["state"], dtype=np.float64)
+        if state.shape != (5,) or not np.isfinite(state).all():
+            raise ValueError(f"a state is five finite numbers; got {state}")
+        self._begin(start_for(state))  # a step of physics follows there, which is taken back here
+        simulation = self._simulation
+        simulation.agent.position, simulation.block.angle = tuple(state[:2].tolist()), float(state[4])
+        simulation.block.position = tuple(state[2:4].tolist())  # after the angle, about which it would turn away
+        for body in (simulation.agent, simulation.block):
+            simulation.space.reindex_shapes_for_body(body)
+        return self._observation()
 
     # A hand beside the agent
 

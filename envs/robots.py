@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion_policy.envs.simulation import DATA_PATH, Mount, Mounted, Simulation
+from diffusion_policy.envs.cameras import IMAGE, WRIST_IMAGE, ImageOptions, Mount, Mounted, Viewpoint
+from diffusion_policy.envs.simulation import DATA_PATH, Simulation
 
 POINTING_DOWN = (1.0, 0.0, 0.0, 0.0)
 """Orientation of the tool, an xyzw quaternion: its axis along -z."""
@@ -197,3 +198,15 @@ def _rod(parent: str, radius: float, length: float, offset: float, middle: float
   </joint>
 </robot>
 """)
+
+
+def arm_cameras(
+    simulation: Simulation, arm: Arm, view: Viewpoint, mount: Mount, images: ImageOptions
+) -> dict[str, Callable[[], np.ndarray]]:
+    """By key what gives the images that a task with an arm observes: a camera that stands, and one on the wrist."""
+    if not images.size:
+        return {}
+    cameras = {IMAGE: lambda: simulation.photograph(view, images.size)}
+    if images.wrist:
+        cameras[WRIST_IMAGE] = lambda: simulation.photograph(arm.mounted(mount), images.size)
+    return cameras

@@ -7,11 +7,11 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
 from diffusion_policy.envs import egl
+from diffusion_policy.envs.cameras import Mounted, Renderer, Viewpoint
 from diffusion_policy.envs.quiet import silence
 
 with silence():
@@ -32,49 +32,6 @@ class _Client(BulletClient):
 Color = tuple[float, float, float, float]
 
 
-class Viewpoint(NamedTuple):
-    """Where the scene is seen from, and the size of its picture."""
-
-    target: tuple[float, float, float]
-    """Point looked at [m]."""
-    distance: float
-    """From the target to the eye [m]."""
-    yaw: float
-    """Around the vertical axis [degrees]."""
-    pitch: float
-    """Above (negative: looking down) the horizon [degrees]."""
-    width: int = 480
-    """[px]"""
-    height: int = 384
-    """[px]"""
-    field: float = 45.0
-    """Of view, from the lower to the upper edge [degrees]."""
-
-
-class Mount(NamedTuple):
-    """How a camera sits on a link, in the link's own frame."""
-
-    eye: tuple[float, float, float]
-    """[m]"""
-    target: tuple[float, float, float]
-    """Point looked at [m]."""
-    up: tuple[float, float, float]
-    """Direction that is up in the picture."""
-    field: float
-    """Of view [degrees]."""
-
-
-class Mounted(NamedTuple):
-    """A camera on a link of a body."""
-
-    body: str
-    link: int
-    mount: Mount
-
-
-Renderer = Literal["tiny", "egl"]
-RENDERERS: tuple[Renderer, ...] = get_args(Renderer)
-"""What draws images: PyBullet's TinyRenderer, on the CPU; its OpenGL renderer without a window, where there is EGL."""
 NEAR, FAR = 0.02, 5.0
 """What is nearer to the eye of a camera on a link, or farther from any eye, is not drawn [m]."""
 LIGHT = (0.6, -0.8, 2.0)

@@ -51,6 +51,8 @@ class TaskEnv(gymnasium.Env):
         self.render_mode = render_mode
         self._window = render_mode == "human" and has_display()
         self._cameras: Mapping[str, Callable[[], np.ndarray]] = {}
+        self.looking = True
+        """Whether images are drawn; they are black else."""
 
     def _look_through(self, cameras: Mapping[str, Callable[[], np.ndarray]], size: int) -> None:
         """Observe what cameras see as well, each (size, size, 3) uint8."""
@@ -60,7 +62,10 @@ class TaskEnv(gymnasium.Env):
 
     def _images(self) -> dict[str, np.ndarray]:
         """What the cameras see now."""
-        return {key: camera() for key, camera in self._cameras.items()}
+        if self.looking:
+            return {key: camera() for key, camera in self._cameras.items()}
+        shapes = {key: self.observation_space[key].shape for key in self._cameras}  # pyright: ignore[reportIndexIssue]
+        return {key: np.zeros(shape, np.uint8) for key, shape in shapes.items()}
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
         """Act for one control period; raises ValueError for an action that is not finite numbers of the right count."""

@@ -22,9 +22,11 @@ from gymnasium.wrappers import AddRenderObservation, AddWhiteNoise, ObstructView
 
 from diffusion_policy.basics.text import error_line
 from diffusion_policy.envs.contract import Contract, name_of_env
+from diffusion_policy.envs.images import RenderedImage
 from diffusion_policy.envs.modules import load
 from diffusion_policy.envs.protocols import layers
 from diffusion_policy.envs.spaces import EnvSpecError
+from diffusion_policy.envs.task import TaskEnv
 
 Wrapped = Mapping[str, Any]
 """One wrapper, as it is written."""
@@ -38,6 +40,8 @@ KEPT = {
 }
 """Gymnasium's wrappers whose arguments say all that they do. Only these are made from what a file says: RecordVideo,
 for one, writes into folders, and NormalizeObservation has seen what is in no argument."""
+OWN = {f"{kind.__module__}:{kind.__qualname__}": kind for kind in (RenderedImage,)}
+"""Wrappers of ours, by entry point, whose arguments say all that they do."""
 UNSEEN = {
     *("OrderEnforcing", "PassiveEnvChecker", "RecordEpisodeStatistics", "RecordVideo", "HumanRendering"),
     *("RenderCollection", "NormalizeReward", "TransformReward", "ClipReward"),
@@ -45,6 +49,8 @@ UNSEEN = {
 """Gymnasium's wrappers that change nothing of what is observed or done."""
 PICTURES = (AddWhiteNoise, ObstructView)
 """Those that change pictures alone, which are observed under AddRenderObservation only."""
+PASSING = {"Adapter", "Capped", "TimeLimit", "NoisyActions", "ClipAction", "RescaleAction"}
+"""Other wrappers that pass each observation on by itself: none is made of several, or of the one before."""
 OURS = {"Contract", "Fresh", "Recorder"}
 MOST = 4096
 """Largest whole number in the arguments of a wrapper, but a limit of steps: what is allocated grows with it."""
@@ -73,7 +79,7 @@ def describe_env(env: gymnasium.Env) -> dict[str, Any] | None:
     limit = min(limits, default=None)
     if limit != (registered.max_episode_steps if registered else None):
         arguments["max_episode_steps"] = -1 if limit is None else limit
-    if not any(isinstance(layer, AddRenderObservation) for layer in found):
+    if not any(isinstance(layer, AddRenderObservation | RenderedImage) for layer in found):
         arguments.pop("render_mode", None)
     wrappers += within
     return {"id": spec.id, "arguments": arguments} | ({"wrappers": wrappers} if wrappers else {})
@@ -85,8 +91,9 @@ def lost(wrappers: Sequence[Wrapped]) -> list[str]:
 
 
 def foreign(wrappers: Sequence[Wrapped]) -> list[str]:
-    """Entry points of wrappers that are not Gymnasium's: their modules would be imported."""
-    return [str(one["entry_point"]) for one in wrappers if not _is_lost(one) and _gymnasiums(one) is None]
+    """Entry points of wrappers that are neither Gymnasium's nor ours: their modules would be imported."""
+    points = [str(one["entry_point"]) for one in wrappers if not _is_lost(one) and _gymnasiums(one) is None]
+    return [point for point in points if point not in OWN]
 
 
 def wrap(env: gymnasium.Env, wrapped: Wrapped) -> gymnasium.Env:
@@ -99,7 +106,7 @@ def wrap(env: gymnasium.Env, wrapped: Wrapped) -> gymnasium.Env:
         return env
     try:
         if name is None:
-            kind = load(str(point))
+            kind = OWN.get(str(point)) or load(str(point))
             if not (isinstance(kind, type) and issubclass(kind, gymnasium.Wrapper)):
                 raise EnvSpecError(f"{point} is no wrapper of environments, as {name_of_env(env)} was recorded under")
             return kind(env, **_revive(kwargs))
@@ -113,6 +120,16 @@ def wrap(env: gymnasium.Env, wrapped: Wrapped) -> gymnasium.Env:
         raise EnvSpecError(
             f"the wrapper {point} cannot be put around {name_of_env(env)}: {error_line(error)}"
         ) from error
+
+
+def look(env: gymnasium.Env, looking: bool) -> None:
+    """Have an environment draw the images that it observes from now on, or give black ones, which takes no time. One in
+    which a wrapper may make an observation out of several draws all of them."""
+    for layer in layers(env):
+        if isinstance(layer, TaskEnv | RenderedImage):
+            layer.looking = looking
+        if type(layer).__name__ not in OURS | UNSEEN | PASSING and not isinstance(layer, RenderedImage):
+            return
 
 
 def is_written(value: object) -> bool:
@@ -196,7 +213,7 @@ def _written(layer: Any) -> dict[str, Any] | None:
     gymnasiums = kind.__module__.startswith("gymnasium.wrappers.")
     if gymnasiums and kind.__name__ in UNSEEN:
         return None
-    if kind.__module__.startswith("diffusion_policy."):
+    if kind.__module__.startswith("diffusion_policy.") and kind not in OWN.values():
         plain = kind.__name__ in OURS or getattr(layer, "plain", False)
         if issubclass(kind, gymnasium.wrappers.TimeLimit):
             return {"entry_point": "gymnasium.wrappers.common:TimeLimit", "kwargs": dict(layer._saved_kwargs)}

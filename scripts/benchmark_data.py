@@ -1,7 +1,7 @@
 """How fast windows come, what streaming costs, and what writing costs: python scripts/benchmark_data.py
 
 Take the figures with nothing else running; ratios compare two figures of the same run. The streamed store, of 8 GB, is
-made in a temporary folder and deleted.
+made in a temporary folder and deleted. So is the store of images, of 20 GB unpacked, which takes 7.5 GB on the disk.
 """
 
 import json
@@ -38,6 +38,7 @@ from diffusion_policy.training.trainer import Trainer
 
 HORIZONS = 2, 16
 BATCH = 256
+IMAGE_BATCH = 64
 WIDE = {"state": "state", "action": "action"}
 NARROW_NETWORK = with_options(PolicyConfig(), widths=(32, 64), level_dim=32)
 
@@ -46,18 +47,24 @@ NARROW_NETWORK = with_options(PolicyConfig(), widths=(32, 64), level_dim=32)
 class Args:
     """Measure windows, streaming and collecting."""
 
-    what: tyro.conf.Positional[Literal["all", "windows", "stream", "collect", "one-training"]] = "all"
-    """Which part; one-training is what `stream` runs in processes of its own."""
+    what: tyro.conf.Positional[
+        Literal["all", "windows", "stream", "images", "collect", "one-training", "one-reading"]
+    ] = "all"
+    """Which part; one-training and one-reading are what `stream` and `images` run in processes of their own."""
     pusht: Path = Path("../shared/data/pusht_cchi_v7_replay.zarr")
     """The published Push-T store."""
     gigabytes: float = 8.0
     """Size of the streamed store."""
+    image_gigabytes: float = 20.0
+    """Unpacked size of the streamed store of images."""
+    reader: Literal["streamed", "items"] = "streamed"
+    """How one-reading reads: in blocks that are shuffled, or one window after the other."""
     steps: int = 300
     """Training steps with each store."""
     store: Path | None = None
-    """Store of one-training."""
+    """Store of one-training and one-reading."""
     memory_gb: float = 4.0
-    """Memory of one-training."""
+    """Memory of one-training and one-reading."""
     repeats: int = 5
     """Figures of each kind; the median and the spread are printed."""
 
@@ -85,7 +92,27 @@ class PerItem(torch.utils.data.Dataset):
         return item
 
 
-def rate(batches: Iterator, count: int, repeats: int) -> list[float]:
+class ImageItems(torch.utils.data.Dataset):
+    """What most training code does with images: an item is read and unpacked when it is asked for."""
+
+    def __init__(self, store: EpisodeStore) -> None:
+        self._store, self._ends = store, store.episode_ends
+        self._starts = np.concatenate([[0], self._ends[:-1]])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, now: int) -> dict[str, torch.Tensor]:
+        episode = int(np.searchsorted(self._ends, now, side="right"))
+        item = {}
+        for key, length in zip(("camera", "action"), HORIZONS, strict=True):
+            rows = np.clip(np.arange(length) + now - HORIZONS[0] + 1, self._starts[episode], self._ends[episode] - 1)
+            read = self._store.read_rows(key, int(rows[0]), int(rows[-1]) + 1)
+            item[key] = torch.from_numpy(read[rows - rows[0]])
+        return item
+
+
+def rate(batches: Iterator, count: int, repeats: int, batch: int = BATCH) -> list[float]:
     """Windows a second, sorted."""
     next(batches)
     rates = []
@@ -93,7 +120,7 @@ def rate(batches: Iterator, count: int, repeats: int) -> list[float]:
         started = time.perf_counter()
         for _ in range(count):
             next(batches)
-        rates.append(count * BATCH / (time.perf_counter() - started))
+        rates.append(count * batch / (time.perf_counter() - started))
     return sorted(rates)
 
 
@@ -183,6 +210,69 @@ def measure_stream(args: Args) -> None:
     print(f"resident: {small['resident']:.0f} MB in memory, {large['resident']:.0f} MB streamed: {more:+.0f} MB")
 
 
+def films(episodes: int, seed: int) -> Iterator[Demonstration]:
+    """Episodes of 200 images of 96 x 96: three squares that move over a floor, under the noise of a camera in half of
+    the image, and where the squares are."""
+    rng = np.random.default_rng(seed)
+    for _ in range(episodes):
+        floor = np.kron(rng.integers(90, 160, (12, 12, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+        frames = np.repeat(floor[None], 200, axis=0)
+        frames[:, :48] += rng.integers(0, 4, (200, 48, 96, 3), np.uint8)
+        steps = rng.normal(size=(200, 3, 2)).astype(np.float32)
+        places = np.abs((np.cumsum(steps, axis=0) + rng.uniform(0, 160, (3, 2))) % 160 - 80).astype(np.float32)
+        for t, squares in enumerate(places.astype(int)):
+            for (x, y), color in zip(squares, ((220, 30, 30), (30, 200, 30), (30, 30, 220)), strict=True):
+                frames[t, y : y + 16, x : x + 16] = color
+        yield Demonstration({"camera": frames, "action": places.reshape(200, 6)})
+
+
+def one_reading(args: Args) -> None:
+    """Read batches of windows of images; print windows/s, and by how much the resident memory rose [MB]."""
+    assert args.store is not None
+    torch.set_num_threads(2)
+    store = EpisodeStore.open(args.store)
+    keys, episodes = {"camera": "camera", "action": "action"}, np.arange(len(store.episode_ends))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if args.reader == "streamed":
+        windows = load_windows(
+            store, keys, episodes, *HORIZONS, device="cpu", labels=None, memory_bytes=args.memory_gb * 1e9
+        )
+        assert not isinstance(windows, Windows)
+        rates = rate(windows.batches(IMAGE_BATCH, 0), 400, args.repeats, IMAGE_BATCH)
+    else:
+        loader = torch.utils.data.DataLoader(ImageItems(store), IMAGE_BATCH, shuffle=True, drop_last=True)
+        rates = rate(iter(loader), 5, args.repeats, IMAGE_BATCH)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"rates": rates, "before": before, "resident": resident}))
+
+
+def measure_images(args: Args) -> None:
+    """Windows of images from a store that does not fit the memory it is given: streamed, and one at a time."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, batch = Path(folder) / "images.zarr", 10
+        count = max(batch, round(args.image_gigabytes * 1e9 / (200 * 96 * 96 * 3)))
+        started = time.perf_counter()
+        with EpisodeStore.create(path, {}, [], sync=False) as store:
+            for seed in range(count // batch):
+                store.append(list(films(batch, seed)))
+        raw = count // batch * batch * 200 * 96 * 96 * 3
+        files = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
+        print(
+            f"images: {raw / 1e9:.1f} GB of {raw // (96 * 96 * 3)} images, on disk {sum(files) / 1e9:.2f} GB in "
+            f"{len(files)} files, written in {time.perf_counter() - started:.0f} s",
+            flush=True,
+        )
+        medians = []
+        for reader in ("streamed", "items"):
+            command = [sys.executable, __file__, "one-reading", "--store", str(path), "--memory-gb", "0.5"]
+            command += ["--reader", reader, "--repeats", str(args.repeats)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found = json.loads(done.stdout)
+            medians.append(print_rates(f"{reader}: windows of 2 images", found["rates"]))
+            print(f"resident: {found['resident']:.0f} MB, {found['resident'] - found['before']:+.0f} MB by reading")
+        print(f"ratio: {medians[0] / medians[1]:.0f} times as fast")
+
+
 def measure_collect(args: Args) -> None:
     """The time that a collection in one process spends on writing, beside that of simulating."""
     make_env = partial(envs.make, envs.ENV_IDS[0])
@@ -225,11 +315,16 @@ def main(args: Args) -> None:
     if args.what == "one-training":
         one_training(args)
         return
+    if args.what == "one-reading":
+        one_reading(args)
+        return
     print(describe_machine())
     if args.what in ("all", "windows"):
         measure_windows(args)
     if args.what in ("all", "stream"):
         measure_stream(args)
+    if args.what in ("all", "images"):
+        measure_images(args)
     if args.what in ("all", "collect"):
         measure_collect(args)
 

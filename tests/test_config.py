@@ -134,7 +134,7 @@ OTHERS: dict[type, dict[str, Any]] = {
         "memory_gb": 0.5, "validate_every": 500, "checkpoint_every": 2000, "keep_checkpoints": 2, "keep_best":
         "action_error_best", "rollout_every": 500, "rollout_episodes": 2, "precision": "bf16", "accumulation": 2,
         "compile": True, "seed": 2**32 - 1, "vision_weights": "resnet18.safetensors", "freeze_vision": True,
-        "hindsight": ("xy=pose",), "hindsight_share": 1.0,
+        "hindsight": ("xy=pose",), "hindsight_share": 1.0, "mask_padding": True,
     },
     DistillationConfig: {
         "teacher": "runs/teacher", "student": "pairs", "teacher_steps": 4, "teacher_weights": "0" * 64, "pairs": 100,

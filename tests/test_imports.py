@@ -43,6 +43,7 @@ PROGRAMS = {"commands", "cli", "__init__"}
 LIBRARIES = {
     "envs": {"gymnasium", "numpy"},
     "envs.simulation": {"numpy", "gymnasium", "pybullet", "pybullet_data", "pybullet_utils"},
+    "envs.images": {"gymnasium", "numpy", "PIL"},
     "envs.push_t": {"gymnasium", "numpy", "gym_pusht", "pymunk", "pygame"},
     "datasets": {"numpy", "zarr", "fsspec"},
     "datasets.windows": {"numpy", "torch"},
@@ -51,7 +52,7 @@ LIBRARIES = {
     "datasets.checksums": {"numpy", "google_crc32c"},
     "datasets.shards": {"numpy", "zarr", "numcodecs", "google_crc32c"},
     "datasets.web": {"zarr", "aiohttp"},
-    "datasets.formats": {"numpy", "zarr", "fsspec", "h5py", "pyarrow", "minari", "gymnasium"},
+    "datasets.formats": {"numpy", "zarr", "fsspec", "h5py", "pyarrow", "minari", "gymnasium", "av"},
     "basics": {"numpy"},
     "config": set(),
     "policy": {"torch", "numpy", "einops"},

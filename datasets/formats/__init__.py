@@ -18,5 +18,6 @@ FORMATS: dict[str, Format] = {
     "maniskill": maniskill.FORMAT,
     "aloha": aloha.FORMAT,
     "d4rl": d4rl.FORMAT,
+    "lerobot-video": lerobot.VIDEO_FORMAT,
 }
 """By the name that a user gives, in the order in which they are looked for."""

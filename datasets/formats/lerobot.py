@@ -1,59 +1,66 @@
-"""LeRobotDataset v3 ↔ source: a folder of parquet files, each feature a column, all episodes one after the other.
+"""LeRobotDataset v3 ↔ source: a folder of parquet files, each feature a column, all episodes one after the other, and
+of videos, each of some episodes of one camera.
 
 | in the dataset                       | in the store                                                        |
 |---------------------------------------|---------------------------------------------------------------------|
 | feature `observation.<key>`           | observation key `<key>`                                             |
 | feature `action`                      | the action                                                          |
 | any other feature (`next.reward`)     | further key                                                         |
+| feature of `image` (PNG or JPEG)      | rows (height, width, channels) of uint8; back: PNG, which is exact  |
+| feature of `video`                    | the same; back as H.264 (`lerobot-video`), which is not exact       |
 | `fps`                                 | `control_frequency` [Hz]                                            |
 | tasks, robot type, names of features  | `lerobot`; more than one task: also the further key `task_index`    |
+| the task of an episode that has one   | its instruction                                                     |
 
 `timestamp`, `frame_index`, `episode_index` and `index` are made anew, at regular times; `fps` is 10 where a store has
 no control frequency. Seeds, modes, success, final observations, and what else its own fields have no room for lie in
-`meta/diffusion_policy.json` and `.parquet`, which LeRobot does not look at. Images of a store are written as numbers,
-not as LeRobot's pictures.
+`meta/diffusion_policy.json` and `.parquet`, which LeRobot does not look at. Images of other types than uint8 are
+written as numbers.
 
-Not carried: features of video, image, text and language (the source names them), the statistics, which are computed
-anew without quantiles, and splits other than `train`.
+Not carried: features of text and language, pictures in files of their own, videos of depths (the source names them),
+the statistics, which are computed anew without quantiles, and splits other than `train`.
 """
 
-import json
+import contextlib
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from diffusion_policy.basics.files import read_json
+from diffusion_policy.basics.images import is_channels_first
+from diffusion_policy.basics.names import are_instructions
 from diffusion_policy.datasets.demonstration import Demonstration
-from diffusion_policy.datasets.formats.format import Contents, Format, Source, Unusable, foreign, from_header, header
-from diffusion_policy.datasets.formats.parquet import TableReader, arrow_libraries, opened, to_arrow, to_numpy
-from diffusion_policy.datasets.formats.reading import check_sizes
-from diffusion_policy.datasets.statistics import Measuring
+from diffusion_policy.datasets.formats import videos
+from diffusion_policy.datasets.formats.format import Contents, Format, Unusable, foreign, from_header
+from diffusion_policy.datasets.formats.lerobot_writing import (
+    DEFAULTS,
+    HEADER,
+    KNOWN,
+    PREFIX,
+    VERSION,
+    VIDEO_PATH,
+    write,
+    write_videos,
+)
+from diffusion_policy.datasets.formats.parquet import TableReader, opened, to_numpy
+from diffusion_policy.datasets.formats.pictures import MODES, decode_picture
+from diffusion_policy.datasets.formats.reading import check_pictures, check_sizes
+from diffusion_policy.datasets.formats.videos import VideoReader
 from diffusion_policy.datasets.storage import StoreError
 
-VERSION = "v3.0"
-DEFAULTS = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64", "index": "int64"} | {
-    "task_index": "int64"
-}
-"""Columns that every dataset has."""
-NO_NUMBERS = {"image", "video", "string", "language"}
-PREFIX = "observation."
-HEADER = Path("meta/diffusion_policy.json")
-KNOWN = Path("meta/diffusion_policy.parquet")
-FILE = "chunk-{:03d}/file-{:03d}.parquet"
-FILE_MB = 100
-"""Largest size of a data file [MB]."""
-FILES_PER_CHUNK = 1000
+NO_NUMBERS = {"string", "language"}
+CAMERAS = {"image": MODES, "video": videos.FORMATS}
+"""Numbers of channels that pictures may have."""
+SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+"""Names of features that may be those of folders."""
 BYTES_AT_A_TIME = 2**24
 JSON_BYTES = 2**26
 TASK_BYTES = 2**24
 """Most bytes of the texts of all tasks."""
-DEFAULT_FPS = 10
-
-
-# Reading
 
 
 class _Column(NamedTuple):
@@ -64,6 +71,8 @@ class _Column(NamedTuple):
     stored_shape: tuple[int, ...]
     """As LeRobot has it: (1,) for one number."""
     shape: tuple[int, ...]
+    kind: str = "numbers"
+    """Or `image`, or `video`."""
 
     @property
     def row_bytes(self) -> int:
@@ -87,24 +96,28 @@ def read(path: Path) -> Contents:
     with opened(files[0]) as file:
         present = {*file.schema_arrow.names}
     columns, left_out = _columns(features, {name: carried[name] for name in carried.keys() - {*hidden}})
-    absent = "the data files have no such column"
-    arrays = {column.key: None if name in present else absent for name, column in columns.items()}
+    arrays = {column.key: _why_not(name, column, present, info) for name, column in columns.items()}
 
     def episodes(keys: Sequence[str]) -> Iterator[Demonstration]:
-        return _episodes(path, files, {name: column for name, column in columns.items() if column.key in keys})
+        used = {name: column for name, column in columns.items() if column.key in keys}
+        told = tasks if head is None and are_instructions(tasks) else []
+        return _episodes(path, files, used, float(info["fps"]) if "fps" in info else 0.0, told)
 
     if head is not None:
         return from_header(head, arrays, episodes, left_out)
     given = {name: features[name].get("names") for name in columns if features[name].get("names")}
-    attributes = {"lerobot": {"robot_type": info.get("robot_type"), "tasks": tasks, "names": given}}
+    attributes: dict[str, Any] = {"lerobot": {"robot_type": info.get("robot_type"), "tasks": tasks, "names": given}}
     if isinstance(info.get("fps"), int | float) and info["fps"] > 0:
         attributes["control_frequency"] = info["fps"]
     observed = sorted(column.key for name, column in columns.items() if name.startswith(PREFIX))
+    if are_instructions(tasks):
+        attributes["instructions"] = tasks
     return foreign(attributes, observed, arrays, episodes, left_out)
 
 
 def _columns(features: Any, carried: dict[str, list[Any]]) -> tuple[dict[str, _Column], dict[str, str]]:
-    """The features of numbers, and why others are left out; `carried` says key and shape of those that we wrote."""
+    """The features of numbers and pictures, and why others are left out; `carried` says key and shape of those that we
+    wrote."""
     columns: dict[str, _Column] = {}
     left_out: dict[str, str] = {}
     for name in sorted(carried):
@@ -119,20 +132,46 @@ def _columns(features: Any, carried: dict[str, list[Any]]) -> tuple[dict[str, _C
 
 
 def _column(feature: Any, name: str, key: str | None = None, shape: list[int] | None = None) -> _Column | str:
-    """A feature of numbers, or why it is none."""
+    """A feature of numbers or pictures, or why it is none."""
     if not isinstance(feature, dict) or "dtype" not in feature:
         return "meta/info.json does not describe it"
     if feature["dtype"] in NO_NUMBERS:
         return f"it holds no numbers but {feature['dtype']}"
+    key = name.removeprefix(PREFIX) if key is None else str(key)
     try:
         stored_shape = tuple(map(int, feature["shape"]))
+        if feature["dtype"] in CAMERAS:
+            return _camera(feature, key, stored_shape)
         dtype = np.dtype(feature["dtype"])
     except (KeyError, TypeError, ValueError) as error:
         return f"its type or shape is unknown: {error}"
     if dtype.kind not in "biuf" or any(size < 1 for size in stored_shape):
         return f"it holds no numbers but {dtype} of {stored_shape}"
-    key = name.removeprefix(PREFIX) if key is None else str(key)
     return _Column(key, dtype, stored_shape, stored_shape if shape is None else tuple(map(int, shape)))
+
+
+def _camera(feature: Mapping[str, Any], key: str, stored_shape: tuple[int, ...]) -> _Column | str:
+    """A feature of pictures, their channels last, or why it is none."""
+    kind, names, shape = feature["dtype"], feature.get("names"), stored_shape
+    first = names[0] in ("channel", "channels") if isinstance(names, list) and names else is_channels_first(shape)
+    if len(shape) == 3 and first:
+        shape = (*shape[1:], shape[0])
+    if len(shape) != 3 or shape[2] not in CAMERAS[kind] or any(size < 1 for size in shape):
+        known = " or ".join(map(str, CAMERAS[kind]))
+        return f"its pictures are {stored_shape}; those of a {kind} have a height, a width and {known} channels"
+    about = feature.get("info") or feature.get("video_info") or {}
+    if isinstance(about, dict) and about.get("video.is_depth_map"):
+        return "it is a video of depths"
+    return _Column(key, np.dtype(np.uint8), stored_shape, shape, kind)
+
+
+def _why_not(name: str, column: _Column, present: set[str], info: Mapping[str, Any]) -> str | None:
+    """Why a column cannot be used; None where it can."""
+    if column.kind != "video":
+        return None if name in present else "the data files have no such column"
+    if info.get("video_path") != VIDEO_PATH:
+        return f"its videos lie at {str(info.get('video_path'))[:100]!r}; those at {VIDEO_PATH} are read"
+    return None if SAFE.fullmatch(name) else "its name is none of a folder"
 
 
 def _data_files(path: Path) -> list[Path]:
@@ -163,50 +202,125 @@ def _read_tasks(path: Path) -> list[str]:
     return [found[i] for i in sorted(found)]
 
 
-def _episodes(path: Path, files: list[Path], columns: dict[str, _Column]) -> Iterator[Demonstration]:
-    lengths = _lengths(path)
+def _episodes(
+    path: Path, files: list[Path], columns: dict[str, _Column], rate: float, told: Sequence[str]
+) -> Iterator[Demonstration]:
+    """`told`: the tasks, where they are the instructions of episodes that have one task each."""
+    cameras = {name: column for name, column in columns.items() if column.kind == "video"}
+    tables = {name: column for name, column in columns.items() if column.kind != "video"}
+    table = _read_episodes(path, cameras)
+    lengths = table["length"]
+    numbers = sum(column.row_bytes for column in columns.values() if column.kind == "numbers")
+    check_sizes(numbers, lengths, *files)
     row_bytes = sum(column.row_bytes for column in columns.values())
-    check_sizes(row_bytes, lengths, *files)
+    check_pictures(row_bytes - numbers, lengths)
     known = _read_known(path, lengths, columns)
-    rows = TableReader(files, [*columns, "episode_index"], max(1, BYTES_AT_A_TIME // max(1, row_bytes)))
-    for i, length in enumerate(lengths):
-        table = rows.read(length)
-        if not (to_numpy(table["episode_index"], ()) == i).all():
-            raise StoreError(f"the rows of episode {i} are not where meta/episodes says: in order, {length} of them")
-        data: dict[str, np.ndarray] = {}
-        for name, column in columns.items():
-            try:
-                stored = to_numpy(table[name], column.stored_shape)
-                data[column.key] = stored.astype(column.dtype, copy=False).reshape(length, *column.shape)
-            except (StoreError, ValueError) as error:
-                raise Unusable(column.key, str(error)) from error
-        final = {name.removeprefix("final/"): known[name][i] for name in known if name.startswith("final/")}
-        yield Demonstration(
-            data,
-            seed=known["seed"][i] if "seed" in known else None,
-            mode=known["mode"][i] if "mode" in known else None,
-            success=known["success"][i] if "success" in known else None,
-            final=final or None,
-            instruction=known["instruction"][i] if "instruction" in known else None,
-        )
+    rows = TableReader(files, [*tables, "episode_index"], max(1, BYTES_AT_A_TIME // max(1, row_bytes)))
+    with contextlib.ExitStack() as stack:
+        films = {name: stack.enter_context(_Films(path, name, column, rate)) for name, column in cameras.items()}
+        for i, length in enumerate(lengths):
+            part = rows.read(length)
+            if not (to_numpy(part["episode_index"], ()) == i).all():
+                raise StoreError(
+                    f"the rows of episode {i} are not where meta/episodes says: in order, {length} of them"
+                )
+            data = {column.key: _rows(part[name], column) for name, column in tables.items()}
+            data |= {column.key: films[name].read(table, i) for name, column in cameras.items()}
+            final = {name.removeprefix("final/"): known[name](i) for name in known if name.startswith("final/")}
+            yield Demonstration(
+                data,
+                seed=known["seed"](i) if "seed" in known else None,
+                mode=known["mode"](i) if "mode" in known else None,
+                success=known["success"](i) if "success" in known else None,
+                final=final or None,
+                instruction=known["instruction"](i) if "instruction" in known else _only(table["tasks"][i], told),
+            )
 
 
-def _lengths(path: Path) -> list[int]:
-    """Steps of each episode."""
-    lengths: list[int] = []
+def _only(tasks: Any, told: Sequence[str]) -> str | None:
+    """The one task of an episode, where it is one of the instructions."""
+    return tasks[0] if isinstance(tasks, list) and len(tasks) == 1 and tasks[0] in told else None
+
+
+def _rows(stored: Any, column: _Column) -> np.ndarray:
+    """The rows of a column of a table; raises Unusable, or StoreError for a damaged picture."""
+    if column.kind == "image":
+        return np.stack([_picture(one, column, i) for i, one in enumerate(stored.to_pylist())])
+    try:
+        rows = to_numpy(stored, column.stored_shape)
+        return rows.astype(column.dtype, copy=False).reshape(len(rows), *column.shape)
+    except (StoreError, ValueError) as error:
+        raise Unusable(column.key, str(error)) from error
+
+
+def _picture(packed: Any, column: _Column, step: int = 0) -> np.ndarray:
+    content = packed.get("bytes") if isinstance(packed, dict) else packed
+    if not isinstance(content, bytes):
+        why = "a picture is not in the data file (perhaps in a file of its own, which is not read)"
+        raise Unusable(column.key, why)
+    try:
+        return decode_picture(content, column.shape)
+    except StoreError as error:
+        raise StoreError(f"step {step} of {column.key}: {error}") from error
+
+
+class _Films:
+    """The videos of one camera, of which one is open at a time. A context manager."""
+
+    def __init__(self, path: Path, name: str, column: _Column, rate: float) -> None:
+        if not 0 < rate < math.inf:
+            raise StoreError(f"meta/info.json must say the frames a second of its videos; got fps {rate}")
+        height, width, channels = column.shape
+        self._path, self._name, self._rate, self._shape = path, name, rate, (height, width, channels)
+        self._open: tuple[str, VideoReader] | None = None
+
+    def __enter__(self) -> "_Films":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._open is not None:
+            self._open[1].__exit__(*exception)
+
+    def read(self, table: Mapping[str, list[Any]], episode: int) -> np.ndarray:
+        """The frames of an episode; raises StoreError, which names the video."""
+        chunk, file, start = (table[f"videos/{self._name}/{name}"][episode] for name in PLACE)
+        if not isinstance(chunk, int) or not isinstance(file, int) or not isinstance(start, int | float):
+            raise StoreError(f"meta/episodes does not say where the video {self._name} of episode {episode} lies")
+        place = VIDEO_PATH.format(video_key=self._name, chunk_index=chunk, file_index=file)
+        if self._open is None or self._open[0] != place:
+            self.__exit__()
+            self._open = None
+            self._open = place, VideoReader(self._path / place, place, self._shape, self._rate)
+        return self._open[1].read(float(start), table["length"][episode])
+
+
+PLACE = ("chunk_index", "file_index", "from_timestamp")
+"""Where the frames of an episode lie in the videos of a camera."""
+
+
+def _read_episodes(path: Path, cameras: Mapping[str, _Column]) -> dict[str, list[Any]]:
+    """Steps of each episode, and where their videos lie, by name of the column."""
+    wanted = ["episode_index", "length", *(f"videos/{name}/{part}" for name in cameras for part in PLACE)]
+    found: dict[str, list[Any]] = {name: [] for name in [*wanted, "tasks"]}
     for place in sorted(path.glob("meta/episodes/*/*.parquet")):
-        with opened(place, ["episode_index", "length"]) as file:
-            table = file.read(columns=["episode_index", "length"]).to_pydict()
-        if table["episode_index"] != list(range(len(lengths), len(lengths) + len(table["episode_index"]))):
-            raise StoreError(f"{place.relative_to(path)} must go on with episode {len(lengths)}")
-        lengths += table["length"]
-    if not lengths or any(not isinstance(length, int) or length < 1 for length in lengths):
+        with opened(place, [*wanted, "tasks"]) as file:
+            lacking = [name for name in wanted if name not in file.schema_arrow.names]
+            if lacking:
+                raise StoreError(f"{place.relative_to(path)} has no column {lacking[0]}")
+            table = file.read(columns=[*wanted, *({"tasks"} & {*file.schema_arrow.names})]).to_pydict()
+        table.setdefault("tasks", [None] * len(table["length"]))
+        before = len(found["length"])
+        if table["episode_index"] != list(range(before, before + len(table["episode_index"]))):
+            raise StoreError(f"{place.relative_to(path)} must go on with episode {before}")
+        for name, values in table.items():
+            found[name] += values
+    if not found["length"] or any(not isinstance(length, int) or length < 1 for length in found["length"]):
         raise StoreError("meta/episodes must hold episodes of at least one step")
-    return lengths
+    return found
 
 
 def _read_known(path: Path, lengths: list[int], columns: dict[str, _Column]) -> dict[str, Any]:
-    """What is known of each episode, by name, in datasets of ours."""
+    """What is known of each episode in datasets of ours: by name, a function of the episode's index."""
     if not (path / KNOWN).exists():
         return {}
     of_key = {column.key: column for column in columns.values()}
@@ -220,195 +334,20 @@ def _read_known(path: Path, lengths: list[int], columns: dict[str, _Column]) -> 
     known: dict[str, Any] = {}
     for name in wanted:
         column = finals.get(name)
-        if column is not None:
-            known[name] = to_numpy(table[name], column.stored_shape).reshape(len(lengths), *column.shape)
+        if column is not None and column.kind != "numbers":
+            packed = table[name].to_pylist()
+            known[name] = lambda i, packed=packed, column=column: _picture(packed[i], column)
+        elif column is not None:
+            known[name] = to_numpy(table[name], column.stored_shape).reshape(len(lengths), *column.shape).__getitem__
         elif name != "length":
-            known[name] = table[name].to_pylist()
+            known[name] = table[name].to_pylist().__getitem__
     return known
 
 
-# Writing
+def _detect(path: Path) -> bool:
+    return (path / "meta" / "info.json").is_file()
 
 
-def write(source: Source, path: Path) -> None:
-    """Write the folder; raises StoreError for keys and arrays that LeRobot has no place for."""
-    writer: _Writer | None = None
-    try:
-        for episode in source.episodes:
-            writer = writer or _Writer(source, path, episode)
-            writer.add(episode)
-    finally:
-        if writer is not None:
-            writer.close()
-    if writer is not None:
-        writer.finish()
-
-
-class _Writer:
-    """Writes data files as episodes come, and the rest in the end."""
-
-    def __init__(self, source: Source, path: Path, first: Demonstration) -> None:
-        self._arrow, self._parquet = arrow_libraries()
-        self._source = source
-        self._path = path
-        self._own = source.attributes.get("lerobot", {})
-        self._names = {_feature_name(source, key): key for key in sorted(first.data)}
-        self._tasks = _tasks(source)
-        for name in self._names.keys() & DEFAULTS.keys():
-            if name != "task_index" or len(self._tasks) < 2:
-                raise StoreError(f"LeRobot has another use for the key {name!r}; rename it")
-        if len(self._names) < len(first.data):
-            raise StoreError(f"two of the keys {', '.join(sorted(first.data))} would be one feature; rename one")
-        self._shapes = {name: list(first.data[key].shape[1:]) for name, key in self._names.items()}
-        self._dtypes = {name: first.data[key].dtype for name, key in self._names.items()}
-        for name, shape in self._shapes.items():
-            if len(shape) > 5:
-                raise StoreError(f"LeRobot has rows of at most 5 axes; {self._names[name]!r} has {len(shape)}")
-        self._fps = source.attributes.get("control_frequency", DEFAULT_FPS)
-        self._measured: dict[str, Measuring] = {}
-        self._episodes: list[dict[str, Any]] = []
-        self._known: dict[str, list[Any]] = {}
-        self._rows = 0
-        self._file: Any = None
-        self._file_index = -1
-        self._file_bytes = 0
-
-    def add(self, episode: Demonstration) -> None:
-        """Write the rows of an episode."""
-        steps = len(episode.data[self._source.action_key])
-        columns = {name: episode.data[key] for name, key in self._names.items()}
-        frame = np.arange(steps)
-        columns |= {
-            "timestamp": (frame / self._fps).astype(np.float32),
-            "frame_index": frame,
-            "episode_index": np.full(steps, len(self._episodes)),
-            "index": self._rows + frame,
-            "task_index": columns.get("task_index", np.zeros(steps, np.int64)),
-        }
-        tasks = np.unique(columns["task_index"])
-        if tasks[0] < 0 or tasks[-1] >= len(self._tasks):
-            raise StoreError(f"task_index must be from 0 to {len(self._tasks) - 1}; got {tasks.tolist()}")
-        for name, rows in columns.items():
-            if name in self._dtypes and (rows.dtype, [*rows.shape[1:]]) != (self._dtypes[name], self._shapes[name]):
-                raise StoreError(f"{name} must stay {self._shapes[name]} of {self._dtypes[name]}")
-            self._measured.setdefault(name, Measuring()).add(rows.reshape(len(rows), *(rows.shape[1:] or (1,))))
-        self._write({name: to_arrow(rows) for name, rows in columns.items()})
-        self._episodes.append(
-            {
-                "episode_index": len(self._episodes),
-                "tasks": [self._tasks[i] for i in tasks],
-                "length": steps,
-                "data/chunk_index": self._file_index // FILES_PER_CHUNK,
-                "data/file_index": self._file_index % FILES_PER_CHUNK,
-                "dataset_from_index": self._rows,
-                "dataset_to_index": self._rows + steps,
-                "meta/episodes/chunk_index": 0,
-                "meta/episodes/file_index": 0,
-            }
-        )
-        self._rows += steps
-        known = {"length": steps, "seed": episode.seed, "mode": episode.mode, "success": episode.success}
-        known |= {"instruction": episode.instruction} if "instructions" in self._source.attributes else {}
-        known |= {f"final/{key}": last for key, last in (episode.final or {}).items()}
-        for name, value in known.items():
-            self._known.setdefault(name, []).append(value)
-
-    def _write(self, columns: dict[str, Any]) -> None:
-        table = self._arrow.table(columns)
-        if self._file is None or self._file_bytes + table.nbytes > FILE_MB * 2**20:
-            self.close()
-            self._file_index += 1
-            self._file_bytes = 0
-            file = self._path / "data" / FILE.format(*divmod(self._file_index, FILES_PER_CHUNK))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._parquet.ParquetWriter(file, table.schema, compression="snappy")
-        self._file.write_table(table)  # one row group an episode, as LeRobot's own writer has it
-        self._file_bytes += table.nbytes
-
-    def close(self) -> None:
-        """Close the data file that is being written."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def finish(self) -> None:
-        """Write what describes the data, when all of it is written."""
-        meta = self._path / "meta"
-        (meta / "episodes/chunk-000").mkdir(parents=True)
-        episodes = self._arrow.Table.from_pylist(self._episodes)
-        self._parquet.write_table(episodes, meta / "episodes" / FILE.format(0, 0))
-        self._parquet.write_table(_task_table(self._arrow, self._tasks), meta / "tasks.parquet")
-        _write_json(meta / "stats.json", {name: _stats(measured) for name, measured in self._measured.items()})
-        _write_json(meta / "info.json", self._info())
-        self._parquet.write_table(self._known_table(), self._path / KNOWN)
-        columns = {name: [key, self._shapes[name]] for name, key in self._names.items()}
-        _write_json(self._path / HEADER, header(self._source) | {"columns": columns})
-
-    def _info(self) -> dict[str, Any]:
-        names = self._own.get("names", {})
-        features = {
-            name: {"dtype": str(self._dtypes[name]), "shape": shape or [1], "names": names.get(name)}
-            for name, shape in self._shapes.items()
-        }
-        features |= {name: {"dtype": dtype, "shape": [1], "names": None} for name, dtype in DEFAULTS.items()}
-        return {
-            "codebase_version": VERSION,
-            "robot_type": self._own.get("robot_type"),
-            "total_episodes": len(self._episodes),
-            "total_frames": self._rows,
-            "total_tasks": len(self._tasks),
-            "chunks_size": FILES_PER_CHUNK,
-            "data_files_size_in_mb": FILE_MB,
-            "video_files_size_in_mb": 200,
-            "fps": int(self._fps) if float(self._fps).is_integer() else self._fps,
-            "splits": {"train": f"0:{len(self._episodes)}"},
-            "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
-            "video_path": None,
-            "features": features,
-        }
-
-    def _known_table(self) -> Any:
-        columns = {}
-        for name, values in self._known.items():
-            if len(values) != len(self._episodes):
-                raise StoreError(f"{name} is known of some episodes only; it must be of all or none")
-            if name.startswith("final/"):
-                columns[name] = to_arrow(np.stack(values))
-            elif any(value is not None for value in values):
-                columns[name] = self._arrow.array(values)
-        return self._arrow.table(columns)
-
-
-def _feature_name(source: Source, key: str) -> str:
-    if key == source.action_key:
-        return "action"
-    return f"{PREFIX}{key}" if key in source.observation_keys else key
-
-
-def _tasks(source: Source) -> list[str]:
-    """Texts of the tasks; where there are none, the name of the environment."""
-    tasks = source.attributes.get("lerobot", {}).get("tasks")
-    return tasks or [str(source.attributes.get("environment", {}).get("id", "demonstrations"))]
-
-
-def _task_table(pyarrow: Any, tasks: list[str]) -> Any:
-    """A table of which pandas makes the text the index."""
-    column = {"field_name": "task", "name": "task", "numpy_type": "object", "pandas_type": "unicode", "metadata": None}
-    number = {"field_name": "task_index", "name": "task_index", "numpy_type": "int64", "pandas_type": "int64"}
-    pandas = {"index_columns": ["task"], "column_indexes": [], "columns": [number | {"metadata": None}, column]}
-    table = pyarrow.table({"task_index": np.arange(len(tasks)), "task": pyarrow.array(tasks, pyarrow.string())})
-    return table.replace_schema_metadata({"pandas": json.dumps(pandas)})
-
-
-def _stats(measured: Measuring) -> dict[str, Any]:
-    """As in stats.json."""
-    found = measured.result()
-    arrays = {"min": found.minimum, "max": found.maximum, "mean": found.mean, "std": found.std}
-    return {name: array.tolist() for name, array in arrays.items()} | {"count": [found.rows]}
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=4))
-
-
-FORMAT = Format("LeRobotDataset v3", (".lerobot",), lambda path: (path / "meta" / "info.json").is_file(), read, write)
+FORMAT = Format("LeRobotDataset v3", (".lerobot",), _detect, read, write)
+VIDEO_FORMAT = Format("LeRobotDataset v3 with videos", (), _detect, read, write_videos)
+"""The same, when it is written: images become videos."""

@@ -17,16 +17,18 @@ EPISODE_BYTES = 2**28
 """An episode may always have so many bytes when it is unpacked ..."""
 TIMES_STORED = 8
 """... and so many times the bytes of the files that hold all of them."""
+PICTURE_BYTES = 2**31
+"""All the pictures of an episode may have so many bytes when they are unpacked."""
 MOST_COMPRESSED = 1100
 """No filter makes numbers much smaller than that."""
 
 
-def library(name: str, what: str) -> Any:
-    """Import a library that a format needs; raises StoreError where it is absent."""
+def library(name: str, what: str, extra: str = "formats") -> Any:
+    """Import a library that a format needs, which an `extra` brings; raises StoreError where it is absent."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        hint = "pip install 'diffusion-policy-toolkit[formats]'"
+        hint = f"pip install 'diffusion-policy-toolkit[{extra}]'"
         raise StoreError(f"{what} need {name.split('.')[0]}: {hint} ({error})") from error
 
 
@@ -41,6 +43,17 @@ def check_sizes(row_bytes: int, lengths: Iterable[int], *paths: Path) -> None:
         )
     if row_bytes * sum(lengths) > EPISODE_BYTES + MOST_COMPRESSED * sum(map(stored_bytes, paths)):
         raise StoreError(f"its rows would be {row_bytes * sum(lengths) / 1e9:.1f} GB, more than files of its size hold")
+
+
+def check_pictures(row_bytes: int, lengths: Iterable[int]) -> None:
+    """Raise StoreError where the pictures of an episode, `row_bytes` of a step, take more memory than is given. How
+    many bytes a packed picture has says little of its size."""
+    largest = row_bytes * max(lengths, default=0)
+    if largest > PICTURE_BYTES:
+        raise StoreError(
+            f"the pictures of an episode would take {largest / 2**20:.0f} MB; at most {PICTURE_BYTES / 2**20:.0f} are "
+            "read; choose fewer arrays (--observation)"
+        )
 
 
 def most_bytes(*paths: Path) -> int:

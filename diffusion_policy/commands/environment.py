@@ -6,6 +6,7 @@ Knows options, and how environments are made. Knows neither a policy nor a store
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import gymnasium
@@ -14,8 +15,11 @@ from diffusion_policy.commands.options.acting import parse_env_kwargs
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.commands.trust import refuse_modules
 from diffusion_policy.config import ConfigError, SuccessAndModes, from_dict
+from diffusion_policy.envs import ENV_IDS
 from diffusion_policy.envs.adapters import EnvSpec, capped_steps
+from diffusion_policy.envs.cameras import IMAGE, WRIST_IMAGE, require_image_size
 from diffusion_policy.envs.contract import control_rate
+from diffusion_policy.envs.images import RenderedImage
 from diffusion_policy.envs.wrappers import foreign, is_written, lost
 
 
@@ -103,6 +107,20 @@ def make_env_spec(
         signals.fresh,
         tuple(wrappers),
     )
+
+
+def with_images(spec: EnvSpec, size: int, keys: Sequence[str] = (IMAGE,)) -> EnvSpec:
+    """The environment with images of a size [px] beside what it observes: a task of ours by its own arguments, any
+    other one by the pictures of its `render`. Raises ConfigError for several pictures of one that draws one."""
+    if spec.env.rpartition(":")[2] in ENV_IDS:
+        wrist = {"wrist_image": True} if WRIST_IMAGE in keys else {}
+        return replace(spec, arguments=spec.arguments | {"image_size": size} | wrist)
+    if len(keys) != 1:
+        raise ConfigError(f"{spec.env} draws one picture; got the keys {', '.join(keys)}")
+    require_image_size(size)
+    point = f"{RenderedImage.__module__}:{RenderedImage.__qualname__}"
+    drawn = {"entry_point": point, "kwargs": {"size": size, "key": keys[0]}}
+    return replace(spec, arguments=spec.arguments | {"render_mode": "rgb_array"}, wrappers=(*spec.wrappers, drawn))
 
 
 def say_cap(env_id: str, env: gymnasium.Env) -> None:

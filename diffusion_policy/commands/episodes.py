@@ -20,6 +20,7 @@ from diffusion_policy.basics.streams import derive_rng
 from diffusion_policy.commands.afterwards import Remarks
 from diffusion_policy.commands.interrupts import Interrupted
 from diffusion_policy.commands.policy_in_env import PolicyInEnv
+from diffusion_policy.commands.seen_again import see_again
 from diffusion_policy.commands.terminal import progress_bar
 from diffusion_policy.config import BackendName, ConfigError, PlanningPrecision, SampleConfig
 from diffusion_policy.control.chunking import Chunking
@@ -27,6 +28,7 @@ from diffusion_policy.control.controller import Controller, require_horizons
 from diffusion_policy.control.planner import Planner
 from diffusion_policy.diffusion.process import count_draws
 from diffusion_policy.envs.protocols import as_choosing, as_drawable, as_multimodal
+from diffusion_policy.envs.wrappers import look
 from diffusion_policy.evaluation.engines import HANG_AFTER, Engine, available_cores
 from diffusion_policy.evaluation.episode import Episode, FailedEpisode
 from diffusion_policy.evaluation.rollout import GROUPS, MakeController, planning_batch, rollout
@@ -115,9 +117,10 @@ def run_episodes(
     chunking: Chunking | None = None,
     hang_after: float = HANG_AFTER,
     engine: Engine = "local",
+    keep_images: bool = False,
 ) -> RolledOut:
-    """The episodes of these seeds, behind a progress bar; `backend`: that of the planner. Raises Interrupted on
-    Ctrl-C."""
+    """The episodes of these seeds, behind a progress bar; `backend`: that of the planner; `keep_images`: see `rollout`.
+    Raises Interrupted on Ctrl-C."""
     rolled_out = RolledOut([], [], [])
     task = as_multimodal(loaded.env)
     bar = progress_bar("episodes")
@@ -138,6 +141,8 @@ def run_episodes(
                 engine=engine,
                 on_mode_failure=rolled_out.mode_failures.append,
                 planning_threads=GROUPS if shares_cores(loaded.policy) and backend != "compile" else 1,
+                look=look,
+                keep_images=keep_images,
             )
     except KeyboardInterrupt:
         raise Interrupted(f"stopped after {counter.finished} episodes; nothing was written") from None
@@ -225,13 +230,14 @@ def measure_episodes(
     return card or measure(None, None).without("jerk")
 
 
-def sample_starts(policy: DiffusionPolicy, episodes: Sequence[Episode], sampling: SampleConfig) -> np.ndarray:
+def sample_starts(loaded: PolicyInEnv, episodes: Sequence[Episode], sampling: SampleConfig) -> np.ndarray:
     """Normalized sequences sampled for the first observation of a few seeds, (states, N, T, A)."""
+    policy = loaded.policy
 
     firsts = list({episode.seed: episode for episode in reversed(episodes)}.values())[-DIVERSITY_STATES:]
     plans = []
     for episode in firsts:
-        observations = observe(policy, episode, 0)
+        observations = observe(policy, see_again(loaded, episode, [0]), 0)
         plan = policy.sample(observations, [derive_rng("diversity", episode.seed)], DIVERSITY_PLANS, sampling)
         plans.append(policy.normalizer.normalize(policy.target.key, plan)[0].cpu())
     return np.asarray(torch.stack(plans))

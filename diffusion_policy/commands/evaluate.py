@@ -264,10 +264,10 @@ def write_page(evaluation: Evaluation, results: Mapping[str, Any], pictures: Pic
 
 def measure_plans(evaluation: Evaluation, episodes: Sequence[Episode]) -> dict[str, Any]:
     """Diversity and latency; where one cannot be measured it stays as it was."""
-    policy, sampling = evaluation.loaded.policy, evaluation.options.sampling
+    loaded, sampling = evaluation.loaded, evaluation.options.sampling
 
     def diversity() -> dict[str, Any]:
-        return {"diversity": dataclasses.asdict(metrics.diversity(sample_starts(policy, episodes, sampling)))}
+        return {"diversity": dataclasses.asdict(metrics.diversity(sample_starts(loaded, episodes, sampling)))}
 
     def latency() -> dict[str, Any]:
         chunking, delay, horizon = (
@@ -275,7 +275,9 @@ def measure_plans(evaluation: Evaluation, episodes: Sequence[Episode]) -> dict[s
             evaluation.options.delay_steps[0],
             evaluation.options.action_horizon,
         )
-        planner = evaluation.remote or make_planner(policy, sampling, evaluation.backend, samples=chunking.samples)
+        planner = evaluation.remote or make_planner(
+            loaded.policy, sampling, evaluation.backend, samples=chunking.samples
+        )
         times = time_plans(planner, 1, LATENCY_PLANS, chunking, delay_steps=delay, action_horizon=horizon)
         found = metrics.latency(times)
         return {"planning_latency_ms": {name: dataclasses.asdict(metric) for name, metric in found.items()}}

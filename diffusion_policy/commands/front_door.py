@@ -14,6 +14,7 @@ from diffusion_policy.checkpoints.checkpoint import Checkpoint
 from diffusion_policy.commands import export
 from diffusion_policy.commands.joining import choose_backend, choose_chunking
 from diffusion_policy.commands.options.collect import Collect
+from diffusion_policy.commands.options.dataset import Render
 from diffusion_policy.commands.options.evaluate import Evaluate
 from diffusion_policy.commands.options.export import Export
 from diffusion_policy.commands.options.rollout import Rollout
@@ -59,6 +60,12 @@ def rollout(checkpoint: str | Path, **options: Any) -> Any:
     """Roll a policy out for a few episodes, to look at or to record; options as `diffusion-policy rollout --help`
     shows. Raises as `collect`."""
     return _told(Rollout(Path(checkpoint)), options).run()
+
+
+def render_dataset(store: str | Path, output: str | Path, **options: Any) -> int:
+    """Add camera images to demonstrations that hold states, in a new dataset; returns the number of episodes. Options
+    as `diffusion-policy dataset render --help` shows. Raises as `collect`."""
+    return _told(Render(str(store), Path(output)), options).run()
 
 
 def load_checkpoint(path: str | Path, device: str = "auto") -> LoadedPolicy:

@@ -16,6 +16,7 @@ from diffusion_policy.commands.episodes import draw_bytes, observe
 from diffusion_policy.commands.kept_episodes import as_path
 from diffusion_policy.commands.losses import read_losses
 from diffusion_policy.commands.policy_in_env import PolicyInEnv, choose_modes
+from diffusion_policy.commands.seen_again import see_again
 from diffusion_policy.commands.stores import open_recorded
 from diffusion_policy.config import SampleConfig
 from diffusion_policy.envs.protocols import Drawable, as_drawable, as_pictured
@@ -68,7 +69,7 @@ def _drawn(
     loaded: PolicyInEnv, episodes: Sequence[Episode], fans: Sequence[Episode], sampling: SampleConfig, remarks: Remarks
 ) -> Pictures:
     """What lies in the plane of the environment, where it has one."""
-    plane, policy = as_drawable(loaded.env), loaded.policy
+    plane = as_drawable(loaded.env)
     if plane is None:
         return NO_PICTURES
     return NO_PICTURES._replace(
@@ -76,7 +77,7 @@ def _drawn(
         demonstrated=remarks.attempt("no demonstrations are drawn", lambda: _demonstrated_paths(loaded, plane), []),
         rolled_out=[_plane_path(plane, episode) for episode in episodes],
         fans=remarks.attempt(
-            "no sampled plans are drawn", lambda: [_fan(policy, one, plane, sampling) for one in fans], []
+            "no sampled plans are drawn", lambda: [_fan(loaded, one, plane, sampling) for one in fans], []
         ),
     )
 
@@ -124,10 +125,12 @@ def draw_plans(
     }
 
 
-def _fan(policy: DiffusionPolicy, episode: Episode, plane: Drawable, sampling: SampleConfig) -> Fan:
+def _fan(loaded: PolicyInEnv, episode: Episode, plane: Drawable, sampling: SampleConfig) -> Fan:
     """What was, and what might have been, planned in an episode: at its re-plannings, evenly from all if they are
     many."""
-    paths = draw_plans(policy, episode, plane, choose_moments(episode), count=FAN_PLANS, sampling=sampling)
+    steps = choose_moments(episode)
+    seen = see_again(loaded, episode, steps)
+    paths = draw_plans(loaded.policy, seen, plane, steps, count=FAN_PLANS, sampling=sampling)
     moments = [Moment(step, np.stack([as_path(one) for one in path])) for step, path in paths.items()]
     xy = as_path(plane.path(episode.observations))
     return Fan(episode.seed, episode.repeat, episode.mode, episode.success, xy, moments)

@@ -1,10 +1,16 @@
 """diffusion-policy rollout: a few episodes to look at."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import gymnasium
+
+from diffusion_policy.basics.bounds import MOST_STEPS
+from diffusion_policy.basics.images import is_image
 from diffusion_policy.commands.afterwards import explain
 from diffusion_policy.commands.environment import describe_episodes
 from diffusion_policy.commands.episodes import (
@@ -20,6 +26,7 @@ from diffusion_policy.commands.options.rollout import Rollout
 from diffusion_policy.commands.pictures import draw_plans, pixels_of
 from diffusion_policy.commands.policy_in_env import PolicyInEnv, load_with_environment
 from diffusion_policy.commands.remote import find_server_of
+from diffusion_policy.commands.seen_again import see_again
 from diffusion_policy.commands.terminal import console, out, progress_bar
 from diffusion_policy.config import BackendName, ConfigError
 from diffusion_policy.control.planner import Planner
@@ -32,6 +39,8 @@ from diffusion_policy.report.video import FrameRecorder, Script, tile, write_vid
 
 DRAWN_PLANS = 12
 """Sequences drawn into a video at each re-planning."""
+MOST_IMAGE_BYTES = 2**31
+"""Of the images of all episodes that are to be recorded."""
 
 
 def run(options: Rollout) -> None:
@@ -40,6 +49,8 @@ def run(options: Rollout) -> None:
     options = replace(options, sampling=loaded.policy.complete(options.sampling))
     require_memory(loaded.policy, options.sampling, PARALLEL)
     require_pictures(options, loaded)
+    if options.keep_images:
+        require_image_memory(options, loaded.env)
     if options.record and options.record.exists():
         raise ConfigError(f"{options.record} already exists; choose another --record or delete it first")
     if options.video:
@@ -67,6 +78,19 @@ def require_pictures(options: Rollout, loaded: PolicyInEnv) -> None:
             raise ConfigError(f"{loaded.env_id} has no render mode {mode}; it has {', '.join(modes) or 'none'}")
 
 
+def require_image_memory(options: Rollout, env: gymnasium.Env) -> None:
+    """Raise ConfigError where the images of all episodes would not fit into memory."""
+    space: Any = env.observation_space
+    images = [part for part in space.values() if is_image(part.shape)]
+    steps = 1 + ((env.spec and env.spec.max_episode_steps) or MOST_STEPS)
+    needed = options.episodes * steps * sum(math.prod(part.shape) * part.dtype.itemsize for part in images)
+    if needed > MOST_IMAGE_BYTES:
+        raise ConfigError(
+            f"the images of {options.episodes} episodes may take {needed / 2**30:.1f} GB; at most "
+            f"{MOST_IMAGE_BYTES / 2**30:g} GB are kept: lower --episodes, or add images later with dataset render"
+        )
+
+
 def roll_out(options: Rollout, loaded: PolicyInEnv) -> list[Episode]:
     """The episodes; raises Failed when every one was lost."""
     parallel, workers = PARALLEL, options.workers
@@ -91,6 +115,7 @@ def roll_out(options: Rollout, loaded: PolicyInEnv) -> list[Episode]:
         delay_steps=options.delay_steps,
         action_horizon=options.action_horizon,
         chunking=chunking,
+        keep_images=options.keep_images,
     )
     for one in lost:
         console.print(f"seed {one.seed} could not be run: {one.reason}", soft_wrap=True)
@@ -111,7 +136,7 @@ def film(options: Rollout, path: Path, loaded: PolicyInEnv, episodes: Sequence[E
         for episode in bar.track(episodes, task_id=bar.add_task("planning", total=len(episodes), note="")):
             steps = [plan.step for plan in episode.plans]
             sampled = partial(draw_plans, policy, count=DRAWN_PLANS, sampling=options.sampling)
-            plans = sampled(episode, plane, steps) if plane else {}
+            plans = sampled(see_again(loaded, episode, steps), plane, steps) if plane else {}
             scripts.append(Script(episode.seed, episode.actions, plans))
         make_recorder = partial(FrameRecorder, loaded.make_env, pixels_of=pixels_of)
         films = imap(make_recorder, scripts, min(options.workers, len(scripts)))
@@ -122,7 +147,7 @@ def film(options: Rollout, path: Path, loaded: PolicyInEnv, episodes: Sequence[E
 def record_episodes(path: Path, loaded: PolicyInEnv, episodes: Sequence[Episode]) -> None:
     """Make a store of rollouts; raises StoreError where something already lies at the path."""
     task = as_multimodal(loaded.env)
-    attributes = describe_episodes(loaded.env)
+    attributes = describe_episodes(loaded.env) | {"observation_keys": sorted(episodes[0].observations)}
     with EpisodeStore.create(path, attributes, tuple(task.modes) if task else ()) as store:
         for episode in episodes:
             data = {key: rows[:-1] for key, rows in episode.observations.items()} | {"action": episode.actions}

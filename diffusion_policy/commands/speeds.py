@@ -25,6 +25,7 @@ from diffusion_policy.control.planner import Planner
 from diffusion_policy.control.policy_planner import PolicyPlanner
 from diffusion_policy.datasets.windows import Windows
 from diffusion_policy.envs.quiet import silence
+from diffusion_policy.envs.wrappers import look
 from diffusion_policy.evaluation.rollout import GROUPS, planning_batch, rollout
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.serving.backends import make_planner
@@ -276,7 +277,14 @@ def measure_rollouts(
             started = time.perf_counter()
             make_controller = partial(Controller, planner)
             ran = rollout(
-                make_env, make_controller, seeds, lambda _: None, parallel, workers=number, planning_threads=GROUPS
+                make_env,
+                make_controller,
+                seeds,
+                lambda _: None,
+                parallel,
+                workers=number,
+                planning_threads=GROUPS,
+                look=look,
             )
             found[name] = time.perf_counter() - started, planner.seconds, sum(len(one.actions) for one in ran)
     finally:

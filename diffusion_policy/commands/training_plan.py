@@ -31,6 +31,7 @@ from diffusion_policy.control.policy_planner import PolicyPlanner
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.datasets.streaming import StreamedWindows, episodes_within, hold_windows, load_windows
 from diffusion_policy.datasets.windows import Hindsight, Windows, split_episodes
+from diffusion_policy.envs.wrappers import look
 from diffusion_policy.evaluation.metrics import NONE
 from diffusion_policy.evaluation.rollout import RolloutError, rollout
 from diffusion_policy.policy import DiffusionPolicy, Shapes, choose_device
@@ -161,7 +162,15 @@ def cut_windows(
     memory = options.training.memory_gb * 1e9
     hindsight = parse_hindsight(options.training.hindsight, options.training.hindsight_share, plan.keys.observations)
     windows = load_windows(
-        store, names, plan.chosen, *horizons, device=device, labels=labels, memory_bytes=memory, hindsight=hindsight
+        store,
+        names,
+        plan.chosen,
+        *horizons,
+        device=device,
+        labels=labels,
+        memory_bytes=memory,
+        hindsight=hindsight,
+        mark_padding=options.training.mask_padding,
     )
     if len(plan.held_out) == 0:
         return windows, None
@@ -202,7 +211,7 @@ def make_rollouts(options: Train, store: EpisodeStore, point: Checkpoint) -> Cal
         planner = PolicyPlanner(policy, sampling)
         make_controller = partial(Controller, planner, dtype=joined.env.action_space.dtype)
         try:
-            episodes = rollout(joined.make_env, make_controller, seeds, lambda _: None)
+            episodes = rollout(joined.make_env, make_controller, seeds, lambda _: None, look=look)
         except RolloutError as error:
             console.print(f"no rollouts at this step: {error}", soft_wrap=True)
             return None

@@ -50,6 +50,7 @@ class Controller:
         self._plan_batch = plan_batch or environments
         self.observation_shapes = dict(planner.observation_shapes)
         """What `act` reads of one environment's observation."""
+        self.observation_horizon = planner.observation_horizon
         self._history = {  # the last To observations, oldest first
             key: np.zeros((environments, planner.observation_horizon, *shape), observed_type(shape))
             for key, shape in self.observation_shapes.items()

@@ -51,7 +51,8 @@ class Regression(Diffusion):
 
     def loss(self, network: Network, x0: Tensor, cond: Tensor, noising: Noising) -> Tensor:
         """Squared error of each row, (B,)."""
-        return mean_square(self._call(network, torch.zeros_like(x0), len(self.schedule) - 1, cond) - x0)
+        output = self._call(network, torch.zeros_like(x0), len(self.schedule) - 1, cond)
+        return mean_square(output - x0, noising.counted)
 
     def _call(self, network: Network, xt: Tensor, level: int, cond: Tensor) -> Tensor:
         return network(xt, torch.full((len(xt),), level, device=xt.device), cond)
@@ -77,7 +78,7 @@ class MinimalIterative(Regression):
     def loss(self, network: Network, x0: Tensor, cond: Tensor, noising: Noising) -> Tensor:
         """Squared errors of both calls, each as a share of the variance that it was left with, (B,)."""
         near = x0 + (1 - NEAR) * noising.eps.to(x0)
-        refined = mean_square(self._call(network, near, 0, cond) - x0)
+        refined = mean_square(self._call(network, near, 0, cond) - x0, noising.counted)
         return super().loss(network, x0, cond, noising) / NEAR**2 + refined / (1 - NEAR) ** 2
 
 
@@ -104,10 +105,11 @@ class Mixture(Diffusion):
         """−log p of each row, a mean over its numbers, (B,)."""
         level = torch.full((len(x0),), len(self.schedule) - 1, device=x0.device)
         means, log_weights, deviations = self.read(network(torch.zeros_like(x0), level, cond))
-        errors = (x0[:, None] - means).flatten(2).square().sum(dim=-1)  # (B, M)
-        numbers = x0[0].numel()
+        counted = torch.ones_like(x0) if noising.counted is None else noising.counted.expand_as(x0).to(x0)
+        errors = ((x0[:, None] - means).square() * counted[:, None]).flatten(2).sum(dim=-1)  # (B, M)
+        numbers = counted.flatten(1).sum(dim=1, keepdim=True)  # (B, 1)
         log_densities = -0.5 * errors / deviations**2 - numbers * (deviations.log() + 0.5 * math.log(2 * math.pi))
-        return -torch.logsumexp(log_weights + log_densities, dim=-1) / numbers
+        return -torch.logsumexp(log_weights + log_densities, dim=-1) / numbers[:, 0]
 
     def decode(self, outputs: Denoise) -> Denoise:
         """See `Diffusion.decode`. xt is noise, by which a component is chosen; the network is not shown it."""
@@ -212,7 +214,7 @@ class Shortcut(Jumps):
             span = (t - r).clamp(min=1e-6)
             mean = ((t - m) / span).reshape(shape) * first + ((m - r) / span).reshape(shape) * second
             target = torch.where((start != end).reshape(shape), mean, target)
-        return mean_square(network(z, self.tell(t, r), cond) - target)
+        return mean_square(network(z, self.tell(t, r), cond) - target, noising.counted)
 
 
 class MeanFlow(Jumps):
@@ -249,7 +251,7 @@ class MeanFlow(Jumps):
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the other attentions have no derivative forwards
             slope = torch.func.jvp(average, (z, t, r), (v, torch.ones_like(t), torch.zeros_like(r)))[1]
             target = v - (t - r).reshape(-1, *[1] * (z.ndim - 1)) * slope
-        errors = mean_square(average(z, t, r) - target)
+        errors = mean_square(average(z, t, r) - target, noising.counted)
         return errors / (errors.detach() + 1e-3).sqrt()
 
 

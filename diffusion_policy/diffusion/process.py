@@ -66,6 +66,8 @@ class Noising(NamedTuple):
     """(B, ..., D)"""
     known: Tensor | None = None
     """Steps that the network is given clean and marked, and that its loss leaves out, (B, T, 1) bool."""
+    counted: Tensor | None = None
+    """Steps that the loss is a mean over, (B, T, 1) bool; by default all. It leaves out what was never demonstrated."""
 
 
 class Diffusion(nn.Module):
@@ -127,10 +129,10 @@ class Diffusion(nn.Module):
             xt = torch.where(known, x0, xt)
         marked = xt if known is None else torch.cat([xt, known.to(xt)], dim=-1)
         output, share = self._split(network(marked, level, cond))
-        errors = (output - self.prediction.target(x0, eps, alpha, sigma)).square()
+        counted = noising.counted
         if known is not None:
-            errors = errors * ~known / (~known).float().mean(dim=1, keepdim=True)
-        errors = errors.flatten(1).mean(dim=1)  # (B,)
+            counted = ~known if counted is None else ~known & counted
+        errors = mean_square(output - self.prediction.target(x0, eps, alpha, sigma), counted)  # (B,)
         losses = self.get_buffer("weight")[level] * errors
         if self.variance is not None and share is not None:
             predicted_x0, _ = self.prediction.decode(output, xt, alpha, sigma)
@@ -285,9 +287,12 @@ class SamplingTable(NamedTuple):
     back."""
 
 
-def mean_square(errors: Tensor) -> Tensor:
-    """Of each row, (B, ...) → (B,)."""
-    return errors.square().flatten(1).mean(dim=1)
+def mean_square(errors: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Of each row, (B, ...) → (B,); over the `counted` steps (B, T, 1) alone, of a row without any 0."""
+    if counted is None:
+        return errors.square().flatten(1).mean(dim=1)
+    share = counted.float().mean(dim=1, keepdim=True).clamp(min=1 / counted.shape[1])
+    return (errors.square() * counted / share).flatten(1).mean(dim=1)
 
 
 def count_draws(sampler: Sampler, levels: Levels, corrector_steps: int = 0) -> int:

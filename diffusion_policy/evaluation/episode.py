@@ -31,7 +31,7 @@ class Episode:
     mode: str | None
     """None: no mode completed."""
     observations: dict[str, np.ndarray]
-    """Each key: (steps + 1, ...)."""
+    """Each key: (steps + 1, ...); without images, unless they were to be kept."""
     actions: np.ndarray
     """Raw, (steps, A)."""
     repeat: int = 0

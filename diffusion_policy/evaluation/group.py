@@ -41,21 +41,30 @@ class Group:
         return {slot: Planned(self._controller.planned[self._row(slot)], actions[self._row(slot)]) for slot in slots}
 
     def look(self, slot: int, observation: Mapping[str, np.ndarray]) -> None:
-        """Keep what the controller reads of one slot's observation."""
-        for key in self._controller.observation_shapes:
+        """Keep what the controller reads of one slot's observation; what is not given stays as it was."""
+        for key in self._controller.observation_shapes.keys() & observation.keys():
             value = observation[key]
             dtype = value.dtype if is_image(value.shape) else np.float64
             rows = self._latest.setdefault(key, np.zeros((len(self.slots), *value.shape), dtype))
             rows[self._row(slot)] = value
 
     def look_on(self, results: Mapping[int, StepsResult]) -> None:
-        """Show the controller what these slots observed since it planned, but the last: that it is given to plan."""
+        """Show the controller what these slots observed since it planned, but the last: that it is given to plan.
+        Images that were not sent lie further back than its history."""
         mask = self._mask(results)
         for step in range(self._controller.action_horizon if results else 0):
             if step:
                 self._controller.observe(self._latest, mask)
             for slot, steps in results.items():
-                self.look(slot, {key: rows[step] for key, rows in steps.observations.items()})
+                unseen = {key: len(steps.rewards) - len(rows) for key, rows in steps.observations.items()}
+                given = steps.observations.items()
+                self.look(slot, {key: rows[step - unseen[key]] for key, rows in given if step >= unseen[key]})
+
+    @property
+    def image_steps(self) -> int:
+        """Images of the last so many steps are planned from: To, or 0 where none are."""
+        shapes = self._controller.observation_shapes.values()
+        return self._controller.observation_horizon if any(map(is_image, shapes)) else 0
 
     def refuse(self, observations: Mapping[str, np.ndarray]) -> EnvFailure | None:
         """Why nothing can be planned for observations {key: (steps, ...)}."""
@@ -65,7 +74,7 @@ class Group:
                 given = ", ".join(f"{name} {rows.shape[1:]}" for name, rows in observations.items()) or "nothing"
                 needed = f"the policy observes {key} {shape}; the environment gives {given}"
                 return EnvFailure(one_line(needed), blamed=True, hopeless=True)
-            if not np.isfinite(rows).all():
+            if rows.dtype.kind == "f" and not np.isfinite(rows).all():
                 return EnvFailure(f"the environment observes NaN or infinity in {key}", blamed=True)
         return None
 

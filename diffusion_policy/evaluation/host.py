@@ -7,14 +7,29 @@ Knows Gymnasium's contract and how it is broken. Knows neither processes nor pol
 import contextlib
 import math
 import multiprocessing
-from collections.abc import Callable, Mapping, MutableSequence
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
 
 from diffusion_policy.basics.bounds import MOST_STEPS
+from diffusion_policy.basics.images import is_image
 from diffusion_policy.basics.text import error_line_with_place, error_message
+
+
+def look_always(env: gymnasium.Env, looking: bool) -> None:
+    """A `Sight.look` of environments that draw their images at each step, whoever needs them."""
+
+
+class Sight(NamedTuple):
+    """Which of the images that environments observe are drawn, and sent on."""
+
+    steps: int | None = None
+    """Those of the last so many steps of each sequence of actions, and of a reset; 0: none; None: all. An image is
+    large, and a policy plans from the last ones alone."""
+    look: Callable[[gymnasium.Env, bool], None] = look_always
+    """Tells an environment whether it need draw its images in the next step; picklable."""
 
 
 class UnfitError(ValueError):
@@ -28,7 +43,7 @@ class StepsResult(NamedTuple):
     """What one environment answered to the n actions of a sequence that were taken before its episode ended."""
 
     observations: dict[str, np.ndarray]
-    """After each action, (n, ...)."""
+    """After each action, (n, ...); of images the last ones alone, see `Sight`."""
     rewards: list[float]
     ended: bool
     info: dict[str, Any]
@@ -49,9 +64,14 @@ class EnvironmentHost:
     """Several environments in one process, each made when it is first reset. Whatever they do or give ends at
     most in an `EnvFailure` of the slot."""
 
-    def __init__(self, make_env: Callable[[], gymnasium.Env], at_work: MutableSequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        make_env: Callable[[], gymnasium.Env],
+        at_work: MutableSequence[int] | None = None,
+        sight: Sight = Sight(),  # noqa: B008  (immutable)
+    ) -> None:
         """`at_work`: two numbers, kept up to date: the slot that is at work, and a count of its signs of life."""
-        self._make_env = make_env
+        self._make_env, self._sight = make_env, sight
         self._at_work: MutableSequence[int] = [0, 0] if at_work is None else at_work
         self._envs: dict[int, gymnasium.Env] = {}
         self._shapes: dict[int, dict[str, tuple[int, ...]]] = {}
@@ -95,6 +115,7 @@ class EnvironmentHost:
         if slot not in self._envs:
             self._envs[slot] = self._make_env()
             self._endless[slot] = _is_endless(self._envs[slot])
+        self._sight.look(self._envs[slot], self._sight.steps != 0)
         observation, _ = self._envs[slot].reset(seed=seed)
         first = _to_arrays(observation)
         self._shapes[slot] = {key: value.shape for key, value in first.items()}
@@ -103,16 +124,17 @@ class EnvironmentHost:
 
     def _step(self, slot: int, sequence: np.ndarray) -> StepsResult:
         observations, rewards, ended, info = [], [], False, {}
-        for action in np.array(sequence):  # a copy: what another process sent may be read-only
+        unseen = 0 if self._sight.steps is None else max(0, len(sequence) - self._sight.steps)
+        for step, action in enumerate(np.array(sequence)):  # a copy: what another process sent may be read-only
             self._at_work[1] += 1
+            self._sight.look(self._envs[slot], step >= unseen)
             observation, reward, terminated, truncated, info = self._envs[slot].step(action)
             observations.append(self._to_row(slot, observation))
             rewards.append(_to_number(reward, "the reward"))
             self._steps_left[slot] -= 1
             if ended := bool(terminated or truncated or self._steps_left[slot] <= 0):
                 break
-        stacked = {key: np.stack([one[key] for one in observations]) for key in observations[0]}
-        return StepsResult(stacked, rewards, ended, _choose_info(info))
+        return StepsResult(_stack(observations, unseen), rewards, ended, _choose_info(info))
 
     def _to_row(self, slot: int, observation: Any) -> dict[str, np.ndarray]:
         """An observation of the same keys and shapes as the episode's first."""
@@ -123,6 +145,18 @@ class EnvironmentHost:
                 was, now = (of.get(key, "nothing") for of in (before, shapes))
                 raise ValueError(f"the observation {key!r} was {was} at the first step; now it is {now}")
         return row
+
+
+def _stack(observations: Sequence[Mapping[str, np.ndarray]], unseen: int) -> dict[str, np.ndarray]:
+    """The observations of some steps, {key: (n, ...)}, without the images of the first ones."""
+    stacked = {}
+    for key, first in observations[0].items():
+        if is_image(first.shape):
+            seen = [one[key] for one in observations[unseen:]]
+            stacked[key] = np.stack(seen) if seen else np.empty((0, *first.shape), first.dtype)
+        else:
+            stacked[key] = np.stack([one[key] for one in observations])
+    return stacked
 
 
 def _is_endless(env: gymnasium.Env) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 
 from diffusion_policy.basics.text import error_message
 from diffusion_policy.evaluation.engines import HANG_AFTER, Engine, cluster, on_ray, require_workers
-from diffusion_policy.evaluation.host import EnvFailure, EnvironmentHost, StepsResult
+from diffusion_policy.evaluation.host import EnvFailure, EnvironmentHost, Sight, StepsResult
 from diffusion_policy.evaluation.spawned import Spawned, WorkerDied, end_all, reply, require_picklable
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ LONGEST_WAIT = 1e6
 class Worker:
     """A process with a host, and what it was asked."""
 
-    def __init__(self, make_env: Callable[[], gymnasium.Env]) -> None:
+    def __init__(self, make_env: Callable[[], gymnasium.Env], sight: Sight) -> None:
         self._at_work = multiprocessing.get_context("spawn").RawArray("q", 2)
-        self.spawned = Spawned(_serve, (make_env,), (self._at_work,))
+        self.spawned = Spawned(_serve, (make_env, sight), (self._at_work,))
 
     @property
     def culprit(self) -> int | None:
@@ -75,8 +75,8 @@ class _ThisProcess:
 
     culprit = None
 
-    def __init__(self, make_env: Callable[[], gymnasium.Env]) -> None:
-        self._host = EnvironmentHost(make_env)
+    def __init__(self, make_env: Callable[[], gymnasium.Env], sight: Sight) -> None:
+        self._host = EnvironmentHost(make_env, sight=sight)
         self._answers: deque[tuple[dict[int, Any], float]] = deque()
 
     def send(self, method: str, arguments: Mapping[int, Any]) -> None:
@@ -116,16 +116,17 @@ class EnvironmentPool:
         engine: Engine = "local",
         *,
         adjacent: int = 1,
+        sight: Sight = Sight(),  # noqa: B008  (immutable)
     ) -> None:
         """`make_env` must be picklable for more than one worker, and of a module that can be imported there for a
         cluster; `hang_after`: see HANG_AFTER; `adjacent`: so many slots go to one worker, as many to the next, and so
-        on in turn. Raises ValueError for what cannot be."""
+        on in turn; `sight`: which images they give. Raises ValueError for what cannot be."""
         require_workers(workers)
         require_patience(hang_after)
         in_this_process = workers == 1 and engine == "local"
         if not in_this_process:
             require_picklable("make_env", make_env)
-        self._make_env = make_env
+        self._make_env, self._sight = make_env, sight
         self._hang_after = hang_after
         self._engine: Engine = engine
         self._adjacent = adjacent
@@ -145,7 +146,7 @@ class EnvironmentPool:
                 stack.enter_context(contextlib.chdir("."))  # an environment may change the working directory
             stack.enter_context(cluster(engine, workers))
             self._workers: list[Worker | RayWorker | _ThisProcess] = (
-                [_ThisProcess(make_env)] if in_this_process else [self._hire() for _ in range(workers)]
+                [_ThisProcess(make_env, sight)] if in_this_process else [self._hire() for _ in range(workers)]
             )
             self._cluster = stack.pop_all()
 
@@ -238,8 +239,8 @@ class EnvironmentPool:
 
     def _hire(self) -> "Worker | RayWorker":
         if self._engine == "local":
-            return Worker(self._make_env)
-        return on_ray().RayWorker(partial(Worker, self._make_env))
+            return Worker(self._make_env, self._sight)
+        return on_ray().RayWorker(partial(Worker, self._make_env, self._sight))
 
 
 def require_patience(hang_after: float) -> None:
@@ -248,9 +249,11 @@ def require_patience(hang_after: float) -> None:
         raise ValueError(f"hang_after must be above 0 and at most {LONGEST_WAIT:g} s; got {hang_after}")
 
 
-def _serve(connection: Connection, at_work: MutableSequence[int], make_env: Callable[[], gymnasium.Env]) -> None:
+def _serve(
+    connection: Connection, at_work: MutableSequence[int], make_env: Callable[[], gymnasium.Env], sight: Sight
+) -> None:
     """A worker's loop: (method, arguments) in, (True, (results, seconds)) out."""
-    host = EnvironmentHost(make_env, at_work)
+    host = EnvironmentHost(make_env, at_work, sight)
     with contextlib.closing(host):
         for method, arguments in _read_at_once(connection):
             reply(connection, (True, _answer(host, method, arguments)))

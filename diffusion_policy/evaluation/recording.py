@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_policy.basics.images import is_image
 from diffusion_policy.basics.names import is_label
 from diffusion_policy.basics.text import error_line, error_message
 from diffusion_policy.evaluation.episode import Episode, FailedEpisode, Plan
@@ -20,8 +21,9 @@ ModeOf = Callable[[Mapping[str, np.ndarray]], str | None]
 class Recording:
     """An episode in the making."""
 
-    def __init__(self, seed: int, repeat: int) -> None:
+    def __init__(self, seed: int, repeat: int, keep_images: bool = False) -> None:
         self.name = seed, repeat
+        self._keep_images = keep_images
         self.observations: list[dict[str, np.ndarray]] = []  # parts (n, ...); none before the environment is reset
         self.actions: list[np.ndarray] = []
         self.asked = np.zeros(0)
@@ -32,7 +34,7 @@ class Recording:
         self.measures: Mapping[str, float] | None = None
 
     def begin(self, observation: Mapping[str, np.ndarray]) -> None:
-        self.observations.append({key: value[None] for key, value in observation.items()})
+        self._keep({key: value[None] for key, value in observation.items()})
 
     def ask(self, plan: np.ndarray, actions: np.ndarray) -> None:
         self.plans.append(Plan(len(self.actions), plan))
@@ -40,10 +42,15 @@ class Recording:
 
     def add(self, steps: StepsResult) -> None:
         self.actions.extend(self.asked[: len(steps.rewards)])
-        self.observations.append(steps.observations)
+        self._keep(steps.observations)
         self.success = steps.info["is_success"]
         self.rewards = sum(steps.rewards, self.rewards)
         self.measures = steps.info.get("measures")
+
+    def _keep(self, rows: Mapping[str, np.ndarray]) -> None:
+        """Images of all steps of all episodes would fill the memory."""
+        kept = {key: part for key, part in rows.items() if self._keep_images or not is_image(part.shape[1:])}
+        self.observations.append(kept)
 
     def finish(self, mode_of: ModeOf, on_mode_failure: Callable[[FailedEpisode], None]) -> Episode:
         observations = {key: np.concatenate([part[key] for part in self.observations]) for key in self.observations[0]}

@@ -20,7 +20,7 @@ from diffusion_policy.control.controller import Controller
 from diffusion_policy.evaluation.engines import HANG_AFTER, Engine, available_cores
 from diffusion_policy.evaluation.episode import Episode, FailedEpisode
 from diffusion_policy.evaluation.group import Group, Planned
-from diffusion_policy.evaluation.host import EnvFailure, StepsResult
+from diffusion_policy.evaluation.host import EnvFailure, Sight, StepsResult, look_always
 from diffusion_policy.evaluation.pool import EnvironmentPool, Request, require_patience
 from diffusion_policy.evaluation.recording import ModeOf, Recording
 
@@ -72,6 +72,8 @@ def rollout(
     engine: Engine = "local",
     on_mode_failure: Callable[[FailedEpisode], None] = mode_failure_is_a_warning,
     planning_threads: int = 1,
+    look: Callable[[gymnasium.Env, bool], None] = look_always,
+    keep_images: bool = False,
 ) -> list[Episode]:
     """`repeats` episodes a seed, which differ in their planning noise, in the order of the seeds.
 
@@ -79,10 +81,11 @@ def rollout(
     makes a controller, such as partial(Controller, planner); `parallel`: how many environments run at once, in two
     groups that plan for themselves; `workers`: processes that simulate, if more than one while this one plans;
     `planning_threads`: 2 where both groups may plan at the same time, and the planner bears calls of two threads;
-    `on_lost` hears of an episode whose environment raised an error, crashed its worker or did not answer within
-    `hang_after` [s] at each attempt; `on_mode_failure` of one whose mode `mode_of` could not tell, and which counts
-    without. Where an environment limits no episode, it ends after `bounds.MOST_STEPS`. Raises ValueError for arguments
-    that cannot be, RolloutError when no episode can be run.
+    `look`: see `Sight`; `keep_images`: whether episodes hold the images of all steps, which else are drawn and sent
+    only where something is planned from them; `on_lost` hears of an episode whose environment raised an error, crashed
+    its worker or did not answer within `hang_after` [s] at each attempt; `on_mode_failure` of one whose mode `mode_of`
+    could not tell, and which counts without. Where an environment limits no episode, it ends after `bounds.MOST_STEPS`.
+    Raises ValueError for arguments that cannot be, RolloutError when no episode can be run.
     """
     counts = {"parallel": parallel, "workers": workers, "repeats": repeats, "planning_threads": planning_threads}
     for name, value in counts.items():
@@ -98,12 +101,14 @@ def rollout(
         for part in np.array_split(np.arange(slots), min(slots, GROUPS))
     ]
     workers = min(workers, slots)
+    sight = Sight(None if keep_images else groups[0].image_steps, look)
+    adjacent = _adjacent(slots, workers, engine)
     with (
-        EnvironmentPool(make_env, workers, hang_after, engine, adjacent=_adjacent(slots, workers, engine)) as pool,
+        EnvironmentPool(make_env, workers, hang_after, engine, adjacent=adjacent, sight=sight) as pool,
         _planning(planning_threads, in_this_process=workers == 1 and engine == "local") as planning,
     ):
         hearers = _Hearers(on_episode, on_lost, on_mode_failure)
-        scheduler = _EpisodeScheduler(names, groups, pool, planning, mode_of, hearers)
+        scheduler = _EpisodeScheduler(names, groups, pool, planning, mode_of, hearers, keep_images=keep_images)
         while scheduler.running or scheduler.waiting:
             for group in groups:
                 scheduler.take_turn(group)
@@ -176,13 +181,15 @@ class _EpisodeScheduler:
         planning: Executor,
         mode_of: ModeOf,
         hearers: _Hearers,
+        *,
+        keep_images: bool,
     ) -> None:
         self.waiting = list(reversed(names))
         self.running: dict[int, Recording] = {}
         self.finished: dict[tuple[int, int], Episode] = {}
         self._turns = dict.fromkeys(groups, _Turn())
         self._pool, self._planning = pool, planning
-        self._mode_of, self._hearers = mode_of, hearers
+        self._mode_of, self._hearers, self._keep_images = mode_of, hearers, keep_images
         self._failures: Counter[tuple[int, int]] = Counter()
         self._lost = 0
 
@@ -208,7 +215,7 @@ class _EpisodeScheduler:
         if not begun:
             return None
         group.begin(begun)
-        self.running |= {slot: Recording(*name) for slot, name in begun.items()}
+        self.running |= {slot: Recording(*name, self._keep_images) for slot, name in begun.items()}
         return self._pool.begin_reset({slot: seed for slot, (seed, _) in begun.items()})
 
     def _hear(self, group: Group, answers: Mapping[int, Any]) -> None:
@@ -220,7 +227,7 @@ class _EpisodeScheduler:
             recording = self.running[slot]
             if isinstance(answer, dict):
                 recording.begin(answer)
-                answer = group.refuse(recording.observations[0]) or answer
+                answer = group.refuse({key: value[None] for key, value in answer.items()}) or answer
             elif isinstance(answer, StepsResult) and not answer.ended:
                 answer = group.refuse(answer.observations) or answer
             if isinstance(answer, EnvFailure):

@@ -37,8 +37,7 @@ class Draws(NamedTuple):
         return self._map(lambda part: send(part, device))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Draws:
-        level, eps, known = self.noising
-        noising = Noising(change(level), change(eps), None if known is None else change(known))
+        noising = Noising(*(None if part is None else change(part) for part in self.noising))  # pyright: ignore
         augmentation = None if self.augmentation is None else change(self.augmentation)
         return Draws(noising, change(self.dropped), augmentation)
 
@@ -74,7 +73,8 @@ def denoising_loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Tenso
     if policy.config.condition_dropout:
         cond = torch.where(draws.dropped[:, None], policy.unconditional(cond), cond)
     x0 = policy.normalizer.normalize(policy.target.key, batch.actions)
-    return policy.diffusion.loss(policy.network, x0, cond, draws.noising)
+    counted = None if batch.demonstrated is None else batch.demonstrated[..., None]
+    return policy.diffusion.loss(policy.network, x0, cond, draws.noising._replace(counted=counted))
 
 
 def derive_generator(tag: str, *numbers: int) -> torch.Generator:

@@ -65,6 +65,7 @@ TITLES = {
         "validation", "checkpoint", "rollout", "student", "sampling",
     ],
     "dataset replay": ["positional arguments", "options", "episode", "environment"],
+    "dataset render": ["positional arguments", "options", "environment", "simulation"],
     "evaluate": ["options", "environment", "control", "simulation", "episode", "sampling", "server"],
     "rollout": ["options", "environment", "control", "simulation", "episode", "sampling", "server"],
     "run-robot": ["positional arguments", "options", "control", "safety", "sampling", "server"],

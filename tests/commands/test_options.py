@@ -40,6 +40,10 @@ dataset replay a.zarr --episodes 1 --tolerance 1e-3 --env diffusion_policy/Avoid
     --success none
 dataset replay car.zarr --episodes 1 --success none --fresh --mode-function \
     diffusion_policy.envs.examples:mountain_car_mode --mode-labels left right --env MountainCarContinuous-v0
+dataset render a.zarr --output ai.zarr --key image wrist_image --size 16 --tolerance 1e-3 --env \
+    diffusion_policy/Avoid-v0 --env-kwargs '{{"rows":1}}' --success none --workers 1
+dataset render car.zarr --output ci.zarr --key picture --size 8 --success none --fresh --mode-function \
+    diffusion_policy.envs.examples:mountain_car_mode --mode-labels left right --workers 1
 dataset split a.zarr --output b.zarr c.zarr --share 0.5 --seed 1
 dataset merge b.zarr c.zarr --output d.zarr
 dataset repair d.zarr
@@ -70,6 +74,8 @@ rollout --checkpoint r --episodes 1 --seed 100600 --video v.gif --record rec.zar
     --env-kwargs '{BRIEF}' --success none --fresh --mode-function {{module}}:label --mode-labels up down \
     --sampler unipc --sampling-steps 2 --spacing leading --clip none --guidance 0.5 --guidance-schedule middle \
     --mode right --corrector-steps 1 --corrector-size 0.1 --action-horizon 2 --workers 1 --device cpu
+rollout --checkpoint r --episodes 1 --sampling-steps 2 --env-kwargs '{{"rows":1,"image_size":16}}' \
+    --record kept.zarr --keep-images --workers 1
 rollout --checkpoint r --episodes 1 --sampling-steps 2 --eta 0.3 --workers 1 --backend eager --precision bf16
 rollout --checkpoint r --episodes 2 --sampling-steps 2 --env {{module}}:tiny/Window-v0 --render human
 study samplers --checkpoint r --output st --samplers ddim --steps 1 2 --mode left --guidance 0.5 --episodes 1 \

@@ -1,8 +1,14 @@
 """How pictures lie in a store: chunks of few, files of many, and what an interrupted append leaves."""
 
+import contextlib
 import errno
 import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -243,3 +249,77 @@ def test_a_file_of_pictures_that_is_cut_short_is_damaged(tmp_path: Path) -> None
             EpisodeStore.open(tmp_path / "store.zarr").read("camera")
         with pytest.raises(StoreError, match=r"data/camera is damaged"):
             EpisodeStore.open(tmp_path / "store.zarr").read_rows("camera", 1, 3)
+
+
+WRITER = """
+import os, sys
+import numpy as np
+from diffusion_policy.datasets import storage
+from diffusion_policy.datasets.demonstration import Demonstration
+from diffusion_policy.datasets.store import EpisodeStore
+
+storage.IMAGE_CHUNK_BYTES, storage.IMAGE_SHARD_BYTES, storage.IMAGE_SHARD_ROWS = 2 * 768, 6 * 768, 1
+
+def episode(seed):
+    rng = np.random.default_rng(seed)
+    length = 1 + seed % 5
+    frames = rng.integers(0, 256, (length, 16, 16, 3), np.uint8)
+    data = {"camera": frames, "action": rng.normal(size=(length, 2))}
+    return Demonstration(data, seed, None, True, {"camera": frames[0]})
+
+def fill(path):
+    store = EpisodeStore.append_to(path, False) if os.path.exists(path) else EpisodeStore.create(path, {}, [], False)
+    for seed in range(len(store.episode_ends), 30):
+        store.append([episode(seed)])
+
+for path in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        fill(path.strip())
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""Imports once; then appends in a process of its own to each store that is named: its id, then its exit status."""
+
+
+def kill_writers(kills: int, tmp_path: Path) -> int:
+    """Kill a writer of pictures again and again; returns how many kills hit one at work."""
+    rng, hits = random.Random(0), 0
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as it:
+        assert it.stdin is not None
+        assert it.stdout is not None
+
+        def append(path: Path, seconds: float | None) -> int:
+            print(path, file=it.stdin, flush=True)
+            child = int(it.stdout.readline())
+            if seconds is not None:
+                time.sleep(seconds)
+                with contextlib.suppress(ProcessLookupError):  # it was done before
+                    os.kill(child, signal.SIGKILL)
+            return int(it.stdout.readline())
+
+        assert append(tmp_path / "whole.zarr", None) == 0
+        whole, known, path = EpisodeStore.open(tmp_path / "whole.zarr"), 0, tmp_path / "0.zarr"
+        rows = whole.read("camera")
+        for i in range(kills):
+            hits += append(path, rng.uniform(0.02, 0.3)) == -signal.SIGKILL
+            with contextlib.suppress(StoreError):  # it holds no episodes yet
+                store = EpisodeStore.open(path)
+                np.testing.assert_array_equal(store.read("camera"), rows[: store.episode_ends[-1]])
+                assert len(store.episode_ends) >= known
+                known = len(store.episode_ends)
+            if known == 30:
+                path, known = tmp_path / f"{i + 1}.zarr", 0
+        assert append(path, None) == 0
+        assert files_of(path) == files_of(tmp_path / "whole.zarr")
+    return hits
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("kills", [5, pytest.param(150, marks=pytest.mark.slow)])
+def test_whatever_moment_a_writer_of_pictures_is_killed_what_was_committed_stays(tmp_path: Path, kills: int) -> None:
+    assert kill_writers(kills, tmp_path) >= kills / 3

@@ -140,6 +140,16 @@ def test_other_formats_keep_the_texts_and_say_that_embeddings_are_left_out(
     assert told(tmp_path / "c.zarr") == [(text, None) for text, _ in told(instructed)]
 
 
+def test_instructions_are_the_tasks_of_lerobot(instructed: Path, tmp_path: Path) -> None:
+    convert(instructed, tmp_path / "b.lerobot")
+    for ours in (tmp_path / "b.lerobot/meta").glob("diffusion_policy.*"):
+        ours.unlink()
+    convert(tmp_path / "b.lerobot", tmp_path / "c.zarr")
+    rest = "demonstrations"  # of the episode without one
+    assert EpisodeStore.open(tmp_path / "c.zarr").instructions == (*TEXTS.values(), rest)
+    assert [text for text, _ in told(tmp_path / "c.zarr")] == [TEXTS["left"], TEXTS["right"], rest, TEXTS["left"]]
+
+
 @pytest.mark.parametrize(
     "texts, message",
     [

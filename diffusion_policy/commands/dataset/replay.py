@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from diffusion_policy.commands.interrupts import Failed
 from diffusion_policy.commands.options.dataset import Replay
 from diffusion_policy.commands.stores import open_store
 from diffusion_policy.commands.terminal import console, out
-from diffusion_policy.config import ConfigError
+from diffusion_policy.config import ConfigError, SuccessAndModes
 from diffusion_policy.datasets.collect import disturb, disturbance_generator
 from diffusion_policy.datasets.demonstration import PUSHED, Demonstration
 from diffusion_policy.datasets.store import EpisodeStore
@@ -55,9 +55,9 @@ def run(options: Replay) -> dict[str, float]:
     a store that does not say how its episodes began."""
     store = open_store(options.store)
     noise = require_noise(store, options.store)
-    spec = choose_replay_spec(options, store)
+    spec = choose_replay_spec(options.store, store, options.env, options.env_kwargs, options.signals)
     env = spec()
-    keys = choose_compared(options, store, env, spec.env)
+    keys = choose_compared(options.store, store, env, spec.env)
     marks = (PUSHED,) if PUSHED in store.keys and PUSHED not in keys else ()
     count = min(len(store.episode_ends), options.episodes or (4 if options.video else len(store.episode_ends)))
     with console.status("replaying"):
@@ -87,15 +87,17 @@ def require_noise(store: EpisodeStore, source: str) -> float:
     return noise
 
 
-def choose_replay_spec(options: Replay, store: EpisodeStore) -> EnvSpec:
+def choose_replay_spec(
+    source: str, store: EpisodeStore, env: str | None, env_kwargs: str | None, signals: SuccessAndModes
+) -> EnvSpec:
     """The environment; raises ConfigError where there is none."""
     recorded: dict[str, Any] = store.attributes.get("environment", {})
-    spec, _ = choose_env_spec(options.store, recorded, options.env, options.env_kwargs, options.signals)
+    spec, _ = choose_env_spec(source, recorded, env, env_kwargs, signals)
     ours = spec.env in ENV_IDS and not spec.wrappers
     return spec if ours else replace(spec, success=spec.success or "none")  # whether it succeeds is not compared
 
 
-def choose_compared(options: Replay, store: EpisodeStore, env: gymnasium.Env, env_id: str) -> tuple[str, ...]:
+def choose_compared(source: str, store: EpisodeStore, env: gymnasium.Env, env_id: str) -> tuple[str, ...]:
     """The keys that are compared; raises ConfigError when the environment does not fit the store."""
     space: Any = env.observation_space
     offered = {key: part.shape for key, part in space.items() if key in store.keys}
@@ -103,7 +105,7 @@ def choose_compared(options: Replay, store: EpisodeStore, env: gymnasium.Env, en
     if not offered or wrong or math.prod(env.action_space.shape or ()) != math.prod(store.shape(store.action_key)):
         stored = {key: store.shape(key) for key in store.keys}
         has = f"its observations have {offered}, its actions {env.action_space}"
-        raise ConfigError(f"{env_id} does not fit {options.store}: {has}; the store has {stored}")
+        raise ConfigError(f"{env_id} does not fit {source}: {has}; the store has {stored}")
     return tuple(offered)
 
 
@@ -129,15 +131,20 @@ def compare(
         replayed = replay(env, episode, action_key, noise)
         for key, differences in replayed.differences.items():
             found.largest[key] = max(found.largest.get(key, 0.0), float(differences.max()))
-            beyond = np.flatnonzero(~(differences <= tolerance))
-            if len(beyond):
-                off = f"{key} is off by {differences[beyond[0]]:.2g}, more than {tolerance:g}"
-                found.wrong.append(f"episode {i}, step {beyond[0]}: {off}")
-        steps = len(episode.data[action_key])
-        if replayed.steps < steps:
-            found.wrong.append(f"episode {i} ends after {replayed.steps} of its {steps} steps")
+        found.wrong.extend(what_differs(i, replayed, len(episode.data[action_key]), tolerance))
         found.scripts.append(Script(episode.seed or 0, replayed.actions))
     return found
+
+
+def what_differs(episode: int, replayed: Replayed, steps: int, tolerance: float) -> Iterator[str]:
+    """How an episode of so many steps went otherwise than recorded, a sentence each."""
+    for key, differences in replayed.differences.items():
+        beyond = np.flatnonzero(~(differences <= tolerance))
+        if len(beyond):
+            off = f"{key} is off by {differences[beyond[0]]:.2g}, more than {tolerance:g}"
+            yield f"episode {episode}, step {beyond[0]}: {off}"
+    if replayed.steps < steps:
+        yield f"episode {episode} ends after {replayed.steps} of its {steps} steps"
 
 
 def film(path: Path, spec: EnvSpec, scripts: Sequence[Script], rate: float) -> None:
@@ -159,14 +166,22 @@ def explain(spec: EnvSpec, seed: int) -> str:
     return f"; {spec.env} does not repeat an episode by its seed, so it cannot be replayed; perhaps with --fresh"
 
 
-def replay(env: gymnasium.Env, episode: Demonstration, action_key: str, noise: float) -> Replayed:
-    """Begin an episode again from its seed and take its actions; `noise`: see `Demonstrator`."""
+def replay(
+    env: gymnasium.Env,
+    episode: Demonstration,
+    action_key: str,
+    noise: float,
+    on_observation: Callable[[Mapping[str, np.ndarray]], None] = lambda _: None,
+) -> Replayed:
+    """Begin an episode again from its seed and take its actions; `noise`: see `Demonstrator`; `on_observation` hears
+    what is observed at each step."""
     path = {key: list(rows) for key, rows in episode.data.items() if key != action_key}
     for key, row in (episode.final or {}).items():
         path[key].append(row)
     differences: dict[str, list[float]] = {key: [] for key in sorted(path)}
 
     def compare(observation: Any, step: int) -> None:
+        on_observation(observation)
         for key, recorded in path.items():
             if step < len(recorded):
                 difference = np.abs(np.asarray(observation[key], np.float64) - recorded[step])

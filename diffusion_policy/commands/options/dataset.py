@@ -6,11 +6,12 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from diffusion_policy.commands.options.acting import require_video
+from diffusion_policy.commands.options.acting import parse_env_kwargs, require_video
 from diffusion_policy.commands.options.command import Command
 from diffusion_policy.config import ConfigError, Group, SuccessAndModes, require_at_least, require_seed
+from diffusion_policy.evaluation.engines import available_cores
 
-FormatName = Literal["zarr", "robomimic", "lerobot", "minari", "npz", "aloha", "maniskill", "d4rl"]
+FormatName = Literal["zarr", "robomimic", "lerobot", "minari", "npz", "aloha", "maniskill", "d4rl", "lerobot-video"]
 Store = tyro.conf.Positional[str]
 
 
@@ -43,7 +44,8 @@ class Validate(Command):
 @dataclass(frozen=True)
 class Convert(Command):
     """Copy a dataset into another format: zarr (and .zarr.zip), robomimic HDF5, LeRobot v3, Minari, npz. HDF5 of ALOHA
-    and ACT (a folder of episodes), of ManiSkill, and flat as of D4RL is only read."""
+    and ACT (a folder of episodes), of ManiSkill, and flat as of D4RL is only read. Images of bytes go to LeRobot as
+    PNG, which is exact, or as H.264 videos, which are smaller: with --output-format lerobot-video."""
 
     program: ClassVar[str] = "diffusion_policy.commands.dataset.convert"
 
@@ -187,6 +189,45 @@ class Replay(Command):
         require_video(self.video, self.episodes or 4)
 
 
+@dataclass(frozen=True)
+class Render(Command):
+    """Add camera images to demonstrations that hold states: a new store with the same episodes and images beside them.
+
+    Push-T is drawn from each recorded state. In other environments each episode is begun again from its seed and its
+    actions are taken again, as `dataset replay` does. Where what is observed then differs from what was recorded, the
+    episode is left out, which is said.
+    """
+
+    program: ClassVar[str] = "diffusion_policy.commands.dataset.render"
+
+    store: Store
+    """Path or URL of the dataset."""
+    output: Path
+    """Store to create."""
+    key: tuple[str, ...] = ("image",)
+    """Images to add: image, and for the arms wrist_image. For environments other than ours any one name; that is the
+    picture that the environment's render draws."""
+    size: int = 96
+    """Width and height of the images [px]."""
+    tolerance: float = 1e-4
+    """Largest difference of a replayed observation from its record, in its own units."""
+    env: Annotated[str | None, Group("environment")] = None
+    """Gymnasium id, if not the environment that the store names."""
+    env_kwargs: str | None = None
+    """Arguments of the environment, as JSON, if not those that the store names."""
+    signals: Annotated[SuccessAndModes, Group("environment")] = field(default_factory=SuccessAndModes)
+    workers: Annotated[int, Group("simulation")] = field(default_factory=available_cores)
+    """Processes that draw; the result is the same for any number."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, ("size", "workers"))
+        require_at_least(self, 0, ("tolerance",))
+        if not self.key or len(set(self.key)) < len(self.key):
+            raise ConfigError(f"key must name each image to add once; got {' '.join(self.key) or 'nothing'}")
+        if self.env_kwargs is not None:
+            parse_env_kwargs(self.env_kwargs)
+
+
 OF_DATASETS: dict[str, type[Command]] = {
     "inspect": Inspect,
     "validate": Validate,
@@ -197,5 +238,6 @@ OF_DATASETS: dict[str, type[Command]] = {
     "repair": Repair,
     "plot": Plot,
     "replay": Replay,
+    "render": Render,
 }
 """The verbs behind `dataset`."""

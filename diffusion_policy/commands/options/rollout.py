@@ -14,6 +14,7 @@ from diffusion_policy.commands.options.acting import (
 from diffusion_policy.commands.options.remote import RemoteOptions
 from diffusion_policy.config import (
     BackendName,
+    ConfigError,
     Group,
     PlanningPrecision,
     SampleConfig,
@@ -41,6 +42,9 @@ class Rollout(ActingCommand):
     """Where to show the episodes: human opens the simulator's window, and they run one after another, in real time."""
     record: Path | None = None
     """Store to create with these episodes, observations and actions as they were; failures are stored too."""
+    keep_images: bool = False
+    """Store the images that were observed with --record too. They are held in memory until then, at most 2 GB; without
+    this, `dataset render` adds them later."""
     sampling: Annotated[SampleConfig, Group("sampling")] = field(default_factory=SampleConfig)
     backend: Annotated[BackendName, Group("sampling")] = "auto"
     """What samples: the fastest of eager, onnx and openvino here, measured (auto); torch, operator by operator (eager);
@@ -54,6 +58,8 @@ class Rollout(ActingCommand):
         anchor(self)
         self.remote.refuse(self, "backend")
         require_at_least(self, 1, ("episodes", "workers"))
+        if self.keep_images and self.record is None:
+            raise ConfigError("--keep-images is for --record; without it no image is stored")
         require_at_least(self, 0, ("delay_steps",))
         require_episodes(self.episodes)
         require_seed(self)
