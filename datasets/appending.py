@@ -17,7 +17,17 @@ import numpy as np
 import zarr
 
 from diffusion_policy.basics.files import sync_folder
-from diffusion_policy.datasets.arrays import CHECKSUMS, ENDS, FORMAT, FORMAT_VERSION, StoredArrays, older
+from diffusion_policy.basics.names import nearest_instructions
+from diffusion_policy.datasets.arrays import (
+    CHECKSUMS,
+    EMBEDDING,
+    ENDS,
+    FORMAT,
+    FORMAT_VERSION,
+    INSTRUCTION,
+    StoredArrays,
+    older,
+)
 from diffusion_policy.datasets.attributes import check_attributes
 from diffusion_policy.datasets.checksums import checksums_of_episode
 from diffusion_policy.datasets.demonstration import SEEDS, Demonstration, is_seed, nonfinite_rows
@@ -90,6 +100,8 @@ class Appender:
         """What the folder is known by, were it moved."""
         self._sync = sync
         self._modes: tuple[str, ...] = tuple(arrays.attributes.get("modes", ()))
+        self._instructions: tuple[str, ...] = tuple(arrays.attributes.get("instructions", ()))
+        self._embedding_size: int = arrays.attributes.get("instruction_embedding", {}).get("size", 0)
         self._written: dict[str, zarr.Array] = {}
         self._expected: Layout = {}
         self._interrupted = False
@@ -164,6 +176,7 @@ class Appender:
         for key, value in (episode.final or {}).items():
             columns[f"meta/episode_final_{key}"] = np.asarray(value)[None]
         columns = {path: rows if rows.ndim > 1 else rows[:, None] for path, rows in columns.items()}
+        columns |= self._columns_of_instruction(episode, name)
         for path, rows in columns.items():
             if not KEY.fullmatch(path.partition("/")[2]):
                 raise StoreError(f"{name}: a key is made of letters, digits, '_', '-' and '.'; got {path[5:]!r}")
@@ -176,11 +189,32 @@ class Appender:
         columns["meta/episode_success"] = np.array([-1 if episode.success is None else episode.success], np.int8)
         return columns
 
+    def _columns_of_instruction(self, episode: Demonstration, name: str) -> dict[str, np.ndarray]:
+        """What an episode adds to the arrays of instructions, where the store has these; raises StoreError for an
+        instruction, or an embedding, that the store does not know."""
+        text, embedding, size = episode.instruction, episode.instruction_embedding, self._embedding_size
+        if text is not None and text not in self._instructions:
+            near = nearest_instructions(text, self._instructions)
+            raise StoreError(f"{self._arrays.location} does not know the instruction {text!r:.200}; {near}")
+        if not self._instructions:
+            return {}
+        index = -1 if text is None else self._instructions.index(text)
+        columns: dict[str, np.ndarray] = {INSTRUCTION: np.array([index], np.int64)}
+        if text is None:
+            embedding = np.zeros(size, np.float32) if size else None
+        found = () if embedding is None else np.shape(embedding)
+        if found != ((size,) if size else ()):
+            needs = f"an embedding of shape ({size},)" if size else "none, since the store keeps no embeddings"
+            raise StoreError(f"{name}: its instruction needs {needs}; got {found or 'none'}")
+        if embedding is not None:
+            columns[EMBEDDING] = np.asarray(embedding, np.float32)[None]
+        return columns
+
     def _layout(self) -> Layout:
         """Shape and type of one row of each array that an append must add to."""
         paths = [f"{folder}/{name}" for folder in ("data", "meta") for name in self._arrays.names(folder)]
         arrays = {path: self._arrays.raw(path) for path in paths if path not in ("meta/episode_ends", CHECKSUMS)}
-        numbers = ("meta/episode_mode", "meta/episode_seed", "meta/episode_success")
+        numbers = ("meta/episode_mode", "meta/episode_seed", "meta/episode_success", INSTRUCTION)
         return {
             path: (array.shape[1:] or (() if path in numbers else (1,)), array.dtype) for path, array in arrays.items()
         }

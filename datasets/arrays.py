@@ -23,6 +23,12 @@ ENDS = "meta/episode_ends"
 CHECKSUMS = "meta/episode_crc32c"
 """(episodes, arrays + 1) uint32: a column for each array of data/, sorted by name, and one for what is known of the
 episode."""
+INSTRUCTION = "meta/episode_instruction"
+"""(episodes,) int64: which of the attribute `instructions`, -1 for none; in stores that have these."""
+EMBEDDING = "meta/episode_instruction_embedding"
+"""(episodes, E) float32, zeros where there is no instruction; in stores with the attribute `instruction_embedding`."""
+ABOUT = ("episode_mode", "episode_seed", "episode_success", "episode_instruction", "episode_instruction_embedding")
+"""What meta/ knows of each episode beside the final observations."""
 NO_CHECKSUMS = "is missing, or of other arrays than those in data/: exchanged rows cannot be told"
 
 
@@ -80,7 +86,7 @@ class StoredArrays:
         attributes = self.attributes  # a place that lists no folders
         known = {
             "data": [*attributes.get("observation_keys", ()), *self.action_key.split("+")],
-            "meta": [f"episode_{name}" for name in ("ends", "mode", "seed", "success", "crc32c")],
+            "meta": ["episode_ends", *ABOUT, CHECKSUMS.removeprefix("meta/")],
         }
         with self.foreign(folder):
             return sorted(name for name in known.get(folder, ()) if f"{folder}/{name}" in self.group)

@@ -8,7 +8,13 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from diffusion_policy.basics.names import MOST_CHARACTERS, is_label
+from diffusion_policy.basics.names import (
+    MOST_CHARACTERS,
+    MOST_EMBEDDING,
+    are_instructions,
+    is_label,
+    say_instructions,
+)
 from diffusion_policy.datasets.storage import StoreError
 
 
@@ -49,8 +55,16 @@ def _is_collection(value: Any) -> bool:
     )
 
 
+def _is_embedding(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("encoder"), str | None):
+        return False
+    return type(value.get("size")) is int and 1 <= value["size"] <= MOST_EMBEDDING
+
+
 ATTRIBUTES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "modes": (_are_names, f"a list of labels, each one line of at most {MOST_CHARACTERS} printable characters"),
+    "instructions": (are_instructions, say_instructions()),
+    "instruction_embedding": (_is_embedding, f"a size from 1 to {MOST_EMBEDDING} and the name of an encoder"),
     "observation_keys": (_are_names, "a list of keys"),
     "action_key": (is_label, "a key"),
     "angles": (_are_angles, "lists of columns by key"),

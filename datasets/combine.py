@@ -15,6 +15,8 @@ from diffusion_policy.datasets.demonstration import Demonstration
 from diffusion_policy.datasets.storage import StoreError
 from diffusion_policy.datasets.store import EpisodeStore
 
+INSTRUCTION_ATTRIBUTES = ("instructions", "instruction_embedding")
+
 
 class Merged(NamedTuple):
     """What a merge has made."""
@@ -29,7 +31,8 @@ def merge(locations: Sequence[Path | str], target: Path) -> Merged:
     other keys, shapes, environments (their wrappers among that), rates or angles, or of types of numbers that have none
     in common without a loss.
 
-    Attributes are those of the first store, its modes those of all; the noise of collecting is null where it differed.
+    Attributes are those of the first store, its modes and instructions those of all; the noise of collecting is null
+    where it differed. Embeddings of instructions stay where all are of one encoder.
     """
     stores = [EpisodeStore.open(location) for location in locations]
     first = stores[0]
@@ -46,6 +49,10 @@ def merge(locations: Sequence[Path | str], target: Path) -> Merged:
     if lost:
         remarks.append(f"final observations of {', '.join(lost)} are left out: not all stores know them")
 
+    instructions, told_remarks = _instructions_of_all(stores)
+    attributes, embedded = attributes | instructions, "instruction_embedding" in instructions
+    remarks += told_remarks
+
     def episodes() -> Iterator[Demonstration]:
         for store in stores:
             for episode in store.episodes():
@@ -55,7 +62,8 @@ def merge(locations: Sequence[Path | str], target: Path) -> Merged:
                     for key, row in (episode.final or {}).items()
                     if key in finals
                 }
-                yield episode._replace(data=data, final=final or None)
+                told = episode.instruction_embedding if embedded else None
+                yield episode._replace(data=data, final=final or None, instruction_embedding=told)
 
     modes = tuple(dict.fromkeys(mode for store in stores for mode in store.modes))
     count = write(source._replace(attributes=attributes, modes=modes, episodes=episodes()), target, "zarr")
@@ -76,6 +84,7 @@ def _common_type(key: str, stores: Sequence[EpisodeStore]) -> np.dtype:
 def _of_all(attributes: Mapping[str, Any], stores: Sequence[EpisodeStore]) -> tuple[dict[str, Any], list[str]]:
     """Attributes of a store of the episodes of all, where those of the first are given, and what is left out."""
     attributes, remarks = _of_a_part(attributes), []
+    attributes = {name: value for name, value in attributes.items() if name not in INSTRUCTION_ATTRIBUTES}
     if len({store.attributes.get("noise", 0.0) for store in stores}) > 1:
         attributes["noise"] = None
     signals = [store.attributes.get("environment", {}).get("signals", {}) for store in stores]
@@ -86,6 +95,18 @@ def _of_all(attributes: Mapping[str, Any], stores: Sequence[EpisodeStore]) -> tu
         attributes["environment"] = environment | ({"signals": told[0]} if agree else {})
         remarks += [] if agree else ["the signals of success and modes are left out: the stores differ in them"]
     return attributes, remarks
+
+
+def _instructions_of_all(stores: Sequence[EpisodeStore]) -> tuple[dict[str, Any], list[str]]:
+    """Attributes of the instructions of all stores, and what is left out: embeddings that are not of one encoder."""
+    texts = list(dict.fromkeys(text for store in stores for text in store.instructions))
+    if not texts:
+        return {}, []
+    embeddings = [store.attributes.get("instruction_embedding") for store in stores if store.instructions]
+    if any(one != embeddings[0] for one in embeddings):
+        why = "not all stores have them of the same encoder; dataset instruct computes them anew"
+        return {"instructions": texts}, [f"the embeddings of instructions are left out: {why}"]
+    return {"instructions": texts} | ({"instruction_embedding": embeddings[0]} if embeddings[0] else {}), []
 
 
 def split(location: Path | str, targets: tuple[Path, Path], share: float, seed: int) -> tuple[int, int]:

@@ -23,6 +23,10 @@ class Demonstration(NamedTuple):
     final: dict[str, np.ndarray] | None = None
     """The observation after the last action, by key, without the axis of steps; known of all episodes of a store or of
     none."""
+    instruction: str | None = None
+    """What it was told to do, one of the store's instructions."""
+    instruction_embedding: np.ndarray | None = None
+    """Of that text, (E,) float32; a store has one for all of its instructions or for none."""
 
 
 def is_seed(seed: Any) -> bool:

@@ -64,6 +64,9 @@ class Recorder(gymnasium.Wrapper):
         self._actions: list[np.ndarray] = []
         self._ended = True
         self._beyond = False
+        self.instruction: str | None = None
+        """What an episode is told, when it is saved: one of the store's instructions, which the attribute
+        `instructions` lists."""
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin an episode; what was not saved of the last one is dropped. Raises ValueError for a seed that a store
@@ -104,7 +107,8 @@ class Recorder(gymnasium.Wrapper):
         path = {key: np.stack([row[key] for row in self._observations]) for key in self._observations[0]}
         data = {key: rows[:-1] for key, rows in path.items()} | {"action": np.stack(self._actions)}
         final = {key: rows[-1] for key, rows in path.items()}
-        self.store.append([Demonstration(data, self._seed, self._mode(path), self._success(), final)])
+        known = Demonstration(data, self._seed, self._mode(path), self._success(), final)
+        self.store.append([known._replace(instruction=self.instruction)])
         self._observations, self._actions = self._observations[-1:], []
 
     def discard(self) -> None:

@@ -22,7 +22,7 @@ import zarr
 
 from diffusion_policy.basics.text import one_line
 from diffusion_policy.datasets.appending import Appender, create_folder, refuse_to_append
-from diffusion_policy.datasets.arrays import CHECKSUMS, NO_CHECKSUMS, StoredArrays
+from diffusion_policy.datasets.arrays import CHECKSUMS, EMBEDDING, NO_CHECKSUMS, StoredArrays
 from diffusion_policy.datasets.checksums import RowChecksums, checksum, exchanged
 from diffusion_policy.datasets.demonstration import Demonstration, nonfinite_rows
 from diffusion_policy.datasets.guard import read_rows
@@ -173,6 +173,11 @@ class EpisodeStore:
         return tuple(self.attributes.get("modes", ()))
 
     @property
+    def instructions(self) -> tuple[str, ...]:
+        """All instructions that the store knows; empty in most stores."""
+        return tuple(self.attributes.get("instructions", ()))
+
+    @property
     def episode_ends(self) -> np.ndarray:
         """Row after the last of each episode, (episodes,) int64; episodes without rows are left out."""
         return self.arrays.ends
@@ -259,12 +264,12 @@ class EpisodeStore:
             yield start, self.read_rows(key, start, stop)
 
     def read_meta(self, name: str) -> np.ndarray | None:
-        """One value an episode, (episodes, ...), or None where the store has no such array; -1 where a mode, seed or
-        success is unknown."""
+        """One value an episode, (episodes, ...), or None where the store has no such array; -1 where a mode, seed,
+        success or instruction is unknown."""
         if f"episode_{name}" not in self.arrays.names("meta"):
             return None
         array = self.arrays.trusted(f"meta/episode_{name}")
-        if name in ("mode", "seed", "success") and (array.ndim != 1 or array.dtype.kind not in "biu"):
+        if name in ("mode", "seed", "success", "instruction") and (array.ndim != 1 or array.dtype.kind not in "biu"):
             found = f"{array.dtype} of shape {array.shape}"
             raise StoreError(f"{self.location}: meta/episode_{name} must be one row of whole numbers; got {found}")
         with self.arrays.foreign(f"meta/episode_{name}", " is damaged:"):
@@ -286,6 +291,29 @@ class EpisodeStore:
         """Each episode's mode label; None where it is unknown."""
         return [self.modes[i] if i >= 0 else None for i in self.mode_indices()]
 
+    def instruction_indices(self) -> np.ndarray:
+        """Index of each episode's instruction among `instructions`, (episodes,) int64; −1 where it has none."""
+        indices = self.read_meta("instruction") if self.instructions else None
+        if indices is None:
+            return np.full(len(self.episode_ends), -1)
+        return np.where((indices >= 0) & (indices < len(self.instructions)), indices, -1)
+
+    def episode_instructions(self) -> list[str | None]:
+        """Each episode's instruction; None where it has none."""
+        return [self.instructions[i] if i >= 0 else None for i in self.instruction_indices()]
+
+    def instruction_embeddings(self) -> np.ndarray | None:
+        """The embedding of each episode's instruction, (episodes, E) float32; zeros where it has none. None where the
+        store keeps no embeddings. Raises StoreError for others than the attributes promise."""
+        size = self.attributes.get("instruction_embedding", {}).get("size", 0)
+        rows = self.read_meta("instruction_embedding") if self.instructions and size else None
+        if rows is None:
+            return None
+        if rows.shape[1:] != (size,) or rows.dtype != np.float32 or not np.isfinite(rows).all():
+            found = f"{rows.dtype} of shape {rows.shape}"
+            raise StoreError(f"{self.location}: {EMBEDDING} must be finite rows of {size} float32; got {found}")
+        return rows
+
     def episodes(
         self, indices: Sequence[int] | np.ndarray | None = None, keys: Sequence[str] | None = None
     ) -> Iterator[Demonstration]:
@@ -294,6 +322,7 @@ class EpisodeStore:
         ends = self.episode_ends
         starts = np.concatenate([[0], ends[:-1]])
         modes, checksums = self.episode_modes(), self.checksums()
+        instructions, embeddings = self.episode_instructions(), self.instruction_embeddings()
         seeds, successes = self.read_meta("seed"), self.read_meta("success")
         finals = [key for key in self.final_keys if keys is None or key in keys]
         keys = self.keys if keys is None else keys
@@ -313,6 +342,8 @@ class EpisodeStore:
                     modes[i],
                     None if successes is None or successes[i] < 0 else bool(successes[i]),
                     {key: array[i - run[0]] for key, array in last.items()} or None,
+                    instructions[i],
+                    None if embeddings is None or instructions[i] is None else embeddings[i],
                 )
 
     def finals(self) -> dict[str, np.ndarray]:

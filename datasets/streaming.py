@@ -39,12 +39,12 @@ class StreamedWindows:
         prediction_horizon: int,
         *,
         device: torch.device | str = "cpu",
-        modes: np.ndarray | None = None,
+        labels: np.ndarray | None = None,
         mark_padding: bool = False,
         pool_bytes: int = POOL_BYTES,
     ) -> None:
         """`keys`: name of each key of the store in a batch, one of them `action`; the others as in `Windows`."""
-        self._store, self._keys, self._device, self._modes = store, keys, device, modes
+        self._store, self._keys, self._device, self._labels = store, keys, device, labels
         self._mark_padding = mark_padding
         self._horizons = observation_horizon, prediction_horizon
         self._ends = store.episode_ends
@@ -139,7 +139,7 @@ class StreamedWindows:
             ends.append(np.minimum(self._ends[held], last) - first + offset)
             episodes.append(held)
             indices.append(np.flatnonzero(self._usable(start, stop)) + start - first + offset)
-        modes = None if self._modes is None else self._modes[np.concatenate(episodes)]
+        labels = None if self._labels is None else self._labels[np.concatenate(episodes)]
         joined = np.concatenate(ends)
         windows = Windows(
             data,
@@ -147,7 +147,7 @@ class StreamedWindows:
             np.arange(len(joined)),
             *self._horizons,
             device=self._device,
-            modes=modes,
+            labels=labels,
             rows=rows,
             mark_padding=self._mark_padding,
         )
@@ -166,7 +166,7 @@ def load_windows(
     prediction_horizon: int,
     *,
     device: torch.device | str,
-    modes: np.ndarray | None,
+    labels: np.ndarray | None,
     memory_bytes: float,
     hindsight: Hindsight | None = None,
     mark_padding: bool = False,
@@ -181,7 +181,7 @@ def load_windows(
             episodes,
             *horizons,
             device=device,
-            modes=modes,
+            labels=labels,
             hindsight=hindsight,
             mark_padding=mark_padding,
         )
@@ -190,7 +190,7 @@ def load_windows(
             f"hindsight needs whole episodes in memory: {needed / 1e9:.1f} GB, and {memory_bytes / 1e9:g} are allowed; "
             "raise --memory-gb"
         )
-    return StreamedWindows(store, keys, episodes, *horizons, device=device, modes=modes, mark_padding=mark_padding)
+    return StreamedWindows(store, keys, episodes, *horizons, device=device, labels=labels, mark_padding=mark_padding)
 
 
 def hold_windows(
@@ -201,14 +201,14 @@ def hold_windows(
     prediction_horizon: int,
     *,
     device: torch.device | str = "cpu",
-    modes: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
     hindsight: Hindsight | None = None,
     mark_padding: bool = False,
 ) -> Windows:
     """The windows of some episodes of a store, in memory. Arguments as in `StreamedWindows` and `Windows`."""
     episodes = np.sort(np.asarray(episodes))
     data, ends = read_episodes(store, keys, episodes)
-    modes = None if modes is None else modes[episodes]
+    labels = None if labels is None else labels[episodes]
     starts, stops = np.concatenate([[0], store.episode_ends[:-1]])[episodes], store.episode_ends[episodes]
     rows = np.concatenate([np.arange(start, stop) for start, stop in zip(starts, stops, strict=True)])
     horizons = observation_horizon, prediction_horizon
@@ -218,7 +218,7 @@ def hold_windows(
         np.arange(len(ends)),
         *horizons,
         device=device,
-        modes=modes,
+        labels=labels,
         rows=rows,
         hindsight=hindsight,
         mark_padding=mark_padding,
@@ -284,8 +284,8 @@ def _join(parts: Sequence[Batch]) -> Batch:
     if len(parts) == 1:
         return parts[0]
     observations = {key: torch.cat([part.observations[key] for part in parts]) for key in parts[0].observations}
-    modes = None if parts[0].modes is None else torch.cat([part.modes for part in parts if part.modes is not None])
+    labels = None if parts[0].labels is None else torch.cat([part.labels for part in parts if part.labels is not None])
     rows = np.concatenate([part.rows for part in parts if part.rows is not None])
     marks = [part.demonstrated for part in parts if part.demonstrated is not None]
     demonstrated = torch.cat(marks) if marks else None
-    return Batch(observations, torch.cat([part.actions for part in parts]), modes, rows, demonstrated)
+    return Batch(observations, torch.cat([part.actions for part in parts]), labels, rows, demonstrated)

@@ -14,7 +14,7 @@ import numpy as np
 import zarr
 
 from diffusion_policy.basics.images import is_channels_first, is_image
-from diffusion_policy.datasets.arrays import CHECKSUMS, ENDS, NO_CHECKSUMS, older
+from diffusion_policy.datasets.arrays import ABOUT, CHECKSUMS, EMBEDDING, ENDS, INSTRUCTION, NO_CHECKSUMS, older
 from diffusion_policy.datasets.checksums import RowChecksums, checksum_of_meta, exchanged
 from diffusion_policy.datasets.consolidated import consolidated_is_stale
 from diffusion_policy.datasets.demonstration import nonfinite_rows
@@ -267,12 +267,37 @@ def _check_meta(store: EpisodeStore) -> Iterator[Finding]:
     for episode in np.flatnonzero((modes < -1) | (modes >= len(store.modes))) if store.modes else ():
         what = f"episode {episode} has the mode {modes[episode]}; there are {len(store.modes)}"
         yield Finding(True, "meta/episode_mode", what, int(episode))
+    yield from _check_instructions(store, known)
     seeds, counts = np.unique(store.seeds() if "episode_seed" in known else [], return_counts=True)
     if (counts > 1).any():
         what = (
             f"{(counts > 1).sum()} seeds occur more than once, first {seeds[counts > 1][0]}: the same episodes twice?"
         )
         yield Finding(False, "meta/episode_seed", what)
+
+
+def _check_instructions(store: EpisodeStore, known: Mapping[str, np.ndarray]) -> Iterator[Finding]:
+    """Whether the instructions of episodes are those that the store names, and each text has one embedding."""
+    texts, indices = store.instructions, known.get("episode_instruction", np.empty(0, int))
+    promised = {INSTRUCTION: bool(texts), EMBEDDING: bool(texts) and "instruction_embedding" in store.attributes}
+    for path in (path for path in promised if promised[path] and path.removeprefix("meta/") not in known):
+        yield Finding(True, path, "is missing, or unreadable, though the store has instructions; instruct a copy anew")
+    for episode in np.flatnonzero((indices < -1) | (indices >= len(texts))) if texts else ():
+        what = f"episode {episode} has the instruction {indices[episode]}; there are {len(texts)}"
+        yield Finding(True, INSTRUCTION, what, int(episode))
+    try:
+        embeddings = store.instruction_embeddings()
+    except StoreError as error:
+        yield Finding(True, EMBEDDING, str(error))
+        return
+    if embeddings is None or len(indices) != len(embeddings):
+        return
+    for i, text in enumerate(texts):
+        of_text = np.flatnonzero(indices == i)
+        other = of_text[(embeddings[of_text] != embeddings[of_text[:1]]).any(axis=1)]
+        if len(other):
+            what = f"episode {other[0]} has another embedding of {text!r:.100} than episode {of_text[0]}"
+            yield Finding(True, EMBEDDING, what, int(other[0]))
 
 
 def _check_checksums(store: EpisodeStore, known: Mapping[str, np.ndarray]) -> Iterator[Finding]:
@@ -287,8 +312,7 @@ def _check_checksums(store: EpisodeStore, known: Mapping[str, np.ndarray]) -> It
     if not checksums:
         yield Finding(True, CHECKSUMS, NO_CHECKSUMS)
         return
-    names = ("episode_mode", "episode_seed", "episode_success")
-    written = {f"meta/{name}": known[name] for name in known if name in names or name.startswith("episode_final_")}
+    written = {f"meta/{name}": known[name] for name in known if name in ABOUT or name.startswith("episode_final_")}
     found = [
         checksum_of_meta(i, int(end), {path: rows[i] for path, rows in written.items()})
         for i, end in enumerate(store.episode_ends)

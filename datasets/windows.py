@@ -48,8 +48,9 @@ class Batch(NamedTuple):
     """Each key: (B, To, ...), the last one is *now*."""
     actions: Tensor
     """(B, T, A), from the first observed step on."""
-    modes: Tensor | None = None
-    """Index of the episode's mode, (B,) int64, -1 where it has none; None when the windows know no modes."""
+    labels: Tensor | None = None
+    """Index of what the episode is told, its mode or its instruction, (B,) int64, -1 where it has none; None when the
+    windows know no labels."""
     rows: np.ndarray | None = None
     """Row of the store that is *now* in each window, (B,) int64; of the data, where they come from no store."""
     demonstrated: Tensor | None = None
@@ -59,10 +60,10 @@ class Batch(NamedTuple):
     def part(self, first: int, last: int) -> Batch:
         """Some of the windows."""
         observations = {key: values[first:last] for key, values in self.observations.items()}
-        modes = None if self.modes is None else self.modes[first:last]
+        labels = None if self.labels is None else self.labels[first:last]
         rows = None if self.rows is None else self.rows[first:last]
         demonstrated = None if self.demonstrated is None else self.demonstrated[first:last]
-        return Batch(observations, self.actions[first:last], modes, rows, demonstrated)
+        return Batch(observations, self.actions[first:last], labels, rows, demonstrated)
 
 
 class Hindsight(NamedTuple):
@@ -90,14 +91,15 @@ class Windows:
         prediction_horizon: int,
         *,
         device: torch.device | str = "cpu",
-        modes: np.ndarray | None = None,
+        labels: np.ndarray | None = None,
         rows: np.ndarray | None = None,
         hindsight: Hindsight | None = None,
         mark_padding: bool = False,
     ) -> None:
-        """`data`: `action` and each observation key, (steps, ...); `episodes`: indices of the episodes to use; `modes`:
-        index of each episode's mode, (all episodes,), −1 where it has none; `rows`: where in the store each row of the
-        data comes from, (steps,). Raises ValueError for data that cannot be cut so, and for NaN and infinity."""
+        """`data`: `action` and each observation key, (steps, ...); `episodes`: indices of the episodes to use;
+        `labels`: index of each episode's mode or instruction, (all episodes,), −1 where it has none; `rows`: where in
+        the store each row of the data comes from, (steps,). Raises ValueError for data that cannot be cut so, and for
+        NaN and infinity."""
         self._device = torch.device(device)
         held = {key: _hold(key, array, self._device) for key, array in data.items()}
         episode_ends, episodes = np.asarray(episode_ends), np.asarray(episodes)
@@ -108,7 +110,7 @@ class Windows:
         self._now = np.arange(lengths.sum()) + np.repeat(starts[episodes] - before, lengths)  # (windows,) row of *now*
         self._first = np.repeat(starts[episodes], lengths)  # (windows,) first row of its episode
         self._last = np.repeat(episode_ends[episodes] - 1, lengths)  # (windows,) last row of its episode
-        self._modes = None if modes is None else np.repeat(modes[episodes].astype(np.int64), lengths)
+        self._labels = None if labels is None else np.repeat(labels[episodes].astype(np.int64), lengths)
         self._rows = self._now if rows is None else rows[self._now]
         self._hindsight, self._mark_padding = hindsight, mark_padding
         self._horizons = observation_horizon, prediction_horizon
@@ -145,7 +147,7 @@ class Windows:
         """Some of the windows, on the same data."""
         chosen = copy.copy(self)
         chosen._now, chosen._first, chosen._last = (rows[indices] for rows in (self._now, self._first, self._last))
-        chosen._modes = None if self._modes is None else self._modes[indices]
+        chosen._labels = None if self._labels is None else self._labels[indices]
         chosen._rows = self._rows[indices]
         return chosen
 
@@ -158,10 +160,10 @@ class Windows:
         taken = self._take(rows)
         if draws is not None and self._hindsight is not None:
             self._take_goals(taken, now[:, 0], last[:, 0], draws)
-        modes = None if self._modes is None else send(torch.from_numpy(self._modes[indices]), self._device)
+        labels = None if self._labels is None else send(torch.from_numpy(self._labels[indices]), self._device)
         there = (now + self._steps == rows)[:, : self._horizons[1]] if self._mark_padding else None
         demonstrated = None if there is None else send(torch.from_numpy(there), self._device)
-        return Batch(taken, taken.pop("action"), modes, self._rows[indices], demonstrated)
+        return Batch(taken, taken.pop("action"), labels, self._rows[indices], demonstrated)
 
     def _take(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Of rows (B, the longer of To and T): the first To of each observation key, the first T of `action`, on the

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from diffusion_policy.basics.bounds import MOST_SEED
-from diffusion_policy.basics.names import MOST_CHARACTERS
+from diffusion_policy.basics.names import MOST_CHARACTERS, MOST_INSTRUCTION, is_instruction
 
 # Names of what the registries of the diffusion core hold; written here since those need torch.
 ScheduleName = Literal["cosine", "linear", "sigmoid", "constant", "flow"]
@@ -328,7 +328,7 @@ class PolicyConfig:
     """Learn the variance of the sampler ddpm's steps too (Nichol & Dhariwal), which then calls the network twice."""
     condition_dropout: float = 0.0
     """Share of training windows that lose their condition, so that the policy can be guided; 0.1 is usual. What is
-    lost are the goals, and the mode with condition-on-mode; without either the observations."""
+    lost are the goals, and the mode or instruction that the network is given; without any the observations."""
     normalization: Annotated[NormalizationName, Group("policy")] = "limits"
     """How each column becomes a number of about one: its limits become -1 and 1; or its mean 0 and its deviation 1; or
     its quantiles 0.01 and 0.99 become -1 and 1."""
@@ -337,6 +337,9 @@ class PolicyConfig:
     so that guidance leads towards them."""
     condition_on_mode: bool = False
     """Give the demonstration's mode label to the network too, so that the policy can be steered with --mode."""
+    condition_on_instruction: bool = False
+    """Give the demonstration's instruction to the network too, so that the policy can be told with --instruction what
+    to do: its embedding, where the dataset has embeddings of all instructions, else one that is learned for each."""
     objective: Annotated[ObjectiveName, Group("objective")] = "denoising"
     """What is learned. denoising: diffusion, in many steps. Without a teacher, in few: shortcut (the average velocity
     over jumps of 1/2, 1/4, ... of the way) and meanflow (over any jump). To compare with, and without diffusion:
@@ -375,6 +378,8 @@ class PolicyConfig:
         check_choice("prediction", self.prediction, get_args(PredictionName))
         check_choice("normalization", self.normalization, get_args(NormalizationName))
         self._check_objective()
+        if self.condition_on_mode and self.condition_on_instruction:
+            raise ConfigError("a policy is told a mode or an instruction; got condition-on-mode and -on-instruction")
         _require(0 <= self.snr_gamma < math.inf, "snr_gamma", "at least 0", self.snr_gamma)
         _require(0 <= self.condition_dropout < 1, "condition_dropout", "from 0 to below 1", self.condition_dropout)
         require_numbers(self)
@@ -569,6 +574,8 @@ class SampleConfig:
     middle three fifths."""
     mode: str | None = None
     """Steer a policy that was trained with --condition-on-mode to this mode."""
+    instruction: str | None = None
+    """Tell a policy that was trained with --condition-on-instruction what to do, in the words of its dataset."""
     corrector_steps: int = 0
     """Langevin steps after each sampling step (predictor-corrector)."""
     corrector_size: float = 0.05
@@ -585,6 +592,11 @@ class SampleConfig:
         if self.sampling_steps is not None:
             require_at_least(self, 1, ("sampling_steps",))
             require_at_most(self, MAX_LEVELS, ("sampling_steps",))
+        if self.mode is not None and self.instruction is not None:
+            raise ConfigError("a policy is told a mode or an instruction; got both --mode and --instruction")
+        if self.instruction is not None and not is_instruction(self.instruction):
+            allowed = f"one line of at most {MOST_INSTRUCTION} printable characters without blanks around it"
+            raise ConfigError(f"instruction must be {allowed}; got {self.instruction[:50]!r}")
         require_at_least(self, 0, ("corrector_steps",))
         require_at_most(self, 1000, ("corrector_steps",))
         if self.corrector_steps and self.sampling_steps == 1:

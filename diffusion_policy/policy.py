@@ -24,6 +24,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diffusion_policy.basics.names import nearest_instructions
 from diffusion_policy.config import PolicyConfig, SampleConfig, to_json
 from diffusion_policy.datasets.statistics import Statistics, measure
 from diffusion_policy.diffusion.guidance import CLIPS, GUIDANCE_SCHEDULES, agreeing, classifier_free, inpainted
@@ -33,6 +34,7 @@ from diffusion_policy.diffusion.samplers import SAMPLERS, Denoise, Levels, Sampl
 from diffusion_policy.diffusion.schedules import make_schedule
 from diffusion_policy.networks import ENCODERS, FOR_FEW_ROWS, NETWORKS
 from diffusion_policy.networks.encoders import CondPart
+from diffusion_policy.networks.labels import LabelRows
 from diffusion_policy.networks.vision import (
     AUGMENTATION_DRAWS,
     BACKBONES,
@@ -46,6 +48,10 @@ from diffusion_policy.normalizer import IMAGE_NORMALIZATIONS, NORMALIZATIONS, No
 
 MOST_DRAWN = 2**28
 """Numbers of noise for one batch of plans: 1 GB."""
+
+
+SAID = 4
+"""Instructions that a message names."""
 
 
 class Shapes(NamedTuple):
@@ -84,24 +90,39 @@ Wrap = Callable[[Denoise], Denoise]
 class DiffusionPolicy(nn.Module):
     """Draws action sequences given observations, by denoising.
 
-    The conditioning vector is [kept | droppable]. With goals, or a mode label, as condition the observations are kept,
-    and the goals and the label, as a one-hot row, are droppable; without them the observations themselves are. Where
-    there is no label, a 1 marks what was not dropped. What is dropped becomes zeros: that is the unconditional side of
-    classifier-free guidance.
+    The conditioning vector is [kept | droppable]. With goals, or a label (a mode or an instruction), as condition the
+    observations are kept, and the goals and the label's row (`networks.labels`) are droppable; without them the
+    observations themselves are. Where there is no label, a 1 marks what was not dropped. What is dropped becomes zeros:
+    that is the unconditional side of classifier-free guidance.
     """
 
-    def __init__(self, config: PolicyConfig, shapes: Shapes, modes: Sequence[str] = ()) -> None:
-        """`modes`: labels to condition on, when `config.condition_on_mode`. Raises ValueError when an action is not one
-        row of numbers, when there are no labels to condition on, for angles in columns that are not there, or when the
+    def __init__(
+        self,
+        config: PolicyConfig,
+        shapes: Shapes,
+        modes: Sequence[str] = (),
+        instructions: Sequence[str] = (),
+        embedding_size: int = 0,
+    ) -> None:
+        """`modes`, `instructions`: labels to condition on, when `config.condition_on_mode`, or `_on_instruction`;
+        `embedding_size`: of the instructions' embeddings, 0 for none. Raises ValueError when an action is not one row
+        of numbers, when there are no labels to condition on, for angles in columns that are not there, or when the
         schedule's options make none."""
         super().__init__()
         if len(shapes.action) != 1:
             raise ValueError(f"an action must be one row of numbers, (A,); got shape {shapes.action}")
         if config.condition_on_mode and len(modes) < 2:
             raise ValueError(f"condition-on-mode needs data with at least two modes; it has {len(modes)}")
+        if config.condition_on_instruction and len(instructions) < 2:
+            raise ValueError(
+                f"condition-on-instruction needs data with at least two instructions; it has {len(instructions)}; give "
+                "them to its episodes with: dataset instruct"
+            )
         self.config = config
         self.shapes = shapes
         self.modes = tuple(modes) if config.condition_on_mode else ()
+        self.instructions = tuple(instructions) if config.condition_on_instruction else ()
+        self.label_rows = LabelRows(len(self.labels), embedding_size if self.instructions else 0)
         self.target = Target()
         self.normalizer = Normalizer({**shapes.observations, self.target.key: shapes.action}, shapes.angles)
         unknown = [key for key in config.goal if key not in shapes.observations]
@@ -120,10 +141,10 @@ class DiffusionPolicy(nn.Module):
         schedule = make_schedule(config.schedule, config.noise_levels, config.schedule_options)
         self.diffusion = OBJECTIVES[config.objective](schedule, config)
         (target_dim,) = self.normalizer.shapes[self.target.key]
-        marks = len(self.modes) or (1 if config.condition_dropout else 0)
+        marks = self.label_rows.numbers or (1 if config.condition_dropout else 0)
         cond_parts = parts + [CondPart(1, marks)] * bool(marks)
         goals = sum(math.prod(part) for key, part in zip(self.keys, parts, strict=True) if key in config.goal)
-        self.kept = self.features - goals if self.modes or goals else 0
+        self.kept = self.features - goals if self.labels or goals else 0
         """Numbers of a condition, the first ones, that are never dropped."""
         self.cond_dim = self.features + marks
         """C, numbers of a condition."""
@@ -168,11 +189,17 @@ class DiffusionPolicy(nn.Module):
         statistics: Mapping[str, Statistics],
         modes: Sequence[str] = (),
         angles: Mapping[str, tuple[int, ...]] | None = None,
+        instructions: Sequence[str] = (),
+        embeddings: np.ndarray | None = None,
     ) -> "DiffusionPolicy":
-        """A new policy with shapes and normalizer taken from the statistics of `action` and each observation key."""
+        """A new policy with shapes and normalizer taken from the statistics of `action` and each observation key;
+        `embeddings`: of the instructions, (instructions, E)."""
         shapes = {key: part.shape for key, part in statistics.items()}
         action = shapes.pop(Target().key)
-        policy = cls(config, Shapes(shapes, action, dict(angles or {})), modes)
+        size = 0 if embeddings is None else embeddings.shape[1]
+        policy = cls(config, Shapes(shapes, action, dict(angles or {})), modes, instructions, size)
+        if embeddings is not None and policy.instructions:
+            policy.label_rows.fit(embeddings)
         of_images = IMAGE_NORMALIZATIONS[config.images.image_normalization]
         policy.normalizer.fit(statistics, NORMALIZATIONS[config.normalization], of_images)
         return policy
@@ -184,9 +211,32 @@ class DiffusionPolicy(nn.Module):
         data: Mapping[str, np.ndarray],
         modes: Sequence[str] = (),
         angles: Mapping[str, tuple[int, ...]] | None = None,
+        instructions: Sequence[str] = (),
+        embeddings: np.ndarray | None = None,
     ) -> "DiffusionPolicy":
-        """A new policy with shapes and normalizer taken from rows {`action` and each observation key: (steps, ...)}."""
-        return cls.for_statistics(config, {key: measure(rows) for key, rows in data.items()}, modes, angles)
+        """As `for_statistics`, of rows {`action` and each observation key: (steps, ...)}."""
+        statistics = {key: measure(rows) for key, rows in data.items()}
+        return cls.for_statistics(config, statistics, modes, angles, instructions, embeddings)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What it can be told, by index: modes or instructions."""
+        return self.modes or self.instructions
+
+    @property
+    def takes_new_instructions(self) -> bool:
+        """Whether it can be told a text that it was not trained on, with that text's embedding."""
+        return bool(self.instructions) and bool(self.label_rows.size)
+
+    def with_instruction(self, text: str, embedding: np.ndarray) -> "DiffusionPolicy":
+        """This policy, which knows one more instruction by its embedding (E,); the rest is shared. Raises ValueError
+        for a policy without embeddings, and for one of another size."""
+        if not self.takes_new_instructions:
+            raise ValueError("only a policy that was trained with embeddings of instructions can be told a new one")
+        other = copy.copy(self)
+        other._modules = {**self._modules, "label_rows": self.label_rows.with_label(embedding)}
+        other.instructions = (*self.instructions, text)
+        return other
 
     @property
     def device(self) -> torch.device:
@@ -194,19 +244,19 @@ class DiffusionPolicy(nn.Module):
         return self.diffusion.get_buffer("alpha").device
 
     def encode(
-        self, observations: Mapping[str, Tensor], modes: Tensor | None = None, augmentation: Tensor | None = None
+        self, observations: Mapping[str, Tensor], labels: Tensor | None = None, augmentation: Tensor | None = None
     ) -> Tensor:
-        """Raw observations {key: (B, To, ...)} → conditioning vectors (B, C). `modes`: index of each row's mode, (B,)
-        int64, −1 where it is unknown or to be left open; None leaves all open. `augmentation`: draws from 0 to below 1
-        by which images are cropped and changed in training, (B, images, AUGMENTATION_DRAWS); None crops their middle.
-        Raises ValueError for observations of other keys or shapes; those beside them are left alone."""
+        """Raw observations {key: (B, To, ...)} → conditioning vectors (B, C). `labels`: index of each row's mode or
+        instruction, (B,) int64, −1 where it is unknown or to be left open; None leaves all open. `augmentation`: draws
+        from 0 to below 1 by which images are cropped and changed in training, (B, images, AUGMENTATION_DRAWS); None
+        crops their middle. Raises ValueError for observations of other keys or shapes; those beside them are left
+        alone."""
         self._require_observations(observations)
         features = [self._encode_key(key, observations[key], augmentation) for key in self.keys]
         cond = torch.cat(features, dim=-1)
-        if self.modes:
-            modes = torch.full((len(cond),), -1, device=cond.device) if modes is None else modes
-            one_hot = modes[:, None] == torch.arange(len(self.modes), device=cond.device)  # (B, modes)
-            return torch.cat([cond, one_hot.to(cond)], dim=-1)
+        if self.labels:
+            labels = torch.full((len(cond),), -1, device=cond.device) if labels is None else labels
+            return torch.cat([cond, self.label_rows(labels).to(cond)], dim=-1)
         return torch.cat([cond, torch.ones_like(cond[:, :1])], dim=-1) if self.config.condition_dropout else cond
 
     def _require_observations(self, observations: Mapping[str, Tensor]) -> None:
@@ -334,8 +384,7 @@ class DiffusionPolicy(nn.Module):
         """`sample_from` without a look at the numbers: with all tensors on the device nothing waits for it, so that
         encoder, sampling loop and normalizer compile, and are captured, as one graph."""
         number = noise.shape[1]
-        mode = -1 if config.mode is None else self.modes.index(config.mode)
-        cond = self.encode(observations, torch.full((len(noise),), mode, device=self.device))
+        cond = self.encode(observations, torch.full((len(noise),), self.find_label(config), device=self.device))
         drawn = rearrange(noise, "b n draws t d -> draws (b n) t d")
         _, levels = self.resolve_sampling(config)
         cond = repeat(cond, "b c -> (b n) c", n=number)
@@ -385,20 +434,22 @@ class DiffusionPolicy(nn.Module):
 
     def resolve_sampling(self, config: SampleConfig) -> tuple[Sampler, list[int]]:
         """The sampler and the levels that these options mean. Raises ValueError for more steps than noise levels, for
-        guidance without condition dropout in training or without a mode to guide to, for a mode that the policy was
-        not trained on, and for a way to sample that a student or an objective was not trained for."""
+        guidance without condition dropout in training or without a label to guide to, for a mode or an instruction
+        that the policy was not trained on, and for a way to sample that a student or an objective was not trained
+        for."""
         if config.guidance and not self.config.condition_dropout:
             raise ValueError(
                 f"guidance {config.guidance} needs a policy trained with --condition-dropout above 0; "
                 "this one was trained without"
             )
-        if config.mode is not None and config.mode not in self.modes:
-            known = f"choose from {', '.join(self.modes)}" if self.modes else "it was trained without condition-on-mode"
-            raise ValueError(f"this policy cannot be steered to mode {config.mode!r}; {known}")
-        if self.modes and config.mode is None and not self.config.condition_dropout:
-            raise ValueError(f"this policy must be told a mode, one of {', '.join(self.modes)}")
-        if self.modes and config.mode is None and config.guidance:
-            raise ValueError(f"guidance needs a mode to guide to, one of {', '.join(self.modes)}")
+        if self.find_label(config) < 0 and self.labels:
+            what = f"a mode, one of {', '.join(self.modes)}"
+            if self.instructions:
+                what = f"an instruction, such as {'; '.join(map(repr, self.instructions[:SAID]))}"
+            if not self.config.condition_dropout:
+                raise ValueError(f"this policy must be told {what}")
+            if config.guidance:
+                raise ValueError(f"guidance needs {what.replace(', ', ' to guide to, ', 1)}")
         sampler = self.diffusion.adapt(find_sampler(config))
         steps = self.diffusion.choose_steps(sampler, config.sampling_steps)
         if self.config.is_few_step and not config.is_plain:
@@ -407,6 +458,23 @@ class DiffusionPolicy(nn.Module):
                 "and jump"
             )
         return sampler, self.diffusion.choose_levels(sampler, steps, config.spacing, config.jump_from)
+
+    def find_label(self, config: SampleConfig) -> int:
+        """Index of the mode or the instruction that these options name, −1 for none. Raises ValueError for one that the
+        policy does not know."""
+        mode, text = config.mode, config.instruction
+        if mode is not None and mode not in self.modes:
+            known = f"choose from {', '.join(self.modes)}" if self.modes else "it was trained without condition-on-mode"
+            raise ValueError(f"this policy cannot be steered to mode {mode!r}; {known}")
+        if text is not None and text not in self.instructions:
+            known = "it was trained without condition-on-instruction"
+            if self.instructions:
+                known = nearest_instructions(text, self.instructions)
+            if self.takes_new_instructions:
+                known = f"{known}; with the --instruction-encoder of its dataset it takes any"
+            raise ValueError(f"this policy does not know the instruction {text!r}; {known}")
+        label = text if mode is None else mode
+        return -1 if label is None else self.labels.index(label)
 
     def complete(self, config: SampleConfig) -> SampleConfig:
         """The same options with the number of steps that they mean. Raises ValueError where `resolve_sampling` does."""

@@ -171,7 +171,7 @@ def one_training(args: Args) -> None:
     summary = summarize(store, ["state"], "action", episodes)
     policy = DiffusionPolicy.for_statistics(NARROW_NETWORK, summary.statistics)
     windows = load_windows(
-        store, WIDE, episodes, *HORIZONS, device="cpu", modes=None, memory_bytes=args.memory_gb * 1e9
+        store, WIDE, episodes, *HORIZONS, device="cpu", labels=None, memory_bytes=args.memory_gb * 1e9
     )
     trainer = Trainer.for_policy(policy, windows, None, TrainConfig(steps=args.steps, batch_size=BATCH))
     started = time.perf_counter()
@@ -235,7 +235,7 @@ def one_reading(args: Args) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if args.reader == "streamed":
         windows = load_windows(
-            store, keys, episodes, *HORIZONS, device="cpu", modes=None, memory_bytes=args.memory_gb * 1e9
+            store, keys, episodes, *HORIZONS, device="cpu", labels=None, memory_bytes=args.memory_gb * 1e9
         )
         assert not isinstance(windows, Windows)
         rates = rate(windows.batches(IMAGE_BATCH, 0), 400, args.repeats, IMAGE_BATCH)

@@ -22,7 +22,9 @@ LAW = {
     "normalizer": {"basics.images", "datasets.statistics"},
     "diffusion": {"diffusion"},
     "networks": {"networks"},
-    "policy": {"basics.streams", "config", "datasets.statistics", "diffusion", "networks", "normalizer"},
+    "policy": {
+        "basics.names", "basics.streams", "config", "datasets.statistics", "diffusion", "networks", "normalizer",
+    },
     "checkpoints": {"basics", "checkpoints", "config", "policy"},
     "control": {"basics.images", "basics.streams", "config", "control", "policy"},
     "serving": {"basics", "config", "control", "policy", "serving"},
@@ -57,6 +59,7 @@ LIBRARIES = {
     "normalizer": {"torch", "numpy"},
     "diffusion": {"torch"},
     "networks": {"torch", "einops"},
+    "networks.labels": {"torch", "numpy"},
     "control": {"numpy", "torch"},
     "serving": {"numpy", "torch", "einops", "onnx", "onnxruntime"},
     "serving.plan_folder": set(),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusion_policy.basics.names import join_names
+from diffusion_policy.basics.names import join_names, nearest_instructions
 from diffusion_policy.datasets.demonstration import Demonstration, nonfinite_rows
 from diffusion_policy.datasets.formats.format import Contents, Source, Unusable
 from diffusion_policy.datasets.formats.reading import store_errors
@@ -211,6 +211,10 @@ def _check_episode(
         raise StoreError(f"{choice.action[0]!r} has no rows")
     if episode.mode is not None and episode.mode not in contents.modes:
         raise StoreError(f"has the mode {episode.mode!r}; known are {', '.join(contents.modes) or 'none'}")
+    instructions = contents.attributes.get("instructions", ())
+    if episode.instruction is not None and episode.instruction not in instructions:
+        near = nearest_instructions(episode.instruction, instructions)
+        raise StoreError(f"has the instruction {episode.instruction!r:.200}; {near}")
     data = {name: _check_rows(name, episode.data.get(name), steps, layouts) for name in choice.names}
     copied = {choice.names[name]: data[name] for name in choice.kept}
     if choice.action_name not in copied:

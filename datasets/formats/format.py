@@ -75,9 +75,14 @@ class Format(NamedTuple):
 
 
 def header(source: Source) -> dict[str, Any]:
-    """What another format's own fields have no room for: JSON that our reader finds beside them."""
+    """What another format's own fields have no room for: JSON that our reader finds beside them. The embeddings of
+    instructions are left out, which is noted in `left_out`."""
+    attributes = {name: value for name, value in source.attributes.items() if name != "instruction_embedding"}
+    if len(attributes) < len(source.attributes):
+        why = "this format keeps the texts alone; dataset instruct with an --instruction-encoder computes them anew"
+        source.left_out["the embeddings of instructions"] = why
     return {
-        "attributes": source.attributes,
+        "attributes": attributes,
         "modes": list(source.modes),
         "observation_keys": list(source.observation_keys),
         "action_key": source.action_key,

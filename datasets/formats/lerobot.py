@@ -10,6 +10,7 @@ of videos, each of some episodes of one camera.
 | feature of `video`                    | the same; back as H.264 (`lerobot-video`), which is not exact       |
 | `fps`                                 | `control_frequency` [Hz]                                            |
 | tasks, robot type, names of features  | `lerobot`; more than one task: also the further key `task_index`    |
+| the task of an episode that has one   | its instruction                                                     |
 
 `timestamp`, `frame_index`, `episode_index` and `index` are made anew, at regular times; `fps` is 10 where a store has
 no control frequency. Seeds, modes, success, final observations, and what else its own fields have no room for lie in
@@ -31,6 +32,7 @@ import numpy as np
 
 from diffusion_policy.basics.files import read_json
 from diffusion_policy.basics.images import is_channels_first
+from diffusion_policy.basics.names import are_instructions
 from diffusion_policy.datasets.demonstration import Demonstration
 from diffusion_policy.datasets.formats import videos
 from diffusion_policy.datasets.formats.format import Contents, Format, Unusable, foreign, from_header
@@ -98,15 +100,18 @@ def read(path: Path) -> Contents:
 
     def episodes(keys: Sequence[str]) -> Iterator[Demonstration]:
         used = {name: column for name, column in columns.items() if column.key in keys}
-        return _episodes(path, files, used, float(info["fps"]) if "fps" in info else 0.0)
+        told = tasks if head is None and are_instructions(tasks) else []
+        return _episodes(path, files, used, float(info["fps"]) if "fps" in info else 0.0, told)
 
     if head is not None:
         return from_header(head, arrays, episodes, left_out)
     given = {name: features[name].get("names") for name in columns if features[name].get("names")}
-    attributes = {"lerobot": {"robot_type": info.get("robot_type"), "tasks": tasks, "names": given}}
+    attributes: dict[str, Any] = {"lerobot": {"robot_type": info.get("robot_type"), "tasks": tasks, "names": given}}
     if isinstance(info.get("fps"), int | float) and info["fps"] > 0:
         attributes["control_frequency"] = info["fps"]
     observed = sorted(column.key for name, column in columns.items() if name.startswith(PREFIX))
+    if are_instructions(tasks):
+        attributes["instructions"] = tasks
     return foreign(attributes, observed, arrays, episodes, left_out)
 
 
@@ -197,7 +202,10 @@ def _read_tasks(path: Path) -> list[str]:
     return [found[i] for i in sorted(found)]
 
 
-def _episodes(path: Path, files: list[Path], columns: dict[str, _Column], rate: float) -> Iterator[Demonstration]:
+def _episodes(
+    path: Path, files: list[Path], columns: dict[str, _Column], rate: float, told: Sequence[str]
+) -> Iterator[Demonstration]:
+    """`told`: the tasks, where they are the instructions of episodes that have one task each."""
     cameras = {name: column for name, column in columns.items() if column.kind == "video"}
     tables = {name: column for name, column in columns.items() if column.kind != "video"}
     table = _read_episodes(path, cameras)
@@ -225,7 +233,13 @@ def _episodes(path: Path, files: list[Path], columns: dict[str, _Column], rate: 
                 mode=known["mode"](i) if "mode" in known else None,
                 success=known["success"](i) if "success" in known else None,
                 final=final or None,
+                instruction=known["instruction"](i) if "instruction" in known else _only(table["tasks"][i], told),
             )
+
+
+def _only(tasks: Any, told: Sequence[str]) -> str | None:
+    """The one task of an episode, where it is one of the instructions."""
+    return tasks[0] if isinstance(tasks, list) and len(tasks) == 1 and tasks[0] in told else None
 
 
 def _rows(stored: Any, column: _Column) -> np.ndarray:
@@ -287,13 +301,14 @@ PLACE = ("chunk_index", "file_index", "from_timestamp")
 def _read_episodes(path: Path, cameras: Mapping[str, _Column]) -> dict[str, list[Any]]:
     """Steps of each episode, and where their videos lie, by name of the column."""
     wanted = ["episode_index", "length", *(f"videos/{name}/{part}" for name in cameras for part in PLACE)]
-    found: dict[str, list[Any]] = {name: [] for name in wanted}
+    found: dict[str, list[Any]] = {name: [] for name in [*wanted, "tasks"]}
     for place in sorted(path.glob("meta/episodes/*/*.parquet")):
-        with opened(place, wanted) as file:
+        with opened(place, [*wanted, "tasks"]) as file:
             lacking = [name for name in wanted if name not in file.schema_arrow.names]
             if lacking:
                 raise StoreError(f"{place.relative_to(path)} has no column {lacking[0]}")
-            table = file.read(columns=wanted).to_pydict()
+            table = file.read(columns=[*wanted, *({"tasks"} & {*file.schema_arrow.names})]).to_pydict()
+        table.setdefault("tasks", [None] * len(table["length"]))
         before = len(found["length"])
         if table["episode_index"] != list(range(before, before + len(table["episode_index"]))):
             raise StoreError(f"{place.relative_to(path)} must go on with episode {before}")

@@ -121,7 +121,7 @@ class _Writer:
         """Write the rows of an episode."""
         steps = len(episode.data[self._source.action_key])
         columns = {name: episode.data[feature.key] for name, feature in self._features.items()}
-        columns |= self._indices(steps, columns.get("task_index"))
+        columns |= self._indices(steps, columns.get("task_index"), self._task_of(episode))
         tasks = np.unique(columns["task_index"])
         if tasks[0] < 0 or tasks[-1] >= len(self._tasks):
             raise StoreError(f"task_index must be from 0 to {len(self._tasks) - 1}; got {tasks.tolist()}")
@@ -151,15 +151,24 @@ class _Writer:
         self._rows += steps
         self._remember(episode, steps)
 
-    def _indices(self, steps: int, tasks: np.ndarray | None) -> dict[str, np.ndarray]:
-        """The columns that every dataset has."""
+    def _task_of(self, episode: Demonstration) -> int:
+        """Index of an episode's task: its instruction, where the tasks are instructions; without one, a task more."""
+        if self._tasks[0] not in self._source.attributes.get("instructions", ()):
+            return 0
+        text = episode.instruction or _name_of_all(self._source)
+        if text not in self._tasks:
+            self._tasks.append(text)
+        return self._tasks.index(text)
+
+    def _indices(self, steps: int, tasks: np.ndarray | None, task: int) -> dict[str, np.ndarray]:
+        """The columns that every dataset has; `tasks`: of each step, where they are known, else `task` is of all."""
         frame = np.arange(steps)
         return {
             "timestamp": (frame / self._fps).astype(np.float32),
             "frame_index": frame,
             "episode_index": np.full(steps, len(self._episodes)),
             "index": self._rows + frame,
-            "task_index": np.zeros(steps, np.int64) if tasks is None else tasks,
+            "task_index": np.full(steps, task) if tasks is None else tasks,
         }
 
     def _measure(self, name: str, rows: np.ndarray) -> str:
@@ -179,6 +188,7 @@ class _Writer:
         pictures = {feature.key for feature in self._features.values() if feature.kind in ("image", "video")}
         known: dict[str, Any] = {"length": steps, "seed": episode.seed}
         known |= {"mode": episode.mode, "success": episode.success}
+        known |= {"instruction": episode.instruction} if "instructions" in self._source.attributes else {}
         for key, last in (episode.final or {}).items():
             known[f"final/{key}"] = encode_png(last) if key in pictures else last
         for name, value in known.items():
@@ -327,9 +337,16 @@ def _feature_name(source: Source, key: str) -> str:
 
 
 def _tasks(source: Source) -> list[str]:
-    """Texts of the tasks; where there are none, the name of the environment."""
-    tasks = source.attributes.get("lerobot", {}).get("tasks")
-    return tasks or [str(source.attributes.get("environment", {}).get("id", "demonstrations"))]
+    """Texts of the tasks: several that LeRobot knew, else the instructions; where there are none, one for all."""
+    tasks = source.attributes.get("lerobot", {}).get("tasks") or []
+    if len(tasks) < 2:
+        tasks = source.attributes.get("instructions") or tasks
+    return [*tasks] or [_name_of_all(source)]
+
+
+def _name_of_all(source: Source) -> str:
+    """The name of the environment, as far as it is known."""
+    return str(source.attributes.get("environment", {}).get("id", "demonstrations"))
 
 
 def _task_table(pyarrow: Any, tasks: list[str]) -> Any:

@@ -194,7 +194,8 @@ def _episodes(
         for i, name in enumerate(survey.steps):
             group = file.member(file.root, name)
             data, final = survey.read(file, group, name, keys, decode)
-            mode, success, known = (file.attribute(group, each) for each in ("mode", "success", "final"))
+            names = ("mode", "success", "final", "instruction")
+            mode, success, known, instruction = (file.attribute(group, each) for each in names)
             if head:
                 with_final = parse_json(str(known)) if known is not None else []
                 final = {key: row for key, row in final.items() if key in with_final}
@@ -204,6 +205,7 @@ def _episodes(
                 mode=str(mode) if head and mode is not None else None,
                 success=bool(success) if head and success is not None else None,
                 final=final or None,
+                instruction=str(instruction) if head and instruction is not None else None,
             )
 
 
@@ -286,7 +288,8 @@ def _in_infos(source: Source, episode: Demonstration) -> list[str]:
 
 def _known(episode: Demonstration) -> dict[str, Any]:
     """Metadata of an episode."""
-    return {"mode": episode.mode, "success": episode.success, "final": json.dumps(sorted(episode.final or {}))}
+    known = {name: getattr(episode, name) for name in ("mode", "success", "instruction")}
+    return known | {"final": json.dumps(sorted(episode.final or {}))}
 
 
 def _fields(source: Source, space: dict[str, Any], episode: Demonstration) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """npz archives ↔ source: the arrays of a store under the same names, for whatever can read NumPy's own files.
 
 `data/<key>` (one row a step), `meta/episode_ends`, `meta/episode_<name>` (one row an episode: `seed`, `mode` as an
-index among the modes, `success`, `final_<key>`) and `meta/attributes`, a text of JSON. Archives of other tools may
-leave out `data/` and `meta/` and call the action `actions`. Both ways, rows are streamed: no array of steps is ever
-whole in memory, unless it was written in Fortran's order.
+index among the modes, `success`, `instruction` as an index among the instructions, `final_<key>`) and
+`meta/attributes`, a text of JSON. Archives of other tools may leave out `data/` and `meta/` and call the action
+`actions`. Both ways, rows are streamed: no array of steps is ever whole in memory, unless it was written in Fortran's
+order.
 
 Not carried, but named: `meta/episode_<name>` with any other name, objects (they would be unpickled), texts, and arrays
 of another number of rows.
@@ -21,6 +22,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from diffusion_policy.basics.files import parse_json
+from diffusion_policy.basics.names import are_instructions
 from diffusion_policy.datasets.demonstration import Demonstration
 from diffusion_policy.datasets.formats.format import Contents, Format, Source, foreign, from_header, header
 from diffusion_policy.datasets.formats.reading import check_sizes, most_bytes, say_too_large
@@ -75,14 +77,22 @@ def read(path: Path) -> Contents:
         raise StoreError(f"{HEADER} must be a text of JSON; got {text.dtype} of {text.shape}")
     head = None if text is None else parse_json(str(text))
     modes = tuple(map(str, head.get("modes", ()))) if isinstance(head, dict) else ()
+    instructions = _instructions(head)
 
     def episodes(keys: Sequence[str]) -> Iterator[Demonstration]:
         found = {key: member for key, member in members.items() if key in keys and not isinstance(member, str)}
-        return _episodes(path, found, ends, known, modes)
+        return _episodes(path, found, ends, known, modes, instructions)
 
     if head is None:
         return foreign({}, sorted({*arrays} - {"action"}), arrays, episodes, left_out, remarks=remarks)
     return from_header(head, arrays, episodes, left_out)
+
+
+def _instructions(head: Any) -> tuple[str, ...]:
+    """All instructions, as what we wrote beside the data names them."""
+    attributes = head.get("attributes") if isinstance(head, dict) else None
+    texts = attributes.get("instructions", []) if isinstance(attributes, dict) else []
+    return tuple(texts) if are_instructions(texts) else ()
 
 
 def _names(archive: zipfile.ZipFile) -> _Names:
@@ -129,7 +139,7 @@ def _known(
     left_out: dict[str, str] = {}
     for name, member in members.items():
         values = None
-        if name in ("seed", "mode", "success") or name.startswith("final_"):
+        if name in ("seed", "mode", "success", "instruction") or name.startswith("final_"):
             try:
                 values = _whole(archive, member, KNOWN_BYTES)
             except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -140,7 +150,7 @@ def _known(
         elif values.ndim == 0 or len(values) != episodes:
             left_out[member] = f"it has {len(values) if values.ndim else 'no'} rows; there are {episodes} episodes"
         elif values.dtype.kind not in "biuf" or (
-            name in ("seed", "mode") and (values.ndim > 1 or values.dtype.kind == "f")
+            name in ("seed", "mode", "instruction") and (values.ndim > 1 or values.dtype.kind == "f")
         ):
             left_out[member] = f"it must be whole numbers; it is {values.dtype} of {values.shape}"
         else:
@@ -149,7 +159,12 @@ def _known(
 
 
 def _episodes(
-    path: Path, members: dict[str, _Member], ends: np.ndarray, known: dict[str, np.ndarray], modes: tuple[str, ...]
+    path: Path,
+    members: dict[str, _Member],
+    ends: np.ndarray,
+    known: dict[str, np.ndarray],
+    modes: tuple[str, ...],
+    instructions: tuple[str, ...],
 ) -> Iterator[Demonstration]:
     lengths = np.diff(ends, prepend=0)
     check_sizes(sum(member.row_bytes for member in members.values()), lengths.tolist(), path)
@@ -161,13 +176,14 @@ def _episodes(
         for i, steps in enumerate(lengths):
             data = {key: member.read(int(steps)) for key, member in rows.items()}
             final = {name.removeprefix("final_"): known[name][i] for name in known if name.startswith("final_")}
-            mode = int(known["mode"][i]) if "mode" in known else -1
+            mode, told = (int(known[name][i]) if name in known else -1 for name in ("mode", "instruction"))
             yield Demonstration(
                 data,
                 seed=int(known["seed"][i]) if "seed" in known and known["seed"][i] >= 0 else None,
                 mode=modes[mode] if 0 <= mode < len(modes) else None,
                 success=bool(known["success"][i]) if "success" in known else None,
                 final={key: np.asarray(row) for key, row in final.items()} or None,
+                instruction=instructions[told] if 0 <= told < len(instructions) else None,
             )
 
 
@@ -273,6 +289,9 @@ def _meta(source: Source, episode: Demonstration) -> dict[str, Any]:
         known["success"] = np.bool_(episode.success)
     if source.modes:
         known["mode"] = np.int64(-1 if episode.mode is None else source.modes.index(episode.mode))
+    instructions = source.attributes.get("instructions")
+    if instructions:
+        known["instruction"] = np.int64(-1 if episode.instruction is None else instructions.index(episode.instruction))
     return known
 
 

@@ -139,12 +139,15 @@ def _episodes(
 
 
 def _known(file: File, demo: Any, ours: bool) -> dict[str, Any]:
-    """Seed, mode and success of a demo; a mode in files of ours alone, where all modes are known."""
-    seed, mode, success = (file.attribute(demo, name) for name in ("seed", "mode", "success"))
+    """Seed, mode, success and instruction of a demo; a mode and an instruction in files of ours alone, where all are
+    known."""
+    names = ("seed", "mode", "success", "instruction")
+    seed, mode, success, instruction = (file.attribute(demo, name) for name in names)
     return {
         "seed": int(seed) if isinstance(seed, int | float) and 0 <= seed < 2**63 else None,
         "mode": str(mode) if ours and mode is not None else None,
         "success": bool(success) if isinstance(success, bool | int) else None,
+        "instruction": str(instruction) if ours and instruction is not None else None,
     }
 
 
@@ -166,7 +169,8 @@ def write(source: Source, path: Path) -> None:
                 demo.create_dataset(f"obs/{key}", data=episode.data[key])
             for key, last in (episode.final or {}).items():
                 demo.create_dataset(f"next_obs/{key}", data=np.concatenate([episode.data[key][1:], last[None]]))
-            known = {"seed": episode.seed, "mode": episode.mode, "success": episode.success}
+            names = ("seed", "mode", "success", "instruction")
+            known = {name: getattr(episode, name) for name in names}
             demo.attrs.update({name: value for name, value in known.items() if value is not None})
             demo.attrs["num_samples"] = steps
             total += steps

@@ -165,6 +165,8 @@ def _contents(checkpoint: Checkpoint, files: dict[str, Recorded]) -> Contents:
         environment=checkpoint.environment,
         dataset=dataset,
         files=files,
+        instructions=policy.instructions,
+        embedding_size=policy.label_rows.size,
     )
 
 
@@ -250,7 +252,13 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Checkpoint:
     contents = read_contents(folder)
     try:
         with without_memory():
-            policy = DiffusionPolicy(contents.policy, contents.shapes, contents.environment.modes)
+            policy = DiffusionPolicy(
+                contents.policy,
+                contents.shapes,
+                contents.environment.modes,
+                contents.instructions,
+                contents.embedding_size,
+            )
     except (ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder}/config.json describes no policy: {error}") from error
     expected = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in policy.state_dict().items()}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from diffusion_policy.basics.files import MAX_JSON_BYTES, parse_json, read_json
+from diffusion_policy.basics.names import MOST_EMBEDDING, are_instructions, say_instructions
 from diffusion_policy.checkpoints.safe_files import MAX_DIMENSIONS, CheckpointError, Recorded
 from diffusion_policy.config import (
     MAX_STEP,
@@ -71,6 +72,8 @@ class Dataset:
     """Key of the actions in the store."""
     control_rate: float | None = None
     """Steps in a second [1/s]; None when the store does not say."""
+    instructions: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Episodes of each mode, of each instruction; `none` for those without a mode."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,10 @@ class Contents:
     environment: Environment
     dataset: Dataset
     files: dict[str, Recorded]
+    instructions: tuple[str, ...] = ()
+    """What the policy can be told, in the order of its numbers; empty for one that is told none."""
+    embedding_size: int = 0
+    """Numbers of the embedding of an instruction; 0 where there are none."""
 
 
 def _migrate_1(config: dict[str, Any]) -> dict[str, Any]:
@@ -203,9 +210,19 @@ def check_bounds(shapes: Shapes, modes: Sequence[str]) -> None:
         raise ValueError("an observation cannot be called 'action'")
 
 
+def _check_instructions(contents: Contents) -> None:
+    """Raise ValueError for instructions, or embeddings of them, beyond their bounds."""
+    for texts in (contents.instructions, contents.dataset.instructions):
+        if not are_instructions([*texts]):
+            raise ValueError(f"instructions must be {say_instructions()}")
+    if not 0 <= contents.embedding_size <= MOST_EMBEDDING:
+        raise ValueError(f"the embedding_size must be from 0 to {MOST_EMBEDDING}; got {contents.embedding_size}")
+
+
 def _check_contents(contents: Contents) -> None:
     """Raise ValueError where a config.json asks for what would fill the memory, or holds what could be none."""
     check_bounds(contents.shapes, contents.environment.modes)
+    _check_instructions(contents)
     if not 0 <= contents.step <= MAX_STEP:
         raise ValueError(f"the step must be from 0 to {MAX_STEP}; got {contents.step}")
     if contents.files.keys() != {MODEL, TRAINING}:

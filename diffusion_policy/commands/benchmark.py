@@ -79,8 +79,8 @@ def choose_policy(options: Benchmark) -> tuple[DiffusionPolicy, Callable[..., An
     rng = speeds.derive_rng("benchmark policy")
     data = {key: rng.uniform(-1, 1, (256, *shape)) for key, shape in (*shapes.items(), ("action", (action,)))}
     torch.manual_seed(0)
-    modes = ("one", "other") if options.policy.condition_on_mode else ()
-    return DiffusionPolicy.for_data(options.policy, data, modes).to(device).eval(), spec
+    labels = ("one", "other")
+    return DiffusionPolicy.for_data(options.policy, data, labels, instructions=labels).to(device).eval(), spec
 
 
 def choose_backends(options: Benchmark, policy: DiffusionPolicy) -> list[BackendName]:

@@ -14,6 +14,7 @@ from diffusion_policy.checkpoints.checkpoint import Checkpoint
 from diffusion_policy.commands.afterwards import Remarks
 from diffusion_policy.commands.episodes import make_group_planner, measure_episodes, run_episodes
 from diffusion_policy.commands.joining import choose_chunking, find_roll
+from diffusion_policy.commands.labels import learn_instructions
 from diffusion_policy.commands.options.evaluate import Evaluate
 from diffusion_policy.commands.policy_in_env import PolicyInEnv, choose_modes
 from diffusion_policy.commands.terminal import console
@@ -59,8 +60,10 @@ def compare_with_teacher(
 ) -> dict[str, Any]:
     """What results.json says of the teacher; `episodes`: the student's, under the first delay. Raises ValueError where
     none of the teacher's could be run."""
+    told = options.sampling.instruction
+    teacher = learn_instructions(teacher, [] if told is None else [told], options.instruction_encoder)
     taught = loaded._replace(checkpoint=teacher)
-    sampling = teacher.policy.complete(SampleConfig(mode=options.sampling.mode))
+    sampling = teacher.policy.complete(SampleConfig(mode=options.sampling.mode, instruction=told))
     chunking = choose_chunking(options.chunking, teacher.policy, sampling, find_roll(loaded.env))
     console.print(f"the teacher, in {sampling.sampling_steps} steps")
     rolled_out = run_episodes(

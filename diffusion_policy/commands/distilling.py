@@ -71,7 +71,13 @@ def complete(options: Train, device: torch.device) -> tuple[Train, Teacher | Non
 
 def _require_like(policy: Any, teacher: Any) -> None:
     """Raise ConfigError where a student could not see, plan or be noised as its teacher is."""
-    names = ["observation_horizon", "prediction_horizon", "normalization", "condition_on_mode"]
+    names = [
+        "observation_horizon",
+        "prediction_horizon",
+        "normalization",
+        "condition_on_mode",
+        "condition_on_instruction",
+    ]
     for name in (*names, "schedule", "noise_levels", "schedule_options"):
         own, taught = getattr(policy, name), getattr(teacher, name)
         if own != taught:
@@ -86,11 +92,14 @@ def begin(policy: DiffusionPolicy, teacher: Teacher) -> None:
         ("observes", policy.shapes.observations, taught.shapes.observations),
         ("acts with", policy.shapes.action, taught.shapes.action),
         ("knows the modes", policy.modes, taught.modes),
+        ("knows the instructions", policy.instructions, taught.instructions),
+        ("knows embeddings of as many numbers as", policy.label_rows.size, taught.label_rows.size),
         ("knows the angles", policy.shapes.angles, taught.shapes.angles),
     ):
         if own != other:
             raise ConfigError(f"the teacher {what} {other}; of this dataset the student {what} {own}")
     policy.normalizer.load_state_dict(taught.normalizer.state_dict())
+    policy.label_rows.load_state_dict(taught.label_rows.state_dict())
     for learner, source in ((policy.network, taught.network), (policy.encoders, taught.encoders)):
         own = learner.state_dict()
         for name, weights in source.state_dict().items():

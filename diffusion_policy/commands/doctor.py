@@ -21,6 +21,7 @@ from diffusion_policy.basics.text import printable
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.checkpoints.checkpoint import Checkpoint, count_weights, without_memory
 from diffusion_policy.commands.interrupts import Failed
+from diffusion_policy.commands.labels import read_labels
 from diffusion_policy.commands.options.doctor import Doctor
 from diffusion_policy.commands.outputs import require_fresh
 from diffusion_policy.commands.stores import Keys, choose_angles, choose_keys, open_recorded, open_store
@@ -192,7 +193,13 @@ def _make_untrained(options: Doctor, subject: Subject, rows: Rows) -> DiffusionP
     plain = dataclasses.replace(
         subject.config, objective="denoising", student_steps=0, snr_gamma=0.0, condition_dropout=0.0
     )
-    return DiffusionPolicy.for_statistics(plain, named, modes, angles)
+    if loaded is None:
+        labels = read_labels(rows.store, plain)
+        texts, embeddings = labels.instructions, labels.embeddings
+    else:  # its rows are embeddings too: they tell apart what it was trained on
+        texts, known = loaded.policy.instructions, loaded.policy.label_rows
+        embeddings = known.get_buffer("rows").cpu().numpy() if known.size else None
+    return DiffusionPolicy.for_statistics(plain, named, modes, angles, texts, embeddings)
 
 
 def _draw_noised(path: Path, policy: DiffusionPolicy, windows: Windows, seed: int) -> None:
@@ -254,13 +261,13 @@ def _numbers_held(policy: DiffusionPolicy) -> int:
 def _windows(
     policy: DiffusionPolicy, store: EpisodeStore, data: Mapping[str, np.ndarray], episode_ends: np.ndarray
 ) -> Windows:
-    """All windows of what was read of a store, with the modes as the policy numbers them."""
-    modes = None
-    if policy.modes:
-        labels = store.episode_modes()[: len(episode_ends)]
-        modes = np.array([policy.modes.index(label) if label in policy.modes else -1 for label in labels])
+    """All windows of what was read of a store, with the modes or instructions as the policy numbers them."""
+    labels = None
+    if policy.labels:
+        told = (store.episode_modes() if policy.modes else store.episode_instructions())[: len(episode_ends)]
+        labels = np.array([policy.labels.index(label) if label in policy.labels else -1 for label in told])
     horizons = policy.config.observation_horizon, policy.config.prediction_horizon
-    return Windows(data, episode_ends, range(len(episode_ends)), *horizons, device=policy.device, modes=modes)
+    return Windows(data, episode_ends, range(len(episode_ends)), *horizons, device=policy.device, labels=labels)
 
 
 def _read(store: EpisodeStore, keys: Keys) -> tuple[dict[str, np.ndarray], np.ndarray, list[Check]]:

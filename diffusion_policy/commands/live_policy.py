@@ -131,11 +131,13 @@ class LivePolicy:
                 "sampling_steps": self._sampling.sampling_steps,
                 "guidance": self._sampling.guidance,
                 "mode": self._sampling.mode,
+                "instruction": self._sampling.instruction,
                 "chunking": self._chunking.chunking,
                 "roll_forward": self._chunking.roll_forward,
                 "delay_steps": self._delay,
             },
             "modes": list(self._policy.modes),
+            "instructions": list(self._policy.instructions),
             "can_guide": bool(self._policy.config.condition_dropout),
             "can_roll": self._roll is not None,
         }

@@ -91,7 +91,7 @@ class PlainTraining:
     def step(self) -> Tensor:
         """The loss, ()."""
         policy, batch = self._policy, self._batch
-        cond = policy.encode(batch.observations, batch.modes)
+        cond = policy.encode(batch.observations, batch.labels)
         x0 = policy.normalizer.normalize(policy.target.key, batch.actions)
         loss = self._denoise(x0, cond) if policy.config.objective == "denoising" else self._learn(x0, cond)
         self._optimizer.zero_grad()

@@ -15,6 +15,7 @@ from diffusion_policy.basics.bounds import MOST_SEED
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.checkpoints.checkpoint import Checkpoint
 from diffusion_policy.commands.environment import choose_env_spec, is_same_id, say_cap
+from diffusion_policy.commands.labels import learn_instructions
 from diffusion_policy.commands.options.acting import FIRST_ROLLOUT_SEED, FIRST_TEST_SEED, ActingCommand
 from diffusion_policy.config import ConfigError, SampleConfig, SuccessAndModes
 from diffusion_policy.envs.contract import control_rate
@@ -48,13 +49,18 @@ class PolicyInEnv(NamedTuple):
         return control_rate(self.env) or 30
 
 
-def load_with_environment(options: ActingCommand, sampling: SampleConfig | None = None) -> PolicyInEnv:
-    """Load the checkpoint and make its environment, or the one named instead.
+def load_with_environment(
+    options: ActingCommand, sampling: SampleConfig | None = None, instructions: Sequence[str] = ()
+) -> PolicyInEnv:
+    """Load the checkpoint and make its environment, or the one named instead. What the policy is told, by `sampling` or
+    as one of `instructions`, may be new to it where the options name an encoder.
 
     Raises ValueError when there is no environment, when its spaces do not fit the policy, or when the policy cannot
     sample as `sampling` says.
     """
     loaded = checkpoint.load(options.checkpoint, choose_device(options.device))
+    told = [sampling.instruction] if sampling is not None and sampling.instruction is not None else []
+    loaded = learn_instructions(loaded, [*told, *instructions], options.instruction_encoder)
     return join_environment(
         options.checkpoint,
         loaded,

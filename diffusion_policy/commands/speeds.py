@@ -183,8 +183,8 @@ def make_windows(policy: DiffusionPolicy, data: dict[str, np.ndarray], ends: np.
     """Windows of all episodes, on the policy's device."""
     config = policy.config
     horizons = config.observation_horizon, config.prediction_horizon
-    modes = np.zeros(len(ends), np.int64) if policy.modes else None
-    return Windows(data, ends, range(len(ends)), *horizons, device=policy.device, modes=modes)
+    labels = np.zeros(len(ends), np.int64) if policy.labels else None
+    return Windows(data, ends, range(len(ends)), *horizons, device=policy.device, labels=labels)
 
 
 def measure_training(make_policy: Callable[[], DiffusionPolicy], limits: Limits) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""diffusion-policy study: one checkpoint under every sampler (here), every way to join plans, or several policies."""
+"""diffusion-policy study: one checkpoint under every sampler (here), every way to join plans, or every instruction; or
+several policies."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,7 +8,7 @@ from typing import Any
 from diffusion_policy.basics.files import format_json, write_whole
 from diffusion_policy.basics.metric_table import METRICS
 from diffusion_policy.basics.text import one_line
-from diffusion_policy.commands import study_chunking, study_policies
+from diffusion_policy.commands import study_chunking, study_instructions, study_policies
 from diffusion_policy.commands.afterwards import Remarks
 from diffusion_policy.commands.episodes import (
     describe_machine,
@@ -46,13 +47,15 @@ Cells = dict[str, dict[str, Any]]
 def run(options: Study) -> dict[str, Any]:
     """Study; returns what results.json holds. Raises ValueError where `evaluate` does."""
     require_fresh(options.output)
-    loaded = load_with_environment(options)
+    loaded = load_with_environment(options, instructions=[*options.texts])
     refuse_seen_seeds(loaded, options.seeds)
     options.output.mkdir(parents=True, exist_ok=True)
     if options.what == "chunking":
         return study_chunking.run(options, loaded)
     if options.what in ("networks", "students"):
         return study_policies.run(options, loaded)
+    if options.what == "instructions":
+        return study_instructions.run(options, loaded)
     cells: Cells = {}
     results = {**tell_asked(options, loaded), "samplers": cells}
     for name in options.samplers:
@@ -83,6 +86,7 @@ def tell_asked(options: Study, loaded: PolicyInEnv) -> dict[str, Any]:
         "episodes": options.episodes,
         "first_seed": options.seed,
         "mode": options.mode,
+        "instruction": next(iter(options.texts), None),
         "guidance": options.guidance,
         "clip": policy.choose_clip(SampleConfig()),
         "planning_batch": planning_batch(PARALLEL),

@@ -27,6 +27,7 @@ from diffusion_policy.commands.episodes import (
     run_episodes,
 )
 from diffusion_policy.commands.interrupts import Interrupted
+from diffusion_policy.commands.labels import learn_instructions
 from diffusion_policy.commands.losses import METRICS as METRICS_FILE
 from diffusion_policy.commands.options.acting import PARALLEL
 from diffusion_policy.commands.options.study import Study
@@ -85,7 +86,8 @@ def run(options: Study, loaded: PolicyInEnv) -> dict[str, Any]:
 def choose_policies(options: Study, loaded: PolicyInEnv) -> Iterator[Asked]:
     """All that are compared: the checkpoint, the teacher of students in few steps too, and the others. Raises
     ValueError for others that do not act in its environment, or have seen the seeds."""
-    usual = loaded.policy.complete(SampleConfig(mode=options.mode, guidance=options.guidance))
+    told = next(iter(options.texts), None)
+    usual = loaded.policy.complete(SampleConfig(mode=options.mode, guidance=options.guidance, instruction=told))
     mine = str(options.checkpoint)
     yield Asked(describe(loaded.checkpoint, usual), mine, loaded, usual)
     if options.what == "students":
@@ -97,6 +99,7 @@ def choose_policies(options: Study, loaded: PolicyInEnv) -> Iterator[Asked]:
             yield Asked(describe(loaded.checkpoint, fewer), mine, loaded, fewer)
     for path in options.beside:
         other = checkpoint.load(path, loaded.policy.device)
+        other = learn_instructions(other, [*options.texts], options.instruction_encoder)
         beside = join_environment(
             path,
             other,
@@ -108,7 +111,7 @@ def choose_policies(options: Study, loaded: PolicyInEnv) -> Iterator[Asked]:
         if (beside.env_id, beside.env_kwargs) != (loaded.env_id, loaded.env_kwargs):
             raise ConfigError(f"{path} acts in {beside.env_id} {beside.env_kwargs}, not as {options.checkpoint} does")
         refuse_seen_seeds(beside, options.seeds)
-        sampling = other.policy.complete(SampleConfig(mode=options.mode))
+        sampling = other.policy.complete(SampleConfig(mode=options.mode, instruction=told))
         yield Asked(describe(other, sampling), str(path), loaded._replace(checkpoint=other), sampling)
 
 

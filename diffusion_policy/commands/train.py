@@ -112,7 +112,14 @@ def _begin(options: Train, store: EpisodeStore, plan: Plan, sketch: Checkpoint, 
     for sentence in describe_columns(columns, NORMALIZATIONS[options.policy.normalization]):
         console.print(sentence)
     torch.manual_seed(options.training.seed)
-    policy = DiffusionPolicy.for_statistics(options.policy, summary.statistics, store.modes, plan.angles).to(device)
+    policy = DiffusionPolicy.for_statistics(
+        options.policy,
+        summary.statistics,
+        store.modes,
+        plan.angles,
+        plan.labels.instructions,
+        plan.labels.embeddings,
+    ).to(device)
     point = replace(sketch, policy=policy, dataset=replace(sketch.dataset, fingerprint=summary.fingerprint))
     checkpoint.require_savable(point)
     return point
@@ -124,8 +131,7 @@ def _tell(options: Train, store: EpisodeStore, plan: Plan, fingerprint: str) -> 
     stored = {name: key for key, name in plan.keys.names.items()}
     angles = tuple(f"{stored[key]}:{','.join(map(str, columns))}" for key, columns in plan.angles.items())
     completed = replace(options, observation=plan.keys.observations, action=(plan.keys.action,), angles=angles)
-    modes = [store.modes, store.mode_indices().tolist()] if options.policy.condition_on_mode else []
-    told = to_options(completed, fingerprint, modes)
+    told = to_options(completed, fingerprint, plan.labels.tell(store.modes))
     if options.resume:
         runs.require_same(options.resume, read_run(options.resume), told)
     return told

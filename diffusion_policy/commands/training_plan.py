@@ -19,6 +19,7 @@ import torch
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.checkpoints.checkpoint import Checkpoint, Dataset, Environment
 from diffusion_policy.commands.environment import is_same_id
+from diffusion_policy.commands.labels import Labels, count_instructions, read_labels
 from diffusion_policy.commands.options.acting import FIRST_ROLLOUT_SEED
 from diffusion_policy.commands.options.train import Train
 from diffusion_policy.commands.policy_in_env import join_environment
@@ -47,6 +48,7 @@ class Plan(NamedTuple):
     chosen: np.ndarray
     """Indices of the episodes to train on."""
     held_out: np.ndarray
+    labels: Labels
 
 
 def make_plan(options: Train, store: EpisodeStore) -> Plan:
@@ -56,7 +58,8 @@ def make_plan(options: Train, store: EpisodeStore) -> Plan:
     lengths = np.diff(store.episode_ends, prepend=0)
     chosen, held_out = split_episodes(len(lengths), settings.validation_share, settings.seed, settings.max_episodes)
     require_lengths(options, lengths[chosen])
-    return Plan(keys, choose_angles(store, options.angles, keys), chosen, held_out)
+    angles, labels = choose_angles(store, options.angles, keys), read_labels(store, options.policy)
+    return Plan(keys, angles, chosen, held_out, labels)
 
 
 def make_sketch(options: Train, store: EpisodeStore, plan: Plan) -> Checkpoint:
@@ -67,12 +70,13 @@ def make_sketch(options: Train, store: EpisodeStore, plan: Plan) -> Checkpoint:
         {key: store.shape(key) for key in plan.keys.observations}, store.shape(plan.keys.action), plan.angles
     )
     with checkpoint.without_memory():
-        policy = DiffusionPolicy(options.policy, shapes, store.modes)
+        size = 0 if plan.labels.embeddings is None else plan.labels.embeddings.shape[1]
+        policy = DiffusionPolicy(options.policy, shapes, store.modes, plan.labels.instructions, size)
     best = options.training.keep_best or ""
-    if policy.modes and not options.policy.condition_dropout and best.startswith("action"):
+    if policy.labels and not options.policy.condition_dropout and best.startswith("action"):
+        told = "condition-on-mode" if policy.modes else "condition-on-instruction"
         raise ConfigError(
-            "a policy with condition-on-mode and without condition-dropout has no action error; choose another "
-            "--keep-best"
+            f"a policy with {told} and without condition-dropout has no action error; choose another --keep-best"
         )
     environment, dataset = describe_store(store, plan.keys)
     sketch = Checkpoint(policy, options.training, environment, dataset, options.training.steps)
@@ -102,6 +106,7 @@ def describe_store(store: EpisodeStore, keys: Keys) -> tuple[Environment, Datase
         seeds=(int(seeds.min()), int(seeds.max())) if len(seeds) else None,
         action_key=keys.action,
         control_rate=_control_rate(store),
+        instructions=count_instructions(store),
     )
     return environment, dataset
 
@@ -153,7 +158,7 @@ def cut_windows(
     """The windows to train on, and those of as many held-out episodes as fit the memory."""
     names = plan.keys.names
     horizons = options.policy.observation_horizon, options.policy.prediction_horizon
-    modes = store.mode_indices() if options.policy.condition_on_mode else None
+    labels = plan.labels.of_episodes
     memory = options.training.memory_gb * 1e9
     hindsight = parse_hindsight(options.training.hindsight, options.training.hindsight_share, plan.keys.observations)
     windows = load_windows(
@@ -162,7 +167,7 @@ def cut_windows(
         plan.chosen,
         *horizons,
         device=device,
-        modes=modes,
+        labels=labels,
         memory_bytes=memory,
         hindsight=hindsight,
         mark_padding=options.training.mask_padding,
@@ -170,7 +175,7 @@ def cut_windows(
     if len(plan.held_out) == 0:
         return windows, None
     few = episodes_within(store, names, plan.held_out, memory if isinstance(windows, Windows) else VALIDATION_BYTES)
-    return windows, hold_windows(store, names, few, *horizons, device=device, modes=modes)
+    return windows, hold_windows(store, names, few, *horizons, device=device, labels=labels)
 
 
 def parse_hindsight(texts: Sequence[str], share: float, keys: Collection[str]) -> Hindsight | None:

@@ -198,7 +198,7 @@ def _name_case(
         "versions": [torch.__version__, *(_version(RUNTIMES[name]) for name in here)],
         "policy": to_json(policy.config),
         "shapes": to_json(policy.shapes),
-        "modes": policy.modes,
+        "labels": policy.labels,
         "sampling": to_json(sampling),
         "rows": rows,
     }

@@ -110,10 +110,9 @@ class _Observe(nn.Module):
         self.policy, self.sampling, self.samples = policy, sampling, samples
 
     def forward(self, *observed: Tensor) -> Tensor:
-        policy, mode = self.policy, self.sampling.mode
-        index = -1 if mode is None else policy.modes.index(mode)
+        policy, label = self.policy, self.policy.find_label(self.sampling)
         observations = dict(zip(policy.keys, observed, strict=False))
-        cond = policy.encode(observations, torch.full((len(observed[0]),), index))
+        cond = policy.encode(observations, torch.full((len(observed[0]),), label))
         films = policy.network.condition(policy.diffusion.list_levels([0]), policy.conditions(cond, self.sampling))
         rows = repeat(torch.cat(films.of_cond, dim=-1), "b f -> (b n) f", n=self.samples)
         if not policy.config.max_delay:

@@ -62,11 +62,14 @@ def draw(policy: DiffusionPolicy, rows: int, generator: torch.Generator, learnin
 
 def denoising_loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Tensor:
     """Squared error of the prediction at random levels, (B,); see `Diffusion.loss`. Raises ValueError where a policy
-    that is conditioned on modes gets none."""
-    if policy.modes and batch.modes is None:
-        raise ValueError("a policy with condition-on-mode is trained with the modes of its windows; got none")
+    that is conditioned on modes or instructions gets none."""
+    if policy.labels and batch.labels is None:
+        what = "condition-on-mode is trained with the modes"
+        if policy.instructions:
+            what = "condition-on-instruction is trained with the instructions"
+        raise ValueError(f"a policy with {what} of its windows; got none")
     draws = draws.to(policy.device)
-    cond = policy.encode(batch.observations, batch.modes, draws.augmentation)
+    cond = policy.encode(batch.observations, batch.labels, draws.augmentation)
     if policy.config.condition_dropout:
         cond = torch.where(draws.dropped[:, None], policy.unconditional(cond), cond)
     x0 = policy.normalizer.normalize(policy.target.key, batch.actions)

@@ -83,13 +83,13 @@ class Teacher:
     def denoiser(self, batch: Batch) -> Denoiser:
         """Clipped as in sampling."""
         policy = self.policy
-        cond = policy.encode(batch.observations, batch.modes)
+        cond = policy.encode(batch.observations, batch.labels)
         return policy.decode(lambda xt, level: policy.network(xt, level, cond), self.sampling)  # pyright: ignore
 
 
 def _denoiser(policy: DiffusionPolicy, batch: Batch | Pair) -> Denoiser:
     """What a student says."""
-    cond = policy.encode(batch.observations, batch.modes)
+    cond = policy.encode(batch.observations, batch.labels)
     return policy.diffusion.decode(lambda xt, level: policy.network(xt, level, cond))  # pyright: ignore
 
 
@@ -156,7 +156,7 @@ def jumping_loss(student: DiffusionPolicy, teacher: Teacher) -> Loss:
 
     def loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Tensor:
         velocity = velocity_of(teacher.denoiser(batch), policy.diffusion)
-        cond = policy.encode(batch.observations, batch.modes)
+        cond = policy.encode(batch.observations, batch.labels)
         x0, noising = _clean(policy, batch), draws.to(policy.device).noising
         return policy.diffusion.loss(policy.network, x0, cond, noising, velocity)  # pyright: ignore
 
@@ -180,7 +180,7 @@ class Pair(NamedTuple):
     """{key: (B, To, ...)}"""
     jumped: Jumped
     """Normalized, (B, student's steps, T, D)."""
-    modes: Tensor | None = None
+    labels: Tensor | None = None
     rows: None = None
 
     def part(self, first: int, last: int) -> Pair:
@@ -190,8 +190,8 @@ class Pair(NamedTuple):
     def map(self, change: Callable[[Tensor], Tensor]) -> Pair:
         """The same with every tensor changed."""
         observations = {key: change(values) for key, values in self.observations.items()}
-        modes = None if self.modes is None else change(self.modes)
-        return Pair(observations, Jumped(*map(change, self.jumped)), modes)
+        labels = None if self.labels is None else change(self.labels)
+        return Pair(observations, Jumped(*map(change, self.jumped)), labels)
 
 
 class Pairs:
@@ -243,7 +243,7 @@ def make_pairs(
         shape = len(batch.actions), *student.sequence_shape
         start = torch.randn(shape, generator=generator).to(student.device)
         jumped = follow(teacher.denoiser(batch), start, ladder, student.diffusion.ddim_levels())
-        made.append(Pair({key: batch.observations[key] for key in student.keys}, jumped, batch.modes))
+        made.append(Pair({key: batch.observations[key] for key in student.keys}, jumped, batch.labels))
         on_made(min(count, (number + 1) * at_once))
     return Pairs(_join(made).map(lambda values: values[:count]), *student.shapes.action)
 
@@ -252,8 +252,8 @@ def _join(pairs: list[Pair]) -> Pair:
     """All of them, one after the other."""
     first = pairs[0]
     observations = {key: torch.cat([one.observations[key] for one in pairs]) for key in first.observations}
-    modes = None if first.modes is None else torch.cat([one.modes for one in pairs if one.modes is not None])
-    return Pair(observations, Jumped(*map(torch.cat, zip(*(one.jumped for one in pairs), strict=True))), modes)
+    labels = None if first.labels is None else torch.cat([one.labels for one in pairs if one.labels is not None])
+    return Pair(observations, Jumped(*map(torch.cat, zip(*(one.jumped for one in pairs), strict=True))), labels)
 
 
 def _scatter(policy: DiffusionPolicy, batch: Batch, noise: float, generator: torch.Generator) -> Batch:

@@ -102,7 +102,7 @@ def _draw_shared(policy: DiffusionPolicy, rows: int, seed: int) -> np.ndarray:
 def sample_shared(policy: DiffusionPolicy, batch: Batch, noise: np.ndarray, levels: Levels | None = None) -> Tensor:
     """What a policy makes of noise (B, N, T, D) that others get too, normalized (B N, T, D); `levels`: of DDIM, by
     default the usual ones."""
-    cond = policy.encode(batch.observations, batch.modes).repeat_interleave(noise.shape[1], dim=0)
+    cond = policy.encode(batch.observations, batch.labels).repeat_interleave(noise.shape[1], dim=0)
     start = torch.from_numpy(noise).to(policy.device).flatten(0, 1)[None]
     return policy.denoise_from(start, cond, levels or policy.diffusion.ddim_levels(), SampleConfig())
 
@@ -121,7 +121,7 @@ def compare_plans(plans: Tensor, taught: Tensor, number: int) -> tuple[float, fl
 def action_errors(policy: DiffusionPolicy, batch: Batch, seed: int) -> Tensor | None:
     """Distance of each sampled sequence from the demonstrated one, (B, N); see `Validation`."""
     config = policy.config
-    if policy.modes and not config.condition_dropout:
+    if policy.labels and not config.condition_dropout:
         return None
     generators = [derive_rng("validation samples", seed, row) for row in range(len(batch.actions))]
     sampled = policy.sample(batch.observations, generators, SAMPLES)  # (B, N, T, A)

@@ -109,6 +109,39 @@ def test_split_and_merge_give_the_episodes_again(demonstrations: Path, tmp_path:
     assert "share must be above 0" in run(capsys, "dataset", "split", parts[0], "--output", "x", "y", "--share", 1)[2]
 
 
+ENCODER = """
+def measure(text):
+    return [len(text), text.count("l")]
+"""
+
+
+def test_instruct_gives_episodes_texts_that_inspect_shows(
+    demonstrations: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("letters_of_texts.py").write_text(ENCODER)
+    told = ["--instruction", "left=go left", "--instruction=right=go right, then on"]
+    encoder = ["--instruction-encoder", "letters_of_texts:measure"]
+    status, _, err = run(capsys, "dataset", "instruct", demonstrations, "--output", "a.zarr", *told, *encoder)
+    assert (status, "12 of 12 episodes in a.zarr have an instruction" in err) == (0, True)
+    out = run(capsys, "dataset", "inspect", "a.zarr")[1]
+    assert "instruction 'go right, then on': 6 episodes (right 6)" in out
+    assert json.loads(run(capsys, "dataset", "inspect", "a.zarr", "--json")[1])["instructions"] == {
+        "go left": {"episodes": 6, "modes": {"left": 6}},
+        "go right, then on": {"episodes": 6, "modes": {"right": 6}},
+    }
+    assert run(capsys, "dataset", "validate", "a.zarr")[0] == 0
+    for arguments, message in (
+        ([], "needs an --instruction, or an --instruction-encoder"),
+        (["--instruction", "lft=go left"], "there is no mode 'lft'; the modes are left, right"),
+        (["--instruction", "left=a", "--instruction", "left=b"], "gives mode 'left' two texts; got 'a' and 'b'"),
+        (["--instruction", "go", "--instruction", "stop"], "gives all other episodes two texts"),
+        (["--instruction", "go", "--instruction-encoder", "letters_of_texts:mesure"], "did you mean 'measure'?"),
+    ):
+        status, _, err = run(capsys, "dataset", "instruct", demonstrations, "--output", "b.zarr", *arguments)
+        assert (status, message in " ".join(err.split())) == (2, True), err
+
+
 def test_repair_drops_the_tail_and_says_so(demonstrations: Path, tmp_path: Path, capsys) -> None:
     path = tmp_path / "store.zarr"
     with EpisodeStore.create(path, {"observation_keys": ["state"]}, []) as store:

@@ -47,6 +47,8 @@ dataset render car.zarr --output ci.zarr --key picture --size 8 --success none -
 dataset split a.zarr --output b.zarr c.zarr --share 0.5 --seed 1
 dataset merge b.zarr c.zarr --output d.zarr
 dataset repair d.zarr
+dataset instruct a.zarr --output told.zarr --instruction 'left=go left' --instruction 'go right' \
+    --instruction-encoder {{module}}:measure
 dataset convert d.zarr d.archive --output-format npz --observation desired_xy --action action --angles desired_xy:0
 dataset convert d.archive e.zarr --source-format npz
 train --dataset a.zarr --output r {SMALL} --observation desired_xy actual_xy --action action --angles \
@@ -160,6 +162,9 @@ class Window(gymnasium.Env):
         return self.observation_space.sample(), 0.0, True, False, {"is_success": True}
 
 gymnasium.register("tiny/Window-v0", Window)
+
+def measure(text):
+    return [len(text), text.count("l")]
 
 def score(observations, plans):
     return -np.abs(plans).sum(axis=(2, 3))

@@ -59,6 +59,18 @@ def test_modes_and_success_are_recorded_where_the_environment_knows_them(tmp_pat
     assert episodes[0].data.keys() == {"action", "actual_xy", "desired_xy"}
 
 
+def test_an_episode_is_told_the_instruction_that_stands_when_it_is_saved(tmp_path: Path) -> None:
+    attributes = {"instructions": ["swing up", "stay down"]}
+    with Recorder(gymnasium.make("Pendulum-v1"), tmp_path / "mine.zarr", attributes) as env:
+        swing(env, 0)
+        env.instruction = "stay down"
+        swing(env, 1)
+        env.instruction = "sit down"
+        with pytest.raises(StoreError, match="nearest known are: 'stay down'; 'swing up'"):
+            swing(env, 2)
+    assert EpisodeStore.open(tmp_path / "mine.zarr").episode_instructions() == [None, "stay down"]
+
+
 def test_an_episode_that_is_cut_off_is_dropped_unless_it_is_saved(tmp_path: Path) -> None:
     with Recorder(gymnasium.make("Pendulum-v1"), tmp_path / "mine.zarr") as env:
         swing(env, 0, steps=5)

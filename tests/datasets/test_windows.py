@@ -91,9 +91,9 @@ def test_one_episode_cannot_be_split() -> None:
 
 
 def test_windows_carry_the_mode_of_their_episode() -> None:
-    windows = Windows(DATA, ENDS, [0, 2], 2, 4, modes=np.array([1, 0, -1]))
-    assert windows.gather(torch.tensor([0, 3, 4, 10])).modes.tolist() == [1, 1, -1, -1]
-    assert Windows(DATA, ENDS, [0, 2], 2, 4).gather(torch.tensor([0])).modes is None
+    windows = Windows(DATA, ENDS, [0, 2], 2, 4, labels=np.array([1, 0, -1]))
+    assert windows.gather(torch.tensor([0, 3, 4, 10])).labels.tolist() == [1, 1, -1, -1]
+    assert Windows(DATA, ENDS, [0, 2], 2, 4).gather(torch.tensor([0])).labels is None
 
 
 def test_each_number_is_held_as_exactly_as_it_is_stored() -> None:
@@ -135,10 +135,10 @@ def test_data_lie_on_a_gpu_where_they_leave_room_for_the_training(monkeypatch: p
 @pytest.mark.gpu
 def test_batches_are_the_same_wherever_the_data_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     modes = np.array([1, 0, -1])
-    batches = [Windows(DATA, ENDS, [0, 1, 2], 2, 4, modes=modes).gather(np.arange(12))]
+    batches = [Windows(DATA, ENDS, [0, 1, 2], 2, 4, labels=modes).gather(np.arange(12))]
     for share, place in ((0.5, "cuda"), (0.0, "cpu")):
         monkeypatch.setattr("diffusion_policy.datasets.windows.DEVICE_SHARE", share)
-        windows = Windows(DATA, ENDS, [0, 1, 2], 2, 4, modes=modes, device="cuda")
+        windows = Windows(DATA, ENDS, [0, 1, 2], 2, 4, labels=modes, device="cuda")
         assert windows._data["state"].device.type == place
         batches.append(windows.gather(np.arange(12)))
         for mine, held in zip(batches[-1][:3], batches[0][:3], strict=True):
@@ -178,8 +178,8 @@ def test_a_stream_shows_every_window_once_in_a_pass_as_memory_does(
     store = make_store(tmp_path_factory.mktemp("stream") / "s.zarr", LENGTHS)
     horizons = observation_horizon, prediction_horizon
     modes = np.arange(9) % 4 - 1
-    held = hold_windows(store, KEYS, episodes, *horizons, modes=modes)
-    streamed = StreamedWindows(store, KEYS, episodes, *horizons, modes=modes, pool_bytes=pool)
+    held = hold_windows(store, KEYS, episodes, *horizons, labels=modes)
+    streamed = StreamedWindows(store, KEYS, episodes, *horizons, labels=modes, pool_bytes=pool)
     assert len(streamed) == len(held)
     size = min(size, len(held))
     batches = list(itertools.islice(streamed.batches(size, seed=5), len(held) // size))
@@ -191,7 +191,7 @@ def test_a_stream_shows_every_window_once_in_a_pass_as_memory_does(
     torch.testing.assert_close(torch.cat([batch.actions for batch in batches]), everything.actions[indices])
     states = torch.cat([batch.observations["state"] for batch in batches])
     torch.testing.assert_close(states, everything.observations["state"][indices])
-    assert torch.equal(torch.cat([batch.modes for batch in batches]), everything.modes[indices])
+    assert torch.equal(torch.cat([batch.labels for batch in batches]), everything.labels[indices])
 
 
 @pytest.mark.parametrize("pool", [None, 800])
@@ -289,7 +289,7 @@ def test_windows_are_held_in_memory_while_they_fit(tmp_path: Path) -> None:
     assert needed == sum(LENGTHS) * (3 * 4 + 8 + 40)  # float32 and float64
     for spared, kind in ((0, Windows), (1, StreamedWindows)):
         memory = needed - spared
-        made = load_windows(store, KEYS, range(9), 2, 8, device="cpu", modes=None, memory_bytes=memory)
+        made = load_windows(store, KEYS, range(9), 2, 8, device="cpu", labels=None, memory_bytes=memory)
         assert isinstance(made, kind)
     np.testing.assert_array_equal(episodes_within(store, KEYS, [4, 1, 7], 60 * 245), [4, 1])
     np.testing.assert_array_equal(episodes_within(store, KEYS, [4, 1, 7], 1), [4])

@@ -320,7 +320,7 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("by", [CONFIG, BY_TRANSFORMER], ids=["unet", "transformer"])
 def test_a_step_reads_no_number_from_the_device(precision: str, by: PolicyConfig) -> None:
     config = replace(by, condition_dropout=0.2, condition_on_mode=True)
-    windows = Windows(DATA, ENDS, [0, 1, 2], 2, 8, modes=np.array([0, 1, 0]))
+    windows = Windows(DATA, ENDS, [0, 1, 2], 2, 8, labels=np.array([0, 1, 0]))
     policy = DiffusionPolicy.for_data(config, DATA, ("a", "b"), {"state": (1,)})
     options = TrainConfig(steps=100, batch_size=32, accumulation=2, precision=precision)
     trainer, reads = Trainer.for_policy(policy, windows, None, options), Reads()
@@ -340,7 +340,7 @@ def test_a_step_never_waits_for_the_gpu(
 ) -> None:
     monkeypatch.setattr("diffusion_policy.datasets.windows.DEVICE_SHARE", share)
     config = replace(CONFIG, condition_dropout=0.2, condition_on_mode=True)
-    windows = Windows(DATA, ENDS, [0, 1, 2], 2, 8, modes=np.array([0, 1, 0]), device="cuda")
+    windows = Windows(DATA, ENDS, [0, 1, 2], 2, 8, labels=np.array([0, 1, 0]), device="cuda")
     policy = DiffusionPolicy.for_data(config, DATA, ("a", "b")).cuda()
     trainer = Trainer.for_policy(policy, windows, None, TrainConfig(steps=100, batch_size=32, precision=precision))
     trainer.run(should_stop=lambda: trainer.step == 2)  # warm up
@@ -416,7 +416,7 @@ def test_the_modes_of_the_windows_reach_the_network() -> None:
     config = replace(CONFIG, condition_on_mode=True)
     horizons = config.observation_horizon, config.prediction_horizon
     modes = np.array([1, 0, 1])
-    windows, validation = (Windows(DATA, ENDS, episodes, *horizons, modes=modes) for episodes in ([0, 1], [2]))
+    windows, validation = (Windows(DATA, ENDS, episodes, *horizons, labels=modes) for episodes in ([0, 1], [2]))
     policy = DiffusionPolicy.for_data(config, DATA, ("a", "b"))
     seen = []
     policy.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2][:, -2:]))

@@ -54,6 +54,9 @@ def print_tables(found: Mapping[str, Any]) -> None:
     )
     if found["modes"]:
         out.print("modes: " + ", ".join(f"{mode} {count}" for mode, count in found["modes"].items()))
+    for text, part in found["instructions"].items():
+        modes = ", ".join(f"{mode} {count}" for mode, count in part["modes"].items())
+        out.print(f"instruction {text!r}: {part['episodes']} episodes" + (f" ({modes})" if modes else ""))
     for name, value in found["attributes"].items():
         out.print(f"{name}: {json.dumps(value)}")
 
@@ -105,10 +108,28 @@ def inspect(store: EpisodeStore) -> dict[str, Any]:
             "median": float(np.median(lengths)),
         },
         "modes": {mode: modes[mode] for mode in (*store.modes, NONE) if mode in modes} if store.modes else {},
+        "instructions": count_instructions(store),
         "keys": keys,
         "left_out": left_out,
-        "attributes": {name: value for name, value in store.attributes.items() if name != "modes"},
+        "attributes": {
+            name: value for name, value in store.attributes.items() if name not in ("modes", "instructions")
+        },
     }
+
+
+def count_instructions(store: EpisodeStore) -> dict[str, Any]:
+    """Of each instruction, and of episodes without one: how many episodes, and how many of each mode. Empty in a store
+    without instructions."""
+    if not store.instructions:
+        return {}
+    pairs = Counter(zip(store.episode_instructions(), store.episode_modes(), strict=True))
+    found: dict[str, Any] = {}
+    for text in (*store.instructions, None):
+        of_text = {mode: count for (other, mode), count in pairs.items() if other == text}
+        if of_text:
+            modes = {mode: of_text[mode] for mode in store.modes if mode in of_text}
+            found[text or NONE] = {"episodes": sum(of_text.values()), "modes": modes}
+    return found
 
 
 def describe_key(store: EpisodeStore, key: str) -> dict[str, Any]:

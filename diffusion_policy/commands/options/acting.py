@@ -42,6 +42,9 @@ class ActingCommand(Command):
     action_horizon: Annotated[int | None, Group("control")] = field(default=None, kw_only=True)
     """Steps executed before planning again (Ta); by default that of the policy's training."""
     chunking: Annotated[ChunkingConfig, Group("control")] = field(default_factory=ChunkingConfig, kw_only=True)
+    instruction_encoder: Annotated[str | None, Group("control")] = field(default=None, kw_only=True)
+    """Function, as module:function, that makes the embedding of an --instruction that is new to the policy: that by
+    which its dataset was instructed. The module may lie in the working directory."""
     workers: Annotated[int, Group("simulation")] = field(default_factory=available_cores, kw_only=True)
     """Processes that simulate; the result is the same for any number."""
     device: Annotated[str, Group("")] = field(default="auto", kw_only=True)

@@ -68,6 +68,32 @@ class Convert(Command):
 
 
 @dataclass(frozen=True)
+class Instruct(Command):
+    """Give the episodes of a dataset instructions, texts that say what is to be done, in a copy. A policy that is
+    trained with --condition-on-instruction is then told by such a text what to do."""
+
+    program: ClassVar[str] = "diffusion_policy.commands.dataset.instruct"
+
+    store: Store
+    """Dataset to copy, of any format that convert reads."""
+    output: Path
+    """Store to create."""
+    instruction: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """The instruction of the episodes of one mode, as MODE=text, or, as text alone, of all other episodes; can be said
+    several times. Episodes without one keep the instruction that they have."""
+    instruction_encoder: str | None = None
+    """Function, as module:function, that makes a row of numbers of a text, such as a sentence encoder. The store keeps
+    what it gives for each instruction, so that a policy that learns from it needs no encoder for these. The module may
+    lie in the working directory."""
+
+    def __post_init__(self) -> None:
+        if not self.instruction and self.instruction_encoder is None:
+            raise ConfigError(
+                "dataset instruct needs an --instruction, or an --instruction-encoder for those there are"
+            )
+
+
+@dataclass(frozen=True)
 class Merge(Command):
     """Join stores into a new one, one after the other: those of several collectors, of recorded rollouts too."""
 
@@ -208,6 +234,7 @@ OF_DATASETS: dict[str, type[Command]] = {
     "inspect": Inspect,
     "validate": Validate,
     "convert": Convert,
+    "instruct": Instruct,
     "merge": Merge,
     "split": Split,
     "repair": Repair,

@@ -29,7 +29,9 @@ class Study(ActingCommand):
     join plans, against the control steps that planning takes, with commitment and jerk too; chunking.html. networks:
     the checkpoint and others --beside it, such as other networks, objectives and training seeds, with parameters and
     training time; networks.html. students: the same, with the checkpoint as the teacher, in few steps too, and how
-    often a student comes to its mode; students.html. All print a table and keep what is done in results.json at every
+    often a student comes to its mode; students.html. instructions: what a policy that was trained with
+    --condition-on-instruction does when it is told each instruction, and whether that was asked; instructions.html. All
+    print a table and keep what is done in results.json at every
     moment. Episodes that could not be run are counted; where none could be run, it says why, and the study goes on.
     """
 
@@ -37,7 +39,9 @@ class Study(ActingCommand):
 
     output: Path
     """Folder of this study."""
-    what: tyro.conf.Positional[Literal["samplers", "chunking", "networks", "students"]] = field(kw_only=True)
+    what: tyro.conf.Positional[Literal["samplers", "chunking", "networks", "students", "instructions"]] = field(
+        kw_only=True
+    )
     """What the study varies."""
     beside: tuple[Path, ...] = ()
     """With networks and students: checkpoints of other policies for the same environment. Those that differ in their
@@ -56,8 +60,15 @@ class Study(ActingCommand):
     students, of the teacher beside its usual ones, 1, 2 and 4."""
     mode: str | None = None
     """Steer a policy that was trained with --condition-on-mode to this mode."""
+    instruction: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """With instructions: what the policy is told, by default each instruction that it was trained on; can be said
+    several times. As MODE=text it says which mode a text asks for that no demonstration has. With the other studies, at
+    most one."""
     guidance: float = 0.0
     """Weight of classifier-free guidance, as in evaluate."""
+    guidances: tuple[float, ...] = ()
+    """With instructions: weights of guidance, side by side; by default 0, and 1 and 3 for a policy that was trained
+    with --condition-dropout."""
     episodes: Annotated[int, Group("episode")] = 100
     """Episodes for each sampler and number of steps, the same seeds each time."""
     seed: int = FIRST_TEST_SEED
@@ -79,11 +90,32 @@ class Study(ActingCommand):
             raise ConfigError("study networks takes each policy in its own steps; --steps is for the other studies")
         if self.beside and self.what in ("samplers", "chunking"):
             raise ConfigError(f"study {self.what} is of one checkpoint; --beside is for networks and students")
+        self._check_instructions()
         if not self.samplers:
             raise ConfigError(f"name at least one of the samplers {', '.join(get_args(SamplerName))}")
         for name in self.samplers:
             for steps in self.steps or (1,):
                 self.sampling(name, steps)
+
+    def _check_instructions(self) -> None:
+        """Raise ConfigError for instructions and weights that this study does not take."""
+        if self.what == "instructions" and (self.guidance or self.mode):
+            raise ConfigError("study instructions takes its weights from --guidances, and steers to no --mode")
+        if self.what != "instructions" and (self.guidances or len(self.instruction) > 1):
+            raise ConfigError(f"study {self.what} tells a policy one --instruction, under one --guidance")
+        if len(set(self.guidances)) < len(self.guidances):
+            raise ConfigError(f"guidances must be different numbers; got {self.guidances}")
+        for weight in self.guidances:
+            SampleConfig(guidance=weight)
+
+    @property
+    def texts(self) -> dict[str, str | None]:
+        """What the policy is told, and the mode that each text asks for, where that is said."""
+        texts = {}
+        for said in self.instruction:
+            mode, equals, text = said.partition("=")
+            texts[text if equals else said] = mode if equals else None
+        return texts
 
     @property
     def seeds(self) -> range:
@@ -109,4 +141,5 @@ class Study(ActingCommand):
 
     def sampling(self, name: SamplerName, steps: int | None) -> SampleConfig:
         """How one sampler draws at one number of steps; raises ConfigError where it cannot."""
-        return SampleConfig(name, steps, mode=self.mode, guidance=self.guidance)
+        told = next(iter(self.texts), None) if self.what != "instructions" else None
+        return SampleConfig(name, steps, mode=self.mode, guidance=self.guidance, instruction=told)

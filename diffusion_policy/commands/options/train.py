@@ -158,10 +158,11 @@ def to_fields(options: Mapping[str, Any], source: object) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def to_options(train: Train, fingerprint: str, modes: Sequence[Any] = ()) -> dict[str, Any]:
-    """What a training is told, as JSON; `fingerprint`: that of its rows; `modes`: what it learns of modes."""
-    if modes:
-        fingerprint = hashlib.sha256(json.dumps([fingerprint, *modes]).encode()).hexdigest()
+def to_options(train: Train, fingerprint: str, labels: Sequence[Any] = ()) -> dict[str, Any]:
+    """What a training is told, as JSON; `fingerprint`: that of its rows; `labels`: what it learns of modes or
+    instructions."""
+    if labels:
+        fingerprint = hashlib.sha256(json.dumps([fingerprint, *labels]).encode()).hexdigest()
     return {
         "dataset": {"location": absolute(train.dataset), "fingerprint": fingerprint},
         **{name: to_json(getattr(train, name)) for name in KEPT},
