@@ -101,9 +101,11 @@ class Demonstrator:
     def _run(self, seed: int) -> Demonstration:
         env = self._env
         modes = env.get_wrapper_attr("modes")
-        expert = self._make_expert(modes[seed % len(modes)] if modes else None)
         rng = disturbance_generator(seed)
         observation, info = env.reset(seed=seed)
+        if env.has_wrapper_attr("modes_that_solve"):  # of a goal that the episode begins with
+            modes = env.get_wrapper_attr("modes_that_solve")(observation)
+        expert = self._make_expert(modes[seed % len(modes)] if modes else None)
         observations, actions = [_copy(observation)], []
         for _ in range(self._most_steps):
             action = _require_action(expert.act(observation), env.action_space)
