@@ -20,6 +20,9 @@ from diffusion_policy.basics.text import error_line_with_place, error_message
 from diffusion_policy.datasets.demonstration import Demonstration
 from diffusion_policy.datasets.store import EpisodeStore
 
+MOST_HELD_BYTES = 2**26
+"""So many bytes of finished episodes, which images come to soon, are written at once."""
+
 
 class DemonstratorError(ValueError):
     """An environment and an expert of which no demonstration can be made."""
@@ -101,9 +104,11 @@ class Demonstrator:
     def _run(self, seed: int) -> Demonstration:
         env = self._env
         modes = env.get_wrapper_attr("modes")
-        expert = self._make_expert(modes[seed % len(modes)] if modes else None)
         rng = disturbance_generator(seed)
         observation, info = env.reset(seed=seed)
+        if env.has_wrapper_attr("modes_that_solve"):  # of a goal that the episode begins with
+            modes = env.get_wrapper_attr("modes_that_solve")(observation)
+        expert = self._make_expert(modes[seed % len(modes)] if modes else None)
         observations, actions = [_copy(observation)], []
         for _ in range(self._most_steps):
             action = _require_action(expert.act(observation), env.action_space)
@@ -184,9 +189,9 @@ def collect(
     it holds as many.
 
     Failures are left out. Finished episodes are committed as soon as that keeps the time spent on writing at about
-    `writing_share` of all: slow episodes one by one, fast ones some at a time. It ends early when `should_stop`; that,
-    an error or Ctrl-C keeps what has finished. Raises ValueError, before an episode is begun, for what cannot be, and
-    when, after a hundred attempts, fewer than one in ten has succeeded.
+    `writing_share` of all: slow episodes one by one, fast ones some at a time, but images before they fill the memory.
+    It ends early when `should_stop`; that, an error or Ctrl-C keeps what has finished. Raises ValueError, before an
+    episode is begun, for what cannot be, and when, after a hundred attempts, fewer than one in ten has succeeded.
     """
     _check_arguments(episodes, first_seed, writing_share)
     missing = episodes - len(store.episode_ends)
@@ -226,9 +231,10 @@ class _Finished:
         self._episodes.append(episode)
 
     def commit_if_due(self) -> None:
-        """Commit, where the time spent on writing stays at about its share of all."""
+        """Commit, where the time spent on writing stays at about its share of all, or the memory is needed."""
         started = monotonic()
-        if self._episodes and started >= self._due:
+        held = sum(rows.nbytes for episode in self._episodes for rows in episode.data.values())
+        if self._episodes and (started >= self._due or held >= MOST_HELD_BYTES):
             self.commit()
             self._due = monotonic() + (monotonic() - started) / self._writing_share
 

@@ -17,7 +17,7 @@ import gymnasium
 import numpy as np
 
 from diffusion_policy.basics.names import MOST_CHARACTERS, is_label
-from diffusion_policy.envs.scene import Scene
+from diffusion_policy.envs.scene import Place, Scene
 from diffusion_policy.envs.spaces import EnvSpecError, observed_space
 
 Observations = Mapping[str, np.ndarray]
@@ -49,6 +49,14 @@ class Drawable(Protocol):
 
     def planned_path(self, observation: Observations, actions: np.ndarray) -> np.ndarray:
         """Where actions (..., steps, A) would lead from one observation on, (..., steps + 1, 2)."""
+        ...
+
+
+class Placing(Drawable, Protocol):
+    """Has episodes that each want something of their own, which no scene of all of them shows."""
+
+    def places(self, observation: Observations) -> tuple[Place, ...]:
+        """What the episode that observes this wants, to be drawn into the scene."""
         ...
 
 
@@ -142,6 +150,11 @@ def as_pictured(env: gymnasium.Env) -> Pictured | None:
     """As `as_drawable`, where the plane can also be found in the picture."""
     task = as_drawable(env)
     return cast(Pictured, task) if _takes(task, "pixels", 1) else None
+
+
+def places_of(plane: Drawable, observation: Observations) -> tuple[Place, ...]:
+    """What the episode that observes this wants for itself, where the plane says so."""
+    return cast(Placing, plane).places(observation) if _takes(plane, "places", 1) else ()
 
 
 def as_pushable(env: gymnasium.Env) -> Pushable | None:

@@ -16,45 +16,30 @@ import numpy as np
 
 from diffusion_policy.envs.cameras import IMAGE, require_image_size
 from diffusion_policy.envs.protocols import Grip, Push
-from diffusion_policy.envs.scene import Scene
+from diffusion_policy.envs.push_t_block import (
+    BARS,
+    CENTER_OF_GRAVITY_Y,
+    FIXED_GOAL,
+    SIZE,
+    checked_goal,
+    draw_goal,
+    goal_place,
+    keypoints,
+)
+from diffusion_policy.envs.scene import Place, Scene
 from diffusion_policy.envs.task import Advance, TaskEnv, float_box, path_through, rendering
 
-SIZE = 512
-"""The plane is a square of this width [px]; walls stand 5 px inside its edges."""
 CONTROL_PERIOD = 0.1
 """[s]"""
 EPISODE_STEPS = 300
 """Control steps after which Gymnasium's time limit ends an episode."""
 SUCCESS_COVERAGE = 0.95
 """Success is more than this share of the outline covered."""
+GOALS = ("fixed", "random")
+"""The published goal, or one for each episode."""
 PICTURE_SIZE = 480
 """Width and height of `render`'s picture [px]."""
 
-KEYPOINTS = np.array(
-    [
-        (9.26979, 90.04097),
-        (-60.98347, -1.18673),
-        (60.91276, -1.39336),
-        (-0.27050, 25.54363),
-        (-14.06493, 122.81585),
-        (39.00274, 32.85740),
-        (-39.96642, 32.72966),
-        (-16.82434, 62.86318),
-        (23.54146, -1.70029),
-    ]
-)
-"""The nine keypoints in the block's own frame, (9, 2) [px], found by turning the published `data/keypoint` back by
-`data/state`. They agree to 2e-5 px where nothing touches the block; where it overlaps with the agent, the recorded
-ones lie up to 2 px ahead (0.03 px in 99 % of all steps): they were taken a moment later, on the block's way out."""
-
-CORNERS = np.array([(-60, 0), (60, 0), (60, 30), (15, 30), (15, 120), (-15, 120), (-15, 30), (-60, 30)])
-"""The block's outline in its own frame, (8, 2) [px]."""
-BARS = np.array([[(-60, 0), (60, 30)], [(-15, 0), (15, 120)]])
-"""The lower and upper corners of its two bars, (2, 2, 2) [px]."""
-GOAL_POSITION, GOAL_ANGLE = np.array([256.0, 256.0]), np.pi / 4
-"""Where the block's origin shall be [px], and how it shall be turned [rad]."""
-CENTER_OF_GRAVITY_Y = 45.0
-"""The centre of gravity lies at (0, 45) in the block's own frame [px]."""
 HAND_SPEED, HAND_FORCE = 200.0, 1e5
 """Of a hand that pushes the block of mass 1, at most [px/s] and [px/s^2]. The engine's damping stops the block at each
 of its steps of 0.01 s, so a fifth of this force is what that speed takes."""
@@ -63,24 +48,6 @@ HAND_REACH = 10.0
 REACH = 200.0
 """The block's origin cannot be pushed farther than this beyond the plane [px]: the T reaches 121 px from its origin,
 the agent's radius is 15 px, and a contact throws the block by 19 px at most."""
-
-
-def place(points: np.ndarray, position: np.ndarray, angle: np.ndarray | float) -> np.ndarray:
-    """Where points (n, 2) [px] of the block lie when it is at `position` (..., 2) [px], turned by `angle` (...) [rad]:
-    (..., n, 2) [px]."""
-    cos, sin = np.cos(angle), np.sin(angle)
-    turned_back = np.stack([np.stack([cos, sin], -1), np.stack([-sin, cos], -1)], -2)  # (..., 2, 2), for row vectors
-    return points @ turned_back + position[..., None, :]
-
-
-def keypoints(state: np.ndarray) -> np.ndarray:
-    """Where the nine keypoints of the block lie, (..., 9, 2) [px], in states (..., 5)."""
-    state = np.asarray(state)
-    return place(KEYPOINTS, state[..., 2:4], state[..., 4])
-
-
-GOAL = tuple(map(tuple, place(CORNERS, GOAL_POSITION, GOAL_ANGLE).tolist())), "lightgreen"
-"""The goal's outline, as `Scene` takes it."""
 
 
 def published_start(seed: int) -> np.ndarray:
@@ -113,42 +80,49 @@ class SavedState(NamedTuple):
     """As handed to the simulator, (5,)."""
     actions: tuple[tuple[np.ndarray, Push | None], ...]
     """Since then, each (2,) [px], and how the block was pushed by hand meanwhile."""
+    goal: np.ndarray
+    """(3,)"""
 
 
 class PushTEnv(TaskEnv):
     """Observation: `state` (5,), as the module says, the angle in [0, 2 pi), and `keypoint` (9, 2) [px], both as in the
-    published dataset; `image` where it is asked for. Action: where the agent shall go, (2,) [px], absolute. Reward:
-    clip(coverage / 0.95, 0, 1). The episode ends at success, more than 95 % of the outline covered.
+    published dataset; with random goals `goal` (3,), where the block's origin shall be [px] and its angle, as the last
+    three numbers of `state` say where it is; `image` where it is asked for. Action: where the agent shall go, (2,)
+    [px], absolute. Reward: clip(coverage / 0.95, 0, 1). The episode ends at success, more than 95 % of the outline
+    covered.
 
     `info["measures"]`: `score`, the highest reward of the episode so far, and `final_coverage`, the present coverage.
     `reset(seed=...)` begins as the published tests do (`published_start`), `reset(options={"state": ...})` in a state
-    (5,), exactly.
+    (5,), exactly; `reset(options={"goal": ...})` wants a goal (3,) that is not drawn.
     """
 
     metadata = rendering(CONTROL_PERIOD)
     modes = ()
     """Unknown: in how many ways a T can be pushed home is not settled."""
-    scene = Scene((0, SIZE), (SIZE, 0), places=(GOAL,), unit="px")
-    """The plane with the goal's outline; y_range falls because y points down."""
-    pose_keys = ("state",)
     _unit = "px"
 
-    def __init__(self, render_mode: str | None = None, *, image_size: int | None = 0) -> None:
-        """`image_size`: width and height of the image that is observed [px], 0 for none; the published one has 96.
-        Raises ValueError where gym-pusht is not installed or cannot be loaded."""
+    def __init__(self, render_mode: str | None = None, *, goal: str = "fixed", image_size: int | None = 0) -> None:
+        """`goal`: "fixed", the published one, or "random", another for each episode; `image_size`: width and height of
+        the image that is observed [px], 0 for none; the published one has 96. Raises ValueError where gym-pusht is not
+        installed or cannot be loaded."""
         image_size = require_image_size(image_size)
+        if goal not in GOALS:
+            raise ValueError(f"unknown goal {goal!r}; choose from {', '.join(GOALS)}")
         super().__init__(render_mode)
         block = np.full(2, -REACH)
         corner = np.full((9, 2), -REACH - 124)  # no keypoint is farther from the block's origin
-        self.observation_space = gymnasium.spaces.Dict(
-            {
-                "state": float_box([0, 0, *block, 0], [SIZE, SIZE, *(SIZE - block), 2 * np.pi]),
-                "keypoint": float_box(corner, SIZE - corner),
-            }
-        )
+        spaces: dict[str, gymnasium.Space] = {
+            "state": float_box([0, 0, *block, 0], [SIZE, SIZE, *(SIZE - block), 2 * np.pi]),
+            "keypoint": float_box(corner, SIZE - corner),
+        }
+        self.goal = goal
+        if goal == "random":
+            spaces["goal"] = float_box([0, 0, 0], [SIZE, SIZE, 2 * np.pi])
+        self.pose_keys = ("state", "goal") if goal == "random" else ("state",)
+        self.observation_space = gymnasium.spaces.Dict(spaces)
         self.action_space = gymnasium.spaces.Box(0, SIZE, (2,), np.float32)
         self._simulation = _simulation("human" if self._window else "rgb_array")
-        self._start = np.zeros(5)
+        self._start, self._goal = np.zeros(5), FIXED_GOAL
         self._actions: list[tuple[np.ndarray, Push | None]] = []
         self._push: Push | None = None
         self._score = 0.0
@@ -156,18 +130,28 @@ class PushTEnv(TaskEnv):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         """Put agent and block at rest: in `options["state"]`, or where the published protocol puts them for `seed`
-        (without one, for a seed that the environment's own generator draws).
+        (without one, for a seed that the environment's own generator draws). A random goal is `options["goal"]`, or
+        drawn for `seed`.
 
-        Raises ValueError when the state is not five finite numbers, or agent or block lie outside the plane.
+        Raises ValueError when the state is not five finite numbers, or agent or block lie outside the plane, for a goal
+        that is none, and for one of an environment whose goal is fixed.
         """
         super().reset(seed=seed)
-        if options is not None and "state" in options:
+        options = options or {}
+        if "state" in options:
             start = start_for(_checked_state(options["state"]))
         else:
             start = published_start(int(self.np_random.integers(2**31)) if seed is None else seed)
-        self._begin(start)
+        self._begin(start, self._choose_goal(options))
         info = self._info(self._simulation._get_coverage())
         return self._observation(), info
+
+    def _choose_goal(self, options: Mapping[str, Any]) -> np.ndarray:
+        if self.goal == "random":
+            return checked_goal(options["goal"]) if "goal" in options else draw_goal(self.np_random)
+        if "goal" in options:
+            raise ValueError("the goal is fixed; make the environment with goal='random' to give one to reset")
+        return FIXED_GOAL
 
     def _advance(self, action: np.ndarray) -> Advance:
         """Lead the agent towards `action`, (2,) [px]; what lies outside the plane is moved to its edge."""
@@ -178,9 +162,10 @@ class PushTEnv(TaskEnv):
         info = self._info(coverage)
         return Advance(self._observation(), _reward(coverage), info["is_success"], info)
 
-    def _begin(self, start: np.ndarray) -> None:
+    def _begin(self, start: np.ndarray, goal: np.ndarray) -> None:
         self._simulation._last_action = None  # else the first picture shows the cross of the last episode
         self._simulation.reset(options={"reset_to_state": start})  # builds all anew, so no trace is left
+        self._simulation.goal_pose, self._goal = goal.copy(), goal
         self._start, self._actions, self._score, self._push = start, [], 0.0, None
 
     def _lead(self, action: np.ndarray, push: Push | None) -> float:
@@ -194,7 +179,8 @@ class PushTEnv(TaskEnv):
     def _observation(self) -> dict[str, np.ndarray]:
         state = self._simulation.get_obs()
         named = {"state": state.astype(np.float32), "keypoint": keypoints(state).astype(np.float32)}
-        return named | self._images()
+        wanted = {"goal": self._goal.astype(np.float32)} if self.goal == "random" else {}
+        return named | wanted | self._images()
 
     def _photograph(self, size: int) -> np.ndarray:
         """The published image: agent, block and outline, without the cross that `render` draws at the last action."""
@@ -207,21 +193,22 @@ class PushTEnv(TaskEnv):
 
     def save_state(self) -> SavedState:
         """All that the future depends on; may be pickled, and restored in another process."""
-        return SavedState(self._start, tuple(self._actions))
+        return SavedState(self._start, tuple(self._actions), self._goal)
 
     def restore_state(self, state: SavedState) -> None:
         """Go back to a saved state; takes as long as the steps that led there."""
-        self._begin(state.start)
+        self._begin(state.start, state.goal)
         for action, push in state.actions:
             self._lead(action, push)
 
     def pose(self, observation: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Put agent and block where `state` (5,) of an observation says, to be looked at; raises ValueError for what is
-        no state."""
+        """Put agent and block where `state` (5,) of an observation says, and a random goal where `goal` says, to be
+        looked at; raises ValueError for what is no state."""
         state = np.asarray(observation["state"], dtype=np.float64)
         if state.shape != (5,) or not np.isfinite(state).all():
             raise ValueError(f"a state is five finite numbers; got {state}")
-        self._begin(start_for(state))  # a step of physics follows there, which is taken back here
+        goal = checked_goal(observation["goal"]) if self.goal == "random" else FIXED_GOAL
+        self._begin(start_for(state), goal)  # a step of physics follows there, which is taken back here
         simulation = self._simulation
         simulation.agent.position, simulation.block.angle = tuple(state[:2].tolist()), float(state[4])
         simulation.block.position = tuple(state[2:4].tolist())  # after the angle, about which it would turn away
@@ -271,6 +258,17 @@ class PushTEnv(TaskEnv):
     def planned_path(self, observation: Mapping[str, np.ndarray], actions: np.ndarray) -> np.ndarray:
         """From the agent through the targets `actions` (..., steps, 2), (..., steps + 1, 2) [px]."""
         return path_through(observation["state"][:2], actions)
+
+    @property
+    def scene(self) -> Scene:
+        """The plane with the goal's outline, where that is the same in all episodes; y_range falls because y points
+        down."""
+        places = (goal_place(FIXED_GOAL),) if self.goal == "fixed" else ()
+        return Scene((0, SIZE), (SIZE, 0), places=places, unit="px")
+
+    def places(self, observation: Mapping[str, np.ndarray]) -> tuple[Place, ...]:
+        """The outline of the goal of the episode that observes this, where it has one of its own."""
+        return (goal_place(np.asarray(observation["goal"], np.float64)),) if self.goal == "random" else ()
 
     def pixels(self, xy: np.ndarray) -> np.ndarray:
         """Where points (..., 2) of the plane lie in the picture, (..., 2) [px], column and row."""

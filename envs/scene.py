@@ -2,6 +2,9 @@
 
 from typing import NamedTuple
 
+Place = tuple[tuple[tuple[float, float], ...], str]
+"""Where something shall be: the corners (x, y) of a polygon, and its colour."""
+
 
 class Scene(NamedTuple):
     """Shapes in the plane, seen from above, x to the right and y up (down, where `y_range` falls)."""
@@ -12,6 +15,5 @@ class Scene(NamedTuple):
     """Obstacles: centre x, centre y, radius."""
     finish_y: float | None = None
     """The goal is everything above this line."""
-    places: tuple[tuple[tuple[tuple[float, float], ...], str], ...] = ()
-    """Where something shall be: the corners (x, y) of a polygon, and its colour."""
+    places: tuple[Place, ...] = ()
     unit: str = "m"

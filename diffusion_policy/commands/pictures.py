@@ -19,7 +19,7 @@ from diffusion_policy.commands.policy_in_env import PolicyInEnv, choose_modes
 from diffusion_policy.commands.seen_again import list_sights, see_again
 from diffusion_policy.commands.stores import open_recorded
 from diffusion_policy.config import SampleConfig
-from diffusion_policy.envs.protocols import Drawable, as_drawable, as_pictured
+from diffusion_policy.envs.protocols import Drawable, as_drawable, as_pictured, places_of
 from diffusion_policy.evaluation.engines import imap
 from diffusion_policy.evaluation.episode import Episode
 from diffusion_policy.policy import DiffusionPolicy
@@ -146,7 +146,8 @@ def _fan(loaded: PolicyInEnv, episode: Episode, plane: Drawable, sampling: Sampl
     paths = draw_plans(loaded.policy, seen, plane, steps, count=FAN_PLANS, sampling=sampling)
     moments = [Moment(step, np.stack([as_path(one) for one in path])) for step, path in paths.items()]
     xy = as_path(plane.path(episode.observations))
-    return Fan(episode.seed, episode.repeat, episode.mode, episode.success, xy, moments)
+    places = places_of(plane, {key: rows[0] for key, rows in episode.observations.items()})
+    return Fan(episode.seed, episode.repeat, episode.mode, episode.success, xy, moments, places)
 
 
 def _demonstrated_paths(loaded: PolicyInEnv, plane: Drawable) -> list[PlanePath]:

@@ -54,6 +54,8 @@ class Fan(NamedTuple):
     xy: np.ndarray
     """(steps + 1, 2), in the scene's unit."""
     moments: Sequence[Moment]
+    places: Sequence[tuple[Sequence[tuple[float, float]], str]] = ()
+    """What this episode alone wants: the corners (x, y) of polygons in the scene's unit, and their colours."""
 
 
 class Video(NamedTuple):
@@ -224,11 +226,16 @@ def to_svg_units(scene: SceneLike) -> dict[str, Any]:
         "height": plane.height,
         "finish_y": None if scene.finish_y is None else place(0, scene.finish_y)["y"],
         "circles": [{**place(x, y), "radius": round(radius * plane.scale)} for x, y, radius in scene.circles],
-        "places": [
-            {"points": plane.points(np.array(corners)), "color": matplotlib.colors.to_hex(color)}
-            for corners, color in scene.places
-        ],
+        "places": _to_polygons(plane, scene.places),
     }
+
+
+def _to_polygons(plane: Plane, places: Sequence[tuple[Sequence[tuple[float, float]], str]]) -> list[dict[str, str]]:
+    """Where something shall be, in SVG units."""
+    return [
+        {"points": plane.points(np.array(corners)), "color": matplotlib.colors.to_hex(color)}
+        for corners, color in places
+    ]
 
 
 def _page_data(results: Mapping[str, Any], pictures: Pictures, colors: Mapping[str, str]) -> dict[str, Any]:
@@ -258,6 +265,7 @@ def _page_data(results: Mapping[str, Any], pictures: Pictures, colors: Mapping[s
                 "mode": fan.mode or NONE,
                 "outcome": _outcome(fan.success),
                 "path": plane.points(fan.xy),
+                "places": _to_polygons(plane, fan.places),
                 "moments": [
                     {"step": moment.step, "plans": [plane.points(plan) for plan in moment.plans]}
                     for moment in fan.moments

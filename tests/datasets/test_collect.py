@@ -89,6 +89,26 @@ def test_an_interrupt_keeps_what_has_finished(tmp_path: Path) -> None:
     assert seeds.tolist() == [1, 2, 4, 5]
 
 
+def test_large_episodes_are_written_before_they_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long writing has taken before."""
+    written: list[int] = []
+    append = EpisodeStore.append
+
+    def slow(self: EpisodeStore, episodes: list[Demonstration]) -> None:
+        written.append(len(episodes))
+        append(self, episodes)
+
+    monkeypatch.setattr(EpisodeStore, "append", slow)
+    size = sum(rows.nbytes for rows in fake(1).data.values())
+    for most, expected in ((3 * size, [1, 3, 3]), (2**30, [1, 6])):
+        monkeypatch.setattr("diffusion_policy.datasets.collect.MOST_HELD_BYTES", most)
+        written.clear()
+        collect(new_store(tmp_path / f"{most}.zarr"), make_fake, 7, 0, writing_share=1e-9)
+        assert [count for count in written if count] == expected
+
+
 def test_an_expert_that_always_fails_does_not_run_for_ever(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="only 0 of 100 episodes succeeded"):
         collect(new_store(tmp_path / "store.zarr"), lambda: always_failing, 5, 0)

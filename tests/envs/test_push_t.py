@@ -11,7 +11,8 @@ from gymnasium.utils.env_checker import check_env
 
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs.protocols import Push
-from diffusion_policy.envs.push_t import CORNERS, HAND_SPEED, PICTURE_SIZE, PushTEnv, keypoints, place, published_start
+from diffusion_policy.envs.push_t import HAND_SPEED, PICTURE_SIZE, PushTEnv, published_start
+from diffusion_policy.envs.push_t_block import CORNERS, keypoints, place
 
 pytest.importorskip("gym_pusht", reason="gym-pusht is not installed (the extra `pusht`)")
 import shapely

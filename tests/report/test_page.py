@@ -41,7 +41,8 @@ def fan_of(path: PlanePath) -> Fan:
         Moment(step, np.stack([path.xy[step] + [[0, 0], [0.1 * i, 0.2], [0.2 * i, 0.3]] for i in range(-3, 4)]))
         for step in (0, 20, 40)
     ]
-    return Fan(path.seed or 0, path.repeat, path.mode, path.success, path.xy, moments)
+    wanted = [(((0, 0), (0.1, 0), (0.1, 0.1)), "lightgreen")] * path.repeat
+    return Fan(path.seed or 0, path.repeat, path.mode, path.success, path.xy, moments, wanted)
 
 
 def pictures() -> Pictures:
@@ -203,7 +204,9 @@ def test_the_slider_moves_the_sampled_sequences_along_the_episode(open_page: Cal
 
     page.locator("#close-up").check()
     assert page.locator("#fan").get_attribute("viewBox") != "0 0 1000 1000"
+    assert page.locator("#wanted polygon").count() == 0
     page.locator("#fan-episode").select_option(label="100, repeat 1: left-far, success")
+    assert page.locator("#wanted polygon").get_attribute("fill") == "#90ee90"
     assert drawn()[2] == "step 0 (0.00 s) of 59, plan 1 of 3"
     assert page.locator("#rest").get_attribute("points") != all_of_the_first
     assert complaints == []
