@@ -166,7 +166,7 @@ OTHERS: dict[type, dict[str, Any]] = {
 FIELDS = [(kind, name) for kind, values in OTHERS.items() for name in values]
 RUN = {
     "observation": ("pose", "xy"), "action": ("a", "b"), "angles": ("pose:2",), "device": "cpu",
-    "tracker": ("tensorboard",), "env": "a/B-v0", "env_kwargs": '{"rows": 1}',
+    "tracker": ("tensorboard",), "env": "a/B-v0", "env_kwargs": '{"rows": 1}', "image_size": 32,
 }  # fmt: skip
 """The same of what a training is told beside them."""
 

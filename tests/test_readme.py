@@ -66,6 +66,7 @@ def has_code(page: str) -> bool:
 SMALL = "--widths 16 32 --groups 4 --level-dim 16 --noise-levels 20 --steps 2 --batch-size 16 --device cpu"
 SMALL_TRANSFORMER = SMALL.replace("--widths 16 32 --groups 4", "--width 16 --layers 2 --heads 2")
 SHORT = "--env-kwargs '{\"max_episode_steps\": 10}'"
+IMAGES = '{"image_size": 96, "max_episode_steps": 10}'
 MINIATURE = {
     "collect": "--episodes 4 --workers 1",
     "train": SMALL,
@@ -143,6 +144,8 @@ def run_command(command: str) -> None:
             added = added.replace("--steps 1", "")
         words += shlex.split(added)
         words += shlex.split("--pairs 40 --teacher-steps 4" if "pairs" in words else "")
+        if "runs/image_policy" in words and verb == "evaluate":
+            words += ["--env-kwargs", IMAGES]
     if verb in LEFT and Path(LEFT[verb]).exists():
         parse(words)
         shutil.copytree(LEFT[verb], words[words.index("--output") + 1])

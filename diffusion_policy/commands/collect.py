@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 
 import gymnasium
 
-from diffusion_policy.commands.environment import describe_episodes, make_env_spec, say_cap, signal_flags
+from diffusion_policy.commands.environment import (
+    choose_wrappers,
+    describe_episodes,
+    make_env_spec,
+    say_cap,
+    signal_flags,
+    with_images,
+)
 from diffusion_policy.commands.interrupts import ONE_PRESS, Interrupted, hearing
 from diffusion_policy.commands.options.acting import parse_env_kwargs
 from diffusion_policy.commands.options.collect import Collect
@@ -38,6 +45,8 @@ class Settings(NamedTuple):
     noise: float = 0.4
     expert: str | None = None
     signals: SuccessAndModes = SuccessAndModes()
+    wrappers: tuple[dict[str, Any], ...] = ()
+    """Around the environment: that which gives the image of one that is not ours."""
 
 
 def run(options: Collect) -> None:
@@ -48,7 +57,7 @@ def run(options: Collect) -> None:
         store = EpisodeStore.append_to(options.resume, options.sync) if options.resume else None
         settings = choose_settings(options, store)
         wanted = settings.episodes
-        make_env = make_env_spec(settings.env, settings.env_kwargs, settings.signals)
+        make_env = make_env_spec(settings.env, settings.env_kwargs, settings.signals, settings.wrappers)
         with closing_quietly(make_env()) as env:
             make_expert = find_expert(settings)
             say_cap(settings.env, env)
@@ -120,13 +129,13 @@ def say_held(store: EpisodeStore, settings: Settings) -> str:
 
 def choose_settings(options: Collect, store: EpisodeStore | None) -> Settings:
     """What was asked for, completed by what the store says; raises ConfigError where the two differ."""
-    asked = {name: getattr(options, name) for name in Settings._fields if getattr(options, name) is not None}
+    asked = {name: value for name in Settings._fields if (value := getattr(options, name, None)) is not None}
     if options.env_kwargs is not None:
         asked["env_kwargs"] = parse_env_kwargs(options.env_kwargs)
     if not options.signals.given:
         del asked["signals"]
     if store is None:
-        return Settings(**asked)
+        return observe_image(Settings(**asked), options.image_size)
     stored = read_settings(store)
     signals = stored["signals"]
     from_file = [stored[name] for name in ("env", "expert") if name not in asked]
@@ -145,6 +154,14 @@ def choose_settings(options: Collect, store: EpisodeStore | None) -> Settings:
     return Settings(**{**stored, "episodes": asked.get("episodes", stored["episodes"])})
 
 
+def observe_image(settings: Settings, size: int | None) -> Settings:
+    """The settings with an image of a size [px] among what is observed, None for none."""
+    if size is None:
+        return settings
+    spec = with_images(make_env_spec(settings.env, settings.env_kwargs, settings.signals), size)
+    return settings._replace(env_kwargs=spec.arguments, wrappers=tuple(map(dict, spec.wrappers)))
+
+
 def read_settings(store: EpisodeStore) -> dict[str, Any]:
     """The settings of the collection that has begun a store; raises ConfigError where none has."""
     attributes = store.attributes
@@ -156,6 +173,7 @@ def read_settings(store: EpisodeStore) -> dict[str, Any]:
         "env_kwargs": environment["arguments"],
         "noise": attributes["noise"],
         "signals": from_dict(SuccessAndModes, environment.get("signals", {})),
+        "wrappers": tuple(choose_wrappers(store.location, environment.get("wrappers") or (), None, environment["id"])),
         "expert": None,
         **attributes["collection"],
     }

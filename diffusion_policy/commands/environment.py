@@ -35,11 +35,16 @@ def describe_episodes(env: gymnasium.Env) -> dict[str, Any]:
 
 
 def choose_env_spec(
-    source: object, recorded: Mapping[str, Any], env: str | None, env_kwargs: str | None, signals: SuccessAndModes
+    source: object,
+    recorded: Mapping[str, Any],
+    env: str | None,
+    env_kwargs: str | None,
+    signals: SuccessAndModes,
+    image_size: int | None = None,
 ) -> tuple[EnvSpec, SuccessAndModes]:
     """The environment that was asked for, completed by what a file says of its own: `recorded` has id, arguments,
-    signals and wrappers. Raises ConfigError where there is none, where the file alone names a module, which would be
-    imported, and where it was recorded under wrappers that no file can keep."""
+    signals and wrappers; `image_size`: see `with_images`. Raises ConfigError where there is none, where the file alone
+    names a module, which would be imported, and where it was recorded under wrappers that no file can keep."""
     env_id = env or recorded.get("id")
     if env_id is None:
         raise ConfigError(f"{source} names no environment; give one with --env")
@@ -52,7 +57,8 @@ def choose_env_spec(
     refuse_modules(source, from_file, [f"--env {shlex.quote(env_id)}", *signal_flags(signals)])
     wrappers = choose_wrappers(source, recorded.get("wrappers") or (), env, env_id) if same else ()
     arguments = arguments if env_kwargs is None else parse_env_kwargs(env_kwargs)
-    return make_env_spec(env_id, arguments, signals, wrappers), signals
+    spec = make_env_spec(env_id, arguments, signals, wrappers)
+    return spec if image_size is None else with_images(spec, image_size), signals
 
 
 def signal_flags(signals: SuccessAndModes) -> list[str]:

@@ -16,20 +16,22 @@ from diffusion_policy.commands.episodes import draw_bytes, observe
 from diffusion_policy.commands.kept_episodes import as_path
 from diffusion_policy.commands.losses import read_losses
 from diffusion_policy.commands.policy_in_env import PolicyInEnv, choose_modes
-from diffusion_policy.commands.seen_again import see_again
+from diffusion_policy.commands.seen_again import list_sights, see_again
 from diffusion_policy.commands.stores import open_recorded
 from diffusion_policy.config import SampleConfig
 from diffusion_policy.envs.protocols import Drawable, as_drawable, as_pictured
 from diffusion_policy.evaluation.engines import imap
 from diffusion_policy.evaluation.episode import Episode
 from diffusion_policy.policy import DiffusionPolicy
-from diffusion_policy.report.evaluation_figures import choose_drawn
+from diffusion_policy.report.evaluation_figures import Sight, choose_drawn
 from diffusion_policy.report.page import NO_PICTURES, Fan, Moment, Pictures, PlanePath, Video
 from diffusion_policy.report.shown import FANS, choose_moments, choose_shown
 from diffusion_policy.report.video import Filmer, Pixels, Script
 
 FAN_PLANS = 24
 """Sequences that are sampled again for each moment of an episode that is shown."""
+SEEN, SEEN_MOMENTS = 3, 6
+"""Episodes of which the images that the policy was given are shown, and how many of each."""
 MOST_FRAMES = 300
 """Of one film; a longer episode is filmed at fewer of its steps."""
 MOST_DRAW_BYTES = 2**27
@@ -55,9 +57,20 @@ def gather_pictures(
         "no paths could be drawn", lambda: _drawn(loaded, episodes, shown[:FANS], sampling, remarks), NO_PICTURES
     )
     return drawn._replace(
+        sights=remarks.attempt("no images that it saw are shown", lambda: _sights(loaded, shown[:SEEN]), []),
         videos=remarks.attempt("no films", lambda: _videos(loaded, shown[:films], workers, remarks), []),
         training=read_losses(run, remarks),
     )
+
+
+def _sights(loaded: PolicyInEnv, episodes: Sequence[Episode]) -> list[Sight]:
+    """What the policy saw in some episodes, where it sees."""
+    sights = []
+    for episode in episodes if loaded.policy.images else ():
+        steps = choose_moments(episode)
+        few = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, min(len(steps), SEEN_MOMENTS)).astype(int))]
+        sights += list_sights(loaded.policy, see_again(loaded, episode, few), few)
+    return sights
 
 
 def without_episodes(run: Path, remarks: Remarks) -> Pictures:

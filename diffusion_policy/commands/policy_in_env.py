@@ -66,6 +66,7 @@ def load_with_environment(
         loaded,
         env=options.env,
         env_kwargs=options.env_kwargs,
+        image_size=options.image_size,
         sampling=sampling,
         signals=options.signals,
     )
@@ -77,13 +78,15 @@ def join_environment(
     *,
     env: str | None = None,
     env_kwargs: str | None = None,
+    image_size: int | None = None,
     sampling: SampleConfig | None = None,
     signals: SuccessAndModes = SuccessAndModes(),  # noqa: B008  (frozen)
 ) -> PolicyInEnv:
     """As `load_with_environment`, of a checkpoint that is loaded, or one without weights."""
     if sampling is not None:
         loaded.policy.resolve_sampling(sampling)
-    task, signals = choose_env_spec(path, dataclasses.asdict(loaded.environment), env, env_kwargs, signals)
+    recorded = dataclasses.asdict(loaded.environment)
+    task, signals = choose_env_spec(path, recorded, env, env_kwargs, signals, image_size)
     instance = task()
     offered = {key: part.shape for key, part in instance.observation_space.items()}  # pyright: ignore
     needed = loaded.policy.shapes.observations

@@ -100,7 +100,14 @@ def choose_policies(options: Study, loaded: PolicyInEnv) -> Iterator[Asked]:
     for path in options.beside:
         other = checkpoint.load(path, loaded.policy.device)
         other = learn_instructions(other, [*options.texts], options.instruction_encoder)
-        beside = join_environment(path, other, env=options.env, env_kwargs=options.env_kwargs, signals=options.signals)
+        beside = join_environment(
+            path,
+            other,
+            env=options.env,
+            env_kwargs=options.env_kwargs,
+            image_size=options.image_size,
+            signals=options.signals,
+        )
         if (beside.env_id, beside.env_kwargs) != (loaded.env_id, loaded.env_kwargs):
             raise ConfigError(f"{path} acts in {beside.env_id} {beside.env_kwargs}, not as {options.checkpoint} does")
         refuse_seen_seeds(beside, options.seeds)

@@ -198,7 +198,8 @@ def make_rollouts(options: Train, store: EpisodeStore, point: Checkpoint) -> Cal
     there is no environment, or another than the policy's, where the demonstrations have these seeds, and for a policy
     that cannot act without being told a mode."""
     sampling = point.policy.complete(SampleConfig())
-    joined = join_environment(options.dataset, point, env=options.env, env_kwargs=options.env_kwargs, sampling=sampling)
+    chosen = {"env": options.env, "env_kwargs": options.env_kwargs, "image_size": options.image_size}
+    joined = join_environment(options.dataset, point, **chosen, sampling=sampling)
     seeds = range(FIRST_ROLLOUT_SEED, FIRST_ROLLOUT_SEED + options.training.rollout_episodes)
     shown = np.intersect1d(store.seeds(), seeds)
     if len(shown) and is_same_id(joined.env_id, point.environment.id):

@@ -41,6 +41,20 @@ class PlanePath(NamedTuple):
     repeat: int = 0
 
 
+class Sight(NamedTuple):
+    """An image that a policy was given."""
+
+    seed: int
+    """Of the episode."""
+    key: str
+    """The camera."""
+    step: int
+    image: np.ndarray
+    """As it was cut, (height, width, channels) uint8."""
+    keypoints: np.ndarray | None
+    """Where the spatial softmax looks, column and row, (K, 2) [px]; None where the encoder has none."""
+
+
 def choose_drawn(count: int) -> np.ndarray:
     """Indices of the episodes that are drawn of so many, at random when they are many: modes take turns, and an even
     choice could miss some of them."""
@@ -148,6 +162,30 @@ def draw_modes(results: Mapping[str, Any], colors: Mapping[str, str]) -> Figure:
     axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.set_xlabel("coloured: successful rollouts, grey: demonstrations", color=MUTED)
     clean(axis)
+    return figure
+
+
+def draw_sights(sights: Sequence[Sight]) -> Figure:
+    """Images as the policy was given them, a row for each camera of an episode; dots are where its spatial softmax
+    looks."""
+    rows: dict[tuple[int, str], list[Sight]] = {}
+    for sight in sights:
+        rows.setdefault((sight.seed, sight.key), []).append(sight)
+    columns = max(map(len, rows.values()))
+    figure = Figure(figsize=(1.9 * columns, 2.1 * len(rows) + 0.1), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for line, ((seed, key), row) in zip(axes, rows.items(), strict=True):
+        for axis in line:
+            axis.axis("off")
+        for axis, sight in zip(line, row, strict=False):
+            grey = {"cmap": "gray", "vmin": 0, "vmax": 255} if sight.image.shape[2] == 1 else {}
+            axis.imshow(sight.image[..., :3].squeeze(), interpolation="nearest", **grey)
+            if sight.keypoints is not None:
+                axis.plot(
+                    *sight.keypoints.T, ".", color="#ffd400", markersize=5, markeredgecolor=INK, markeredgewidth=0.5
+                )
+            axis.set_title(f"step {sight.step}", fontsize=9, color=MUTED)
+        line[0].set_title(f"{key}, seed {seed}, step {row[0].step}", fontsize=9, color=INK)
     return figure
 
 

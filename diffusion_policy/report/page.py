@@ -23,9 +23,11 @@ from diffusion_policy.report import text
 from diffusion_policy.report.evaluation_figures import (
     FEW_COLORS,
     PlanePath,
+    Sight,
     draw_delay,
     draw_modes,
     draw_paths,
+    draw_sights,
     draw_training,
     mode_colors,
     to_png,
@@ -83,6 +85,8 @@ class Pictures(NamedTuple):
     videos: Sequence[Video]
     training: Sequence[Mapping[str, Any]]
     """Lines of metrics.jsonl."""
+    sights: Sequence[Sight] = ()
+    """Images that the policy was given, in the order in which they are shown."""
     remarks: Sequence[str] = ()
     """What could not be shown, and why, a sentence each."""
 
@@ -101,6 +105,7 @@ def write_report(path: Path, results: Mapping[str, Any], pictures: Pictures) -> 
         "paths": _draw_paths(pictures, pictures.scene, colors) if pictures.scene else None,
         "modes": draw_modes(results, colors) if text.known_modes(results) and not tree else None,
         "training": draw_training(pictures.training) if pictures.training else None,
+        "sights": draw_sights(pictures.sights) if pictures.sights else None,
         "delay": draw_delay(results["delay"], results["control_period"]) if len(results["delay"]) > 1 else None,
     }
     videos = [

@@ -30,14 +30,14 @@ SESSION = f"""
 collect --output a.zarr --env diffusion_policy/Avoid-v0 --env-kwargs '{{"rows":1}}' --episodes 6 --seed 50 --noise \
     0.2 --workers 1 --no-sync
 collect --resume a.zarr --episodes 8 --workers 1
-collect --output car.zarr --env MountainCarContinuous-v0 --success 'return>=90' --fresh --noise 0.1 --workers 1 \
-    --episodes 2 --expert diffusion_policy.envs.examples:MountainCarExpert --mode-function \
+collect --output car.zarr --env MountainCarContinuous-v0 --image-size 16 --success 'return>=90' --fresh --noise 0.1 \
+    --workers 1 --episodes 2 --expert diffusion_policy.envs.examples:MountainCarExpert --mode-function \
     diffusion_policy.envs.examples:mountain_car_mode --mode-labels left right
 dataset inspect a.zarr --json
 dataset validate a.zarr --json
 dataset plot a.zarr --output plots --plane actual_xy:0,1 --action action
 dataset replay a.zarr --episodes 1 --tolerance 1e-3 --env diffusion_policy/Avoid-v0 --env-kwargs '{{"rows":1}}' \
-    --success none
+    --success none --image-size 16
 dataset replay car.zarr --episodes 1 --success none --fresh --mode-function \
     diffusion_policy.envs.examples:mountain_car_mode --mode-labels left right --env MountainCarContinuous-v0
 dataset render a.zarr --output ai.zarr --key image wrist_image --size 16 --tolerance 1e-3 --env \
@@ -53,8 +53,8 @@ dataset convert d.zarr d.archive --output-format npz --observation desired_xy --
 dataset convert d.archive e.zarr --source-format npz
 train --dataset a.zarr --output r {SMALL} --observation desired_xy actual_xy --action action --angles \
     desired_xy:0 --tracker tensorboard --env diffusion_policy/Avoid-v0 --env-kwargs '{BRIEF}' \
-    --observation-horizon 3 --prediction-horizon 8 --action-horizon 4 --kernel-size 3 --schedule linear \
-    --schedule-options 0.001 0.3 --prediction velocity --snr-gamma 5 --learn-variance --condition-dropout 0.2 \
+    --image-size 16 --observation-horizon 3 --prediction-horizon 8 --action-horizon 4 --kernel-size 3 --schedule \
+    linear --schedule-options 0.001 0.3 --prediction velocity --snr-gamma 5 --learn-variance --condition-dropout 0.2 \
     --normalization moments --condition-on-mode --learning-rate 1e-3 --weight-decay 1e-4 --warmup-steps 1 \
     --gradient-clip 0.5 --ema-power 0.6 --ema-max-decay 0.9 --validation-share 0.2 --max-episodes 3 \
     --memory-gb 0 --validate-every 2 --checkpoint-every 2 --keep-checkpoints 2 --keep-best validation_loss \
@@ -72,21 +72,21 @@ evaluate --checkpoint r --output ev --episodes 2 --seed 100500 --repeats 2 --del
     diffusion_policy/Avoid-v0 --env-kwargs '{BRIEF}' --success none --fresh --sampler dpm-solver-2m \
     --sampling-steps 3 --spacing even --clip dynamic --guidance 0.5 --guidance-schedule falling --mode left \
     --corrector-steps 1 --corrector-size 0.02 --parallel 2 --action-horizon 3 --workers 1 --hang-after 30 \
-    --videos 1 --device cpu
+    --videos 1 --device cpu --image-size 16
 evaluate --checkpoint r --output ew --episodes 2 --seed 100500 --repeats 2 --success none --fresh --eta 0.5 \
     --sampling-steps 2 --jump-from 0.5 --workers 1 --videos 0 --mode-function {{module}}:label --mode-labels up down
 report ev --output again.html
 compare ev ev --output cmp --json
 rollout --checkpoint r --episodes 1 --seed 100600 --video v.gif --record rec.zarr --env diffusion_policy/Avoid-v0 \
-    --env-kwargs '{BRIEF}' --success none --fresh --mode-function {{module}}:label --mode-labels up down \
-    --sampler unipc --sampling-steps 2 --spacing leading --clip none --guidance 0.5 --guidance-schedule middle \
+    --image-size 16 --env-kwargs '{BRIEF}' --success none --fresh --mode-function {{module}}:label --mode-labels up \
+    down --sampler unipc --sampling-steps 2 --spacing leading --clip none --guidance 0.5 --guidance-schedule middle \
     --mode right --corrector-steps 1 --corrector-size 0.1 --action-horizon 2 --workers 1 --device cpu
 rollout --checkpoint r --episodes 1 --sampling-steps 2 --env-kwargs '{{"rows":1,"image_size":16}}' \
     --record kept.zarr --keep-images --workers 1
 rollout --checkpoint r --episodes 1 --sampling-steps 2 --eta 0.3 --workers 1 --backend eager --precision bf16
 rollout --checkpoint r --episodes 2 --sampling-steps 2 --env {{module}}:tiny/Window-v0 --render human
 study samplers --checkpoint r --output st --samplers ddim --steps 1 2 --mode left --guidance 0.5 --episodes 1 \
-    --chunking bid \
+    --chunking bid --image-size 16 \
     --seed 100700 --env diffusion_policy/Avoid-v0 --env-kwargs '{BRIEF}' --success none --fresh \
     --mode-function {{module}}:label --mode-labels up down --action-horizon 2 --workers 1 --device cpu
 train --dataset a.zarr --output t --network transformer --width 16 --layers 2 --heads 2 --mlp-ratio 2 --dropout 0.1 \

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium.wrappers import DelayObservation, TransformObservation
 
 from diffusion_policy import envs
-from diffusion_policy.commands.seen_again import see_again
-from diffusion_policy.config import ConfigError
+from diffusion_policy.commands.seen_again import list_sights, see_again
+from diffusion_policy.config import CnnConfig, ConfigError, ImageConfig, PolicyConfig, VitConfig, with_options
 from diffusion_policy.control.controller import Controller
 from diffusion_policy.control.planner import Planner
 from diffusion_policy.envs.adapters import EnvSpec
@@ -19,6 +20,8 @@ from diffusion_policy.evaluation.episode import Episode
 from diffusion_policy.evaluation.host import Sight
 from diffusion_policy.evaluation.pool import EnvironmentPool
 from diffusion_policy.evaluation.rollout import rollout
+from diffusion_policy.policy import DiffusionPolicy
+from diffusion_policy.report.evaluation_figures import draw_sights
 
 AVOID = "diffusion_policy/Avoid-v0"
 SIZE = 16
@@ -199,3 +202,26 @@ def test_an_episode_that_is_not_repeated_is_not_drawn_again() -> None:
     with pytest.raises(ConfigError, match=r"does not repeat the episode of seed 0.*actual_xy differs at step 0"):
         see_again(loaded(shifted), sparse, [4])
     env.close()
+
+
+# What the page shows of it
+
+
+def test_a_page_shows_the_crops_that_a_policy_was_given_and_where_it_looks() -> None:
+    torch.manual_seed(0)
+    images = np.random.default_rng(0).integers(0, 256, (40, 32, 24, 3), np.uint8)
+    data = {"image": images, "xy": np.ones((40, 2)), "action": np.ones((40, 2))}
+    for vision, looks in ((CnnConfig((4, 4), 3), True), (VitConfig(8, 1, 2), False)):
+        config = with_options(PolicyConfig(images=ImageConfig(vision, image_crop=0.75)), widths=(8,), level_dim=16)
+        policy = DiffusionPolicy.for_data(config, data).eval()
+        episode = Episode(7, True, None, {"image": images, "xy": data["xy"]}, data["action"][:-1], 0, {}, ())
+        sights = list_sights(policy, episode, [0, 5])
+        assert [(sight.seed, sight.key, sight.step) for sight in sights] == [(7, "image", 0), (7, "image", 5)]
+        np.testing.assert_array_equal(sights[1].image, images[5, 4:28, 3:21])
+        assert (sights[0].keypoints is not None) == looks
+        if sights[0].keypoints is not None:
+            assert sights[0].keypoints.shape == (3, 2)
+            assert ((sights[0].keypoints >= 0) & (sights[0].keypoints <= [17, 23])).all()
+        figure = draw_sights([*sights, *(sight._replace(seed=8, image=sight.image[..., :1]) for sight in sights[:1])])
+        titles = [axis.get_title() for axis in figure.axes]
+        assert titles == ["image, seed 7, step 0", "step 5", "image, seed 8, step 0", ""]

@@ -55,7 +55,8 @@ def run(options: Replay) -> dict[str, float]:
     a store that does not say how its episodes began."""
     store = open_store(options.store)
     noise = require_noise(store, options.store)
-    spec = choose_replay_spec(options.store, store, options.env, options.env_kwargs, options.signals)
+    chosen = options.env, options.env_kwargs, options.signals, options.image_size
+    spec = choose_replay_spec(options.store, store, *chosen)
     env = spec()
     keys = choose_compared(options.store, store, env, spec.env)
     marks = (PUSHED,) if PUSHED in store.keys and PUSHED not in keys else ()
@@ -88,11 +89,16 @@ def require_noise(store: EpisodeStore, source: str) -> float:
 
 
 def choose_replay_spec(
-    source: str, store: EpisodeStore, env: str | None, env_kwargs: str | None, signals: SuccessAndModes
+    source: str,
+    store: EpisodeStore,
+    env: str | None,
+    env_kwargs: str | None,
+    signals: SuccessAndModes,
+    image_size: int | None = None,
 ) -> EnvSpec:
     """The environment; raises ConfigError where there is none."""
     recorded: dict[str, Any] = store.attributes.get("environment", {})
-    spec, _ = choose_env_spec(source, recorded, env, env_kwargs, signals)
+    spec, _ = choose_env_spec(source, recorded, env, env_kwargs, signals, image_size)
     ours = spec.env in ENV_IDS and not spec.wrappers
     return spec if ours else replace(spec, success=spec.success or "none")  # whether it succeeds is not compared
 

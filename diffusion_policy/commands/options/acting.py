@@ -35,6 +35,9 @@ class ActingCommand(Command):
     """Gymnasium id, if not the environment that the policy was trained for."""
     env_kwargs: str | None = field(default=None, kw_only=True)
     """Arguments of the environment, as JSON, if not those that the policy was trained with."""
+    image_size: int | None = field(default=None, kw_only=True)
+    """Observe an image of this width and height [px] too, if the policy was trained where none was: of the task's own
+    camera, in environments other than ours the picture that their render draws."""
     signals: Annotated[SuccessAndModes, Group("environment")] = field(default_factory=SuccessAndModes, kw_only=True)
     action_horizon: Annotated[int | None, Group("control")] = field(default=None, kw_only=True)
     """Steps executed before planning again (Ta); by default that of the policy's training."""

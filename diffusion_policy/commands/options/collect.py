@@ -29,6 +29,9 @@ class Collect(Command):
     """Gymnasium id of the environment; by default diffusion_policy/Avoid-v0."""
     env_kwargs: str | None = None
     """Arguments of the environment, as JSON: '{"rows": 3}'."""
+    image_size: int | None = None
+    """Observe an image of this width and height [px] beside the state: of the task's own camera, in environments other
+    than ours the picture that their render draws."""
     expert: str | None = None
     """Expert, module:Class, called with a mode's label (None where the environment lists no modes), if not ours
     for this environment. The module may lie in the working directory."""
@@ -53,6 +56,8 @@ class Collect(Command):
     def __post_init__(self) -> None:
         if (self.output is None) == (self.resume is None):
             raise ConfigError("collect needs either --output, a store to create, or --resume, one to go on with")
+        if self.image_size is not None and self.resume is not None:
+            raise ConfigError("--image-size is for --output; a collection goes on with the images it was begun with")
         require_at_least(self, 1, ("workers",))
         require_engine(self.engine)
         if self.episodes is not None:

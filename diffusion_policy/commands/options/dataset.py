@@ -180,6 +180,8 @@ class Replay(Command):
     """Gymnasium id, if not the environment that the store names."""
     env_kwargs: str | None = None
     """Arguments of the environment, as JSON, if not those that the store names."""
+    image_size: int | None = None
+    """Compare the image of this width and height [px] too, of an environment that the store does not name with one."""
     signals: Annotated[SuccessAndModes, Group("environment")] = field(default_factory=SuccessAndModes)
 
     def __post_init__(self) -> None:

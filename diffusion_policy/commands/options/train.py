@@ -69,6 +69,9 @@ class Train(Command):
     """Environment of the rollouts, if not that of the demonstrations."""
     env_kwargs: str | None = None
     """Arguments of the rollouts' environment, as JSON."""
+    image_size: int | None = None
+    """Width and height [px] of an image that is observed in the rollouts, if their environment is not that of the
+    demonstrations: of the task's own camera, in environments other than ours the picture that their render draws."""
     policy: Annotated[PolicyConfig, Group("policy")] = field(default_factory=PolicyConfig)
     training: Annotated[TrainConfig, Group("training")] = field(default_factory=TrainConfig)
 
