@@ -96,10 +96,7 @@ IN_JSON = KEPT | {"action": str | None}
 BESIDE = {
     "dataset", "format", "format_version", "package_version", "step", "metrics", "shapes", "environment", "files",
     "instructions", "embedding_size",
-}  # fmt: skip | {
-    "instructions",
-    "embedding_size",
-}
+}  # fmt: skip
 """What else a run.json or a checkpoint's config.json holds."""
 
 
