@@ -90,6 +90,18 @@ from diffusion_policy.diffusion.schedules import SCHEDULES, SPACINGS
         (SampleConfig, {"corrector_steps": 1, "sampling_steps": 1}, "sampling-steps must be at least 2; got 1"),
         (SampleConfig, {"guidance": float("inf")}, "guidance must be at least -1; got inf"),
         (
+            SampleConfig,
+            {"mode": "a", "instruction": "b"},
+            "a mode or an instruction; got both --mode and --instruction",
+        ),
+        (SampleConfig, {"instruction": ""}, "instruction must be one line of at most 500 printable characters"),
+        (SampleConfig, {"instruction": "a\nb"}, "instruction must be one line of at most 500 printable characters"),
+        (
+            PolicyConfig,
+            {"condition_on_mode": True, "condition_on_instruction": True},
+            "got condition-on-mode and -on-instruction",
+        ),
+        (
             PolicyConfig,
             {"schedule_options": (float("nan"),)},
             "schedule-options must be finite, and whole numbers below",
@@ -115,6 +127,7 @@ OTHERS: dict[type, dict[str, Any]] = {
         "noise_levels": 20, "schedule_options": (0.001, 0.3), "prediction": "velocity", "snr_gamma": 5.0,
         "learn_variance": True, "condition_dropout": 0.2, "normalization": "quantiles", "condition_on_mode": True,
         "objective": "regression", "student_steps": 2, "mixture_components": 3, "max_delay": 3, "goal": ("xy",),
+        "condition_on_instruction": True,
     },
     UnetConfig: {"widths": (16, 32), "kernel_size": 3, "groups": 4, "level_dim": 16},
     TransformerConfig: {
@@ -143,7 +156,7 @@ OTHERS: dict[type, dict[str, Any]] = {
     SampleConfig: {
         "sampler": "ddpm", "sampling_steps": 3, "spacing": "even", "jump_from": 0.5, "eta": 1.0, "clip": "dynamic",
         "guidance": -1.0, "guidance_schedule": "rising", "mode": "links, \u00fcber", "corrector_steps": 1,
-        "corrector_size": 0.02,
+        "corrector_size": 0.02, "instruction": "go round it, on the left",
     },
     SuccessAndModes: {
         "success": "return>=90", "mode_function": "a.b:c", "mode_labels": ("left", "right"), "fresh": True,
@@ -174,7 +187,7 @@ def told(network: UnetConfig | TransformerConfig = NETWORKS[0], **given: Any) ->
         Path("run"),
         **{**RUN, "action": ("a+b",), **given},
         policy=PolicyConfig(
-            **{**OTHERS[PolicyConfig], "objective": "denoising"},
+            **{**OTHERS[PolicyConfig], "objective": "denoising", "condition_on_instruction": False},
             network=network,
             images=ImageConfig(**OTHERS[ImageConfig], vision=VISIONS[network.kind]),
         ),

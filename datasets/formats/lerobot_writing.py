@@ -121,7 +121,9 @@ class _Writer:
         """Write the rows of an episode."""
         steps = len(episode.data[self._source.action_key])
         columns = {name: episode.data[feature.key] for name, feature in self._features.items()}
-        columns |= self._indices(steps, columns.get("task_index"), self._task_of(episode))
+        columns |= self._indices(steps)
+        if "task_index" not in self._features:
+            columns["task_index"] = np.full(steps, self._task_of(episode))
         tasks = np.unique(columns["task_index"])
         if tasks[0] < 0 or tasks[-1] >= len(self._tasks):
             raise StoreError(f"task_index must be from 0 to {len(self._tasks) - 1}; got {tasks.tolist()}")
@@ -160,15 +162,14 @@ class _Writer:
             self._tasks.append(text)
         return self._tasks.index(text)
 
-    def _indices(self, steps: int, tasks: np.ndarray | None, task: int) -> dict[str, np.ndarray]:
-        """The columns that every dataset has; `tasks`: of each step, where they are known, else `task` is of all."""
+    def _indices(self, steps: int) -> dict[str, np.ndarray]:
+        """The columns that every dataset has, but for its tasks."""
         frame = np.arange(steps)
         return {
             "timestamp": (frame / self._fps).astype(np.float32),
             "frame_index": frame,
             "episode_index": np.full(steps, len(self._episodes)),
             "index": self._rows + frame,
-            "task_index": np.full(steps, task) if tasks is None else tasks,
         }
 
     def _measure(self, name: str, rows: np.ndarray) -> str:

@@ -71,14 +71,9 @@ def complete(options: Train, device: torch.device) -> tuple[Train, Teacher | Non
 
 def _require_like(policy: Any, teacher: Any) -> None:
     """Raise ConfigError where a student could not see, plan or be noised as its teacher is."""
-    names = [
-        "observation_horizon",
-        "prediction_horizon",
-        "normalization",
-        "condition_on_mode",
-        "condition_on_instruction",
-    ]
-    for name in (*names, "schedule", "noise_levels", "schedule_options"):
+    told = "condition_on_mode", "condition_on_instruction"
+    names = "observation_horizon", "prediction_horizon", "normalization"
+    for name in (*names, *told, "schedule", "noise_levels", "schedule_options"):
         own, taught = getattr(policy, name), getattr(teacher, name)
         if own != taught:
             raise ConfigError(f"a student has the {name.replace('_', '-')} of its teacher, {taught}; got {own}")

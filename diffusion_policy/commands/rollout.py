@@ -60,7 +60,7 @@ def run(options: Rollout) -> None:
         outcome = "success" if episode.success else "failure"
         out.print(f"seed {episode.seed}: {outcome} after {len(episode.actions)} steps, mode {episode.mode or 'none'}")
     if options.record:
-        record_episodes(options.record, loaded, episodes)
+        record_episodes(options.record, loaded, episodes, options.sampling.instruction)
         console.print(f"{len(episodes)} episodes in {options.record}")
     if options.video:
         try:
@@ -144,12 +144,15 @@ def film(options: Rollout, path: Path, loaded: PolicyInEnv, episodes: Sequence[E
     write_video(path, tile(filmed, columns=2), loaded.frames_per_second)
 
 
-def record_episodes(path: Path, loaded: PolicyInEnv, episodes: Sequence[Episode]) -> None:
-    """Make a store of rollouts; raises StoreError where something already lies at the path."""
+def record_episodes(path: Path, loaded: PolicyInEnv, episodes: Sequence[Episode], told: str | None = None) -> None:
+    """Make a store of rollouts, in which the policy was `told` something; raises StoreError where something already
+    lies at the path."""
     task = as_multimodal(loaded.env)
     attributes = describe_episodes(loaded.env) | {"observation_keys": sorted(episodes[0].observations)}
+    attributes |= {} if told is None else {"instructions": [told]}
     with EpisodeStore.create(path, attributes, tuple(task.modes) if task else ()) as store:
         for episode in episodes:
             data = {key: rows[:-1] for key, rows in episode.observations.items()} | {"action": episode.actions}
             final = {key: rows[-1] for key, rows in episode.observations.items()}
-            store.append([Demonstration(data, episode.seed, episode.mode, episode.success, final)])
+            done = Demonstration(data, episode.seed, episode.mode, episode.success, final)
+            store.append([done._replace(instruction=told)])

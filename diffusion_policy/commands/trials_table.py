@@ -27,7 +27,7 @@ OTHER_LOSS = {
     **dict.fromkeys(("objective", "student", "student_steps", "mixture_components"), "the loss itself is another"),
     **dict.fromkeys(("teacher", "teacher_weights", "teacher_steps", "pairs", "pair_noise"), "something else is taught"),
     "normalization": "it is measured in other units",
-    **dict.fromkeys(("condition_on_mode", "goal"), "the network is told something else"),
+    **dict.fromkeys(("condition_on_mode", "condition_on_instruction", "goal"), "the network is told something else"),
     **dict.fromkeys(("validation_share", "seed", "memory_gb"), "it is measured on other windows"),
     "max_episodes": "other episodes decide the units that it is measured in",
 }

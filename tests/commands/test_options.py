@@ -59,6 +59,13 @@ train --dataset a.zarr --output r {SMALL} --observation desired_xy actual_xy --a
     --gradient-clip 0.5 --ema-power 0.6 --ema-max-decay 0.9 --validation-share 0.2 --max-episodes 3 \
     --memory-gb 0 --validate-every 2 --checkpoint-every 2 --keep-checkpoints 2 --keep-best validation_loss \
     --rollout-every 4 --rollout-episodes 2 --precision bf16 --accumulation 2 --seed 3
+train --dataset told.zarr --output rt {SMALL} --condition-on-instruction --condition-dropout 0.2
+rollout --checkpoint rt --instruction 'turn left' --instruction-encoder {{module}}:measure --episodes 1 --workers 1 \
+    --env-kwargs '{BRIEF}' --backend eager
+evaluate --checkpoint rt --output et --instruction 'turn left' --instruction-encoder {{module}}:measure --episodes 1 \
+    --workers 1 --env-kwargs '{BRIEF}' --videos 0
+study instructions --checkpoint rt --output si --instruction 'left=turn left' --instruction 'go right' \
+    --instruction-encoder {{module}}:measure --guidances 0 0.5 --episodes 1 --workers 1 --env-kwargs '{BRIEF}'
 train --resume r
 train --config r/best/config.json --dataset a.zarr --output s --steps 2 --rollout-every 0 --device cpu
 evaluate --checkpoint r --output ev --episodes 2 --seed 100500 --repeats 2 --delay-steps 1 --env \
@@ -84,7 +91,7 @@ study samplers --checkpoint r --output st --samplers ddim --steps 1 2 --mode lef
     --mode-function {{module}}:label --mode-labels up down --action-horizon 2 --workers 1 --device cpu
 train --dataset a.zarr --output t --network transformer --width 16 --layers 2 --heads 2 --mlp-ratio 2 --dropout 0.1 \
     --conditioning cross-attention --level-dim 16 --noise-levels 20 --prediction-horizon 9 --steps 2 --device cpu
-evaluate --checkpoint t --output et --episodes 1 --sampling-steps 2 --env-kwargs '{BRIEF}' --videos 0 --workers 1
+evaluate --checkpoint t --output etr --episodes 1 --sampling-steps 2 --env-kwargs '{BRIEF}' --videos 0 --workers 1
 train --dataset a.zarr --output m {SMALL} --max-delay 3
 train --dataset a.zarr --output mx {SMALL} --objective mixture --mixture-components 3
 evaluate --checkpoint mx --output emx --episodes 1 --env-kwargs '{BRIEF}' --videos 0 --workers 1

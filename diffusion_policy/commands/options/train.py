@@ -93,7 +93,10 @@ KEPT = {name: hint for name, hint in get_type_hints(Train).items() if name not i
 """Fields of `Train` that a file of options may say, with their types."""
 IN_JSON = KEPT | {"action": str | None}
 """Those types in JSON, where the actions of several arrays are one key, `a+b`."""
-BESIDE = {"dataset", "format", "format_version", "package_version", "step", "metrics", "shapes", "environment", "files"}
+BESIDE = {
+    "dataset", "format", "format_version", "package_version", "step", "metrics", "shapes", "environment", "files",
+    "instructions", "embedding_size",
+}  # fmt: skip
 """What else a run.json or a checkpoint's config.json holds."""
 
 
