@@ -13,38 +13,11 @@ from diffusion_policy.commands.collect import Collect
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.networks.vision import ResNet18
 
-BARE = [
-    "--widths",
-    "8",
-    "--groups",
-    "4",
-    "--level-dim",
-    "16",
-    "--noise-levels",
-    "20",
-    "--batch-size",
-    "16",
-    "--device",
-    "cpu",
-    "--steps",
-    "4",
-]
-SMALL = [
-    *BARE,
-    *[
-        "--vision",
-        "resnet18",
-        "--keypoints",
-        "4",
-        "--image-features",
-        "8",
-        "--validate-every",
-        "4",
-        "--checkpoint-every",
-        "2",
-    ],
-    *["--validation-share", "0.3"],
-]
+BARE = ("--widths 8 --groups 4 --level-dim 16 --noise-levels 20 --batch-size 16 --device cpu --steps 4").split()
+SEEING = (
+    "--vision resnet18 --keypoints 4 --image-features 8 --validate-every 4 --checkpoint-every 2 --validation-share 0.3"
+)
+SMALL = (*BARE, *SEEING.split())
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +98,7 @@ def test_crops_are_the_same_after_a_resume(images: Path, tmp_path: Path) -> None
             "--freeze-vision keeps the weights of --vision-weights, or a teacher's",
         ),
         ("--observation desired_xy --vision-weights {weights}", "--vision-weights is for policies that observe images"),
-        ("--observation image --vision-weights nowhere.safetensors", "cannot read nowhere.safetensors"),
+        ("--observation image --vision-weights nowhere.safetensors", "nowhere.safetensors is missing"),
         ("--observation image --vision cnn --vision-weights {weights}", "the weights do not fit the encoder"),
         ("--observation image --image-crop 0.5", "resnet18 needs images above 32 x 32 px; got 24 x 24, after the crop"),
         ("--observation image --vision vit --keypoints 4", "--keypoints is an option of the"),
