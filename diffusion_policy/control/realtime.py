@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from diffusion_policy.basics.images import as_observed
+from diffusion_policy.basics.images import as_observed, is_image
 from diffusion_policy.config import ConfigError
 from diffusion_policy.control.chunking import Chunking, Handover, Joined
 from diffusion_policy.control.controller import require_horizons
@@ -306,7 +306,8 @@ class _Run:
         self.log.times.append(now - start)
         self.log.lateness.append(now - due)
         for key, rows in self.history.items():
-            self.log.observations.setdefault(key, []).append(rows[-1])
+            if not is_image(rows.shape[1:]):  # a long run would fill the memory
+                self.log.observations.setdefault(key, []).append(rows[-1])
         self.log.actions.append(action)
         self.log.plan_of.append(self.following)
         if self.log.lateness[-1] > LATE:

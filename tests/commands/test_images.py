@@ -13,11 +13,8 @@ from diffusion_policy.commands.collect import Collect
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.networks.vision import ResNet18
 
-BARE = ("--widths 8 --groups 4 --level-dim 16 --noise-levels 20 --batch-size 16 --device cpu --steps 4").split()
-SEEING = (
-    "--vision resnet18 --keypoints 4 --image-features 8 --validate-every 4 --checkpoint-every 2 --validation-share 0.3"
-)
-SMALL = (*BARE, *SEEING.split())
+BARE = "--widths 8 --groups 4 --level-dim 16 --noise-levels 20 --batch-size 16 --device cpu --steps 4"
+SMALL = f"{BARE} --vision resnet18 --keypoints 4 --image-features 8 --validate-every 4 --checkpoint-every 2"
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +47,7 @@ def test_a_frozen_encoder_keeps_published_weights_and_looks_at_each_image_once(
     forward = ResNet18.forward
     monkeypatch.setattr(ResNet18, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
     told = ["--vision-weights", str(weights), "--freeze-vision", "--observation", "image"]
-    run = ["train", "--dataset", str(images), "--output", str(tmp_path / "run"), *SMALL, *told]
+    run = ["train", "--dataset", str(images), "--output", str(tmp_path / "run"), *SMALL.split(), *told]
     assert main(run) == 0
     assert "no weights of our norms" in capsys.readouterr().err
     kept = load_file(weights)
@@ -65,7 +62,19 @@ def test_a_frozen_training_goes_on_as_the_same(images: Path, weights: Path, tmp_
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for run in (whole, cut):
         assert (
-            main(["train", "--dataset", str(images), "--output", str(run), *SMALL, *told, "--keep-checkpoints", "9"])
+            main(
+                [
+                    "train",
+                    "--dataset",
+                    str(images),
+                    "--output",
+                    str(run),
+                    *SMALL.split(),
+                    *told,
+                    "--keep-checkpoints",
+                    "9",
+                ]
+            )
             == 0
         )
     shutil.rmtree(cut / "step-000004")
@@ -77,7 +86,7 @@ def test_a_frozen_training_goes_on_as_the_same(images: Path, weights: Path, tmp_
 def test_crops_are_the_same_after_a_resume(images: Path, tmp_path: Path) -> None:
     told = ["--observation", "image", "--color-jitter", "0.2", "--keep-checkpoints", "9"]
     for name in ("whole", "cut"):
-        assert main(["train", "--dataset", str(images), "--output", str(tmp_path / name), *SMALL, *told]) == 0
+        assert main(["train", "--dataset", str(images), "--output", str(tmp_path / name), *SMALL.split(), *told]) == 0
     last = tmp_path / "cut" / "step-000004"
     shutil.rmtree(last)
     assert main(["train", "--resume", str(tmp_path / "cut")]) == 0
@@ -112,7 +121,7 @@ def test_what_does_not_fit_is_refused(
     told: str, message: str, images: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = told.format(weights=weights).split()
-    small = BARE if "--vision " in told else SMALL
+    small = BARE.split() if "--vision " in told else SMALL.split()
     assert main(["train", "--dataset", str(images), "--output", str(tmp_path / "run"), *small, *flags]) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
     assert not (tmp_path / "run").exists()
