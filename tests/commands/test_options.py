@@ -15,13 +15,16 @@ from diffusion_policy.commands import evaluate, study_policies
 from diffusion_policy.commands.options.flags import list_flags
 from diffusion_policy.config import (
     ChunkingConfig,
+    CnnConfig,
     DistillationConfig,
+    ImageConfig,
     PolicyConfig,
     SampleConfig,
     SuccessAndModes,
     TrainConfig,
     TransformerConfig,
     UnetConfig,
+    VitConfig,
 )
 
 SMALL = "--widths 16 32 --groups 4 --level-dim 16 --noise-levels 20 --steps 4 --batch-size 32 --device cpu"
@@ -66,6 +69,11 @@ evaluate --checkpoint rt --output et --instruction 'turn left' --instruction-enc
     --workers 1 --env-kwargs '{BRIEF}' --videos 0
 study instructions --checkpoint rt --output si --instruction 'left=turn left' --instruction 'go right' \
     --instruction-encoder {{module}}:measure --guidances 0 0.5 --episodes 1 --workers 1 --env-kwargs '{BRIEF}'
+train --dataset ai.zarr --output rv {SMALL} --observation image wrist_image desired_xy actual_xy --vision vit \
+    --vit-width 8 --vit-layers 2 --vit-heads 2 --image-features 8 --image-crop 1 --color-jitter 0.1 --share-encoder \
+    --image-normalization channels --goal desired_xy --hindsight desired_xy=actual_xy --hindsight-share 0.4 \
+    --mask-padding --condition-dropout 0.2
+train --dataset ai.zarr --output rc {SMALL} --observation image --cnn-widths 4 8 --keypoints 3
 train --resume r
 train --config r/best/config.json --dataset a.zarr --output s --steps 2 --rollout-every 0 --device cpu
 evaluate --checkpoint r --output ev --episodes 2 --seed 100500 --repeats 2 --delay-steps 1 --env \
@@ -181,7 +189,7 @@ def label(observations):
     return "up" if path[-1, 1] > path[0, 1] else "down"
 """
 
-NOT_HERE = {"gpus", "teacher_weights"}
+NOT_HERE = {"gpus", "teacher_weights", "vision_weights", "freeze_vision"}
 UNTRIED = {"demo": "test_demo.py", "toy": "test_toy.py", "serve": "test_serve.py", "live": "test_live.py"}
 """Commands that have tests of their own and no smaller size."""
 
@@ -218,7 +226,8 @@ def test_the_session_gives_every_option_a_value_other_than_its_default() -> None
             require_all(kind, given_to(verb), verb)
     networks = UnetConfig, TransformerConfig
     shared = (  # by several verbs
-        PolicyConfig, TrainConfig, DistillationConfig, SampleConfig, ChunkingConfig, SuccessAndModes,
+        PolicyConfig, ImageConfig, CnnConfig, VitConfig, TrainConfig, DistillationConfig, SampleConfig, ChunkingConfig,
+        SuccessAndModes,
     )  # fmt: skip
     for config in (*networks, *shared):
         require_all(config, given_to(), config.__name__)
