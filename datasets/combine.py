@@ -49,10 +49,6 @@ def merge(locations: Sequence[Path | str], target: Path) -> Merged:
     if lost:
         remarks.append(f"final observations of {', '.join(lost)} are left out: not all stores know them")
 
-    instructions, told_remarks = _instructions_of_all(stores)
-    attributes, embedded = attributes | instructions, "instruction_embedding" in instructions
-    remarks += told_remarks
-
     def episodes() -> Iterator[Demonstration]:
         for store in stores:
             for episode in store.episodes():
@@ -62,7 +58,7 @@ def merge(locations: Sequence[Path | str], target: Path) -> Merged:
                     for key, row in (episode.final or {}).items()
                     if key in finals
                 }
-                told = episode.instruction_embedding if embedded else None
+                told = episode.instruction_embedding if "instruction_embedding" in attributes else None
                 yield episode._replace(data=data, final=final or None, instruction_embedding=told)
 
     modes = tuple(dict.fromkeys(mode for store in stores for mode in store.modes))
@@ -94,7 +90,8 @@ def _of_all(attributes: Mapping[str, Any], stores: Sequence[EpisodeStore]) -> tu
         agree = all(one == told[0] for one in told)
         attributes["environment"] = environment | ({"signals": told[0]} if agree else {})
         remarks += [] if agree else ["the signals of success and modes are left out: the stores differ in them"]
-    return attributes, remarks
+    instructions, left_out = _instructions_of_all(stores)
+    return attributes | instructions, remarks + left_out
 
 
 def _instructions_of_all(stores: Sequence[EpisodeStore]) -> tuple[dict[str, Any], list[str]]:

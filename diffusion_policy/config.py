@@ -596,7 +596,7 @@ class SampleConfig:
             raise ConfigError("a policy is told a mode or an instruction; got both --mode and --instruction")
         if self.instruction is not None and not is_instruction(self.instruction):
             allowed = f"one line of at most {MOST_INSTRUCTION} printable characters without blanks around it"
-            raise ConfigError(f"instruction must be {allowed}; got {self.instruction[:50]!r}")
+            raise ConfigError(f"instruction must be {allowed}; got {str(self.instruction)[:50]!r}")
         require_at_least(self, 0, ("corrector_steps",))
         require_at_most(self, 1000, ("corrector_steps",))
         if self.corrector_steps and self.sampling_steps == 1:

@@ -111,13 +111,8 @@ class DiffusionPolicy(nn.Module):
         super().__init__()
         if len(shapes.action) != 1:
             raise ValueError(f"an action must be one row of numbers, (A,); got shape {shapes.action}")
-        if config.condition_on_mode and len(modes) < 2:
-            raise ValueError(f"condition-on-mode needs data with at least two modes; it has {len(modes)}")
-        if config.condition_on_instruction and len(instructions) < 2:
-            raise ValueError(
-                f"condition-on-instruction needs data with at least two instructions; it has {len(instructions)}; give "
-                "them to its episodes with: dataset instruct"
-            )
+        _require_labels(config, modes, instructions)
+        _require_goals(config, shapes)
         self.config = config
         self.shapes = shapes
         self.modes = tuple(modes) if config.condition_on_mode else ()
@@ -125,10 +120,6 @@ class DiffusionPolicy(nn.Module):
         self.label_rows = LabelRows(len(self.labels), embedding_size if self.instructions else 0)
         self.target = Target()
         self.normalizer = Normalizer({**shapes.observations, self.target.key: shapes.action}, shapes.angles)
-        unknown = [key for key in config.goal if key not in shapes.observations]
-        if unknown or (config.goal and len(set(config.goal)) == len(shapes.observations)):
-            observed = ", ".join(shapes.observations)
-            raise ValueError(f"a goal is one of several observations, {observed}; got {', '.join(config.goal)}")
         self.keys = tuple(sorted(shapes.observations, key=lambda key: (key in config.goal, key)))
         """Observation keys, in the order of their features in the condition: the goals come last."""
         self.images = tuple(key for key in self.keys if key in self.normalizer.images)
@@ -471,7 +462,7 @@ class DiffusionPolicy(nn.Module):
             if self.instructions:
                 known = nearest_instructions(text, self.instructions)
             if self.takes_new_instructions:
-                known = f"{known}; with the --instruction-encoder of its dataset it takes any"
+                known = f"{known}; evaluate, rollout, study and live take any with its dataset's --instruction-encoder"
             raise ValueError(f"this policy does not know the instruction {text!r}; {known}")
         label = text if mode is None else mode
         return -1 if label is None else self.labels.index(label)
@@ -529,6 +520,25 @@ class DiffusionPolicy(nn.Module):
         outputs = self.diffusion.condition(self.network, self.conditions(cond, config), levels)
         denoise = self.decode(outputs, config, wrap, given)
         return self.diffusion.sample(denoise, noise, sampler, levels, config.corrector_steps, config.corrector_size)
+
+
+def _require_labels(config: PolicyConfig, modes: Sequence[str], instructions: Sequence[str]) -> None:
+    """Raise ValueError where there are too few labels to condition on."""
+    if config.condition_on_mode and len(modes) < 2:
+        raise ValueError(f"condition-on-mode needs data with at least two modes; it has {len(modes)}")
+    if config.condition_on_instruction and len(instructions) < 2:
+        raise ValueError(
+            f"condition-on-instruction needs data with at least two instructions; it has {len(instructions)}; give "
+            "them to its episodes with: dataset instruct"
+        )
+
+
+def _require_goals(config: PolicyConfig, shapes: Shapes) -> None:
+    """Raise ValueError for goals that are no observations, or all of them."""
+    unknown = [key for key in config.goal if key not in shapes.observations]
+    if unknown or (config.goal and len(set(config.goal)) == len(shapes.observations)):
+        observed = ", ".join(shapes.observations)
+        raise ValueError(f"a goal is one of several observations, {observed}; got {', '.join(config.goal)}")
 
 
 def giving(outputs: Denoise, given: Given | None) -> Denoise:

@@ -90,7 +90,12 @@ def test_a_new_text_is_told_by_its_embedding() -> None:
     "embeddings, options, asked, message",
     [
         (None, {}, {"instruction": "go round on the left"}, "the nearest known are: 'go round the left'; .*"),
-        (EMBEDDINGS, {}, {"instruction": "stop"}, "'stop before it'.*; with the --instruction-encoder of its dataset"),
+        (
+            EMBEDDINGS,
+            {},
+            {"instruction": "stop"},
+            "'stop before it'.*; evaluate, rollout, study and live take any with its dataset",
+        ),
         (None, {"condition_on_instruction": False}, {"instruction": "go"}, "trained without condition-on-instruction"),
         (None, {}, {"mode": "left"}, "cannot be steered to mode 'left'; it was trained without condition-on-mode"),
         (None, {"condition_dropout": 0.0}, {}, "must be told an instruction, such as 'go round the left'; 'pass it"),

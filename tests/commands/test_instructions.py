@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 
+from diffusion_policy import envs
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.cli import main
 from diffusion_policy.commands import study_instructions
 from diffusion_policy.commands.episodes import RolledOut
 from diffusion_policy.commands.interrupts import Interrupted
+from diffusion_policy.commands.live_policy import LivePolicy
 from diffusion_policy.commands.study import Study
 from diffusion_policy.commands.study_instructions import summarize
 from diffusion_policy.commands.train import Train
-from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, with_options
+from diffusion_policy.config import ChunkingConfig, ConfigError, PolicyConfig, SampleConfig, TrainConfig, with_options
 from diffusion_policy.datasets.instructing import instruct
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.evaluation.episode import FailedEpisode
@@ -112,7 +114,7 @@ def test_a_rollout_is_told_a_new_text_by_its_encoder(run: Path, tmp_path: Path, 
     fixed += ["--sampling-steps", "2", "--backend", "eager"]
     text = fails(capsys, *fixed, "--instruction", "pass on the right side")
     assert f"does not know the instruction 'pass on the right side'; the nearest known are: {RIGHT!r}; {LEFT!r}" in text
-    assert "with the --instruction-encoder of its dataset it takes any" in text
+    assert "take any with its dataset's --instruction-encoder" in text
     encoder = ["--instruction-encoder", "letters_for_rollouts:measure"]
     assert "encodes an --instruction; got none" in fails(capsys, *fixed, *encoder)
     new = ["--instruction", "pass on the right side", "--record", "recorded.zarr"]
@@ -120,6 +122,20 @@ def test_a_rollout_is_told_a_new_text_by_its_encoder(run: Path, tmp_path: Path, 
     assert EpisodeStore.open("recorded.zarr").episode_instructions() == ["pass on the right side"]
     other = ["--instruction-encoder", "letters_for_rollouts:mesure", "--instruction", "go"]
     assert "did you mean 'measure'?" in fails(capsys, *fixed, *other)
+
+
+def test_a_live_policy_is_told_another_instruction_while_it_runs(run: Path) -> None:
+    policy, env = checkpoint.load(run).policy, envs.make("diffusion_policy/Avoid-v0", rows=1)
+    sampling = SampleConfig(sampling_steps=1, instruction=LEFT)
+    live = LivePolicy(policy, env, sampling, ChunkingConfig(), delay_steps=0, action_horizon=None, fan=0)
+    live.begin(0, env.reset(seed=0)[0])
+    assert (live.tell()["instructions"], live.tell()["settings"]["instruction"]) == ([LEFT, RIGHT], LEFT)
+    live.change({"instruction": RIGHT, "guidance": 1})
+    assert live.tell()["settings"]["instruction"] == RIGHT
+    with pytest.raises(ValueError, match="does not know the instruction 'stop'"):
+        live.change({"instruction": "stop"})
+    with pytest.raises(ValueError, match="guidance needs an instruction to guide to"):
+        live.change({"instruction": None})
 
 
 def test_a_policy_without_embeddings_takes_no_new_text(told: Path, tmp_path: Path, monkeypatch, capsys) -> None:

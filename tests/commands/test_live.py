@@ -175,6 +175,8 @@ def test_settings_change_while_it_runs(start, settings: dict, found: dict) -> No
         ({"do": "set", "settings": {"guidance": 1}}, "condition-dropout"),
         ({"do": "set", "settings": {"guidance": "x"}}, "could not convert"),
         ({"do": "set", "settings": {"mode": "left"}}, "cannot be steered to mode 'left'"),
+        ({"do": "set", "settings": {"instruction": "go left"}}, "trained without condition-on-instruction"),
+        ({"do": "set", "settings": {"instruction": 5}}, "instruction must be one line"),
         ({"do": "set", "settings": {"chunking": "trained-rtc"}}, "max-delay"),
         ({"do": "set", "settings": {"delay_steps": 99}}, "delay-steps must be from 0 to 7"),
         ({"do": "set", "settings": {"delay_steps": 1.5}}, "delay-steps must be a whole number"),

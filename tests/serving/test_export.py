@@ -71,6 +71,17 @@ def test_several_sequences_for_several_robots_in_float32_and_guided(guided, writ
     assert loaded.planner.sample(draw_observations(guided.policy, 2, RNG), noise).dtype == np.float32
 
 
+def test_an_instruction_is_part_of_the_graph(make_policy, plain, write) -> None:
+    embeddings = RNG.normal(size=(3, 5)).astype(np.float32)
+    config = dataclasses.replace(TINY, condition_on_instruction=True, condition_dropout=0.1)
+    policy = make_policy(config, instructions=("go left", "go right", "stop"), embeddings=embeddings)
+    sampling = SampleConfig(sampling_steps=2, instruction="go on", guidance=0.5)
+    told = policy.with_instruction("go on", embeddings[:2].mean(axis=0))
+    folder = write(plain._replace(policy=told, sampling=sampling))
+    assert exported.load(folder).config.sampling.instruction == "go on"
+    assert difference(told, exported.load(folder, threads=1).planner, sampling, 2, 1) <= 1e-4
+
+
 def test_both_forms_give_the_same(plain, guided, loop_folder, network_folder, write) -> None:
     of_guided = write(guided), write(guided, form="network")
     for one, folders in ((plain, (loop_folder, network_folder)), (guided, of_guided)):

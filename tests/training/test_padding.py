@@ -39,7 +39,7 @@ def test_windows_mark_which_actions_were_demonstrated() -> None:
 
 def test_streamed_windows_mark_the_same(store: EpisodeStore) -> None:
     keys = {**{key: key for key in store.observation_keys}, "action": "action"}
-    options = {"device": "cpu", "modes": None, "mark_padding": True}
+    options = {"device": "cpu", "labels": None, "mark_padding": True}
     marks = []
     for memory in (1e9, 0):
         windows = load_windows(store, keys, range(12), 2, 16, memory_bytes=memory, **options)
