@@ -257,10 +257,12 @@ def _join(pairs: list[Pair]) -> Pair:
 
 
 def _scatter(policy: DiffusionPolicy, batch: Batch, noise: float, generator: torch.Generator) -> Batch:
-    """Observations with noise of this deviation, in normalized numbers."""
+    """Observations with noise of this deviation, in normalized numbers; images are left as they are."""
     scattered = {}
     for key in policy.keys:
-        values = policy.normalizer.normalize(key, batch.observations[key])
-        drawn = torch.randn(values.shape, generator=generator).to(values)
-        scattered[key] = policy.normalizer.unnormalize(key, values + noise * drawn).to(batch.observations[key])
+        scattered[key] = batch.observations[key]
+        if key not in policy.images:
+            values = policy.normalizer.normalize(key, batch.observations[key])
+            drawn = torch.randn(values.shape, generator=generator).to(values)
+            scattered[key] = policy.normalizer.unnormalize(key, values + noise * drawn).to(batch.observations[key])
     return batch._replace(observations=scattered)
