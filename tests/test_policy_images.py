@@ -135,7 +135,11 @@ def test_encoder_and_sampling_compile_as_one_graph() -> None:
         torch.testing.assert_close(compiled(observations, noise, config), eager, rtol=1e-4, atol=1e-4)
 
 
-@of_each_vision
+@pytest.mark.parametrize(
+    "vision",
+    [VISIONS[0], *(pytest.param(vision, marks=pytest.mark.slow) for vision in VISIONS[1:])],
+    ids=lambda vision: vision.kind,
+)
 def test_an_exported_policy_sees(vision, graphs_made_once) -> None:
     policy, sampling = new_policy(seeing(vision=vision)), SampleConfig("ddim", 2)
     config, files = make_export(policy, sampling, Exporting())
