@@ -10,6 +10,7 @@ import torch
 from diffusion_policy.basics.images import as_uint8, is_channels_first, is_image
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.checkpoints.checkpoint import Checkpoint, Dataset, Environment
+from diffusion_policy.checkpoints.schema import check_bounds
 from diffusion_policy.config import (
     CnnConfig,
     ImageConfig,
@@ -26,7 +27,7 @@ from diffusion_policy.control.planner import planning_rng
 from diffusion_policy.control.policy_planner import PolicyPlanner
 from diffusion_policy.datasets.statistics import measure
 from diffusion_policy.datasets.windows import Batch, Windows
-from diffusion_policy.policy import DiffusionPolicy
+from diffusion_policy.policy import DiffusionPolicy, Shapes
 from diffusion_policy.serving.export import Exporting, draw_observations, make_export
 from diffusion_policy.serving.exported import OnnxPlanner
 from diffusion_policy.training.losses import denoising_loss, draw
@@ -169,6 +170,14 @@ def test_a_checkpoint_keeps_what_it_sees_by(tmp_path: Path) -> None:
     assert loaded.images == ("image", "wrist")
     observations = observe(1)
     assert torch.equal(*(one.sample(observations, [planning_rng(0)]) for one in (policy, loaded)))
+
+
+def test_images_of_usual_cameras_fit_a_checkpoint_and_absurd_ones_do_not() -> None:
+    action = (2,)
+    check_bounds(Shapes({f"camera {i}": (480, 640, 3) for i in range(4)}, action), ())
+    check_bounds(Shapes({"image": (256, 256, 3), "state": (65_536,)}, action), ())
+    with pytest.raises(ValueError, match="the size of the images must be from 0 to 16777216; got"):
+        check_bounds(Shapes({"image": (8192, 8192, 4)}, action), ())
 
 
 def test_a_controller_holds_uint8_and_refuses_what_does_not_fit() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from diffusion_policy.basics.files import MAX_JSON_BYTES, parse_json, read_json
+from diffusion_policy.basics.images import is_image
 from diffusion_policy.basics.names import MOST_EMBEDDING, are_instructions, say_instructions
 from diffusion_policy.checkpoints.safe_files import MAX_DIMENSIONS, CheckpointError, Recorded
 from diffusion_policy.config import (
@@ -34,7 +35,9 @@ TRAINING = "training.safetensors"
 # What a configuration may ask for, far beyond what anyone trains; of the options themselves see `config`.
 MAX_KEYS = 256
 MAX_OBSERVED_NUMBERS = 65_536
-"""In all keys at one step."""
+"""In all keys at one step, but images."""
+MAX_IMAGE_NUMBERS = 2**24
+"""In all images at one step: five of 1280 x 720 in colour."""
 MAX_ACTION_NUMBERS = 1024
 MAX_MODES = 1024
 
@@ -195,10 +198,14 @@ def check_bounds(shapes: Shapes, modes: Sequence[str]) -> None:
     for shape in (*shapes.observations.values(), shapes.action):
         if len(shape) > MAX_DIMENSIONS or any(size < 1 for size in shape):
             raise ValueError(f"a shape has at most {MAX_DIMENSIONS} numbers, all positive; got {shape}")
-    observed = sum(math.prod(shape) for shape in shapes.observations.values())
+    rows, images = (
+        sum(math.prod(shape) for shape in shapes.observations.values() if is_image(shape) == wanted)
+        for wanted in (False, True)
+    )
     bounds = {
         "number of keys": (len(shapes.observations), 1, MAX_KEYS),
-        "size of an observation": (observed, 1, MAX_OBSERVED_NUMBERS),
+        "size of an observation": (rows, 0 if images else 1, MAX_OBSERVED_NUMBERS),
+        "size of the images": (images, 0, MAX_IMAGE_NUMBERS),
         "size of an action": (math.prod(shapes.action), 1, MAX_ACTION_NUMBERS),
         "number of modes": (len(modes), 0, MAX_MODES),
     }
