@@ -184,8 +184,9 @@ def draw_sights(sights: Sequence[Sight]) -> Figure:
                 axis.plot(
                     *sight.keypoints.T, ".", color="#ffd400", markersize=5, markeredgecolor=INK, markeredgewidth=0.5
                 )
-            axis.set_title(f"step {sight.step}", fontsize=9, color=MUTED)
-        line[0].set_title(f"{key}, seed {seed}, step {row[0].step}", fontsize=9, color=INK)
+            axis.set_title(f"step {sight.step}", loc="left", fontsize=9, color=MUTED)
+        named = f"{shorten(key)}, seed {seed}\nstep {row[0].step}"
+        line[0].set_title(named, loc="left", fontsize=9, color=INK)
     return figure
 
 

@@ -223,5 +223,5 @@ def test_a_page_shows_the_crops_that_a_policy_was_given_and_where_it_looks() -> 
             assert sights[0].keypoints.shape == (3, 2)
             assert ((sights[0].keypoints >= 0) & (sights[0].keypoints <= [17, 23])).all()
         figure = draw_sights([*sights, *(sight._replace(seed=8, image=sight.image[..., :1]) for sight in sights[:1])])
-        titles = [axis.get_title() for axis in figure.axes]
-        assert titles == ["image, seed 7, step 0", "step 5", "image, seed 8, step 0", ""]
+        titles = [axis.get_title("left") for axis in figure.axes]
+        assert titles == ["image, seed 7\nstep 0", "step 5", "image, seed 8\nstep 0", ""]
