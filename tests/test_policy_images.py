@@ -235,7 +235,7 @@ def test_what_is_an_image() -> None:
     assert not is_channels_first((4, 4, 4))
     shares = np.array([[[[0.0], [1.0], [0.5]]]])
     assert as_uint8(shares, "x").ravel().tolist() == [0, 255, 128]
-    assert as_uint8(shares, "x", full_range=True).ravel().tolist() == [0, 1, 0]
+    assert as_uint8(np.array([[[[0.0], [200.0], [0.5]]]]), "x").ravel().tolist() == [0, 200, 0]
 
 
 def test_it_learns_from_images_what_states_do_not_say() -> None:

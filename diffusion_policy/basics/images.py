@@ -19,10 +19,9 @@ def is_image(shape: tuple[int, ...]) -> bool:
     return len(shape) == 3 and shape[2] in CHANNELS and min(shape[:2]) >= LEAST_SIDE
 
 
-def as_uint8(images: np.ndarray, key: str, full_range: bool = False) -> np.ndarray:
+def as_uint8(images: np.ndarray, key: str) -> np.ndarray:
     """Images of any type (..., H, W, C) as uint8. Floats are shares of the full brightness, from 0 to 1, unless some
-    are above 1, or `full_range` says so: then they are from 0 to 255. Raises ValueError, which names the key, for
-    numbers that are neither."""
+    are above 1: then they are from 0 to 255. Raises ValueError, which names the key, for numbers that are neither."""
     if images.dtype == np.uint8 or images.size == 0:
         return images.astype(np.uint8, copy=False)
     low, high = images.min(), images.max()
@@ -31,7 +30,7 @@ def as_uint8(images: np.ndarray, key: str, full_range: bool = False) -> np.ndarr
             f"{key} must hold images of uint8, or floats from 0 to 1 or from 0 to 255; got {images.dtype} from {low:g} "
             f"to {high:g}"
         )
-    scale = 255 if images.dtype.kind == "f" and high <= 1 and not full_range else 1
+    scale = 255 if images.dtype.kind == "f" and high <= 1 else 1
     return np.rint(images * scale).astype(np.uint8)
 
 
@@ -48,4 +47,4 @@ def as_observed(values: Any, key: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def is_channels_first(shape: tuple[int, ...]) -> bool:
     """Whether one step looks like an image whose channels come first, (channels, height, width)."""
-    return not is_image(shape) and is_image((*shape[1:], shape[0])) if len(shape) == 3 else False
+    return len(shape) == 3 and not is_image(shape) and is_image((*shape[1:], shape[0]))
