@@ -4,6 +4,7 @@ guidance.
 Knows results as plain data.
 """
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,14 @@ from diffusion_policy.report.page import embed, templates
 FAILED = "no success"
 OTHER = "no mode"
 """Of a success."""
-MOST_LETTERS = 44
-"""Of an instruction beside the picture; the table has it whole."""
+LETTERS, MOST_LINES = 30, 3
+"""In a line of an instruction beside the picture, and lines of it; the table has it whole."""
 
 
 def write_instructions_page(path: Path, results: Mapping[str, Any]) -> None:
     """Write the page."""
     html = templates().get_template("instructions.html.jinja").render(
-        results=results, columns=list_columns(results), picture=embed(draw_instructions(results)), count=count_done
+        results=results, picture=embed(draw_instructions(results))
     )  # fmt: skip
     write_whole(path, html)
 
@@ -65,7 +66,7 @@ def draw_instructions(results: Mapping[str, Any]) -> Figure:
                 axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=INK, linewidth=1.5))
         axis.set_title(f"guidance {weight}", loc="left", color=INK, fontsize=11)
         axis.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=9)
-    axes[0].set_yticks(range(len(rows)), [_shorten(text) for text in rows], fontsize=9)
+    axes[0].set_yticks(range(len(rows)), [_in_lines(text) for text in rows], fontsize=9)
     return figure
 
 
@@ -73,7 +74,7 @@ def _counts(cell: Mapping[str, Any], columns: list[str]) -> list[int]:
     return count_done(cell, columns) if "done" in cell else [0] * len(columns)
 
 
-def _shorten(text: str) -> str:
+def _in_lines(text: str) -> str:
     """A text beside the picture; no dollar signs, between which matplotlib would set mathematics."""
-    plain = text.replace("$", "\\$")
-    return plain if len(plain) <= MOST_LETTERS else f"{plain[: MOST_LETTERS - 1]}…"
+    lines = textwrap.wrap(text, LETTERS, max_lines=MOST_LINES, placeholder=" …")
+    return "\n".join(lines).replace("$", "\\$")
