@@ -37,6 +37,8 @@ SUCCESS_COVERAGE = 0.95
 """Success is more than this share of the outline covered."""
 GOALS = ("fixed", "random")
 """The published goal, or one for each episode."""
+AGENT = "agent_pos"
+"""Key of the agent's position, beside an image."""
 PICTURE_SIZE = 480
 """Width and height of `render`'s picture [px]."""
 
@@ -87,7 +89,8 @@ class SavedState(NamedTuple):
 class PushTEnv(TaskEnv):
     """Observation: `state` (5,), as the module says, the angle in [0, 2 pi), and `keypoint` (9, 2) [px], both as in the
     published dataset; with random goals `goal` (3,), where the block's origin shall be [px] and its angle, as the last
-    three numbers of `state` say where it is; `image` where it is asked for. Action: where the agent shall go, (2,)
+    three numbers of `state` say where it is; where an image is asked for `image`, and `agent_pos` (2,) [px], which the
+    published policies from images observe beside it. Action: where the agent shall go, (2,)
     [px], absolute. Reward: clip(coverage / 0.95, 0, 1). The episode ends at success, more than 95 % of the outline
     covered.
 
@@ -115,6 +118,9 @@ class PushTEnv(TaskEnv):
             "state": float_box([0, 0, *block, 0], [SIZE, SIZE, *(SIZE - block), 2 * np.pi]),
             "keypoint": float_box(corner, SIZE - corner),
         }
+        self._agent_apart = image_size > 0
+        if self._agent_apart:
+            spaces[AGENT] = float_box([0, 0], [SIZE, SIZE])
         self.goal = goal
         if goal == "random":
             spaces["goal"] = float_box([0, 0, 0], [SIZE, SIZE, 2 * np.pi])
@@ -180,7 +186,8 @@ class PushTEnv(TaskEnv):
         state = self._simulation.get_obs()
         named = {"state": state.astype(np.float32), "keypoint": keypoints(state).astype(np.float32)}
         wanted = {"goal": self._goal.astype(np.float32)} if self.goal == "random" else {}
-        return named | wanted | self._images()
+        apart = {AGENT: state[:2].astype(np.float32)} if self._agent_apart else {}
+        return named | wanted | apart | self._images()
 
     def _photograph(self, size: int) -> np.ndarray:
         """The published image: agent, block and outline, without the cross that `render` draws at the last action."""

@@ -47,6 +47,8 @@ def complete(options: Train, device: torch.device) -> tuple[Train, Teacher | Non
     policy = student_options(options.policy, asked)
     if asked.teacher is None:
         return dataclasses.replace(options, policy=policy), None
+    if options.training.noise_draws > 1:
+        raise ConfigError(f"--noise-draws is for trainings without a teacher; got {options.training.noise_draws}")
     if asked.guard == "stop" and options.training.validation_share == 0:
         raise ConfigError("--guard stop hears of validations: it needs held-out episodes; got validation-share 0")
     folder = checkpoint.find(Path(asked.teacher))

@@ -23,14 +23,19 @@ class Draws(NamedTuple):
     """The random numbers of one batch."""
 
     noising: Noising
+    """Of R sequences for each row, one after the other."""
     dropped: Tensor
-    """Which rows lose their condition, (B,) bool."""
+    """Which of the sequences to denoise lose their condition, (B R,) bool."""
     augmentation: Tensor | None = None
     """How the images of each row are changed, see `DiffusionPolicy.encode`."""
+    repeats: int = 1
+    """R: how often each row is noised."""
 
     def rows(self, first: int, last: int) -> Draws:
         """Those of some rows."""
-        return self._map(lambda part: part[first:last])
+        augmentation = None if self.augmentation is None else self.augmentation[first:last]
+        several = self._map(lambda part: part[first * self.repeats : last * self.repeats])
+        return several._replace(augmentation=augmentation)
 
     def to(self, device: torch.device) -> Draws:
         """The same on a device."""
@@ -39,42 +44,49 @@ class Draws(NamedTuple):
     def _map(self, change: Callable[[Tensor], Tensor]) -> Draws:
         noising = Noising(*(None if part is None else change(part) for part in self.noising))  # pyright: ignore
         augmentation = None if self.augmentation is None else change(self.augmentation)
-        return Draws(noising, change(self.dropped), augmentation)
+        return self._replace(noising=noising, dropped=change(self.dropped), augmentation=augmentation)
 
 
 Loss = Callable[[DiffusionPolicy, Batch, Draws], Tensor]
 """The loss of each window, (B,)."""
 
 
-def draw(policy: DiffusionPolicy, rows: int, generator: torch.Generator, learning: bool = True) -> Draws:
-    """The random numbers for so many windows; for `learning`, conditions are dropped and images changed as the policy's
-    options say."""
-    share = policy.config.condition_dropout if learning else 0.0
-    dropped = torch.rand(rows, generator=generator) < share if share else torch.zeros(rows, dtype=torch.bool)
-    shape = (rows, policy.config.prediction_horizon, *policy.normalizer.shapes[policy.target.key])
+def draw(
+    policy: DiffusionPolicy, rows: int, generator: torch.Generator, learning: bool = True, repeats: int = 1
+) -> Draws:
+    """The random numbers for so many windows, each noised `repeats` times; for `learning`, conditions are dropped and
+    images changed as the policy's options say."""
+    share, count = policy.config.condition_dropout if learning else 0.0, rows * repeats
+    dropped = torch.rand(count, generator=generator) < share if share else torch.zeros(count, dtype=torch.bool)
+    shape = (count, policy.config.prediction_horizon, *policy.normalizer.shapes[policy.target.key])
     noising = policy.diffusion.draw(shape, generator)
     if policy.config.max_delay:
-        delay = torch.randint(policy.config.max_delay + 1, (rows, 1), generator=generator)
+        delay = torch.randint(policy.config.max_delay + 1, (count, 1), generator=generator)
         step = torch.arange(shape[1]) - (policy.config.observation_horizon - 1)  # from now
         noising = noising._replace(known=((step >= 0) & (step < delay))[..., None])
-    return Draws(noising, dropped, policy.draw_augmentation(rows, generator) if learning else None)
+    return Draws(noising, dropped, policy.draw_augmentation(rows, generator) if learning else None, repeats)
 
 
 def denoising_loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Tensor:
-    """Squared error of the prediction at random levels, (B,); see `Diffusion.loss`. Raises ValueError where a policy
-    that is conditioned on modes or instructions gets none."""
+    """Squared error of the prediction at random levels, (B,); see `Diffusion.loss`. What is observed is encoded once,
+    however often a window is noised. Raises ValueError where a policy that is conditioned on modes or instructions gets
+    none."""
     if policy.labels and batch.labels is None:
         what = "condition-on-mode is trained with the modes"
         if policy.instructions:
             what = "condition-on-instruction is trained with the instructions"
         raise ValueError(f"a policy with {what} of its windows; got none")
     draws = draws.to(policy.device)
-    cond = policy.encode(batch.observations, batch.labels, draws.augmentation)
+    encoded = policy.encode(batch.observations, batch.labels, draws.augmentation)
+    normalized = policy.normalizer.normalize(policy.target.key, batch.actions)
+    cond, x0 = (part.repeat_interleave(draws.repeats, dim=0) for part in (encoded, normalized))
     if policy.config.condition_dropout:
         cond = torch.where(draws.dropped[:, None], policy.unconditional(cond), cond)
-    x0 = policy.normalizer.normalize(policy.target.key, batch.actions)
-    counted = None if batch.demonstrated is None else batch.demonstrated[..., None]
-    return policy.diffusion.loss(policy.network, x0, cond, draws.noising._replace(counted=counted))
+    counted = None
+    if batch.demonstrated is not None:
+        counted = batch.demonstrated[..., None].repeat_interleave(draws.repeats, dim=0)
+    losses = policy.diffusion.loss(policy.network, x0, cond, draws.noising._replace(counted=counted))
+    return losses.unflatten(0, (-1, draws.repeats)).mean(dim=1)
 
 
 def derive_generator(tag: str, *numbers: int) -> torch.Generator:

@@ -16,6 +16,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -167,7 +168,7 @@ class Trainer:
             windows,
             config,
             loss,
-            draw,
+            partial(draw, repeats=config.noise_draws),
             undecayed=undecayed,
             distributed=distributed,
             validate=validate,

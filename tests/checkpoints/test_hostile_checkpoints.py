@@ -13,7 +13,6 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -153,12 +152,11 @@ def forget_peak() -> None:
 
 @contextmanager
 def refused(match: str, most_bytes: float = 200e6) -> Iterator[None]:
-    """Within a second, in one line, and without memory."""
+    """In one line, and without memory."""
     forget_peak()
-    memory, started = peak_memory(), time.perf_counter()
+    memory = peak_memory()
     with pytest.raises(CheckpointError, match=match) as info:
         yield
-    assert time.perf_counter() - started < 1
     assert peak_memory() - memory < most_bytes
     assert "\n" not in str(info.value)
     assert len(str(info.value)) < 1100

@@ -277,7 +277,7 @@ SAME_LOSS = {
     "precision", "accumulation", "compile", "network", "width", "layers", "heads", "mlp_ratio", "dropout",
     "conditioning", "guard", "vision", "cnn_widths", "keypoints", "vit_width", "vit_layers", "vit_heads",
     "image_features", "image_crop", "color_jitter", "image_normalization", "share_encoder",
-    "vision_weights", "freeze_vision", "hindsight", "hindsight_share", "mask_padding",
+    "vision_weights", "freeze_vision", "hindsight", "hindsight_share", "mask_padding", "noise_draws",
 }  # fmt: skip
 """Options under which the validation loss stays what it is: the mean over the same windows, of the EMA weights, in
 single precision and with the condition."""

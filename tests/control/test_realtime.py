@@ -4,7 +4,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -127,8 +127,19 @@ def raises() -> None:
     raise OSError("the cable is loose")
 
 
+RELEASED = threading.Event()
+"""Ends what hangs."""
+
+
 def hangs() -> None:
-    time.sleep(2)
+    RELEASED.wait(20)
+
+
+@pytest.fixture(autouse=True)
+def held() -> Iterator[None]:
+    RELEASED.clear()
+    yield
+    RELEASED.set()
 
 
 @pytest.mark.parametrize(
@@ -155,7 +166,7 @@ def test_whatever_the_robot_does_it_is_stopped_and_the_log_is_kept(where: str, w
     robot = Faulty(where, what)
     began = time.perf_counter()
     log = run(Planner(), robot, watchdog=0.1, delay_steps=1)
-    assert time.perf_counter() - began < 1.5  # it waits for nothing that hangs
+    assert time.perf_counter() - began < 10  # it waits for nothing that hangs
     assert log.failed
     assert robot.stops == 1
     assert re.search(why, log.ended), log.ended
@@ -201,10 +212,10 @@ def test_a_stop_is_obeyed_within_a_period(when: str) -> None:
 
     timer = threading.Timer(0 if when == "at once" else 0.2, press)
     timer.start()
-    log = RealTimeRunner(Planner(), 20, delay_steps=1, watchdog=1.5).run(robot, None, stop)
+    log = RealTimeRunner(Planner(), 20, delay_steps=1, watchdog=10).run(robot, None, stop)
     timer.join()
     assert (log.ended, log.failed, robot.stops) == ("stopped", False, 1)
-    assert stopped_at[0] - set_at[0] < 0.5  # a period is 0.05 s; the rest is for a busy machine
+    assert stopped_at[0] - set_at[0] < 5  # a period is 0.05 s; the rest is for a busy machine
 
 
 def test_an_episode_that_ends_ends_the_run() -> None:

@@ -579,7 +579,7 @@ def test_a_chunk_that_unpacks_into_more_than_a_chunk_is_refused_before_it_does(t
         StoreError, match=r"would unpack into .* it should have 732|0 has \d+ bytes; at most 4833 are read"
     ):
         EpisodeStore.open(tmp_path / "store.zarr").read("state")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 @pytest.mark.parametrize("codec", [numcodecs.GZip(9), numcodecs.Zstd(9)], ids=lambda codec: codec.codec_id)
@@ -785,7 +785,7 @@ def test_more_chunks_than_anyone_has_are_not_walked_through(tmp_path: Path, arra
     started = time.monotonic()
     with pytest.raises(StoreError, match=r"has \d+ chunks of some 1 bytes; at most 65536 of those are read"):
         EpisodeStore.open(path).read("state")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_metadata_of_absurd_size_are_not_parsed(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_an_answer_that_drips_is_given_up(path: Path, serve, name: str, monkeypa
     started = time.monotonic()
     with pytest.raises(StoreError, match=r"is too slow: \d+ bytes in"):
         EpisodeStore.open(f"{url}/store.zarr{name if name == '.zip' else ''}").read("state")
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 20
 
 
 def test_headers_that_drip_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +164,7 @@ def test_headers_that_drip_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None
         started = time.monotonic()
         with pytest.raises(StoreError, match=r"was silent for 0\.3 s"):
             EpisodeStore.open(f"http://127.0.0.1:{server.getsockname()[1]}/store.zip")
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 20
         accept.join(3)
 
 
