@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import reprlib
 import types
 from collections.abc import Collection, Iterable, Mapping
@@ -28,6 +29,7 @@ SamplerName = Literal[
 ]
 SpacingName = Literal["trailing", "leading", "even", "log-snr"]
 NormalizationName = Literal["limits", "moments", "quantiles"]
+ActionFormName = Literal["absolute", "relative", "delta"]
 ImageNormalizationName = Literal["scale", "channels", "imagenet"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 PlanningPrecision = Literal["fp32", "bf16"]
@@ -332,6 +334,15 @@ class PolicyConfig:
     normalization: Annotated[NormalizationName, Group("policy")] = "limits"
     """How each column becomes a number of about one: its limits become -1 and 1; or its mean 0 and its deviation 1; or
     its quantiles 0.01 and 0.99 become -1 and 1."""
+    rotations: tuple[str, ...] = ()
+    """Columns that are rotations, of observations or of the action, as action:3,4,5 (a rotation vector [rad]) or
+    pose:3,4,5,6 (a quaternion x, y, z, w): the network sees six numbers of each, which have no jumps."""
+    action_form: ActionFormName = "absolute"
+    """How the network says actions: as the dataset holds them (absolute), as differences from what is observed now
+    (relative), or from the action before (delta). What is executed is as the dataset holds it."""
+    action_reference: str | None = None
+    """Observation that relative and delta actions are differences from, as agent_pos or state:0,1: as many of the
+    action's columns, from the first one on; further ones, such as a gripper's, stay absolute."""
     goal: tuple[str, ...] = ()
     """Observation keys that are goals: the same all through an episode, encoded once, and what condition-dropout loses,
     so that guidance leads towards them."""
@@ -377,6 +388,9 @@ class PolicyConfig:
         check_choice("schedule", self.schedule, get_args(ScheduleName))
         check_choice("prediction", self.prediction, get_args(PredictionName))
         check_choice("normalization", self.normalization, get_args(NormalizationName))
+        check_choice("action-form", self.action_form, get_args(ActionFormName))
+        for text in self.rotations:
+            _require(len(parse_columns(text)[1]) in (3, 4), "rotations", "a key with 3 or 4 columns", text)
         self._check_objective()
         if self.condition_on_mode and self.condition_on_instruction:
             raise ConfigError("a policy is told a mode or an instruction; got condition-on-mode and -on-instruction")
@@ -714,6 +728,14 @@ def require_seed(config: object) -> None:
     """Raise ConfigError when the field `seed` is negative or too large for every generator that it feeds."""
     seed = getattr(config, "seed")  # noqa: B009
     _require(0 <= seed <= MOST_SEED, "seed", "from 0 to below 2^32", seed)
+
+
+def parse_columns(text: str) -> tuple[str, tuple[int, ...]]:
+    """Some columns of a key, as state:0,1; a key alone has all, (). Raises ConfigError where none are told."""
+    found = re.fullmatch(r"(.+?)(?::(\d+(?:,\d+)*))?", text) if isinstance(text, str) else None
+    if found is None or (":" in text and found[2] is None):
+        raise ConfigError(f"columns are told as key:0,1; got {text!r}")
+    return found[1], tuple(map(int, (found[2] or "").split(","))) if found[2] else ()
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

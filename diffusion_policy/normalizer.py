@@ -1,6 +1,7 @@
 """Raw numbers ↔ numbers of about one that the network sees; travels inside the checkpoint as buffers."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from diffusion_policy.basics.images import is_image
 from diffusion_policy.datasets.statistics import Statistics
+from diffusion_policy.networks.representation import SIX, from_six, to_six
 
 WITHOUT_FLOAT64 = ("mps",)
 """Devices that have no float64; raw numbers are computed in float32 there."""
@@ -89,8 +91,9 @@ def _some(names: list[str], most: int = 12) -> str:
 
 class Normalizer(nn.Module):
     """Per key: normalized = (x − offset) / scale, column by column; but a column that holds an angle [rad] becomes its
-    cosine and its sine, which stand behind the other columns: [others | cosines | sines]. A new one shifts and scales
-    nothing until it is fitted or loaded.
+    cosine and its sine, and the columns of a rotation become six numbers (see `networks.representation`), which stand
+    behind the other columns: [others | cosines | sines | rotations]. A new one shifts and scales nothing until it is
+    fitted or loaded.
 
     An image has one offset and one scale for each channel, and is computed in float32. Of all else, a constant column
     has the scale 0: it is normalized to 0, and what comes back is the constant; and all is computed in float64 (on MPS,
@@ -99,27 +102,22 @@ class Normalizer(nn.Module):
     """
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], angles: Mapping[str, tuple[int, ...]] | None = None
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        angles: Mapping[str, tuple[int, ...]] | None = None,
+        rotations: Mapping[str, tuple[tuple[int, ...], ...]] | None = None,
     ) -> None:
-        """`shapes`: shape of each key at one step; `angles`: columns of a key that hold angles. Raises ValueError for
-        columns that a key does not have."""
+        """`shapes`: shape of each key at one step; `angles`: columns of a key that hold angles; `rotations`: columns of
+        a key that hold a rotation together. Raises ValueError for columns that a key does not have."""
         super().__init__()
-        self.keys = tuple(shapes)
-        self._angles = {key: tuple(columns) for key, columns in (angles or {}).items() if columns}
-        self._others: dict[str, tuple[int, ...]] = {}
-        for key, columns in self._angles.items():
-            shape = shapes.get(key, ())
-            wrong = [column for column in columns if len(shape) != 1 or not 0 <= column < shape[0]]
-            if wrong or len(set(columns)) < len(columns):
-                what = f"has the shape {shape} a step" if key in shapes else "is not used"
-                raise ValueError(f"angles must name columns of a key, each once; {key} {what}, got {list(columns)}")
-            self._others[key] = tuple(column for column in range(shape[0]) if column not in columns)
-        self._order = {  # of [others | angles], to have a key's columns as they were
-            key: tuple(np.argsort([*self._others[key], *columns]).tolist()) for key, columns in self._angles.items()
+        self.keys, angles, rotations = tuple(shapes), angles or {}, rotations or {}
+        self._round = {
+            key: _divide(key, shapes.get(key), angles.get(key, ()), rotations.get(key, ()))
+            for key in {**angles, **rotations}
+            if angles.get(key) or rotations.get(key)
         }
         self.shapes = {
-            key: (shape[0] + len(self._angles[key]),) if key in self._angles else tuple(shape)
-            for key, shape in shapes.items()
+            key: (self._round[key].count,) if key in self._round else tuple(shape) for key, shape in shapes.items()
         }
         """Shape of each key at one step as the network sees it."""
         self.images = frozenset(key for key, shape in self.shapes.items() if is_image(shape))
@@ -154,9 +152,10 @@ class Normalizer(nn.Module):
             if not (torch.isfinite(offset).all() and torch.isfinite(scale).all()):
                 raise ValueError(f"{key} holds NaN, infinity, or numbers too large to be normalized")
             scale[torch.as_tensor(found.constant)] = 0
-            if key in self._angles:
-                others, circle = list(self._others[key]), torch.zeros(2 * len(self._angles[key]))
-                offset, scale = torch.cat([offset[others], circle]), torch.cat([scale[others], circle + 1])
+            if key in self._round:
+                others = list(self._round[key].others)
+                rest = torch.zeros(self._round[key].count - len(others))
+                offset, scale = torch.cat([offset[others], rest]), torch.cat([scale[others], rest + 1])
             self.get_buffer(_buffer(key, "offset")).copy_(offset)
             self.get_buffer(_buffer(key, "scale")).copy_(scale)
 
@@ -167,21 +166,25 @@ class Normalizer(nn.Module):
         if key in self.images:
             return (x.float() - offset.float()) / scale.where(scale > 0, torch.inf).float()
         x = x.to(offset)
-        if key in self._angles:
-            angles = _take(x, self._angles[key])
-            x = torch.cat([_take(x, self._others[key]), torch.cos(angles), torch.sin(angles)], dim=-1)
+        if key in self._round:
+            columns = self._round[key]
+            angles = _take(x, columns.angles)
+            turned = [to_six(_take(x, rotation)) for rotation in columns.rotations]
+            x = torch.cat([_take(x, columns.others), torch.cos(angles), torch.sin(angles), *turned], dim=-1)
         return ((x - offset) / scale.where(scale > 0, torch.inf)).float()
 
     def unnormalize(self, key: str, x: Tensor) -> Tensor:
         """The inverse of `normalize`, float64 (float32 on MPS); angles come back within [−pi, pi]."""
         offset, scale = self._numbers(key)
         x = x.to(offset) * scale + offset
-        if key not in self._angles:
+        if key not in self._round:
             return x
-        count = len(self._angles[key])
-        others, cosines, sines = x.split([x.shape[-1] - 2 * count, count, count], dim=-1)
+        columns = self._round[key]
+        count, turned = len(columns.angles), len(columns.rotations)
+        others, cosines, sines, *sixes = x.split([len(columns.others), count, count, *[SIX] * turned], dim=-1)
         angles = torch.atan2(sines.float(), cosines.float()).to(x)  # in the network's precision, as runtimes have it
-        return _take(torch.cat([others, angles], dim=-1), self._order[key])
+        rotations = [from_six(one, len(own)) for one, own in zip(sixes, columns.rotations, strict=True)]
+        return _take(torch.cat([others, angles, *rotations], dim=-1), columns.order)
 
     def _numbers(self, key: str) -> tuple[Tensor, Tensor]:
         """Offset and scale."""
@@ -199,6 +202,44 @@ class Normalizer(nn.Module):
         if self.precision != torch.float64:
             for name in self._buffers:
                 destination[prefix + name] = destination[prefix + name].cpu().double()
+
+
+class _Columns(NamedTuple):
+    """Of a key with angles or rotations."""
+
+    others: tuple[int, ...]
+    angles: tuple[int, ...]
+    rotations: tuple[tuple[int, ...], ...]
+    order: tuple[int, ...]
+    """Places in [others | angles | rotations], to have a key's columns as they were."""
+
+    @property
+    def count(self) -> int:
+        """Numbers that the network sees."""
+        return len(self.others) + 2 * len(self.angles) + SIX * len(self.rotations)
+
+
+def _divide(
+    key: str, shape: tuple[int, ...] | None, angles: Sequence[int], rotations: Sequence[Sequence[int]]
+) -> _Columns:
+    """The columns of a key; raises ValueError for those that it does not have, and for one that is two things."""
+    what = "is not used" if shape is None else f"has the shape {shape} a step"
+    for name, columns in (("angles", angles), *(("a rotation", rotation) for rotation in rotations)):
+        wrong = [column for column in columns if shape is None or len(shape) != 1 or not 0 <= column < shape[0]]
+        if wrong or len(set(columns)) < len(columns):
+            raise ValueError(f"{name} must name columns of a key, each once; {key} {what}, got {list(columns)}")
+        if name == "a rotation" and len(columns) not in (3, 4):
+            raise ValueError(
+                f"a rotation has 3 columns (a rotation vector) or 4 (x, y, z, w); {key} has {len(columns)}"
+            )
+    taken = [*angles, *(column for rotation in rotations for column in rotation)]
+    twice = [column for column in taken if taken.count(column) > 1]
+    if twice:
+        raise ValueError(f"a column is an angle or part of one rotation; column {twice[0]} of {key} is both or twice")
+    assert shape is not None
+    others = tuple(column for column in range(shape[0]) if column not in taken)
+    order = np.argsort([*others, *taken]).tolist()
+    return _Columns(others, tuple(angles), tuple(map(tuple, rotations)), tuple(order))
 
 
 def _take(x: Tensor, columns: Sequence[int]) -> Tensor:

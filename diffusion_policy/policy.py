@@ -13,7 +13,7 @@ Knows no simulator and no file.
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusion_policy.basics.names import nearest_instructions
-from diffusion_policy.config import PolicyConfig, SampleConfig, to_json
-from diffusion_policy.datasets.statistics import Statistics, measure
+from diffusion_policy.config import PolicyConfig, SampleConfig, parse_columns, to_json
+from diffusion_policy.datasets.statistics import Measuring, Statistics, as_rows, measure
 from diffusion_policy.diffusion.guidance import CLIPS, GUIDANCE_SCHEDULES, agreeing, classifier_free, inpainted
 from diffusion_policy.diffusion.objectives import OBJECTIVES
 from diffusion_policy.diffusion.process import count_draws
@@ -35,6 +35,7 @@ from diffusion_policy.diffusion.schedules import make_schedule
 from diffusion_policy.networks import ENCODERS, FOR_FEW_ROWS, NETWORKS
 from diffusion_policy.networks.encoders import CondPart
 from diffusion_policy.networks.labels import LabelRows
+from diffusion_policy.networks.representation import ActionFrame
 from diffusion_policy.networks.vision import (
     AUGMENTATION_DRAWS,
     BACKBONES,
@@ -49,7 +50,8 @@ from diffusion_policy.normalizer import IMAGE_NORMALIZATIONS, NORMALIZATIONS, No
 MOST_DRAWN = 2**28
 """Numbers of noise for one batch of plans: 1 GB."""
 
-
+MEASURED_WINDOWS = 4096
+"""That are measured at once."""
 SAID = 4
 """Instructions that a message names."""
 
@@ -119,7 +121,10 @@ class DiffusionPolicy(nn.Module):
         self.instructions = tuple(instructions) if config.condition_on_instruction else ()
         self.label_rows = LabelRows(len(self.labels), embedding_size if self.instructions else 0)
         self.target = Target()
-        self.normalizer = Normalizer({**shapes.observations, self.target.key: shapes.action}, shapes.angles)
+        self.frame = make_frame(config, shapes)
+        rotations = list_rotations(config)
+        columns = {**shapes.observations, self.target.key: shapes.action}
+        self.normalizer = Normalizer(columns, shapes.angles, rotations)
         self.keys = tuple(sorted(shapes.observations, key=lambda key: (key in config.goal, key)))
         """Observation keys, in the order of their features in the condition: the goals come last."""
         self.images = tuple(key for key in self.keys if key in self.normalizer.images)
@@ -182,15 +187,19 @@ class DiffusionPolicy(nn.Module):
         angles: Mapping[str, tuple[int, ...]] | None = None,
         instructions: Sequence[str] = (),
         embeddings: np.ndarray | None = None,
+        episodes: Iterable[Mapping[str, np.ndarray]] = (),
     ) -> "DiffusionPolicy":
         """A new policy with shapes and normalizer taken from the statistics of `action` and each observation key;
-        `embeddings`: of the instructions, (instructions, E)."""
+        `embeddings`: of the instructions, (instructions, E); `episodes`: the rows of each, of which actions that are
+        not absolute are measured."""
         shapes = {key: part.shape for key, part in statistics.items()}
         action = shapes.pop(Target().key)
         size = 0 if embeddings is None else embeddings.shape[1]
         policy = cls(config, Shapes(shapes, action, dict(angles or {})), modes, instructions, size)
         if embeddings is not None and policy.instructions:
             policy.label_rows.fit(embeddings)
+        if config.action_form != "absolute":
+            statistics = {**statistics, policy.target.key: policy.measure_target(episodes)}
         of_images = IMAGE_NORMALIZATIONS[config.images.image_normalization]
         policy.normalizer.fit(statistics, NORMALIZATIONS[config.normalization], of_images)
         return policy
@@ -205,9 +214,9 @@ class DiffusionPolicy(nn.Module):
         instructions: Sequence[str] = (),
         embeddings: np.ndarray | None = None,
     ) -> "DiffusionPolicy":
-        """As `for_statistics`, of rows {`action` and each observation key: (steps, ...)}."""
+        """As `for_statistics`, of the rows of one episode, {`action` and each observation key: (steps, ...)}."""
         statistics = {key: measure(rows) for key, rows in data.items()}
-        return cls.for_statistics(config, statistics, modes, angles, instructions, embeddings)
+        return cls.for_statistics(config, statistics, modes, angles, instructions, embeddings, [data])
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -380,18 +389,49 @@ class DiffusionPolicy(nn.Module):
         _, levels = self.resolve_sampling(config)
         cond = repeat(cond, "b c -> (b n) c", n=number)
         x0 = self.denoise_from(drawn, cond, levels, config, wrap, given)
-        return self.unnormalize(x0, number)
+        return self.unnormalize(x0, number, observations)
 
-    def unnormalize(self, x0: Tensor, number: int) -> Tensor:
-        """Normalized sequences (B N, T, D) → raw actions (B, N, T, A)."""
-        sequences = self.normalizer.unnormalize(self.target.key, x0)[..., self.target.executed]
-        return rearrange(sequences, "(b n) t a -> b n t a", n=number)
+    def normalize(self, actions: Tensor, observations: Mapping[str, Tensor], first: int = 0) -> Tensor:
+        """Raw actions of the steps from `first` on, (B, steps, A), under raw observations {key: (B, To, ...)} → as the
+        network learns them, (B, steps, D)."""
+        raw = actions.to(self.device, self.normalizer.precision)
+        return self.normalizer.normalize(self.target.key, self.frame.express(raw, observations, first))
 
-    def place(self, actions: Tensor, weights: Tensor, number: int = 1) -> tuple[Tensor, Tensor]:
+    def unnormalize(self, x0: Tensor, number: int, observations: Mapping[str, Tensor]) -> Tensor:
+        """Normalized sequences (B N, T, D) under raw observations {key: (B, To, ...)} → raw actions (B, N, T, A)."""
+        sequences = self.frame.restore(self.normalizer.unnormalize(self.target.key, x0), observations)
+        return rearrange(sequences[..., self.target.executed], "(b n) t a -> b n t a", n=number)
+
+    def measure_target(self, episodes: Iterable[Mapping[str, np.ndarray]]) -> Statistics:
+        """Statistics of the actions of these episodes' rows as they are said, before they are normalized. Raises
+        ValueError where there are none."""
+        measuring = Measuring()
+        for rows in episodes:
+            for told in self.express_rows(rows):
+                measuring.add(told.numpy())
+        return measuring.result()
+
+    def express_rows(self, rows: Mapping[str, np.ndarray]) -> Iterator[Tensor]:
+        """The actions of an episode's rows {key: (steps, ...)} as they are said, (.., A): each once where they are
+        absolute, else those of all windows."""
+        actions = torch.from_numpy(as_rows(rows[self.target.key]))
+        if self.frame.form == "absolute":
+            yield actions
+            return
+        seen, now = torch.from_numpy(as_rows(rows[self.frame.key])), self.config.observation_horizon - 1
+        for some in torch.arange(len(actions)).split(MEASURED_WINDOWS):
+            steps = some[:, None] + torch.arange(self.config.prediction_horizon) - now  # (windows, T)
+            steps = steps.clamp(0, len(actions) - 1)
+            told = self.frame.express(actions[steps].double(), {self.frame.key: seen[steps[:, : now + 1]]})
+            yield told.flatten(0, 1)
+
+    def place(
+        self, actions: Tensor, weights: Tensor, number: int, observations: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Raw actions from *now* on, (B, steps, A), and a weight of each step, (B, steps) → the normalized sequences
         that they are in, (B N, T, D), and weights of all steps, (B N, T, 1); 0 before now."""
-        sequence = self.normalizer.normalize(self.target.key, actions)
         before = self.config.observation_horizon - 1
+        sequence = self.normalize(actions, observations, before)
         sequence, weights = (functional.pad(one, (0, 0, before, 0)) for one in (sequence, weights[..., None]))
         return sequence.repeat_interleave(number, 0), weights.to(sequence).repeat_interleave(number, 0)
 
@@ -520,6 +560,37 @@ class DiffusionPolicy(nn.Module):
         outputs = self.diffusion.condition(self.network, self.conditions(cond, config), levels)
         denoise = self.decode(outputs, config, wrap, given)
         return self.diffusion.sample(denoise, noise, sampler, levels, config.corrector_steps, config.corrector_size)
+
+
+def list_rotations(config: PolicyConfig) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Columns of each key that are rotations."""
+    rotations: dict[str, tuple[tuple[int, ...], ...]] = {}
+    for key, columns in map(parse_columns, config.rotations):
+        rotations[key] = (*rotations.get(key, ()), columns)
+    return rotations
+
+
+def make_frame(config: PolicyConfig, shapes: Shapes) -> ActionFrame:
+    """How the network says actions. Raises ValueError for a reference that is no such columns of an observation, and
+    where there is one without use, or none."""
+    if (config.action_form == "absolute") != (config.action_reference is None):
+        needed = "needs an action-reference" if config.action_reference is None else "takes no action-reference"
+        raise ValueError(f"action-form {config.action_form} {needed}; got {config.action_reference}")
+    if config.action_reference is None:
+        return ActionFrame()
+    key, columns = parse_columns(config.action_reference)
+    shape = shapes.observations.get(key, ())
+    if len(shape) != 1:
+        numbers = ", ".join(name for name, one in shapes.observations.items() if len(one) == 1) or "none"
+        raise ValueError(f"action-reference must be an observation of numbers in a row, {numbers}; got {key}")
+    columns = columns or tuple(range(shape[0]))
+    if max(columns) >= shape[0] or len(columns) > shapes.action[0]:
+        raise ValueError(
+            f"action-reference must name at most {shapes.action[0]} of the {shape[0]} columns of {key}, one for each "
+            f"of the action's; got {', '.join(map(str, columns))}"
+        )
+    turned = list_rotations(config).get(Target().key, ())
+    return ActionFrame(config.action_form, (key, columns), shapes.angles.get(Target().key, ()), turned)
 
 
 def _require_labels(config: PolicyConfig, modes: Sequence[str], instructions: Sequence[str]) -> None:

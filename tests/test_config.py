@@ -127,7 +127,8 @@ OTHERS: dict[type, dict[str, Any]] = {
         "noise_levels": 20, "schedule_options": (0.001, 0.3), "prediction": "velocity", "snr_gamma": 5.0,
         "learn_variance": True, "condition_dropout": 0.2, "normalization": "quantiles", "condition_on_mode": True,
         "objective": "regression", "student_steps": 2, "mixture_components": 3, "max_delay": 3, "goal": ("xy",),
-        "condition_on_instruction": True,
+        "condition_on_instruction": True, "rotations": ("pose:3,4,5",), "action_form": "delta",
+        "action_reference": "xy:0",
     },
     UnetConfig: {"widths": (16, 32), "kernel_size": 3, "groups": 4, "level_dim": 16},
     TransformerConfig: {
@@ -209,6 +210,8 @@ def test_an_option_survives_json_and_can_be_varied(kind: type, name: str) -> Non
     config = dataclasses.replace(kind(), **{name: value})
     assert from_dict(kind, as_json(dataclasses.asdict(config))) == config
     if kind in (PolicyConfig, UnetConfig, TransformerConfig, ImageConfig, CnnConfig, VitConfig, TrainConfig):
+        if name == "rotations":  # a grid divides values at commas and colons
+            return
         text = ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
         (point,) = read_grid([f"{name.replace('_', '-')}={text}"])
         assert vary(kind(), as_json(point)) == config

@@ -19,7 +19,7 @@ FILES = sorted(
 LAW = {
     "basics": {"basics"},
     "config": {"basics"},
-    "normalizer": {"basics.images", "datasets.statistics"},
+    "normalizer": {"basics.images", "datasets.statistics", "networks.representation"},
     "diffusion": {"diffusion"},
     "networks": {"networks"},
     "policy": {

@@ -74,7 +74,7 @@ def complete(options: Train, device: torch.device) -> tuple[Train, Teacher | Non
 def _require_like(policy: Any, teacher: Any) -> None:
     """Raise ConfigError where a student could not see, plan or be noised as its teacher is."""
     told = "condition_on_mode", "condition_on_instruction"
-    names = "observation_horizon", "prediction_horizon", "normalization"
+    names = "observation_horizon", "prediction_horizon", "normalization", "rotations", "action_form", "action_reference"
     for name in (*names, *told, "schedule", "noise_levels", "schedule_options"):
         own, taught = getattr(policy, name), getattr(teacher, name)
         if own != taught:

@@ -72,6 +72,12 @@ class Rows(NamedTuple):
     statistics: dict[str, Statistics]
     """By the keys of the store."""
 
+    @property
+    def episodes(self) -> Iterator[dict[str, np.ndarray]]:
+        """The rows of each episode, as `data`."""
+        for first, end in zip([0, *self.episode_ends[:-1]], self.episode_ends, strict=True):
+            yield {key: rows[first:end] for key, rows in self.data.items()}
+
 
 def run(options: Doctor) -> list[Check]:
     """Check; returns all checks. Raises ValueError for a dataset or checkpoint that cannot be opened, and Failed when a
@@ -199,21 +205,21 @@ def _make_untrained(options: Doctor, subject: Subject, rows: Rows) -> DiffusionP
     else:  # its rows are embeddings too: they tell apart what it was trained on
         texts, known = loaded.policy.instructions, loaded.policy.label_rows
         embeddings = known.get_buffer("rows").cpu().numpy() if known.size else None
-    return DiffusionPolicy.for_statistics(plain, named, modes, angles, texts, embeddings)
+    return DiffusionPolicy.for_statistics(plain, named, modes, angles, texts, embeddings, rows.episodes)
 
 
 def _draw_noised(path: Path, policy: DiffusionPolicy, windows: Windows, seed: int) -> None:
     """A picture of an action sequence at a low, a middle and a high noise level."""
-    middle = windows.gather(torch.tensor([len(windows) // 2])).actions[0]
-    clean = policy.normalizer.normalize(policy.target.key, middle).cpu().numpy()
-    draw_noised(clean, doctor.noised(policy, middle, seed)).savefig(path, dpi=150)
+    middle = windows.gather(torch.tensor([len(windows) // 2]))
+    clean = policy.normalize(middle.actions, middle.observations)[0]
+    draw_noised(clean.cpu().numpy(), doctor.noised(policy, clean, seed)).savefig(path, dpi=150)
     console.print(f"a noised action sequence in {path}")
 
 
 def _check_data(options: Doctor, policy: DiffusionPolicy, rows: Rows) -> Iterator[Check]:
     """What needs no training: the data, and how schedule, normalizer and horizons fit it."""
-    normalized = policy.normalizer.normalize(policy.target.key, torch.from_numpy(rows.data["action"]))
-    lengths = np.diff(rows.episode_ends, prepend=0)
+    told = torch.cat([some for episode in rows.episodes for some in policy.express_rows(episode)])
+    normalized, lengths = policy.normalizer.normalize("action", told), np.diff(rows.episode_ends, prepend=0)
     yield doctor.check_last_level(policy.diffusion.schedule, float(normalized.square().mean().sqrt()))
     yield doctor.check_horizons(lengths, policy.config)
     yield doctor.check_padding(lengths, policy.config)

@@ -2,22 +2,15 @@
 several policies."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from diffusion_policy.basics.files import format_json, write_whole
+from diffusion_policy.basics.files import write_whole
 from diffusion_policy.basics.metric_table import METRICS
-from diffusion_policy.basics.text import one_line
 from diffusion_policy.commands import study_chunking, study_instructions, study_policies
-from diffusion_policy.commands.afterwards import Remarks
 from diffusion_policy.commands.episodes import (
-    describe_machine,
-    make_group_planner,
     require_memory,
-    run_episodes,
 )
-from diffusion_policy.commands.interrupts import Interrupted
-from diffusion_policy.commands.joining import choose_chunking, find_roll
 from diffusion_policy.commands.options.acting import PARALLEL
 from diffusion_policy.commands.options.study import Study
 from diffusion_policy.commands.outputs import require_fresh
@@ -27,6 +20,7 @@ from diffusion_policy.commands.policy_in_env import (
     load_with_environment,
     refuse_seen_seeds,
 )
+from diffusion_policy.commands.study_cells import Cells, Refused, keep, naming_a_stop, roll_out, show, tell_asked
 from diffusion_policy.commands.terminal import console, print_cells
 from diffusion_policy.config import SampleConfig, SamplerName
 from diffusion_policy.control.latency import time_plans
@@ -39,9 +33,6 @@ from diffusion_policy.report.figures import draw_study
 
 STEPS = (1, 2, 4, 8, 16, 32)
 LATENCY_PLANS = 30
-
-Cells = dict[str, dict[str, Any]]
-"""What was measured, by sampler and number of steps."""
 
 
 def run(options: Study) -> dict[str, Any]:
@@ -56,43 +47,36 @@ def run(options: Study) -> dict[str, Any]:
         return study_policies.run(options, loaded)
     if options.what == "instructions":
         return study_instructions.run(options, loaded)
+    return study_samplers(options, loaded)
+
+
+def study_samplers(options: Study, loaded: PolicyInEnv) -> dict[str, Any]:
+    """Every sampler; returns what results.json holds, which is kept after each cell."""
     cells: Cells = {}
-    results = {**tell_asked(options, loaded), "samplers": cells}
+    asked = {
+        "noise_levels": loaded.policy.config.noise_levels,
+        "mode": options.mode,
+        "instruction": next(iter(options.texts), None),
+        "guidance": options.guidance,
+        "clip": loaded.policy.choose_clip(SampleConfig()),
+        "planning_batch": planning_batch(PARALLEL),
+    }
+    results = {**tell_asked(options, loaded, **asked), "samplers": cells}
     for name in options.samplers:
         cells[name] = {}
         for count in choose_steps(options, loaded, name):
             console.print(f"{name}, {count} steps")
-            try:
+            with naming_a_stop(options, f"{name}, {count} steps"):
                 cells[name][str(count)] = cell = measure(options, loaded, options.sampling(name, count))
-            except (Interrupted, KeyboardInterrupt):
-                raise Interrupted(f"stopped at {name}, {count} steps; the others are in {options.output}") from None
-            if "refused" in cell:
-                console.print(f"  not possible: {cell['refused']}")
-            write_whole(options.output / "results.json", format_json(results))
+            keep(options, results, cell)
     print_tables(cells)
-    draw(options, results)
+    show(
+        options,
+        "picture",
+        options.output / "samplers.png",
+        lambda path: write_whole(path, to_png(draw_study(results), 150)),
+    )
     return results
-
-
-def tell_asked(options: Study, loaded: PolicyInEnv) -> dict[str, Any]:
-    """What is studied, and where: the first fields of results.json."""
-    policy = loaded.policy
-    return {
-        "environment": loaded.env_id,
-        "env_kwargs": loaded.env_kwargs,
-        "checkpoint": str(options.checkpoint),
-        "training_steps": loaded.checkpoint.step,
-        "noise_levels": policy.config.noise_levels,
-        "episodes": options.episodes,
-        "first_seed": options.seed,
-        "mode": options.mode,
-        "instruction": next(iter(options.texts), None),
-        "guidance": options.guidance,
-        "clip": policy.choose_clip(SampleConfig()),
-        "planning_batch": planning_batch(PARALLEL),
-        "action_horizon": options.action_horizon or policy.config.action_horizon,
-        **describe_machine(policy),
-    }
 
 
 def choose_steps(options: Study, loaded: PolicyInEnv, name: SamplerName) -> Sequence[int]:
@@ -107,33 +91,22 @@ def measure(options: Study, loaded: PolicyInEnv, sampling: SampleConfig) -> dict
     try:
         policy.resolve_sampling(sampling)
         require_memory(policy, sampling, PARALLEL)
-        chunking = choose_chunking(options.chunking, policy, sampling, find_roll(loaded.env))
-        episodes, lost, mode_failures = run_episodes(
-            loaded,
-            options.seeds,
-            make_group_planner(policy, sampling, "eager", PARALLEL, samples=chunking.samples),
-            parallel=PARALLEL,
-            workers=options.workers,
-            action_horizon=options.action_horizon,
-            chunking=chunking,
-        )
-    except (ValueError, FloatingPointError) as error:
-        return {"refused": one_line(str(error))}
-    if not episodes:
-        return {"refused": f"every episode failed: {lost[0].reason}", "lost": len(lost)}
+        done = roll_out(options, loaded, sampling, options.chunking)
+    except Refused as error:
+        return error.cell
+    except ValueError as error:
+        return Refused(str(error)).cell
     modes, _ = choose_modes(loaded)
-    solved = metrics.successes_by_mode(episodes)
+    solved = metrics.successes_by_mode(done.episodes)
     horizon = options.action_horizon
-    latencies = time_plans(PolicyPlanner(policy, sampling), 1, LATENCY_PLANS, chunking, action_horizon=horizon)
+    latencies = time_plans(PolicyPlanner(policy, sampling), 1, LATENCY_PLANS, done.chunking, action_horizon=horizon)
     return {
-        "success_rate": dataclasses.asdict(metrics.success_rate(episodes)),
+        "success_rate": dataclasses.asdict(metrics.success_rate(done.episodes)),
         "mode_entropy": dataclasses.asdict(metrics.behaviour_entropy(solved, modes)),
         "mode_coverage": dataclasses.asdict(metrics.behaviour_coverage(solved, modes)),
         "modes": {mode: solved.get(mode, 0) for mode in modes},
         "milliseconds": metrics.percentiles(latencies, (50,))["p50"],
-        "lost": len(lost),
-        "errors": [dataclasses.asdict(one) for one in lost],
-        "mode_failures": [dataclasses.asdict(one) for one in mode_failures],
+        **done.faults,
     }
 
 
@@ -144,11 +117,3 @@ def print_tables(cells: Cells) -> None:
     print_cells("milliseconds of one plan", "sampler", "steps", cells, "milliseconds", "{:.0f}")
     if any(cell.get("lost") for of_sampler in cells.values() for cell in of_sampler.values()):
         print_cells("episodes lost", "sampler", "steps", cells, "lost", "{:.0f}")
-
-
-def draw(options: Study, results: Mapping[str, Any]) -> None:
-    """Write the picture, and say where all lies; a picture that cannot be drawn is a remark."""
-    picture = options.output / "samplers.png"
-    Remarks().attempt("no picture", lambda: write_whole(picture, to_png(draw_study(results), 150)), None)
-    beside = f", picture in {picture}" if picture.exists() else ""
-    console.print(f"results in {options.output}/results.json{beside}", soft_wrap=True)

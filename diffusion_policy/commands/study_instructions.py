@@ -8,15 +8,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusion_policy.basics.files import format_json, plain, write_whole
-from diffusion_policy.basics.text import one_line
-from diffusion_policy.commands.afterwards import Remarks
-from diffusion_policy.commands.episodes import describe_machine, make_group_planner, require_memory, run_episodes
-from diffusion_policy.commands.interrupts import Interrupted
-from diffusion_policy.commands.joining import choose_chunking, find_roll
+from diffusion_policy.basics.files import plain
+from diffusion_policy.commands.episodes import require_memory
 from diffusion_policy.commands.options.acting import PARALLEL
 from diffusion_policy.commands.options.study import Study
 from diffusion_policy.commands.policy_in_env import PolicyInEnv, choose_modes
+from diffusion_policy.commands.study_cells import Cells, Refused, keep, naming_a_stop, roll_out, show, tell_asked
 from diffusion_policy.commands.terminal import console, print_cells
 from diffusion_policy.config import ConfigError, SampleConfig
 from diffusion_policy.evaluation import metrics
@@ -28,9 +25,6 @@ from diffusion_policy.report.instructions_page import write_instructions_page
 GUIDANCES = (0.0, 1.0, 3.0)
 """Of a policy that can be guided."""
 
-Cells = dict[str, dict[str, Any]]
-"""What was measured, by instruction and weight of guidance."""
-
 
 def run(options: Study, loaded: PolicyInEnv) -> dict[str, Any]:
     """Study; returns what results.json holds, which is kept after each cell. Raises ConfigError for a policy that is
@@ -41,26 +35,25 @@ def run(options: Study, loaded: PolicyInEnv) -> dict[str, Any]:
         for weight in weights:
             require_memory(loaded.policy, choose_sampling(options, loaded, text, weight), PARALLEL)
     cells: Cells = {text: {} for text in asked}
-    results = {**tell_asked(options, loaded), "modes": list(modes), "asked": asked, "instructions": cells, "all": {}}
+    told = {
+        "embedding_size": loaded.policy.label_rows.size,
+        "sampler": options.samplers[0],
+        "chunking": plain(dataclasses.asdict(options.chunking)),
+    }
+    kept = {"modes": list(modes), "asked": asked, "instructions": cells, "all": {}}
+    results = {**tell_asked(options, loaded, **told), **kept}
     for weight in weights:
         everything: list[tuple[Episode, Sequence[str]]] = []
         for text in asked:
             console.print(f"{text}, guidance {weight:g}", soft_wrap=True)
-            try:
+            with naming_a_stop(options, f"{text!r}, {weight:g}"):
                 cell, episodes = measure(options, loaded, choose_sampling(options, loaded, text, weight), asked[text])
-            except (Interrupted, KeyboardInterrupt):
-                raise Interrupted(f"stopped at {text!r}, {weight:g}; the others are in {options.output}") from None
             cells[text][f"{weight:g}"] = cell
             everything += [(episode, asked[text]) for episode in episodes]
-            if "refused" in cell:
-                console.print(f"  not possible: {cell['refused']}", soft_wrap=True)
             results["all"][f"{weight:g}"] = summarize(everything)
-            write_whole(options.output / "results.json", format_json(results))
+            keep(options, results, cell)
     print_tables(results)
-    page = options.output / "instructions.html"
-    Remarks().attempt("no page", lambda: write_instructions_page(page, results), None)
-    beside = f", page in {page}" if page.exists() else ""
-    console.print(f"results in {options.output}/results.json{beside}", soft_wrap=True)
+    show(options, "page", options.output / "instructions.html", lambda path: write_instructions_page(path, results))
     return results
 
 
@@ -90,53 +83,21 @@ def choose_sampling(options: Study, loaded: PolicyInEnv, text: str, guidance: fl
     return loaded.policy.complete(sampling)
 
 
-def tell_asked(options: Study, loaded: PolicyInEnv) -> dict[str, Any]:
-    """What is studied, and where: the first fields of results.json."""
-    return {
-        "what": options.what,
-        "environment": loaded.env_id,
-        "env_kwargs": loaded.env_kwargs,
-        "checkpoint": str(options.checkpoint),
-        "training_steps": loaded.checkpoint.step,
-        "embedding_size": loaded.policy.label_rows.size,
-        "episodes": options.episodes,
-        "first_seed": options.seed,
-        "sampler": options.samplers[0],
-        "chunking": plain(dataclasses.asdict(options.chunking)),
-        "action_horizon": options.action_horizon or loaded.policy.config.action_horizon,
-        **describe_machine(loaded.policy),
-    }
-
-
 def measure(
     options: Study, loaded: PolicyInEnv, sampling: SampleConfig, asked: Sequence[str]
 ) -> tuple[dict[str, Any], list[Episode]]:
     """What the policy does when it is told so, and its episodes; why not, where it cannot."""
-    policy = loaded.policy
     try:
-        chunking = choose_chunking(options.chunking, policy, sampling, find_roll(loaded.env))
-        episodes, lost, mode_failures = run_episodes(
-            loaded,
-            options.seeds,
-            make_group_planner(policy, sampling, "eager", PARALLEL, samples=chunking.samples),
-            parallel=PARALLEL,
-            workers=options.workers,
-            action_horizon=options.action_horizon,
-            chunking=chunking,
-        )
-    except (ValueError, FloatingPointError) as error:
-        return {"refused": one_line(str(error))}, []
-    if not episodes:
-        return {"refused": f"every episode failed: {lost[0].reason}", "lost": len(lost)}, []
-    done: dict[str, int] = metrics.successes_by_mode(episodes)
+        rolled = roll_out(options, loaded, sampling, options.chunking)
+    except Refused as error:
+        return error.cell, []
+    done: dict[str, int] = metrics.successes_by_mode(rolled.episodes)
     cell = {
-        **summarize([(episode, asked) for episode in episodes]),
+        **summarize([(episode, asked) for episode in rolled.episodes]),
         "done": {mode: done[mode] for mode in sorted(done, key=str)},
-        "lost": len(lost),
-        "errors": [dataclasses.asdict(one) for one in lost],
-        "mode_failures": [dataclasses.asdict(one) for one in mode_failures],
+        **rolled.faults,
     }
-    return plain(cell), list(episodes)
+    return plain(cell), rolled.episodes
 
 
 def summarize(told: Sequence[tuple[Episode, Sequence[str]]]) -> dict[str, Any]:

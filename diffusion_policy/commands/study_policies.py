@@ -12,28 +12,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusion_policy.basics.files import FileError, format_json, plain, write_whole
+from diffusion_policy.basics.files import FileError, plain
 from diffusion_policy.basics.metric_table import METRICS
-from diffusion_policy.basics.text import one_line
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.checkpoints.checkpoint import Checkpoint
 from diffusion_policy.commands.afterwards import Remarks
 from diffusion_policy.commands.beside_teacher import agree
 from diffusion_policy.commands.episodes import (
-    describe_machine,
-    make_group_planner,
     measure_episodes,
     require_memory,
-    run_episodes,
 )
-from diffusion_policy.commands.interrupts import Interrupted
 from diffusion_policy.commands.labels import learn_instructions
 from diffusion_policy.commands.losses import METRICS as METRICS_FILE
 from diffusion_policy.commands.options.acting import PARALLEL
 from diffusion_policy.commands.options.study import Study
 from diffusion_policy.commands.policy_in_env import PolicyInEnv, choose_modes, join_environment, refuse_seen_seeds
+from diffusion_policy.commands.study_cells import Refused, keep, naming_a_stop, roll_out, show, tell_asked
 from diffusion_policy.commands.terminal import console
-from diffusion_policy.config import ConfigError, SampleConfig, to_json
+from diffusion_policy.config import ChunkingConfig, ConfigError, SampleConfig, to_json
 from diffusion_policy.control.latency import time_plans
 from diffusion_policy.control.policy_planner import PolicyPlanner
 from diffusion_policy.evaluation.episode import Episode
@@ -66,20 +62,13 @@ def run(options: Study, loaded: PolicyInEnv) -> dict[str, Any]:
     taught: list[Episode] = []
     for i, one in enumerate(asked):
         console.print(f"{one.row}: {one.path}", soft_wrap=True)
-        try:
+        with naming_a_stop(options, one.path):
             cell, episodes = measure(options, one, taught if options.what == "students" else [])
-        except (Interrupted, KeyboardInterrupt):
-            raise Interrupted(f"stopped at {one.path}; the others are in {options.output}") from None
         taught = episodes if i == 0 else taught
         rows.setdefault(one.row, []).append(cell)
-        if "refused" in cell:
-            console.print(f"  not possible: {cell['refused']}", soft_wrap=True)
-        write_whole(options.output / "results.json", format_json(results))
+        keep(options, results, cell)
     print_rows(rows)
-    page = options.output / f"{options.what}.html"
-    Remarks().attempt("no page", lambda: write_policies_page(page, results), None)
-    beside = f", page in {page}" if page.exists() else ""
-    console.print(f"results in {options.output}/results.json{beside}", soft_wrap=True)
+    show(options, "page", options.output / f"{options.what}.html", lambda path: write_policies_page(path, results))
     return results
 
 
@@ -142,20 +131,6 @@ def describe(loaded: Checkpoint, sampling: SampleConfig) -> str:
     return f"{options['kind']} {size}, {learned}, {steps} {'step' if steps == 1 else 'steps'}"
 
 
-def tell_asked(options: Study, loaded: PolicyInEnv) -> dict[str, Any]:
-    """What is studied, and where: the first fields of results.json."""
-    return {
-        "what": options.what,
-        "environment": loaded.env_id,
-        "env_kwargs": loaded.env_kwargs,
-        "checkpoint": str(options.checkpoint),
-        "episodes": options.episodes,
-        "first_seed": options.seed,
-        "action_horizon": options.action_horizon,
-        **describe_machine(loaded.policy),
-    }
-
-
 def tell_policy(asked: Asked) -> dict[str, Any]:
     """What one policy is, and what its training took."""
     trained, policy = asked.loaded.checkpoint, asked.loaded.policy
@@ -177,21 +152,11 @@ def measure(options: Study, asked: Asked, taught: Sequence[Episode]) -> tuple[di
     loaded, policy, sampling = asked.loaded, asked.loaded.policy, asked.sampling
     cell = tell_policy(asked)
     try:
-        planner = make_group_planner(policy, sampling, "eager", PARALLEL)
-        episodes, lost, _ = run_episodes(
-            loaded,
-            options.seeds,
-            planner,
-            parallel=PARALLEL,
-            workers=options.workers,
-            action_horizon=options.action_horizon,
-        )
-    except (ValueError, FloatingPointError) as error:
-        return cell | {"refused": one_line(str(error))}, []
-    if not episodes:
-        return cell | {"refused": f"every episode failed: {lost[0].reason}"}, []
+        done = roll_out(options, loaded, sampling, ChunkingConfig())
+    except Refused as error:
+        return cell | error.cell, []
     modes, _ = choose_modes(loaded)
-    card = measure_episodes(loaded, episodes, modes, 1 / loaded.frames_per_second, Remarks()).fields()
+    card = measure_episodes(loaded, done.episodes, modes, 1 / loaded.frames_per_second, Remarks()).fields()
     fastest = resolve_backend(policy, sampling, "auto", 1)
     times = {"eager": _median_time(PolicyPlanner(policy, sampling))}
     if fastest != "eager":
@@ -200,11 +165,11 @@ def measure(options: Study, asked: Asked, taught: Sequence[Episode]) -> tuple[di
         **{name: card[name] for name in FIGURES},
         "measures": card["measures"],
         "modes": card["modes"],
-        "mode_agreement": dataclasses.asdict(agree(episodes, taught)) if taught else None,
+        "mode_agreement": dataclasses.asdict(agree(done.episodes, taught)) if taught else None,
         "milliseconds": times,
-        "lost": len(lost),
+        **done.faults,
     }
-    return plain(cell | found), list(episodes)
+    return plain(cell | found), done.episodes
 
 
 def _median_time(planner: Any) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffusion_policy.basics.images import is_image
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.checkpoints.checkpoint import Checkpoint
 from diffusion_policy.commands import distilling, image_encoders, runs
@@ -119,10 +120,18 @@ def _begin(options: Train, store: EpisodeStore, plan: Plan, sketch: Checkpoint, 
         plan.angles,
         plan.labels.instructions,
         plan.labels.embeddings,
+        _read_rows(store, plan),
     ).to(device)
     point = replace(sketch, policy=policy, dataset=replace(sketch.dataset, fingerprint=summary.fingerprint))
     checkpoint.require_savable(point)
     return point
+
+
+def _read_rows(store: EpisodeStore, plan: Plan) -> Iterator[dict[str, np.ndarray]]:
+    """The rows of each episode to train on, by the names of the keys once they are read; without images."""
+    names = {key: name for key, name in plan.keys.names.items() if not is_image(store.shape(key))}
+    for episode in store.episodes(plan.chosen.tolist(), tuple(names)):
+        yield {name: episode.data[key] for key, name in names.items()}
 
 
 def _tell(options: Train, store: EpisodeStore, plan: Plan, fingerprint: str) -> dict[str, Any]:

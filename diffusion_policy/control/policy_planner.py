@@ -78,7 +78,7 @@ class EagerSampling:
     def __call__(self, observations: dict[str, Tensor], noise: np.ndarray, steering: Steering | None = None) -> Tensor:
         """See `Sample`."""
         policy = self._choose(noise)
-        wrap, given = steer(policy, steering, noise.shape[1])
+        wrap, given = steer(policy, steering, noise.shape[1], observations)
         record = contextlib.nullcontext() if wrap else torch.inference_mode()  # a tenth faster, but without gradients
         with record, half_precision(self._precision, self._policy.device):
             return policy.sample_from(observations, noise, self._sampling, wrap, given)
@@ -92,12 +92,14 @@ class EagerSampling:
         return self._for_few
 
 
-def steer(policy: DiffusionPolicy, steering: Steering | None, number: int) -> tuple[list[Wrap], Given | None]:
+def steer(
+    policy: DiffusionPolicy, steering: Steering | None, number: int, observations: dict[str, Tensor]
+) -> tuple[list[Wrap], Given | None]:
     """Wrappers of the denoiser, and what it is given, for a steering of `number` sequences for each observation."""
     if steering is None:
         return [], None
     actions, weights = (torch.from_numpy(one) for one in steering.filled())
-    sequence, weights = policy.place(actions, weights, number)
+    sequence, weights = policy.place(actions, weights, number, observations)
     if steering.strength is None:
         return [], Given(sequence, weights == 1)
     return [policy.guide(sequence, weights, steering.strength, steering.deviation)], None

@@ -47,7 +47,7 @@ class CapturedSampling:
         for key, rows in observations.items():
             if not torch.isfinite(rows).all():  # on the CPU, before they are sent
                 raise ValueError(f"the observation {key} holds NaN or infinity")
-        _, given = steer(self._policy, steering, noise.shape[1])
+        _, given = steer(self._policy, steering, noise.shape[1], observations)
         case = (*noise.shape[:2], given is not None)
         captured = self._graphs.get(case)
         if captured is None:

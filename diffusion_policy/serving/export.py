@@ -123,6 +123,7 @@ def _describe(policy: DiffusionPolicy, sampling: SampleConfig, exporting: Export
         action_error=0.0,
         files=record(dict.fromkeys(FILES[exporting.form], b"")),
         longest_prefix=policy.config.max_delay,
+        action_reference=policy.frame.key,
     )
 
 
@@ -136,7 +137,7 @@ def compare(policy: DiffusionPolicy, planner: OnnxPlanner, config: PlanConfig) -
     for _ in range(calls):
         observations = draw_observations(policy, config.batch, rng)
         noise = policy.draw_noise([rng] * config.batch, config.samples, config.sampling)
-        steering = draw_prefix(policy, config, rng) if config.longest_prefix else None
+        steering = draw_prefix(policy, config, rng, observations) if config.longest_prefix else None
         expected = torch.from_numpy(reference.sample(observations, noise, steering))
         found = torch.from_numpy(planner.sample(observations, noise, steering))
         normalize = policy.normalizer.normalize
@@ -145,11 +146,13 @@ def compare(policy: DiffusionPolicy, planner: OnnxPlanner, config: PlanConfig) -
     return worst
 
 
-def draw_prefix(policy: DiffusionPolicy, config: PlanConfig, rng: np.random.Generator) -> Steering:
+def draw_prefix(
+    policy: DiffusionPolicy, config: PlanConfig, rng: np.random.Generator, observations: dict[str, np.ndarray]
+) -> Steering:
     """Given actions such as the normalizer has seen, as many as the policy has learned, in every second row fewer."""
-    shape = config.batch, config.steps, *policy.normalizer.shapes[policy.target.key]
-    normalized = torch.from_numpy(rng.uniform(-1, 1, shape)).to(policy.device)
-    actions = policy.normalizer.unnormalize(policy.target.key, normalized).cpu().numpy().astype(np.float64)
+    normalized = torch.from_numpy(rng.uniform(-1, 1, (config.batch, *policy.sequence_shape))).to(policy.device)
+    observed = {key: torch.from_numpy(rows) for key, rows in observations.items()}
+    actions = policy.unnormalize(normalized, 1, observed)[:, 0, -config.steps :].cpu().numpy().astype(np.float64)
     lengths = np.where(np.arange(config.batch) % 2, config.longest_prefix // 2, config.longest_prefix)
     return Steering(actions, (np.arange(config.steps) < lengths[:, None]).astype(np.float64), None)
 

@@ -120,6 +120,7 @@ class OnnxPlanner:
         self.observation_shapes = dict(config.observation_shapes)
         self.action_shape, self.noise_shape = config.action_shape, config.noise_shape
         self.longest_prefix = config.longest_prefix
+        self._references = [OBSERVATION + config.action_reference] if config.action_reference else []
         graphs = {name: content for name, content in contents.items() if name != TABLE}
         self._graphs = [open_graph(one, runtime, threads, precision, where) for one in graphs.values()]
         self._sequences = config.batch * config.samples, *config.noise_shape[1:]  # (B N, T, D)
@@ -169,7 +170,7 @@ class OnnxPlanner:
         for place in range(self._config.calls):
             x0 = self._run(1, "denoised", {"xt": inputs[place], "place": np.array(place), "films": films})
             inputs[place + 1 :] += self._of_x0[place + 1 :, place, None, None, None] * x0
-        return self._run(2, ACTIONS, {"x0": inputs[-1]})
+        return self._run(2, ACTIONS, {"x0": inputs[-1], **{name: observed[name] for name in self._references}})
 
     def _run(self, part: int, output: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """One call of a graph; raises ExportedError where it fails."""
@@ -206,7 +207,8 @@ class OnnxPlanner:
         if config.form == "network":
             films = {name: one for name, one in self._graphs[0].outputs.items() if name == "films"}
             call = {"xt": sequences, "place": ("int64", []), **films}
-            wanted = [(observed, films), (call, {"denoised": sequences}), ({"x0": sequences}, actions)]
+            act = {"x0": sequences, **{name: observed[name] for name in self._references}}
+            wanted = [(observed, films), (call, {"denoised": sequences}), (act, actions)]
         for graph, (takes, gives) in zip(self._graphs, wanted, strict=True):
             if graph.inputs != takes or graph.outputs != gives:
                 found = f"takes {graph.inputs} and gives {graph.outputs}"

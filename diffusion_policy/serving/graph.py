@@ -41,7 +41,8 @@ class Graphs(NamedTuple):
     denoise: ModelProto
     """xt (B N, T, D), place (), films → denoised, x0 (B N, T, D)."""
     act: ModelProto
-    """x0 (B N, T, D) → actions (B, N, T - To + 1, A)."""
+    """x0 (B N, T, D), and the observation that actions are differences from, if they are → actions
+    (B, N, T - To + 1, A)."""
     of_noise: np.ndarray
     """See `SamplingTable`, (E + 1, draws) float32."""
     of_x0: np.ndarray
@@ -76,6 +77,8 @@ def make_graphs(
         steps = policy.config.prediction_horizon - horizon + 1
         observed += [torch.zeros(batch, steps, *policy.shapes.action, dtype=dtype), torch.zeros(batch, steps)]
         names += [GIVEN, KNOWN]
+    reference_names = [name for name in names if name == OBSERVATION + policy.frame.key]
+    reference = [observed[names.index(name)] for name in reference_names]
     observe = _Observe(policy, sampling, samples)
     xt = torch.zeros(batch * samples, *policy.noise_shape(sampling)[1:])
     denoise = _Denoise(policy, sampling, table.levels)
@@ -84,7 +87,7 @@ def make_graphs(
         return Graphs(
             _export(observe, observed, names, "films"),
             _export(denoise, [xt, torch.tensor(0), films], ["xt", "place", "films"], "denoised"),
-            _export(_Act(policy, samples, dtype), [xt], ["x0"], ACTIONS),
+            _export(_Act(policy, samples, dtype), [xt, *reference], ["x0", *reference_names], ACTIONS),
             table.of_noise.numpy().astype(np.float32),
             table.of_x0.numpy().astype(np.float32),
         )
@@ -117,7 +120,7 @@ class _Observe(nn.Module):
         rows = repeat(torch.cat(films.of_cond, dim=-1), "b f -> (b n) f", n=self.samples)
         if not policy.config.max_delay:
             return rows
-        sequence, known = policy.place(observed[-2], observed[-1], self.samples)
+        sequence, known = policy.place(observed[-2], observed[-1], self.samples, observations)
         given = torch.cat([sequence.flatten(1), known.flatten(1)], dim=-1)
         return torch.cat([rows, torch.cat([given] * (len(rows) // len(given)))], dim=-1)
 
@@ -147,14 +150,15 @@ class _Denoise(nn.Module):
 
 
 class _Act(nn.Module):
-    """Clean sequences → raw actions from *now* on."""
+    """Clean sequences → raw actions from *now* on; with the observation that they are differences from, if they are."""
 
     def __init__(self, policy: DiffusionPolicy, samples: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.policy, self.samples, self.dtype = policy, samples, dtype
 
-    def forward(self, x0: Tensor) -> Tensor:
-        actions = self.policy.unnormalize(x0, self.samples).to(self.dtype)
+    def forward(self, x0: Tensor, *reference: Tensor) -> Tensor:
+        observations = dict(zip([self.policy.frame.key], reference, strict=False))
+        actions = self.policy.unnormalize(x0, self.samples, observations).to(self.dtype)
         return actions[:, :, self.policy.config.observation_horizon - 1 :]
 
 

@@ -90,6 +90,8 @@ class PlanConfig:
     files: dict[str, RecordedFile]
     longest_prefix: int = 0
     """Steps that the policy has learned to be given."""
+    action_reference: str = ""
+    """Observation key that actions are differences from within the graph; empty where they are absolute."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "samples", "observation_horizon", "steps", "action_horizon", "calls"):
@@ -97,6 +99,9 @@ class PlanConfig:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
         if not 0 <= self.longest_prefix < self.steps:
             raise ConfigError(f"longest_prefix must be from 0 to below {self.steps} steps; got {self.longest_prefix}")
+        if self.action_reference and self.action_reference not in self.observation_shapes:
+            known = ", ".join(self.observation_shapes)
+            raise ConfigError(f"action_reference must be one of the keys {known}; got {self.action_reference!r:.100}")
         self._require_shapes()
         self._require_bounds()
         if set(self.files) != set(FILES[self.form]):

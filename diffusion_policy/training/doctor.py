@@ -210,9 +210,8 @@ class Probe(NamedTuple):
         return max(0.0, 1 - self.noise_error) ** 0.5
 
 
-def noised(policy: DiffusionPolicy, actions: Tensor, seed: int) -> list[tuple[int, np.ndarray]]:
-    """One sequence of raw actions (T, A), normalized: noised to a low, a middle and a high level."""
-    x0 = policy.normalizer.normalize(policy.target.key, actions)
+def noised(policy: DiffusionPolicy, x0: Tensor, seed: int) -> list[tuple[int, np.ndarray]]:
+    """One normalized sequence (T, D), noised to a low, a middle and a high level."""
     eps = torch.randn(x0.shape, generator=derive_generator("doctor noised", seed)).to(x0)
     rows = []
     for level in low_middle_high(policy.diffusion.schedule):
@@ -225,7 +224,7 @@ def noised(policy: DiffusionPolicy, actions: Tensor, seed: int) -> list[tuple[in
 def probe(policy: DiffusionPolicy, batch: Batch, seed: int) -> list[Probe]:
     """The policy at some levels, from the lowest to the highest that holds signal."""
     generator = derive_generator("doctor probe", seed)
-    x0 = policy.normalizer.normalize(policy.target.key, batch.actions)
+    x0 = policy.normalize(batch.actions, batch.observations)
     levels = _levels(policy.diffusion.schedule)
     denoise = policy.diffusion.denoiser(policy.network, policy.encode(batch.observations, batch.labels), levels)
     probes = []
@@ -309,7 +308,7 @@ def check_copying(policy: DiffusionPolicy, batch: Batch, seed: int) -> Check:
 def _error(policy: DiffusionPolicy, batch: Batch, observations: Mapping[str, Tensor], seed: int) -> float:
     """Error of x0 under these observations, at the noisier half of the levels, where conditions count."""
     generator = derive_generator("doctor error", seed)
-    x0 = policy.normalizer.normalize(policy.target.key, batch.actions)
+    x0 = policy.normalize(batch.actions, batch.observations)
     levels = _levels(policy.diffusion.schedule)
     denoise = policy.diffusion.denoiser(policy.network, policy.encode(observations, batch.labels), levels)
     furthest = max(1.0, float(x0.abs().max()))
@@ -371,7 +370,7 @@ def check_bound(policy: DiffusionPolicy, batch: Batch, seed: int) -> Check:
     schedule = policy.diffusion.schedule
     highest = len(schedule) - 1 - schedule.ends_silent
     levels = np.linspace(highest, 0, min(highest + 1, BOUND_LEVELS)).round().astype(int).tolist()
-    x0 = policy.normalizer.normalize(policy.target.key, batch.actions).cpu().double()
+    x0 = policy.normalize(batch.actions, batch.observations).cpu().double()
     generator = derive_generator("doctor bound", seed)
     noise = (torch.randn(x0.shape, generator=generator, dtype=torch.float64) for _ in levels)
     network = policy.diffusion.denoiser(policy.network, policy.encode(batch.observations, batch.labels), levels)

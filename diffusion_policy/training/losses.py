@@ -78,7 +78,7 @@ def denoising_loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Tenso
         raise ValueError(f"a policy with {what} of its windows; got none")
     draws = draws.to(policy.device)
     encoded = policy.encode(batch.observations, batch.labels, draws.augmentation)
-    normalized = policy.normalizer.normalize(policy.target.key, batch.actions)
+    normalized = policy.normalize(batch.actions, batch.observations)
     cond, x0 = (part.repeat_interleave(draws.repeats, dim=0) for part in (encoded, normalized))
     if policy.config.condition_dropout:
         cond = torch.where(draws.dropped[:, None], policy.unconditional(cond), cond)

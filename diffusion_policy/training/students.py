@@ -94,7 +94,7 @@ def _denoiser(policy: DiffusionPolicy, batch: Batch | Pair) -> Denoiser:
 
 
 def _clean(policy: DiffusionPolicy, batch: Batch) -> Tensor:
-    return policy.normalizer.normalize(policy.target.key, batch.actions)
+    return policy.normalize(batch.actions, batch.observations)
 
 
 def _require_on_path(student: DiffusionPolicy, teacher: Teacher) -> None:

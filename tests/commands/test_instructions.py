@@ -8,7 +8,7 @@ import pytest
 from diffusion_policy import envs
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.cli import main
-from diffusion_policy.commands import study_instructions
+from diffusion_policy.commands import study_cells
 from diffusion_policy.commands.episodes import RolledOut
 from diffusion_policy.commands.interrupts import Interrupted
 from diffusion_policy.commands.live_policy import LivePolicy
@@ -219,7 +219,7 @@ def test_an_interrupted_study_keeps_what_is_done_and_lost_episodes_are_counted(
             raise Interrupted("stopped")
         return RolledOut([], [FailedEpisode(seed, 0, "RuntimeError: it fell") for seed in seeds], [])
 
-    monkeypatch.setattr(study_instructions, "run_episodes", lose)
+    monkeypatch.setattr(study_cells, "run_episodes", lose)
     study = Study(run, tmp_path / "study", what="instructions", episodes=1, workers=1, guidances=(0.0,))
     with pytest.raises(Interrupted, match="stopped at 'pass it on the right side', 0; the others are in"):
         study.run()

@@ -101,6 +101,9 @@ train --dataset a.zarr --output t --network transformer --width 16 --layers 2 --
     --conditioning cross-attention --level-dim 16 --noise-levels 20 --prediction-horizon 9 --steps 2 --device cpu
 evaluate --checkpoint t --output etr --episodes 1 --sampling-steps 2 --env-kwargs '{BRIEF}' --videos 0 --workers 1
 train --dataset a.zarr --output m {SMALL} --max-delay 3
+train --dataset a.zarr --output rel {SMALL} --action-form relative --action-reference actual_xy:0,1 --max-delay 3
+evaluate --checkpoint rel --output erel --episodes 1 --sampling-steps 2 --env-kwargs '{BRIEF}' --videos 0 --workers 1 \
+    --chunking trained-rtc --delay-steps 2
 train --dataset a.zarr --output mx {SMALL} --objective mixture --mixture-components 3
 evaluate --checkpoint mx --output emx --episodes 1 --env-kwargs '{BRIEF}' --videos 0 --workers 1
 train --dataset a.zarr --output pa --teacher m --student pairs --student-steps 2 --teacher-steps 4 --pairs 40 \
@@ -189,7 +192,7 @@ def label(observations):
     return "up" if path[-1, 1] > path[0, 1] else "down"
 """
 
-NOT_HERE = {"gpus", "teacher_weights", "vision_weights", "freeze_vision"}
+NOT_HERE = {"gpus", "rotations", "teacher_weights", "vision_weights", "freeze_vision"}
 UNTRIED = {"demo": "test_demo.py", "toy": "test_toy.py", "serve": "test_serve.py", "live": "test_live.py"}
 """Commands that have tests of their own and no smaller size."""
 

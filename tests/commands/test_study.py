@@ -8,6 +8,7 @@ import pytest
 
 from diffusion_policy.cli import main
 from diffusion_policy.commands import study as study_module
+from diffusion_policy.commands import study_cells
 from diffusion_policy.commands.episodes import RolledOut
 from diffusion_policy.commands.interrupts import Interrupted
 from diffusion_policy.commands.study import Study
@@ -64,7 +65,7 @@ def test_impossible_steps_are_refused_at_once(run: Path, tmp_path: Path, capsys)
 def test_lost_episodes_are_counted_and_the_study_goes_on_where_all_are_lost(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    roll_out = study_module.run_episodes
+    roll_out = study_cells.run_episodes
 
     calls = iter((1, 2, 3))
 
@@ -77,7 +78,7 @@ def test_lost_episodes_are_counted_and_the_study_goes_on_where_all_are_lost(
             raise RolloutError("the first 3 episodes failed 2 times each: it fell")
         return roll_out(loaded, seeds, planner, **options)._replace(lost=lost[:1])
 
-    monkeypatch.setattr(study_module, "run_episodes", lose)
+    monkeypatch.setattr(study_cells, "run_episodes", lose)
     study = Study(run, tmp_path / "s [1]", what="samplers", samplers=("ddim",), steps=(1, 2, 3), episodes=1, workers=1)
     results = study.run()
     assert json.loads((study.output / "results.json").read_text()) == results
