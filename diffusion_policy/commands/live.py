@@ -16,7 +16,7 @@ import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 from urllib.parse import parse_qs, urlsplit
 
 import torch
@@ -31,6 +31,7 @@ from diffusion_policy.commands.interrupts import hearing
 from diffusion_policy.commands.live_commands import obey
 from diffusion_policy.commands.live_pictures import Frame
 from diffusion_policy.commands.live_session import LiveSession
+from diffusion_policy.commands.live_sights import MOST_CAMERAS, LiveSight
 from diffusion_policy.commands.options.live import Live
 from diffusion_policy.commands.policy_in_env import PolicyInEnv, load_with_environment
 from diffusion_policy.commands.terminal import console, out
@@ -103,6 +104,16 @@ async def show(page: "LivePage", port: int) -> None:
         await page.run(port, stop, lambda address: out.print(f"open {address} ; Ctrl-C ends it", soft_wrap=True))
 
 
+class Sent(NamedTuple):
+    """A frame as windows are sent it."""
+
+    sights: tuple[LiveSight, ...]
+    message: bytes
+    """For a window that has these images."""
+    whole: bytes
+    """For any other."""
+
+
 class LivePage:
     """The page's server: one simulation, any number of windows."""
 
@@ -115,10 +126,16 @@ class LivePage:
         self._html = (
             templates()
             .get_template("live.html.jinja")
-            .render(title=title, checkpoint=checkpoint, samplers=get_args(SamplerName))
+            .render(
+                title=title,
+                checkpoint=checkpoint,
+                samplers=get_args(SamplerName),
+                cameras=len(session.policy.cameras),
+                most_cameras=MOST_CAMERAS,
+            )
         )
         self._viewers: dict[ServerConnection, asyncio.Event] = {}
-        self._latest = b""
+        self._latest: Sent | None = None
         self._commands: list[Command] = []
         self._said: dict[ServerConnection, str] = {}
         """What each window is still to be told."""
@@ -154,7 +171,10 @@ class LivePage:
         while True:
             if self._viewers:
                 frame, refused = await loop.run_in_executor(self._thread, self._next, self._take_commands())
-                self._latest = self._latest if frame is None else encode(frame)
+                if frame is not None:
+                    message = encode(frame)
+                    whole = encode(frame, frame.sights) if self._session.policy.cameras else message
+                    self._latest = Sent(frame.sights, message, whole)
                 for connection, said in refused:
                     if connection in self._viewers:
                         self._said[connection] = said
@@ -213,11 +233,15 @@ class LivePage:
         ahead = asyncio.Semaphore(AHEAD)
 
         async def show_frames() -> None:
+            known: tuple[LiveSight, ...] = ()
             while True:
                 await ahead.acquire()
                 await fresh.wait()
                 fresh.clear()
-                await connection.send(self._latest)
+                latest = self._latest
+                assert latest is not None
+                await connection.send(latest.message if latest.sights == known else latest.whole)
+                known = latest.sights
                 if connection in self._said:
                     await connection.send(json.dumps({"refused": self._said.pop(connection)}))
 
@@ -251,10 +275,12 @@ def read_command(text: str | bytes) -> dict[str, Any]:
     return command
 
 
-def encode(frame: Frame) -> bytes:
-    """One message: the length of the state, the state as JSON, the picture."""
-    state = json.dumps(frame.state, allow_nan=False).encode()
-    return struct.pack("<I", len(state)) + state + frame.picture
+def encode(frame: Frame, sights: Sequence[LiveSight] | None = None) -> bytes:
+    """One message: the length of the state, the state as JSON, the images that the policy saw, the picture. `sights`:
+    those images, None where the window has them."""
+    told = {} if sights is None else {"sights": [sight.tell() for sight in sights]}
+    state = json.dumps(frame.state | told, allow_nan=False).encode()
+    return b"".join([struct.pack("<I", len(state)), state, *(sight.jpeg for sight in sights or ()), frame.picture])
 
 
 def _answer(status: http.HTTPStatus, text: str, kind: str = "text/plain") -> Response:

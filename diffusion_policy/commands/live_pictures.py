@@ -1,6 +1,7 @@
-"""The frames of a live session: pictures that are drawn meanwhile, with the paths and the state as they were then.
+"""The frames of a live session: pictures that are drawn meanwhile, with the state, the paths and what the policy saw as
+they were then.
 
-Knows environments that render. Knows no policy.
+Knows environments that render. Asks no policy.
 """
 
 from collections import deque
@@ -11,6 +12,7 @@ import numpy as np
 
 from diffusion_policy.commands.live_fan import Paths
 from diffusion_policy.commands.live_painter import Make, Painter, Picture, paint
+from diffusion_policy.commands.live_sights import LiveSight
 from diffusion_policy.config import ConfigError
 from diffusion_policy.envs.protocols import Push, as_pictured, repeats_by_seed
 
@@ -24,6 +26,8 @@ class Frame(NamedTuple):
     state: dict[str, Any]
     picture: bytes
     """JPEG."""
+    sights: tuple[LiveSight, ...] = ()
+    """What the plan that is followed was made from."""
 
 
 class _Asked(NamedTuple):
@@ -33,6 +37,7 @@ class _Asked(NamedTuple):
     share: float
     state: dict[str, Any]
     paths: Paths
+    sights: tuple[LiveSight, ...]
 
 
 class Pictures:
@@ -64,17 +69,19 @@ class Pictures:
         for painter in self._painters:
             painter.step(action, push)
 
-    def look(self, share: float, state: dict[str, Any], paths: Paths) -> Frame | None:
+    def look(
+        self, share: float, state: dict[str, Any], paths: Paths, sights: tuple[LiveSight, ...] = ()
+    ) -> Frame | None:
         """The frame of `ahead` looks ago; None where there were not so many. `share`: see `paint`."""
         drawn: Painter | Picture = self._painters[0] if self._painters else paint(self._env, share)
         if isinstance(drawn, Painter):
             drawn.ask(share)
             self._painters.rotate(-1)
-        self._asked.append(_Asked(drawn, share, state, paths))
+        self._asked.append(_Asked(drawn, share, state, paths, sights))
         return self._take() if len(self._asked) > self.ahead else None
 
     def _take(self) -> Frame:
-        drawn, share, state, paths = self._asked.popleft()
+        drawn, share, state, paths, sights = self._asked.popleft()
         try:
             picture = drawn if isinstance(drawn, Picture) else drawn.take()
         except (EOFError, OSError):
@@ -87,7 +94,7 @@ class Pictures:
             "fan": [self._pixels(path) for path in paths.fan],
             "denoising": [self._pixels(path) for path in paths.denoising],
         }
-        return Frame(state, picture.jpeg)
+        return Frame(state, picture.jpeg, sights)
 
     def _draw_here(self) -> Picture:
         """Draw in this process from now on: one that draws has ended, for want of memory, say."""

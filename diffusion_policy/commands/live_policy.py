@@ -15,6 +15,7 @@ import numpy as np
 from diffusion_policy.basics.streams import derive_rng
 from diffusion_policy.commands.joining import choose_chunking, find_roll
 from diffusion_policy.commands.live_fan import NO_PATHS, Lead, Paths, paths_of, sample_fan
+from diffusion_policy.commands.live_sights import LiveSight, see
 from diffusion_policy.config import ChunkingConfig, ConfigError, SampleConfig, with_options
 from diffusion_policy.control.controller import Controller
 from diffusion_policy.control.policy_planner import PolicyPlanner
@@ -25,7 +26,7 @@ Observation = Mapping[str, np.ndarray]
 
 
 class LivePolicy:
-    """A policy with its controller and the paths of its last plan."""
+    """A policy with its controller, and the paths and images of its last plan."""
 
     def __init__(
         self,
@@ -46,6 +47,13 @@ class LivePolicy:
         self._controller = self._make_controller()
         self.paths = NO_PATHS
         """Of the plan that is followed."""
+        self.sights: tuple[LiveSight, ...] = ()
+        """What that was made from, where images are observed."""
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """The keys of the images that it observes."""
+        return self._policy.images
 
     def begin(self, seed: int, observation: Observation) -> None:
         """Start the episode of a seed."""
@@ -61,7 +69,7 @@ class LivePolicy:
 
     def interrupt(self) -> None:
         """Drop the plan: a person acts."""
-        self.paths = NO_PATHS
+        self.paths, self.sights = NO_PATHS, ()
         self.forget()
 
     def forget(self) -> None:
@@ -77,6 +85,7 @@ class LivePolicy:
         if 0 in self._controller.planned:
             self._latency = 1000 * (time.perf_counter() - started)
             self.paths = self._draw(self._controller.planned[0], lead)
+            self.sights = see(self._policy, self._recent[-1], self._steps)
         return action
 
     def _catch_up(self) -> None:

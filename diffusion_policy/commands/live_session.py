@@ -140,7 +140,7 @@ class LiveSession:
     def look(self, share: float = 1.0) -> Frame | None:
         """How it stands, as `ahead` looks ago, since the pictures are drawn meanwhile; None where there were not so
         many. `share`: of the picture's width and height; less is faster."""
-        return self._pictures.look(share, self._tell(), self.policy.paths)
+        return self._pictures.look(share, self._tell(), self.policy.paths, self.policy.sights)
 
     @property
     def ahead(self) -> int:

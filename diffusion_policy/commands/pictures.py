@@ -16,7 +16,8 @@ from diffusion_policy.commands.episodes import draw_bytes, observe
 from diffusion_policy.commands.kept_episodes import as_path
 from diffusion_policy.commands.losses import read_losses
 from diffusion_policy.commands.policy_in_env import PolicyInEnv, choose_modes
-from diffusion_policy.commands.seen_again import list_sights, see_again
+from diffusion_policy.commands.seen_again import see_again
+from diffusion_policy.commands.sights import list_sights
 from diffusion_policy.commands.stores import open_recorded
 from diffusion_policy.config import SampleConfig
 from diffusion_policy.envs.protocols import Drawable, as_drawable, as_pictured, places_of

@@ -1,5 +1,4 @@
-"""What an episode's policy saw: the images that a recording leaves out, drawn again from its seed and its actions, and
-where its encoders look in them.
+"""What an episode's policy saw: the images that a recording leaves out, drawn again from its seed and its actions.
 
 Knows episodes and environments. Samples nothing.
 """
@@ -10,16 +9,11 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-import torch
 
-from diffusion_policy.basics.images import as_observed
 from diffusion_policy.commands.policy_in_env import PolicyInEnv
 from diffusion_policy.config import ConfigError
 from diffusion_policy.envs.wrappers import look
 from diffusion_policy.evaluation.episode import Episode
-from diffusion_policy.networks.vision import center_crop
-from diffusion_policy.policy import DiffusionPolicy
-from diffusion_policy.report.evaluation_figures import Sight
 
 
 def see_again(loaded: PolicyInEnv, episode: Episode, steps: Sequence[int]) -> Episode:
@@ -39,24 +33,6 @@ def see_again(loaded: PolicyInEnv, episode: Episode, steps: Sequence[int]) -> Ep
         for key, seen in images.items() if step in wanted else ():
             seen[step] = observation[key]
     return replace(episode, observations={**episode.observations, **images})
-
-
-@torch.no_grad()
-def list_sights(policy: DiffusionPolicy, episode: Episode, steps: Sequence[int]) -> list[Sight]:
-    """The images that a policy was given at some steps of an episode, which holds them, camera by camera."""
-    sights = []
-    share = policy.config.images.image_crop
-    for key in policy.images:
-        images = torch.as_tensor(
-            as_observed(episode.observations[key][list(steps)], key, policy.shapes.observations[key])
-        )
-        points = policy.encoder_of(key).keypoints(policy.prepare(key, images[:, None].to(policy.device)))
-        cropped = center_crop(images, share).numpy()
-        size = np.array(cropped.shape[2:0:-1]) - 1  # width and height
-        places = None if points is None else (points[:, 0].cpu().numpy() + 1) / 2 * size
-        for i, step in enumerate(steps):
-            sights.append(Sight(episode.seed, key, step, cropped[i], None if places is None else places[i]))
-    return sights
 
 
 def _observe(env: gymnasium.Env, episode: Episode, step: int, looking: bool) -> Mapping[str, Any]:

@@ -246,12 +246,17 @@ def crop_size(size: int, share: float) -> int:
     return max(1, round(size * share))
 
 
+def center_window(size: Sequence[int], share: float) -> tuple[int, int, int, int]:
+    """Where the middle of an image lies whose height and width are `size`: top, left, height and width [px]."""
+    height, width = (crop_size(side, share) for side in size)
+    return (size[0] - height) // 2, (size[1] - width) // 2, height, width
+
+
 def center_crop(images: Tensor, share: float) -> Tensor:
     """The middle of images (..., H, W, C): (..., h, w, C)."""
     if share == 1:
         return images
-    height, width = (crop_size(size, share) for size in images.shape[-3:-1])
-    top, left = (images.shape[-3] - height) // 2, (images.shape[-2] - width) // 2
+    top, left, height, width = center_window(images.shape[-3:-1], share)
     return images[..., top : top + height, left : left + width, :]
 
 

@@ -10,7 +10,8 @@ import torch
 from gymnasium.wrappers import DelayObservation, TransformObservation
 
 from diffusion_policy import envs
-from diffusion_policy.commands.seen_again import list_sights, see_again
+from diffusion_policy.commands.seen_again import see_again
+from diffusion_policy.commands.sights import list_sights
 from diffusion_policy.config import CnnConfig, ConfigError, ImageConfig, PolicyConfig, VitConfig, with_options
 from diffusion_policy.control.controller import Controller
 from diffusion_policy.control.planner import Planner
