@@ -334,6 +334,15 @@ class PolicyConfig:
     normalization: Annotated[NormalizationName, Group("policy")] = "limits"
     """How each column becomes a number of about one: its limits become -1 and 1; or its mean 0 and its deviation 1; or
     its quantiles 0.01 and 0.99 become -1 and 1."""
+    target: tuple[str, ...] = ()
+    """What the network predicts of each step, in this order: observation keys, and `action`, of which it is executed;
+    by default the action alone. Without the action it is a forecast, which nothing executes."""
+    inpaint_start: bool = False
+    """Hold what is observed until now in place in the sequence, at every denoising step and in training: the
+    observations among what is predicted."""
+    inpaint_goal: str | None = None
+    """Observation that the last step of the sequence is to come to: it is held in the columns of the first observation
+    that is predicted, at every denoising step; in training what the sequence itself comes to is."""
     rotations: tuple[str, ...] = ()
     """Columns that are rotations, of observations or of the action, as action:3,4,5 (a rotation vector [rad]) or
     pose:3,4,5,6 (a quaternion x, y, z, w): the network sees six numbers of each, which have no jumps."""
@@ -389,6 +398,8 @@ class PolicyConfig:
         check_choice("prediction", self.prediction, get_args(PredictionName))
         check_choice("normalization", self.normalization, get_args(NormalizationName))
         check_choice("action-form", self.action_form, get_args(ActionFormName))
+        if len(set(self.target)) < len(self.target):
+            raise ConfigError(f"target must name each key once; got {', '.join(self.target)}")
         for text in self.rotations:
             _require(len(parse_columns(text)[1]) in (3, 4), "rotations", "a key with 3 or 4 columns", text)
         self._check_objective()
@@ -397,6 +408,12 @@ class PolicyConfig:
         _require(0 <= self.snr_gamma < math.inf, "snr_gamma", "at least 0", self.snr_gamma)
         _require(0 <= self.condition_dropout < 1, "condition_dropout", "from 0 to below 1", self.condition_dropout)
         require_numbers(self)
+
+    def target_key(self, action: str, observations: Collection[str]) -> str:
+        """What the columns that the network predicts are called in a store: those of several arrays side by side,
+        `a+b`; of one that is observed too, `a+`. `action`: the store's key of the actions."""
+        joined = "+".join(action if key == "action" else key for key in self.target) or action
+        return f"{joined}+" if joined in observations else joined
 
     def _check_objective(self) -> None:
         check_choice("objective", self.objective, get_args(ObjectiveName))

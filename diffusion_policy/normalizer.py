@@ -1,6 +1,6 @@
 """Raw numbers ↔ numbers of about one that the network sees; travels inside the checkpoint as buffers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -117,7 +117,7 @@ class Normalizer(nn.Module):
             if angles.get(key) or rotations.get(key)
         }
         self.shapes = {
-            key: (self._round[key].count,) if key in self._round else tuple(shape) for key, shape in shapes.items()
+            key: (self._round[key].numbers,) if key in self._round else tuple(shape) for key, shape in shapes.items()
         }
         """Shape of each key at one step as the network sees it."""
         self.images = frozenset(key for key, shape in self.shapes.items() if is_image(shape))
@@ -154,10 +154,19 @@ class Normalizer(nn.Module):
             scale[torch.as_tensor(found.constant)] = 0
             if key in self._round:
                 others = list(self._round[key].others)
-                rest = torch.zeros(self._round[key].count - len(others))
+                rest = torch.zeros(self._round[key].numbers - len(others))
                 offset, scale = torch.cat([offset[others], rest]), torch.cat([scale[others], rest + 1])
             self.get_buffer(_buffer(key, "offset")).copy_(offset)
             self.get_buffer(_buffer(key, "scale")).copy_(scale)
+
+    def places(self, key: str, columns: Collection[int]) -> list[int]:
+        """Which of the numbers that the network sees of a key, a row of numbers, come from these of its columns."""
+        if key not in self._round:
+            return sorted(columns)
+        own = self._round[key]
+        of_rotations = [rotation for rotation in own.rotations for _ in range(SIX)]
+        owners = [*((column,) for column in (*own.others, *own.angles, *own.angles)), *of_rotations]
+        return [place for place, owner in enumerate(owners) if not set(owner).isdisjoint(columns)]
 
     def normalize(self, key: str, x: Tensor) -> Tensor:
         """Raw (..., *shape) of any type → about [−1, 1], (..., *shapes[key]) float32. Of an image, height and width
@@ -214,7 +223,7 @@ class _Columns(NamedTuple):
     """Places in [others | angles | rotations], to have a key's columns as they were."""
 
     @property
-    def count(self) -> int:
+    def numbers(self) -> int:
         """Numbers that the network sees."""
         return len(self.others) + 2 * len(self.angles) + SIX * len(self.rotations)
 

@@ -64,7 +64,27 @@ class Shapes(NamedTuple):
     action: tuple[int, ...]
     """(A,)"""
     angles: dict[str, tuple[int, ...]] = {}  # noqa: RUF012  (never changed)
-    """Columns of a key, `action` among them, that are angles [rad]; the network sees their cosine and sine."""
+    """Columns of a key, `action` among them, that are angles [rad]; the network sees their cosine and sine. Those of
+    `action` are of what is predicted."""
+    target: dict[str, int] = {}  # noqa: RUF012
+    """Columns of each key that the network predicts, in order, the executed action called `action`; empty where that
+    is all."""
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        """Of one step as it is predicted."""
+        return (sum(self.target.values()),) if self.target else self.action
+
+    def place_of(self, key: str) -> slice:
+        """Which columns of a predicted row are those of a key."""
+        if not self.target:
+            return slice(0, self.action[0])
+        first = 0
+        for name, count in self.target.items():
+            if name == key:
+                return slice(first, first + count)
+            first += count
+        raise ValueError(f"predicted are {', '.join(self.target)}; got {key}")
 
 
 class Target(NamedTuple):
@@ -85,6 +105,15 @@ class Given(NamedTuple):
     """Which steps, (B, T, 1) bool."""
 
 
+class Held(NamedTuple):
+    """What is inpainted: numbers of a sequence that stand at every level."""
+
+    sequence: Tensor
+    """Normalized, (B, T, D)."""
+    mask: Tensor
+    """Which numbers, (T, D) bool."""
+
+
 Wrap = Callable[[Denoise], Denoise]
 """Makes another denoiser of one, (xt, level) → x0 in normalized numbers: a cost's gradient, inpainting, a soft mask."""
 
@@ -97,6 +126,9 @@ class DiffusionPolicy(nn.Module):
     observations themselves are. Where there is no label, a 1 marks what was not dropped. What is dropped becomes zeros:
     that is the unconditional side of classifier-free guidance.
     """
+
+    held: Tensor | None
+    """Which numbers of a sequence are inpainted, (T, D) bool; None for none."""
 
     def __init__(
         self,
@@ -115,16 +147,19 @@ class DiffusionPolicy(nn.Module):
             raise ValueError(f"an action must be one row of numbers, (A,); got shape {shapes.action}")
         _require_labels(config, modes, instructions)
         _require_goals(config, shapes)
+        _require_alone(config)
         self.config = config
         self.shapes = shapes
         self.modes = tuple(modes) if config.condition_on_mode else ()
         self.instructions = tuple(instructions) if config.condition_on_instruction else ()
         self.label_rows = LabelRows(len(self.labels), embedding_size if self.instructions else 0)
-        self.target = Target()
+        executed = "action" in shapes.target or not shapes.target
+        self.target = Target(executed=shapes.place_of("action") if executed else slice(0, shapes.row[0]))
         self.frame = make_frame(config, shapes)
         rotations = list_rotations(config)
-        columns = {**shapes.observations, self.target.key: shapes.action}
+        columns = {**shapes.observations, self.target.key: shapes.row}
         self.normalizer = Normalizer(columns, shapes.angles, rotations)
+        self.register_buffer("held", find_held(config, shapes, self.normalizer), persistent=False)
         self.keys = tuple(sorted(shapes.observations, key=lambda key: (key in config.goal, key)))
         """Observation keys, in the order of their features in the condition: the goals come last."""
         self.images = tuple(key for key in self.keys if key in self.normalizer.images)
@@ -188,14 +223,16 @@ class DiffusionPolicy(nn.Module):
         instructions: Sequence[str] = (),
         embeddings: np.ndarray | None = None,
         episodes: Iterable[Mapping[str, np.ndarray]] = (),
+        target: Mapping[str, int] | None = None,
     ) -> "DiffusionPolicy":
         """A new policy with shapes and normalizer taken from the statistics of `action` and each observation key;
         `embeddings`: of the instructions, (instructions, E); `episodes`: the rows of each, of which actions that are
-        not absolute are measured."""
+        not absolute are measured; `target`: see `Shapes`."""
         shapes = {key: part.shape for key, part in statistics.items()}
-        action = shapes.pop(Target().key)
+        row = shapes.pop(Target().key)
+        action = (target["action"],) if target and "action" in target else row
         size = 0 if embeddings is None else embeddings.shape[1]
-        policy = cls(config, Shapes(shapes, action, dict(angles or {})), modes, instructions, size)
+        policy = cls(config, Shapes(shapes, action, dict(angles or {}), dict(target or {})), modes, instructions, size)
         if embeddings is not None and policy.instructions:
             policy.label_rows.fit(embeddings)
         if config.action_form != "absolute":
@@ -388,14 +425,43 @@ class DiffusionPolicy(nn.Module):
         drawn = rearrange(noise, "b n draws t d -> draws (b n) t d")
         _, levels = self.resolve_sampling(config)
         cond = repeat(cond, "b c -> (b n) c", n=number)
-        x0 = self.denoise_from(drawn, cond, levels, config, wrap, given)
+        held = self.hold(observations, number)
+        x0 = self.denoise_from(drawn, cond, levels, config, wrap, given, held)
         return self.unnormalize(x0, number, observations)
+
+    def hold(self, observations: Mapping[str, Tensor], number: int = 1) -> Held | None:
+        """What is inpainted under raw observations {key: (B, To, ...)}, of N sequences for each; None for nothing."""
+        mask = self.held
+        if mask is None:
+            return None
+        config, shapes = self.config, self.shapes
+        rows = next(iter(observations.values()))
+        raw = torch.zeros(
+            len(rows), config.prediction_horizon, *shapes.row, device=self.device, dtype=self.normalizer.precision
+        )
+        seen = [key for key in shapes.target if key != "action"]
+        if config.inpaint_start:
+            for key in seen:
+                raw[:, : config.observation_horizon, shapes.place_of(key)] = observations[key].flatten(2).to(raw)
+        if config.inpaint_goal is not None:
+            raw[:, -1, shapes.place_of(seen[0])] = observations[config.inpaint_goal][:, -1].flatten(1).to(raw)
+        sequence = self.normalizer.normalize(self.target.key, raw)
+        return Held(sequence.repeat_interleave(number, 0), mask)
 
     def normalize(self, actions: Tensor, observations: Mapping[str, Tensor], first: int = 0) -> Tensor:
         """Raw actions of the steps from `first` on, (B, steps, A), under raw observations {key: (B, To, ...)} → as the
         network learns them, (B, steps, D)."""
         raw = actions.to(self.device, self.normalizer.precision)
         return self.normalizer.normalize(self.target.key, self.frame.express(raw, observations, first))
+
+    def in_units(self, actions: Tensor) -> Tensor:
+        """Raw actions that are executed, (..., A), in the normalizer's units, as distances between them are told,
+        (..., D); where more than the action is predicted, the rest is that of a row of zeros."""
+        if self.shapes.row != self.shapes.action:
+            row = torch.zeros(*actions.shape[:-1], *self.shapes.row, dtype=actions.dtype, device=actions.device)
+            row[..., self.target.executed] = actions
+            actions = row
+        return self.normalizer.normalize(self.target.key, actions)
 
     def unnormalize(self, x0: Tensor, number: int, observations: Mapping[str, Tensor]) -> Tensor:
         """Normalized sequences (B N, T, D) under raw observations {key: (B, To, ...)} → raw actions (B, N, T, A)."""
@@ -431,6 +497,8 @@ class DiffusionPolicy(nn.Module):
         """Raw actions from *now* on, (B, steps, A), and a weight of each step, (B, steps) → the normalized sequences
         that they are in, (B N, T, D), and weights of all steps, (B N, T, 1); 0 before now."""
         before = self.config.observation_horizon - 1
+        if self.shapes.row != self.shapes.action:
+            raise ValueError(f"plans of {', '.join(self.shapes.target)} are joined by --chunking receding alone")
         sequence = self.normalize(actions, observations, before)
         sequence, weights = (functional.pad(one, (0, 0, before, 0)) for one in (sequence, weights[..., None]))
         return sequence.repeat_interleave(number, 0), weights.to(sequence).repeat_interleave(number, 0)
@@ -521,12 +589,19 @@ class DiffusionPolicy(nn.Module):
         return torch.cat([cond, self.unconditional(cond)]) if config.guidance else cond
 
     def decode(
-        self, outputs: Denoise, config: SampleConfig, wrap: Sequence[Wrap] = (), given: Given | None = None
+        self,
+        outputs: Denoise,
+        config: SampleConfig,
+        wrap: Sequence[Wrap] = (),
+        given: Given | None = None,
+        held: Held | None = None,
     ) -> Denoise:
         """What the network's outputs under `conditions` mean, guided, clipped and wrapped: (xt (B, T, D), level) →
         x0."""
         if self.config.max_delay:
             outputs = giving(outputs, given)
+        if held is not None:
+            outputs = holding(outputs, held)
         denoise = self.diffusion.decode(outputs)
         if config.guidance:
             weights = config.guidance * GUIDANCE_SCHEDULES[config.guidance_schedule](self.config.noise_levels)
@@ -534,12 +609,23 @@ class DiffusionPolicy(nn.Module):
         for one in wrap:
             denoise = one(denoise)
         denoise = CLIPS[self.choose_clip(config)](denoise)
+        if held is not None:
+            denoise = inpainted(denoise, *held)
         return denoise if given is None else inpainted(denoise, *given)
 
     def denoiser(self, cond: Tensor, config: SampleConfig, levels: Levels | None = None) -> Denoise:
         """The network under these conditions (B, C), guided and clipped: (xt (B, T, D), level) → x0, for these levels,
         by default all."""
         return self.decode(self.diffusion.condition(self.network, self.conditions(cond, config), levels), config)
+
+    def predictor(self, observations: Mapping[str, Tensor], labels: Tensor | None, levels: Levels) -> Denoise:
+        """The network under raw observations, neither guided nor clipped, with what is inpainted in place:
+        (xt (B, T, D), level) → x0, for these levels."""
+        outputs = self.diffusion.condition(self.network, self.encode(observations, labels), levels)
+        held = self.hold(observations)
+        if held is None:
+            return self.diffusion.decode(outputs)
+        return inpainted(self.diffusion.decode(holding(outputs, held)), *held)
 
     def denoise_from(
         self,
@@ -549,6 +635,7 @@ class DiffusionPolicy(nn.Module):
         config: SampleConfig,
         wrap: Sequence[Wrap] = (),
         given: Given | None = None,
+        held: Held | None = None,
     ) -> Tensor:
         """The sampling loop alone: noise (draws, B, T, D) → normalized sequences (B, T, D). No random numbers and no
         synchronisation inside, so it compiles as one graph."""
@@ -558,7 +645,7 @@ class DiffusionPolicy(nn.Module):
             share = self.diffusion.learned_share(giving(shares, given) if self.config.max_delay else shares)
             sampler = sampler._replace(formula=partial(ddpm, share=share))
         outputs = self.diffusion.condition(self.network, self.conditions(cond, config), levels)
-        denoise = self.decode(outputs, config, wrap, given)
+        denoise = self.decode(outputs, config, wrap, given, held)
         return self.diffusion.sample(denoise, noise, sampler, levels, config.corrector_steps, config.corrector_size)
 
 
@@ -584,9 +671,9 @@ def make_frame(config: PolicyConfig, shapes: Shapes) -> ActionFrame:
         numbers = ", ".join(name for name, one in shapes.observations.items() if len(one) == 1) or "none"
         raise ValueError(f"action-reference must be an observation of numbers in a row, {numbers}; got {key}")
     columns = columns or tuple(range(shape[0]))
-    if max(columns) >= shape[0] or len(columns) > shapes.action[0]:
+    if max(columns) >= shape[0] or len(columns) > shapes.row[0]:
         raise ValueError(
-            f"action-reference must name at most {shapes.action[0]} of the {shape[0]} columns of {key}, one for each "
+            f"action-reference must name at most {shapes.row[0]} of the {shape[0]} columns of {key}, one for each "
             f"of the action's; got {', '.join(map(str, columns))}"
         )
     turned = list_rotations(config).get(Target().key, ())
@@ -612,6 +699,23 @@ def _require_goals(config: PolicyConfig, shapes: Shapes) -> None:
         raise ValueError(f"a goal is one of several observations, {observed}; got {', '.join(config.goal)}")
 
 
+def _require_alone(config: PolicyConfig) -> None:
+    """Raise ValueError for options that do not go together with what is predicted or inpainted."""
+    inpaints = config.inpaint_start or config.inpaint_goal is not None
+    beside = {
+        "max-delay": config.max_delay,
+        "learn-variance": config.learn_variance,
+        "objective": config.objective != "denoising" and config.objective,
+        "student-steps": config.student_steps,
+        "action-form": config.action_form != "absolute" and config.action_form,
+    }
+    for name, value in beside.items():
+        if inpaints and value:
+            raise ValueError(f"inpaint-start and inpaint-goal are without {name}; got {value}")
+    if config.max_delay and len(config.target) > 1:
+        raise ValueError(f"max-delay is of a policy that predicts actions alone; got {config.max_delay}")
+
+
 def giving(outputs: Denoise, given: Given | None) -> Denoise:
     """Outputs of a network that takes a sequence with a column of marks: the given steps clean and marked."""
 
@@ -623,6 +727,44 @@ def giving(outputs: Denoise, given: Given | None) -> Denoise:
         return outputs(torch.cat([torch.where(known, sequence, xt), known.to(xt)], dim=-1), level)
 
     return network
+
+
+def holding(outputs: Denoise, held: Held) -> Denoise:
+    """Outputs of a network that sees what is inpainted clean."""
+
+    def network(xt: Tensor, level: int) -> Tensor:
+        sequence = torch.cat([held.sequence] * (len(xt) // len(held.sequence)))  # guidance doubles the rows
+        return outputs(torch.where(held.mask, sequence, xt), level)
+
+    return network
+
+
+def find_held(config: PolicyConfig, shapes: Shapes, normalizer: Normalizer) -> Tensor | None:
+    """Which numbers of a sequence are inpainted, (T, D) bool, None for none. Raises ValueError where nothing that is
+    predicted is observed, and for a goal of another size."""
+    if not config.inpaint_start and config.inpaint_goal is None:
+        return None
+    seen = [key for key in shapes.target if key != "action"]
+    lacking = [key for key in seen if key not in shapes.observations]
+    if not seen or lacking:
+        raise ValueError(
+            "inpaint-start and inpaint-goal need an observation in --target, as in --target position action; got "
+            f"{', '.join(lacking or shapes.target) or 'the action alone'}"
+        )
+    mask = torch.zeros(config.prediction_horizon, *normalizer.shapes[Target().key], dtype=torch.bool)
+    columns = {key: range(shapes.row[0])[shapes.place_of(key)] for key in seen}
+    if config.inpaint_start:
+        for key in seen:
+            mask[: config.observation_horizon, normalizer.places(Target().key, columns[key])] = True
+    if config.inpaint_goal is not None:
+        size = math.prod(shapes.observations.get(config.inpaint_goal, ()))
+        if config.inpaint_goal not in shapes.observations or size != len(columns[seen[0]]):
+            raise ValueError(
+                f"inpaint-goal must be an observation of {len(columns[seen[0]])} numbers, as {seen[0]} has; got "
+                f"{config.inpaint_goal}"
+            )
+        mask[-1, normalizer.places(Target().key, columns[seen[0]])] = True
+    return mask
 
 
 def _own_options(config: Any) -> dict[str, Any]:

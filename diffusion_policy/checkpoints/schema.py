@@ -195,7 +195,7 @@ def _decode(config: dict[str, Any]) -> Contents:
 
 def check_bounds(shapes: Shapes, modes: Sequence[str]) -> None:
     """Raise ValueError where a policy is larger than any that is loaded."""
-    for shape in (*shapes.observations.values(), shapes.action):
+    for shape in (*shapes.observations.values(), shapes.action, shapes.row):
         if len(shape) > MAX_DIMENSIONS or any(size < 1 for size in shape):
             raise ValueError(f"a shape has at most {MAX_DIMENSIONS} numbers, all positive; got {shape}")
     rows, images = (
@@ -206,7 +206,7 @@ def check_bounds(shapes: Shapes, modes: Sequence[str]) -> None:
         "number of keys": (len(shapes.observations), 1, MAX_KEYS),
         "size of an observation": (rows, 0 if images else 1, MAX_OBSERVED_NUMBERS),
         "size of the images": (images, 0, MAX_IMAGE_NUMBERS),
-        "size of an action": (math.prod(shapes.action), 1, MAX_ACTION_NUMBERS),
+        "size of an action": (math.prod(shapes.row), 1, MAX_ACTION_NUMBERS),
         "number of modes": (len(modes), 0, MAX_MODES),
     }
     for name, (value, least, most) in bounds.items():

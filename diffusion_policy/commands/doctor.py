@@ -127,11 +127,13 @@ def _find_data(options: Doctor, loaded: Checkpoint | None) -> tuple[EpisodeStore
     if loaded is None:
         assert options.dataset is not None
         store = open_store(options.dataset)
-        return store, choose_keys(store, options.observation, options.action), []
-    keys = Keys(tuple(loaded.policy.shapes.observations), loaded.dataset.action_key)
+        return store, choose_keys(store, options.observation, options.action, options.policy), []
+    policy = loaded.policy
+    observed, action = tuple(policy.shapes.observations), loaded.dataset.action_key
+    keys = Keys(observed, action, policy.config.target_key(action, observed), policy.config.target)
     if options.dataset is not None:
         store = open_store(options.dataset)
-        known = {**loaded.policy.shapes.observations, keys.action: loaded.policy.shapes.action}
+        known = {**policy.shapes.observations, keys.target: policy.shapes.row}
         for key, shape in known.items():
             found = store.shape(key) if {*store.parts(key)} <= {*store.keys} else "nothing"
             if found != shape:
@@ -139,7 +141,7 @@ def _find_data(options: Doctor, loaded: Checkpoint | None) -> tuple[EpisodeStore
         return store, keys, []
     try:
         store = open_recorded("the checkpoint", loaded.dataset.location)
-        if store.fingerprint(*keys) == loaded.dataset.fingerprint:
+        if store.fingerprint(keys.observations, keys.target) == loaded.dataset.fingerprint:
             return store, keys, []
         found = f"{loaded.dataset.location} is no longer what the policy was trained on"
     except (StoreError, OSError, ConfigError) as error:  # ConfigError: a URL is not opened
@@ -180,7 +182,7 @@ def _check_with_data(options: Doctor, subject: Subject, rows: Rows) -> Iterator[
     if options.output:
         _draw_noised(options.output / "noised.png", policy, windows, options.seed)
     if loaded:
-        jumps = doctor.largest_jumps(rows.data["action"], rows.episode_ends)
+        jumps = doctor.largest_jumps(rows.data["action"][:, policy.target.executed], rows.episode_ends)
         yield from _check_policy(options, policy, windows, jumps)
     if options.overfit_steps and weights > MOST_FITTED:
         figure = f"{weights} weights; the test is made with at most {MOST_FITTED}"
@@ -194,6 +196,7 @@ def _make_untrained(options: Doctor, subject: Subject, rows: Rows) -> DiffusionP
     loaded, names = subject.loaded, subject.keys.names
     modes = loaded.policy.modes if loaded else rows.store.modes
     angles = loaded.policy.shapes.angles if loaded else choose_angles(rows.store, options.angles, subject.keys)
+    target = loaded.policy.shapes.target if loaded else subject.keys.sizes(rows.store)
     torch.manual_seed(options.seed)
     named = {names[key]: found for key, found in rows.statistics.items()}
     plain = dataclasses.replace(
@@ -205,7 +208,7 @@ def _make_untrained(options: Doctor, subject: Subject, rows: Rows) -> DiffusionP
     else:  # its rows are embeddings too: they tell apart what it was trained on
         texts, known = loaded.policy.instructions, loaded.policy.label_rows
         embeddings = known.get_buffer("rows").cpu().numpy() if known.size else None
-    return DiffusionPolicy.for_statistics(plain, named, modes, angles, texts, embeddings, rows.episodes)
+    return DiffusionPolicy.for_statistics(plain, named, modes, angles, texts, embeddings, rows.episodes, target)
 
 
 def _draw_noised(path: Path, policy: DiffusionPolicy, windows: Windows, seed: int) -> None:
@@ -261,7 +264,7 @@ def _numbers_held(policy: DiffusionPolicy) -> int:
     config, shapes = policy.config, policy.shapes
     observed = sum(math.prod(shape) for shape in shapes.observations.values())
     horizon = config.prediction_horizon
-    return config.observation_horizon * observed + horizon * shapes.action[0] + config.network.numbers_held(horizon)
+    return config.observation_horizon * observed + horizon * shapes.row[0] + config.network.numbers_held(horizon)
 
 
 def _windows(

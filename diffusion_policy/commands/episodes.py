@@ -71,7 +71,7 @@ def draw_bytes(policy: DiffusionPolicy, sampling: SampleConfig) -> int:
     """Of the noise that one sequence is sampled from."""
 
     sampler, levels = policy.resolve_sampling(sampling)
-    numbers = policy.config.prediction_horizon * math.prod(policy.shapes.action)
+    numbers = policy.config.prediction_horizon * math.prod(policy.shapes.row)
     return 4 * numbers * count_draws(sampler, levels, sampling.corrector_steps)
 
 
@@ -239,7 +239,7 @@ def sample_starts(loaded: PolicyInEnv, episodes: Sequence[Episode], sampling: Sa
     for episode in firsts:
         observations = observe(policy, see_again(loaded, episode, [0]), 0)
         plan = policy.sample(observations, [derive_rng("diversity", episode.seed)], DIVERSITY_PLANS, sampling)
-        plans.append(policy.normalizer.normalize(policy.target.key, plan)[0].cpu())
+        plans.append(policy.in_units(plan)[0].cpu())
     return np.asarray(torch.stack(plans))
 
 

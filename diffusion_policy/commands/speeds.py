@@ -174,7 +174,7 @@ def measure_planning(
 def make_data(policy: DiffusionPolicy, episodes: int = EPISODES) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Random rows of the policy's shapes, and the episodes' ends."""
     rng, steps = derive_rng("benchmark data"), episodes * EPISODE_STEPS
-    shapes = {**policy.shapes.observations, policy.target.key: policy.shapes.action}
+    shapes = {**policy.shapes.observations, policy.target.key: policy.shapes.row}
     rows = {key: rng.uniform(-1, 1, (steps, *shape)).astype(np.float32) for key, shape in shapes.items()}
     return rows, np.arange(1, episodes + 1) * EPISODE_STEPS
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from diffusion_policy.commands.options.train import join_actions
 from diffusion_policy.commands.terminal import console
 from diffusion_policy.commands.trust import recorded_location
-from diffusion_policy.config import ConfigError
+from diffusion_policy.config import ConfigError, PolicyConfig
 from diffusion_policy.datasets.store import EpisodeStore
 
 
@@ -18,11 +18,20 @@ class Keys(NamedTuple):
 
     observations: tuple[str, ...]
     action: str
+    target: str
+    """Key of the columns that the network predicts, see `PolicyConfig.target_key`."""
+    predicted: tuple[str, ...] = ()
+    """The keys that these are of, the action called `action`; empty for the action alone."""
 
     @property
     def names(self) -> dict[str, str]:
-        """What each key is called once it is read: the action is `action`."""
-        return {key: key for key in self.observations} | {self.action: "action"}
+        """What each key is called once it is read: what is predicted is `action`."""
+        return {key: key for key in self.observations} | {self.target: "action"}
+
+    def sizes(self, store: EpisodeStore) -> dict[str, int]:
+        """Columns of each key that is predicted, in order; empty for the action alone."""
+        stored = {key: self.action if key == "action" else key for key in self.predicted}
+        return {key: math.prod(store.shape(name)) for key, name in stored.items()}
 
 
 def open_store(location: str | Path) -> EpisodeStore:
@@ -39,9 +48,15 @@ def open_recorded(source: object, location: str) -> EpisodeStore:
     return open_store(recorded_location(source, location))
 
 
-def choose_keys(store: EpisodeStore, observations: Sequence[str] = (), action: str | Sequence[str] = ()) -> Keys:
+def choose_keys(
+    store: EpisodeStore,
+    observations: Sequence[str] = (),
+    action: str | Sequence[str] = (),
+    config: PolicyConfig = PolicyConfig(),  # noqa: B008  (immutable)
+) -> Keys:
     """Keys of a store that a policy learns from: those wanted, else those that the store names, else `action` and all
-    others. Raises ConfigError for keys that it does not have, and when none are left to observe."""
+    others; `config` says what is predicted. Raises ConfigError for keys that it does not have, and when none are left
+    to observe."""
     action = join_actions(action) or store.action_key
     parts = store.parts(action)
     keys = tuple(observations) or tuple(key for key in store.observation_keys if key not in parts)
@@ -59,14 +74,17 @@ def choose_keys(store: EpisodeStore, observations: Sequence[str] = (), action: s
         raise ConfigError(f"{store.location} has {sought}; {has}")
     if action != "action" and "action" in keys:
         raise ConfigError(f"an observation cannot be called 'action'; choose others with --observation; {has}")
-    return Keys(keys, action)
+    unknown = [key for key in config.target if key != "action" and key not in store.keys]
+    if unknown:
+        raise ConfigError(f"{store.location} has no {unknown[0]!r} to predict; {has}; choose with --target")
+    return Keys(keys, action, config.target_key(action, keys), config.target)
 
 
 def choose_angles(store: EpisodeStore, wanted: Sequence[str], keys: Keys) -> dict[str, tuple[int, ...]]:
     """The columns that are angles, by the names of the keys once they are read: those wanted (see `parse_angles`), else
     what the store says, for the keys that are read. Where actions lie in several arrays, columns may be those of an
     array, or of all side by side."""
-    parts = store.columns(keys.action)
+    parts = store.columns(keys.target)
     angles = parse_angles(wanted, {**keys.names, **parts}) if wanted else store.attributes.get("angles", {})
     chosen = {keys.names[key]: tuple(columns) for key, columns in angles.items() if key in keys.names}
     for part, first in parts.items() if len(parts) > 1 else ():
@@ -75,7 +93,8 @@ def choose_angles(store: EpisodeStore, wanted: Sequence[str], keys: Keys) -> dic
         if wrong:
             raise ConfigError(f"angles must name columns of a key; {part} has {size}, got {wrong[0]}")
         columns = (first + column for column in angles.get(part, ()))
-        chosen["action"] = (*chosen.get("action", ()), *columns)
+        known = chosen.get("action", ())
+        chosen["action"] = (*known, *(column for column in columns if column not in known))
     return {name: columns for name, columns in chosen.items() if columns}
 
 

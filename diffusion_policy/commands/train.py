@@ -108,7 +108,7 @@ def _begin(options: Train, store: EpisodeStore, plan: Plan, sketch: Checkpoint, 
     """The sketch with what the data say: untrained weights, normalizer and fingerprint; raises CheckpointError where it
     could not be saved."""
     with console.status("measuring the data"):
-        summary = summarize(store, plan.keys.observations, plan.keys.action, plan.chosen)
+        summary = summarize(store, plan.keys.observations, plan.keys.target, plan.chosen)
     columns = {f"data/{key}": summary.statistics[name] for key, name in plan.keys.names.items()}
     for sentence in describe_columns(columns, NORMALIZATIONS[options.policy.normalization]):
         console.print(sentence)
@@ -121,6 +121,7 @@ def _begin(options: Train, store: EpisodeStore, plan: Plan, sketch: Checkpoint, 
         plan.labels.instructions,
         plan.labels.embeddings,
         _read_rows(store, plan),
+        sketch.policy.shapes.target,
     ).to(device)
     point = replace(sketch, policy=policy, dataset=replace(sketch.dataset, fingerprint=summary.fingerprint))
     checkpoint.require_savable(point)

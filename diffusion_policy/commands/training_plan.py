@@ -54,7 +54,7 @@ class Plan(NamedTuple):
 def make_plan(options: Train, store: EpisodeStore) -> Plan:
     """What is learned from; raises ValueError for keys and angles that are not there, and for episodes that are too
     few or too short."""
-    keys, settings = choose_keys(store, options.observation, options.action), options.training
+    keys, settings = choose_keys(store, options.observation, options.action, options.policy), options.training
     lengths = np.diff(store.episode_ends, prepend=0)
     chosen, held_out = split_episodes(len(lengths), settings.validation_share, settings.seed, settings.max_episodes)
     require_lengths(options, lengths[chosen])
@@ -67,7 +67,10 @@ def make_sketch(options: Train, store: EpisodeStore, plan: Plan) -> Checkpoint:
     normalizer and fingerprint. Raises ValueError where it could not be trained or saved."""
     choose_device(options.device)
     shapes = Shapes(
-        {key: store.shape(key) for key in plan.keys.observations}, store.shape(plan.keys.action), plan.angles
+        {key: store.shape(key) for key in plan.keys.observations},
+        store.shape(plan.keys.action),
+        plan.angles,
+        plan.keys.sizes(store),
     )
     with checkpoint.without_memory():
         size = 0 if plan.labels.embeddings is None else plan.labels.embeddings.shape[1]

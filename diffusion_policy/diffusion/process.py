@@ -68,6 +68,8 @@ class Noising(NamedTuple):
     """Steps that the network is given clean and marked, and that its loss leaves out, (B, T, 1) bool."""
     counted: Tensor | None = None
     """Steps that the loss is a mean over, (B, T, 1) bool; by default all. It leaves out what was never demonstrated."""
+    held: Tensor | None = None
+    """Numbers that stay clean at every level, and that the loss leaves out, (T, D) bool, of every row."""
 
 
 class Diffusion(nn.Module):
@@ -127,12 +129,17 @@ class Diffusion(nn.Module):
         if known is not None:
             known = known.to(x0.device)
             xt = torch.where(known, x0, xt)
+        if noising.held is not None:
+            xt = torch.where(noising.held, x0, xt)
         marked = xt if known is None else torch.cat([xt, known.to(xt)], dim=-1)
         output, share = self._split(network(marked, level, cond))
         counted = noising.counted
         if known is not None:
             counted = ~known if counted is None else ~known & counted
-        errors = mean_square(output - self.prediction.target(x0, eps, alpha, sigma), counted)  # (B,)
+        errors = output - self.prediction.target(x0, eps, alpha, sigma)
+        if noising.held is not None:
+            errors = errors.masked_fill(noising.held, 0) / (1 - noising.held.float().mean()).sqrt()
+        errors = mean_square(errors, counted)  # (B,)
         losses = self.get_buffer("weight")[level] * errors
         if self.variance is not None and share is not None:
             predicted_x0, _ = self.prediction.decode(output, xt, alpha, sigma)

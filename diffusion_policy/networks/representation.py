@@ -149,7 +149,7 @@ class ActionFrame:
 
     def _combine(self, x: Tensor, base: Tensor, sign: int) -> Tensor:
         """x ± base, column by column, (..., n)."""
-        parts = dict.fromkeys(range(x.shape[-1]))
+        parts: dict[int, Tensor] = {}
         for column in self._plain:
             found = x[..., column] + sign * base[..., column]
             if column in self._angles:
@@ -159,4 +159,4 @@ class ActionFrame:
             own, other = (to_quaternion(torch.stack([one[..., c] for c in columns], dim=-1)) for one in (x, base))
             turned = from_quaternion(compose(other if sign > 0 else invert(other), own), len(columns))
             parts |= dict(zip(columns, turned.unbind(dim=-1), strict=True))
-        return torch.stack(list(parts.values()), dim=-1)
+        return torch.stack([parts[column] for column in sorted(parts)], dim=-1)

@@ -140,8 +140,7 @@ def compare(policy: DiffusionPolicy, planner: OnnxPlanner, config: PlanConfig) -
         steering = draw_prefix(policy, config, rng, observations) if config.longest_prefix else None
         expected = torch.from_numpy(reference.sample(observations, noise, steering))
         found = torch.from_numpy(planner.sample(observations, noise, steering))
-        normalize = policy.normalizer.normalize
-        differences = normalize(policy.target.key, found) - normalize(policy.target.key, expected)
+        differences = policy.in_units(found) - policy.in_units(expected)
         worst = float(np.maximum(worst, differences.abs().max().item()))  # of NaN, NaN
     return worst
 

@@ -23,7 +23,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from diffusion_policy.config import SampleConfig
-from diffusion_policy.policy import DiffusionPolicy, Given
+from diffusion_policy.policy import DiffusionPolicy, Given, Held
 from diffusion_policy.serving.plan_folder import ACTIONS, GIVEN, KNOWN, NOISE, OBSERVATION
 
 OPSET = 20
@@ -118,6 +118,9 @@ class _Observe(nn.Module):
         cond = policy.encode(observations, torch.full((len(observed[0]),), label))
         films = policy.network.condition(policy.diffusion.list_levels([0]), policy.conditions(cond, self.sampling))
         rows = repeat(torch.cat(films.of_cond, dim=-1), "b f -> (b n) f", n=self.samples)
+        held = policy.hold(observations, self.samples)
+        if held is not None:
+            return torch.cat([rows, torch.cat([held.sequence.flatten(1)] * (len(rows) // len(held.sequence)))], dim=-1)
         if not policy.config.max_delay:
             return rows
         sequence, known = policy.place(observed[-2], observed[-1], self.samples, observations)
@@ -139,13 +142,18 @@ class _Denoise(nn.Module):
         self.register_buffer("of_levels", torch.cat(of_levels, dim=-1))  # (E, features)
 
     def forward(self, xt: Tensor, place: Tensor, films: Tensor) -> Tensor:
-        given = None
+        given = held = None
+        if self.policy.held is not None:
+            films, sequence = films.split([sum(self.sizes), xt[0].numel()], dim=-1)
+            held = Held(sequence[: len(xt)].reshape(xt.shape), self.policy.held)
         if self.policy.config.max_delay:
             rows, (steps, width) = len(xt), xt.shape[1:]
             films, sequence, known = films.split([sum(self.sizes), steps * width, steps], dim=-1)
             given = Given(sequence[:rows].reshape(xt.shape), known[:rows, :, None] > 0.5)
         parts = (films + self.get_buffer("of_levels")[place]).split(self.sizes, dim=-1)
-        denoise = self.policy.decode(lambda xt, _: self.policy.network.denoise(xt, parts), self.sampling, given=given)
+        denoise = self.policy.decode(
+            lambda xt, _: self.policy.network.denoise(xt, parts), self.sampling, given=given, held=held
+        )
         return denoise(xt, self.get_buffer("levels")[place])  # pyright: ignore[reportArgumentType]
 
 

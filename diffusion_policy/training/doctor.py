@@ -226,7 +226,7 @@ def probe(policy: DiffusionPolicy, batch: Batch, seed: int) -> list[Probe]:
     generator = derive_generator("doctor probe", seed)
     x0 = policy.normalize(batch.actions, batch.observations)
     levels = _levels(policy.diffusion.schedule)
-    denoise = policy.diffusion.denoiser(policy.network, policy.encode(batch.observations, batch.labels), levels)
+    denoise = policy.predictor(batch.observations, batch.labels, levels)
     probes = []
     for level in levels:
         eps = torch.randn(x0.shape, generator=generator).to(x0)
@@ -310,7 +310,7 @@ def _error(policy: DiffusionPolicy, batch: Batch, observations: Mapping[str, Ten
     generator = derive_generator("doctor error", seed)
     x0 = policy.normalize(batch.actions, batch.observations)
     levels = _levels(policy.diffusion.schedule)
-    denoise = policy.diffusion.denoiser(policy.network, policy.encode(observations, batch.labels), levels)
+    denoise = policy.predictor(observations, batch.labels, levels)
     furthest = max(1.0, float(x0.abs().max()))
     total = 0.0
     for level in levels[len(levels) // 2 :]:
@@ -373,7 +373,7 @@ def check_bound(policy: DiffusionPolicy, batch: Batch, seed: int) -> Check:
     x0 = policy.normalize(batch.actions, batch.observations).cpu().double()
     generator = derive_generator("doctor bound", seed)
     noise = (torch.randn(x0.shape, generator=generator, dtype=torch.float64) for _ in levels)
-    network = policy.diffusion.denoiser(policy.network, policy.encode(batch.observations, batch.labels), levels)
+    network = policy.predictor(batch.observations, batch.labels, levels)
 
     def denoise(xt: Tensor, level: int) -> Tensor:
         return network(xt.float().to(policy.device), level).cpu().double()

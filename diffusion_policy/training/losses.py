@@ -85,7 +85,8 @@ def denoising_loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Tenso
     counted = None
     if batch.demonstrated is not None:
         counted = batch.demonstrated[..., None].repeat_interleave(draws.repeats, dim=0)
-    losses = policy.diffusion.loss(policy.network, x0, cond, draws.noising._replace(counted=counted))
+    noising = draws.noising._replace(counted=counted, held=policy.held)
+    losses = policy.diffusion.loss(policy.network, x0, cond, noising)
     return losses.unflatten(0, (-1, draws.repeats)).mean(dim=1)
 
 

@@ -352,7 +352,7 @@ def _require_fit(policy: DiffusionPolicy, windows: BatchesOfWindows) -> None:
     """Raise ValueError unless windows hold what a policy observes and does."""
     config, shapes = policy.config, policy.shapes
     needed = {key: (config.observation_horizon, *shape) for key, shape in shapes.observations.items()}
-    needed[policy.target.key] = (config.prediction_horizon, *shapes.action)
+    needed[policy.target.key] = (config.prediction_horizon, *shapes.row)
     needed = {key: shape for key, shape in needed.items() if key not in policy.images or not policy.is_frozen(key)}
     found = {key: shape for key, shape in windows.shapes.items() if key in needed}
     if found != needed:

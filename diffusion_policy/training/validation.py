@@ -126,7 +126,10 @@ def action_errors(policy: DiffusionPolicy, batch: Batch, seed: int) -> Tensor | 
     generators = [derive_rng("validation samples", seed, row) for row in range(len(batch.actions))]
     sampled = policy.sample(batch.observations, generators, SAMPLES)  # (B, N, T, A)
     difference = sampled - batch.actions[:, None, :, policy.target.executed]
+    executed = policy.target.executed
     for column in policy.shapes.angles.get(policy.target.key, ()):
-        difference[..., column] = torch.remainder(difference[..., column] + math.pi, 2 * math.pi) - math.pi
+        if executed.start <= column < executed.stop:
+            turned = difference[..., column - executed.start]
+            difference[..., column - executed.start] = torch.remainder(turned + math.pi, 2 * math.pi) - math.pi
     first = config.observation_horizon - 1
     return difference[:, :, first : first + config.action_horizon].norm(dim=-1).mean(dim=-1)

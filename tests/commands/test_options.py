@@ -192,7 +192,16 @@ def label(observations):
     return "up" if path[-1, 1] > path[0, 1] else "down"
 """
 
-NOT_HERE = {"gpus", "rotations", "teacher_weights", "vision_weights", "freeze_vision"}
+NOT_HERE = {
+    "gpus",
+    "rotations",
+    "target",
+    "inpaint_start",
+    "inpaint_goal",
+    "teacher_weights",
+    "vision_weights",
+    "freeze_vision",
+}
 UNTRIED = {"demo": "test_demo.py", "toy": "test_toy.py", "serve": "test_serve.py", "live": "test_live.py"}
 """Commands that have tests of their own and no smaller size."""
 
