@@ -32,12 +32,12 @@ GOAL_RADIUS = 0.1
 """Success is the disc's centre this near to the goal [m] ..."""
 GOAL_SPEED = 0.1
 """... and no faster than this [m/s]."""
-HEIGHT = 0.15
+HEIGHT = 0.1
 """Of walls, obstacles and the disc [m]."""
 WALL = 0.05
 """Half the thickness of the room's walls [m]."""
 
-VIEW = Viewpoint(target=(0.0, 0.0, 0.0), distance=4.2, yaw=0, pitch=-89.9, width=480, height=480, field=54)
+VIEW = Viewpoint(target=(0.0, 0.0, 0.0), distance=4.8, yaw=0, pitch=-89.9, width=480, height=480, field=48)
 CAMERA = VIEW
 """Of the observed image: the room from above."""
 _UNDERGROUND = -1.0

@@ -17,13 +17,14 @@ APART = 1.5
 """And so far from each other [m]."""
 OBSTACLE_RADII = (0.1, 0.15, 0.2)
 """Of the obstacles that can stand in the maze [m]."""
-MOST_OBSTACLES = 8
+MOST_OBSTACLES = 6
 BESIDE = 0.1
 """Standard deviation of an obstacle's distance from a shortest way, along x and y [m]."""
 AROUND_ENDS = 0.2
 """At least so much room is left between an obstacle and the disc at start and goal [m]."""
-PASSABLE = 0.05
-"""A class stays passable where a way of it keeps so far from obstacles and walls [m]."""
+ROOMY, LONGER = 0.05, 1.15
+"""A class is closed by obstacles or has a way that keeps so far from them and from walls [m], and is at most so many
+times as long as the shortest."""
 BLOCKED = 0.5
 """At least this share of the classes has an obstacle in its shortest way."""
 
@@ -76,31 +77,31 @@ def _draw_free(random: np.random.Generator) -> np.ndarray:
 
 def draw_obstacles(random: np.random.Generator, ways: Sequence[Way], count: int) -> np.ndarray | None:
     """Obstacles (count, 3) [m] in the corridors of the shortest ways between start and goal: so that some are blocked
-    and one class at least stays passable. None where that did not come about."""
+    and one class at least stays open. None where that did not come about."""
     start, goal = ways[0].points[0], ways[0].points[-1]
     dense = [way_points(way.points, 0.02) for way in ways]
-    for _ in range(20 if count else 0):
-        placed = np.zeros((0, 3))
-        for _ in range(30 * count):
-            points = dense[random.integers(len(dense))]
-            center = points[random.integers(len(points))] + random.normal(0, BESIDE, 2)
-            obstacle = _exact(np.array([*center, random.choice(OBSTACLE_RADII)]))
-            room = np.linalg.norm(np.stack([start, goal]) - obstacle[:2], axis=1).min() - obstacle[2] - DISC_RADIUS
-            apart = min(wall_distance(obstacle[:2]), disc_distance(obstacle[:2], placed))
-            if room >= AROUND_ENDS and apart >= obstacle[2]:
-                placed = np.concatenate([placed, obstacle[None]])
-            if len(placed) == count:
-                break
-        blocked = np.mean([disc_distance(points, placed).min() < DISC_RADIUS for points in dense])
-        if len(placed) == count and blocked >= BLOCKED and _is_passable(start, goal, placed):
-            return placed
-    return None if count else np.zeros((0, 3))
+    placed = np.zeros((0, 3))
+    for _ in range(30 * count):
+        points = dense[random.integers(len(dense))]
+        center = points[random.integers(len(points))] + random.normal(0, BESIDE, 2)
+        obstacle = _exact(np.array([*center, random.choice(OBSTACLE_RADII)]))
+        room = np.linalg.norm(np.stack([start, goal]) - obstacle[:2], axis=1).min() - obstacle[2] - DISC_RADIUS
+        apart = min(wall_distance(obstacle[:2]), disc_distance(obstacle[:2], placed))
+        more = np.concatenate([placed, obstacle[None]])
+        if room >= AROUND_ENDS and apart >= obstacle[2] and _is_clear(start, goal, more):
+            placed = more
+        if len(placed) == count:
+            break
+    blocked = np.mean([disc_distance(points, placed).min() < DISC_RADIUS for points in dense])
+    return placed if len(placed) == count and (count == 0 or blocked >= BLOCKED) else None
 
 
-def _is_passable(start: np.ndarray, goal: np.ndarray, obstacles: np.ndarray) -> bool:
-    """Whether a way is left that keeps away from everything."""
-    ways = graph(GROWN + PASSABLE, obstacles).ways(start, goal, FACTOR)
-    return any(way.word in WORDS for way in ways)
+def _is_clear(start: np.ndarray, goal: np.ndarray, obstacles: np.ndarray) -> bool:
+    """Whether a class exists, and the disc has room in all that do: no gap is left that only a perfect path fits."""
+    tight = graph(GROWN, obstacles).ways(start, goal, FACTOR)
+    roomy = {way.word: way.length for way in graph(GROWN + ROOMY, obstacles).ways(start, goal, LONGER * FACTOR)}
+    exists = any(way.word in WORDS for way in tight)
+    return exists and all(roomy.get(way.word, np.inf) <= LONGER * way.length for way in tight)
 
 
 def _is_possible(start: np.ndarray, goal: np.ndarray, obstacles: np.ndarray) -> bool:
