@@ -164,9 +164,7 @@ def still_action(env: Any, observation: Mapping[str, np.ndarray]) -> np.ndarray 
     return env.get_wrapper_attr("still_action")(observation) if env.has_wrapper_attr("still_action") else 0.0
 
 
-def disturb(
-    action: np.ndarray, noise: float, rng: np.random.Generator, still: np.ndarray | float = 0.0
-) -> np.ndarray:
+def disturb(action: np.ndarray, noise: float, rng: np.random.Generator, still: np.ndarray | float = 0.0) -> np.ndarray:
     """The action that is executed: with normal noise of `noise` times its length, or its distance from the action under
     which nothing would move."""
     disturbance = noise * np.linalg.norm(action - still) * rng.standard_normal(action.shape)

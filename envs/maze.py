@@ -38,6 +38,8 @@ WALL = 0.05
 """Half the thickness of the room's walls [m]."""
 
 VIEW = Viewpoint(target=(0.0, 0.0, 0.0), distance=4.8, yaw=0, pitch=-89.9, width=480, height=480, field=48)
+WORKSPACE = ((-ROOM, ROOM), (-ROOM, ROOM))
+"""Where the disc can be: x and y ranges [m]."""
 CAMERA = VIEW
 """Of the observed image: the room from above."""
 _UNDERGROUND = -1.0
@@ -280,8 +282,7 @@ class MazeEnv(TaskEnv):
             now = predict_disc(
                 ahead["position"][:, -1], ahead["velocity"][:, -1], action, CONTROL_PERIOD / SUBSTEPS, SUBSTEPS
             )
-            rows = dict(zip(("position", "velocity"), now, strict=True))
-            rows = {key: rows.get(key, kept[:, -1]) for key, kept in ahead.items()}
+            rows = {key: kept[:, -1] for key, kept in ahead.items()} | {"position": now[0], "velocity": now[1]}
             ahead = {key: np.concatenate([kept[:, 1:], rows[key][:, None]], axis=1) for key, kept in ahead.items()}
         return {key: rows.astype(observations[key].dtype) for key, rows in ahead.items()}
 
@@ -292,13 +293,13 @@ class MazeEnv(TaskEnv):
     @property
     def scene(self) -> Scene:
         """The room with its blocks from above; goals and obstacles differ from episode to episode."""
-        return Scene((-ROOM, ROOM), (-ROOM, ROOM), places=tuple(_rectangle(block) for block in BLOCKS))
+        return Scene(*WORKSPACE, places=tuple(_rectangle(block) for block in BLOCKS))
 
     def places(self, observation: Mapping[str, np.ndarray]) -> tuple[Place, ...]:
         """The goal and the obstacles of the episode that observes this."""
-        discs = [disc for disc in _obstacles_in(observation) if disc[2] > 0]
-        goal = (*np.asarray(observation["goal"], np.float64), GOAL_RADIUS)
-        return (_circle(*goal, "lightgreen"), *(_circle(*disc, "indianred") for disc in discs))
+        discs = [(x, y, radius) for x, y, radius in _obstacles_in(observation).tolist() if radius > 0]
+        x, y = np.asarray(observation["goal"], np.float64).tolist()
+        return (_circle(x, y, GOAL_RADIUS, "lightgreen"), *(_circle(*disc, "indianred") for disc in discs))
 
 
 def _obstacles_in(observation: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -72,7 +72,8 @@ class Graph:
     def free(self, points: np.ndarray) -> np.ndarray:
         """Whether points (n, 2) lie in the room and in no polygon, (n,)."""
         inside = (points @ _NORMALS.T)[:, None] < self._support - TOLERANCE  # (n, polygons, SIDES)
-        return ~inside.all(axis=-1).any(axis=-1) & (np.abs(points) < self._limit + TOLERANCE).all(axis=-1)
+        in_room = (np.abs(points) < self._limit + TOLERANCE).all(axis=-1)
+        return np.logical_and(in_room, ~inside.all(axis=-1).any(axis=-1))
 
     def visible(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Whether segments from points (n, 2) to as many others cross no polygon, (n,): each is clipped by the sides
@@ -122,6 +123,7 @@ class Graph:
             ahead = [edge for edge in self._edges[number] if edge[0] in rest]
             return [*ahead, (GOAL, *into[number])] if number in into else ahead
 
+        queue: list[tuple[float, float, int, str, tuple[int, ...]]]
         queue = [(length + rest[number], length, number, word, (number,)) for number, length, word in first]
         heapq.heapify(queue)
         done: set[tuple[int, str]] = set()
@@ -190,8 +192,8 @@ def graph(radius: float = GROWN, obstacles: np.ndarray = NO_OBSTACLES) -> Graph:
 
 def shortest_ways(start: np.ndarray, goal: np.ndarray, obstacles: np.ndarray = NO_OBSTACLES) -> list[Way]:
     """The shortest way of each class that exists for a start and a goal (2,) [m], the shortest first."""
-    ends = (np.asarray(end, np.float64) for end in (start, goal))
-    return [way for way in graph(obstacles=obstacles).ways(*ends, FACTOR) if way.word in WORDS]
+    start, goal = np.asarray(start, np.float64), np.asarray(goal, np.float64)
+    return [way for way in graph(obstacles=obstacles).ways(start, goal, FACTOR) if way.word in WORDS]
 
 
 def classes(start: np.ndarray, goal: np.ndarray, obstacles: np.ndarray = NO_OBSTACLES) -> tuple[str, ...]:
