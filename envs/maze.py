@@ -51,12 +51,8 @@ class Travelled(NamedTuple):
 
     xy: np.ndarray
     """Where the disc is, (2,) [m]."""
-    shortest: float
-    """From start to goal [m]."""
-    rest: float
-    """From here to the goal [m]."""
     step: np.ndarray
-    """The last change of the position, (2,) [m]."""
+    """The last change of that, (2,) [m]."""
     length: float = 0.0
     """[m]"""
     steps: int = 0
@@ -64,23 +60,12 @@ class Travelled(NamedTuple):
     """Sum of the squared accelerations of all steps [m^2/s^4]."""
     touched: bool = False
 
-    def after(self, xy: np.ndarray, rest: float, touched: bool) -> "Travelled":
-        """What it is one step later; `rest` is infinite where the disc stands in something."""
+    def after(self, xy: np.ndarray, touched: bool) -> "Travelled":
+        """What it is one step later."""
         step = xy - self.xy
         square = float(((step - self.step) ** 2).sum()) / CONTROL_PERIOD**4
         length = self.length + float(np.linalg.norm(step))
-        rest = rest if math.isfinite(rest) else self.rest
-        steps, squares = self.steps + 1, self.squares + square
-        return Travelled(xy, self.shortest, rest, step, length, steps, squares, self.touched or touched)
-
-    @property
-    def measures(self) -> dict[str, float]:
-        """See `MazeEnv`."""
-        return {
-            "path_ratio": (self.length + self.rest) / max(self.shortest, 1e-6),
-            "smoothness": self.squares / max(self.steps, 1),
-            "collision": float(self.touched),
-        }
+        return Travelled(xy, step, length, self.steps + 1, self.squares + square, self.touched or touched)
 
 
 class Saved(NamedTuple):
@@ -88,6 +73,7 @@ class Saved(NamedTuple):
 
     physics: int
     episode: Episode
+    shortest: float
     travelled: Travelled
 
 
@@ -97,9 +83,8 @@ class MazeEnv(TaskEnv):
     (2,) [m], absolute, so that a planned path is executed as it is. Reward: 1 at success, else 0. The episode ends at
     success (at rest at the goal) or where the disc touches a wall, block or obstacle.
 
-    `info["measures"]`: `path_ratio`, the length of the path so far and of the shortest way that is left, over the
-    shortest way from the start; `smoothness`, the mean squared acceleration over the steps [m^2/s^4]; `collision`,
-    whether something was touched.
+    `info["measures"]`: `smoothness`, the mean squared acceleration over the steps [m^2/s^4]; `collision`, whether
+    something was touched; at success `path_ratio`, the length of the path to the goal over the shortest of all ways.
 
     The seed draws start, goal and obstacles; `reset(options={"start": (x, y), "goal": (x, y), "obstacles": rows})`
     gives any of them.
@@ -180,13 +165,12 @@ class MazeEnv(TaskEnv):
         self._simulation.restore(self._pristine)  # so that no trace of the last episode is left
         self._disc.put(episode.start)
         self._stand(episode)
-        rest = self._rest(episode.start)
-        self._travelled = Travelled(episode.start, rest, rest, np.zeros(2))
+        self._shortest = maze_paths.shortest_length(*episode)
+        self._travelled = Travelled(episode.start, np.zeros(2))
 
     def _stand(self, episode: Episode) -> None:
         """Put goal and obstacles where they are in an episode."""
         self._episode = episode
-        self._rest = maze_paths.Rest(episode.goal, episode.obstacles)
         self._simulation.place("goal", (*episode.goal, 0.001), 0)
         for slot, (x, y, wanted) in enumerate(episode.obstacles):
             for radius in OBSTACLE_RADII:
@@ -197,7 +181,7 @@ class MazeEnv(TaskEnv):
         """Lead the disc towards `action`, (2,) [m]; what lies outside of the room is moved to its wall."""
         touched = self._simulate(np.clip(action, -ROOM, ROOM))
         position = self._disc.position
-        self._travelled = self._travelled.after(position, self._rest(position), touched)
+        self._travelled = self._travelled.after(position, touched)
         near = np.linalg.norm(position - self._episode.goal) <= GOAL_RADIUS
         slow = np.linalg.norm(self._disc.velocity) <= GOAL_SPEED
         success = bool(near and slow) and not self._travelled.touched
@@ -222,18 +206,23 @@ class MazeEnv(TaskEnv):
         }
 
     def _info(self, success: bool) -> dict[str, Any]:
-        return {"is_success": success, "measures": self._travelled.measures}
+        gone = self._travelled
+        measures = {"smoothness": gone.squares / max(gone.steps, 1), "collision": float(gone.touched)}
+        if success:
+            left = float(np.linalg.norm(self._episode.goal - gone.xy))
+            measures["path_ratio"] = (gone.length + left) / max(self._shortest, GOAL_RADIUS)
+        return {"is_success": success, "measures": measures}
 
     def save_state(self) -> Saved:
         """The full state of the episode, for `restore_state` of this environment."""
-        return Saved(self._simulation.save(), self._episode, self._travelled)
+        return Saved(self._simulation.save(), self._episode, self._shortest, self._travelled)
 
     def restore_state(self, saved: Saved) -> None:
         """Return to a saved state; what follows is what followed then."""
         self._disc.put_away()
         self._stand(saved.episode)
         self._simulation.restore(saved.physics)
-        self._travelled = saved.travelled
+        self._shortest, self._travelled = saved.shortest, saved.travelled
 
     def pose(self, observation: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Stand as `position`, `goal` and obstacles of an observation say, at rest, to be looked at."""

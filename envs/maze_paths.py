@@ -87,7 +87,7 @@ class Graph:
         leave = np.where(slope > 0, at, np.inf).min(axis=-1)
         return (np.maximum(enter, 0) >= np.minimum(leave, 1)).all(axis=-1)
 
-    def rest(self, into: dict[int, float]) -> dict[int, float]:
+    def _rest(self, into: dict[int, float]) -> dict[int, float]:
         """The shortest length from each corner to a goal which some corners see so far away [m]."""
         queue = [(length, number) for number, length in into.items()]
         heapq.heapify(queue)
@@ -102,7 +102,7 @@ class Graph:
                     heapq.heappush(queue, (length + more, following))
         return found
 
-    def edges_of(self, point: np.ndarray) -> list[Edge]:
+    def _edges_of(self, point: np.ndarray) -> list[Edge]:
         """Edges from a point (2,) to corners."""
         return self._edges_where(point[None], self._tangent((self.corners - point)[None]))[0]
 
@@ -111,9 +111,9 @@ class Graph:
         a word is wanted, of that class alone. Nothing where start or goal (2,) is not free."""
         if not self.free(np.stack([start, goal])).all():
             return []
-        into = {number: (length, word.swapcase()[::-1]) for number, length, word in self.edges_of(goal)}
-        rest = {**self.rest({number: length for number, (length, _) in into.items()}), GOAL: 0.0}
-        first = self.edges_of(start)
+        into = {number: (length, word.swapcase()[::-1]) for number, length, word in self._edges_of(goal)}
+        rest = {**self._rest({number: length for number, (length, _) in into.items()}), GOAL: 0.0}
+        first = self._edges_of(start)
         if self.visible(start[None], goal[None])[0]:
             first.append((GOAL, math.dist(start, goal), segment_words(start[None], goal[None])[0]))
         first = [edge for edge in first if edge[0] in rest]
@@ -202,16 +202,6 @@ def classes(start: np.ndarray, goal: np.ndarray, obstacles: np.ndarray = NO_OBST
     return tuple(label_of(way.word) for way in shortest_ways(start, goal, obstacles))
 
 
-class Rest:
-    """How far it is to a goal."""
-
-    def __init__(self, goal: np.ndarray, obstacles: np.ndarray = NO_OBSTACLES) -> None:
-        """`goal` (2,) and `obstacles` (k, 3) [m]."""
-        self._goal, self._graph = np.asarray(goal, np.float64), graph(obstacles=obstacles)
-        self._rest = self._graph.rest({number: length for number, length, _ in self._graph.edges_of(self._goal)})
-
-    def __call__(self, point: np.ndarray) -> float:
-        """The length of the shortest way from a point (2,) [m]; infinite where there is none."""
-        if self._graph.visible(point[None], self._goal[None])[0]:
-            return math.dist(point, self._goal)
-        return min((more + self._rest.get(n, math.inf) for n, more, _ in self._graph.edges_of(point)), default=math.inf)
+def shortest_length(start: np.ndarray, goal: np.ndarray, obstacles: np.ndarray = NO_OBSTACLES) -> float:
+    """The length of the shortest of all ways [m]; infinite where there is none."""
+    return min((way.length for way in graph(obstacles=obstacles).ways(start, goal, most=1 + 1e-9)), default=math.inf)

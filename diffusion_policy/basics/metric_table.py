@@ -56,7 +56,7 @@ _ROWS = (
         "measure",
         "",
         True,
-        meaning="with the shortest rest where the goal was not reached",
+        meaning="mean over the successes",
     ),
     MetricInfo(
         "smoothness",
