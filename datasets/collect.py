@@ -49,7 +49,7 @@ class Demonstrator:
     def __init__(self, make_env: Callable[[], Any], make_expert: Callable[[Any], Expert], noise: float) -> None:
         """`make_env` makes an environment as `envs.adapters.EnvSpec` does; `make_expert` is called with the label of a
         mode, with None where the environment lists none; `noise`: standard deviation, as a share of the length of the
-        expert's action. Raises DemonstratorError for what cannot be."""
+        expert's action, see `disturb`. Raises DemonstratorError for what cannot be."""
         if not (isinstance(noise, int | float) and 0 <= noise < math.inf):
             raise DemonstratorError(f"noise must be a finite number of at least 0; got {noise!r}")
         try:
@@ -113,7 +113,8 @@ class Demonstrator:
         for _ in range(self._most_steps):
             action = _require_action(expert.act(observation), env.action_space)
             actions.append(action)
-            observation, _, terminated, truncated, info = env.step(disturb(action, self._noise, rng))
+            executed = disturb(action, self._noise, rng, still_action(env, observation))
+            observation, _, terminated, truncated, info = env.step(executed)
             observations.append(_copy(observation))
             if terminated or truncated:
                 break
@@ -157,9 +158,16 @@ def disturbance_generator(seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, 1])
 
 
-def disturb(action: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
-    """The action that is executed: with normal noise of `noise` times its length."""
-    disturbance = noise * np.linalg.norm(action) * rng.standard_normal(action.shape)
+def still_action(env: Any, observation: Mapping[str, np.ndarray]) -> np.ndarray | float:
+    """The action under which nothing would move: 0, unless the environment says which, as one does whose actions are
+    places."""
+    return env.get_wrapper_attr("still_action")(observation) if env.has_wrapper_attr("still_action") else 0.0
+
+
+def disturb(action: np.ndarray, noise: float, rng: np.random.Generator, still: np.ndarray | float = 0.0) -> np.ndarray:
+    """The action that is executed: with normal noise of `noise` times its length, or its distance from the action under
+    which nothing would move."""
+    disturbance = noise * np.linalg.norm(action - still) * rng.standard_normal(action.shape)
     return (action + disturbance).astype(action.dtype)
 
 

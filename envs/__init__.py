@@ -26,6 +26,7 @@ from diffusion_policy.basics.text import error_line
 _TASKS = {  # entry point, control steps after which Gymnasium's time limit ends an episode
     "diffusion_policy/Avoid-v0": ("diffusion_policy.envs.avoid:AvoidEnv", 250),
     "diffusion_policy/BlockPush-v0": ("diffusion_policy.envs.block_push:BlockPushEnv", 350),
+    "diffusion_policy/Maze-v0": ("diffusion_policy.envs.maze:MazeEnv", 200),
     "diffusion_policy/PushT-v0": ("diffusion_policy.envs.push_t:PushTEnv", 300),
 }
 for _id, (_entry_point, _steps) in _TASKS.items():

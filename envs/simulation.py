@@ -78,16 +78,12 @@ class Simulation:
     # Building the scene
 
     def add_cylinder(
-        self,
-        name: str,
-        radius: float,
-        height: float,
-        position: Sequence[float],
-        color: Color,
+        self, name: str, radius: float, height: float, position: Sequence[float], color: Color, solid: bool = True
     ) -> None:
-        """Add a static upright cylinder, its centre at `position` [m]."""
+        """Add a static upright cylinder, its centre at `position` [m]; one that is not solid is never touched."""
         client = self._client
-        collision = client.createCollisionShape(pybullet.GEOM_CYLINDER, radius=radius, height=height)
+        shape = pybullet.GEOM_CYLINDER
+        collision = client.createCollisionShape(shape, radius=radius, height=height) if solid else -1
         visual = client.createVisualShape(pybullet.GEOM_CYLINDER, radius=radius, length=height, rgbaColor=color)
         self._bodies[name] = client.createMultiBody(0, collision, visual, position)
 
@@ -124,14 +120,16 @@ class Simulation:
         position: Sequence[float],
         color: Color,
     ) -> None:
-        """Add a box [m] of a mass [kg] that moves and is touched, its centre at `position` [m]."""
+        """Add a box [m] of a mass [kg] that is touched and moves, unless its mass is 0; its centre is at `position`
+        [m]."""
         client = self._client
         collision = client.createCollisionShape(pybullet.GEOM_BOX, halfExtents=half_extents)
         visual = client.createVisualShape(pybullet.GEOM_BOX, halfExtents=half_extents, rgbaColor=color)
         body = client.createMultiBody(mass, collision, visual, position)
         client.changeDynamics(body, -1, lateralFriction=friction, rollingFriction=rolling_friction)
         self._bodies[name] = body
-        self._movable.append(name)
+        if mass:
+            self._movable.append(name)
 
     def load_urdf(self, name: str, path: Path) -> list[str]:
         """Load a robot with its base fixed at the origin; returns its link names, in order of their indices."""
@@ -162,6 +160,14 @@ class Simulation:
     def joint_angles(self, name: str, joints: Sequence[int]) -> tuple[float, ...]:
         """Angles of joints [rad]."""
         return tuple(state[0] for state in self._client.getJointStates(self._bodies[name], joints))
+
+    def joint_speeds(self, name: str, joints: Sequence[int]) -> tuple[float, ...]:
+        """Speeds of joints [rad/s], of sliding ones [m/s]."""
+        return tuple(state[1] for state in self._client.getJointStates(self._bodies[name], joints))
+
+    def push_joints(self, name: str, joints: Sequence[int], forces: Sequence[float]) -> None:
+        """Let forces [N m], [N] act on joints in the next physics step."""
+        self._client.setJointMotorControlArray(self._bodies[name], joints, pybullet.TORQUE_CONTROL, forces=forces)
 
     def drive_joints(
         self, name: str, joints: Sequence[int], angles: Sequence[float], forces: Sequence[float], gain: float
@@ -234,9 +240,9 @@ class Simulation:
         (x, y, _), (qx, qy, qz, qw) = self._client.getBasePositionAndOrientation(self._bodies[name])
         return x, y, math.atan2(2 * (qw * qz + qx * qy), 1 - 2 * (qy * qy + qz * qz))
 
-    def touches(self, name: str, link: int, other: str) -> bool:
-        """Whether a link touched another body in the last step."""
-        contacts = self._client.getContactPoints(self._bodies[name], self._bodies[other], link)
+    def touches(self, name: str, link: int, other: str | None = None) -> bool:
+        """Whether a link touched another body, None for any, in the last step."""
+        contacts = self._client.getContactPoints(self._bodies[name], -1 if other is None else self._bodies[other], link)
         return any(contact[8] <= 0 for contact in contacts)  # contact[8]: distance, positive while only near
 
     def render(self) -> np.ndarray:

@@ -51,6 +51,23 @@ _ROWS = (
         "p2", "p2", "measure", "", False, meaning="share of the episodes that did at least two parts of the task"
     ),
     MetricInfo(
+        "path_ratio",
+        "path length over the shortest",
+        "measure",
+        "",
+        True,
+        meaning="mean over the successes",
+    ),
+    MetricInfo(
+        "smoothness",
+        "squared acceleration",
+        "measure",
+        "m\N{SUPERSCRIPT TWO}/s\N{SUPERSCRIPT FOUR}",
+        True,
+        meaning="mean over the steps",
+    ),
+    MetricInfo("collision", "collisions", "measure", "%", True, meaning="episodes in which something was touched"),
+    MetricInfo(
         "mode_coverage",
         "modes solved",
         "modes",

@@ -214,8 +214,9 @@ def draw_delay(rows: Sequence[Mapping[str, Any]], control_period: float | None) 
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axis = figure.subplots()
     curves = {METRICS[name].label: [row[name] for row in rows] for name in ("success_rate", "mode_entropy")}
-    for name in rows[0]["measures"]:
-        metrics = [row["measures"][name] for row in rows]
+    unknown = {"value": None}  # a measure that no episode of a row has
+    for name in dict.fromkeys(name for row in rows for name in row["measures"]):
+        metrics = [row["measures"].get(name, unknown) for row in rows]
         if all(0 <= (m["value"] or 0) <= 1 for m in metrics):
             curves[name] = metrics
     for i, (name, metrics) in enumerate(curves.items()):

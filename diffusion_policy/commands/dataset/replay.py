@@ -17,7 +17,7 @@ from diffusion_policy.commands.options.dataset import Replay
 from diffusion_policy.commands.stores import open_store
 from diffusion_policy.commands.terminal import console, out
 from diffusion_policy.config import ConfigError, SuccessAndModes
-from diffusion_policy.datasets.collect import disturb, disturbance_generator
+from diffusion_policy.datasets.collect import disturb, disturbance_generator, still_action
 from diffusion_policy.datasets.demonstration import PUSHED, Demonstration
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.envs import ENV_IDS
@@ -198,7 +198,7 @@ def replay(
     rng = disturbance_generator(episode.seed or 0)
     taken = []
     for action in episode.data[action_key]:
-        taken.append(disturb(action, noise, rng) if noise else action)
+        taken.append(disturb(action, noise, rng, still_action(env, observation)) if noise else action)
         observation, _, terminated, truncated, _ = env.step(taken[-1])
         compare(observation, len(taken))
         if terminated or truncated:
