@@ -679,7 +679,8 @@ class ChunkingConfig:
     15 with bid, else 1."""
     score: str | None = None
     """Function, as module:function, of observations {key: (B, To, ...)} and plans (B, N, steps, A) that gives a score
-    (B, N); the plan with the highest is followed. The module may lie in the working directory."""
+    (B, N); the plan with the highest is followed. The module may lie in the working directory. Or costs, the lowest
+    sum of what --cost names."""
     bid_decay: float = 0.5
     """Weight of a step in the distance of bid, relative to the step before."""
     weak_checkpoint: Path | None = None
@@ -713,6 +714,32 @@ class ChunkingConfig:
     def samples(self) -> int:
         """Plans that are made for each observation."""
         return self.plans or (BID_PLANS if self.chunking == "bid" else 1)
+
+
+@dataclass(frozen=True)
+class CostConfig:
+    """Costs that plans are led away from, beside what was demonstrated."""
+
+    cost: tuple[str, ...] = ()
+    """Costs of a plan, each with its weight, as clearance=1 smoothness=0.1: coming near to walls and obstacles
+    (clearance), bends (smoothness), length, the distance of the end to the observed goal (goal), or a function, as
+    module:function=1, in torch. Samples are led down their gradient, and --score costs chooses by them."""
+    cost_from: float = 1.0
+    """Share of the noise levels, from the least noised one, at which costs lead the samples."""
+    cost_steps: int = 1
+    """Gradient steps at each noise level; 0 leads no sample, where costs shall only choose."""
+    cost_size: float = 0.05
+    """Of a gradient step: how far a step of a plan moves at most, in normalized numbers, of which the demonstrations
+    span 2."""
+    cost_margin: float = 0.05
+    """How far the cost clearance keeps away, in the units of places."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.cost_from <= 1, "cost_from", "above 0 and at most 1", self.cost_from)
+        require_at_least(self, 0, ("cost_steps", "cost_margin"))
+        require_at_most(self, 1000, ("cost_steps",))
+        _require(0 < self.cost_size <= 2, "cost_size", "above 0 and at most 2", self.cost_size)
+        require_numbers(self)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from torch.nn import functional
 from diffusion_policy.basics.names import nearest_instructions
 from diffusion_policy.config import PolicyConfig, SampleConfig, parse_columns, to_json
 from diffusion_policy.datasets.statistics import Measuring, Statistics, as_rows, measure
-from diffusion_policy.diffusion.guidance import CLIPS, GUIDANCE_SCHEDULES, agreeing, classifier_free, inpainted
+from diffusion_policy.diffusion.guidance import CLIPS, GUIDANCE_SCHEDULES, agreeing, classifier_free, descending
+from diffusion_policy.diffusion.inpainting import Given, Held, giving, holding, inpainted
 from diffusion_policy.diffusion.objectives import OBJECTIVES
 from diffusion_policy.diffusion.process import count_draws
 from diffusion_policy.diffusion.samplers import SAMPLERS, Denoise, Levels, Sampler, ddim, ddpm
@@ -96,26 +97,10 @@ class Target(NamedTuple):
     """Which columns of a step are the action that is executed."""
 
 
-class Given(NamedTuple):
-    """Steps of a sequence that are known: the network sees them clean, and marked."""
-
-    sequence: Tensor
-    """Normalized, (B, T, D)."""
-    known: Tensor
-    """Which steps, (B, T, 1) bool."""
-
-
-class Held(NamedTuple):
-    """What is inpainted: numbers of a sequence that stand at every level."""
-
-    sequence: Tensor
-    """Normalized, (B, T, D)."""
-    mask: Tensor
-    """Which numbers, (T, D) bool."""
-
-
 Wrap = Callable[[Denoise], Denoise]
 """Makes another denoiser of one, (xt, level) → x0 in normalized numbers: a cost's gradient, inpainting, a soft mask."""
+Lead = Callable[["DiffusionPolicy", Mapping[str, Tensor], int], Wrap]
+"""Makes such a wrapper for raw observations {key: (B, To, ...)} of which N sequences each are sampled."""
 
 
 class DiffusionPolicy(nn.Module):
@@ -160,6 +145,10 @@ class DiffusionPolicy(nn.Module):
         columns = {**shapes.observations, self.target.key: shapes.row}
         self.normalizer = Normalizer(columns, shapes.angles, rotations)
         self.register_buffer("held", find_held(config, shapes, self.normalizer), persistent=False)
+        self.leads: tuple[Lead, ...] = ()
+        """What leads its samples elsewhere, see `with_leads`."""
+        self.watched = dict(shapes.observations)
+        """Shapes of the observations that it takes: beside its own those that its leads look at."""
         self.keys = tuple(sorted(shapes.observations, key=lambda key: (key in config.goal, key)))
         """Observation keys, in the order of their features in the condition: the goals come last."""
         self.images = tuple(key for key in self.keys if key in self.normalizer.images)
@@ -408,7 +397,9 @@ class DiffusionPolicy(nn.Module):
         for key, rows in observations.items():
             if not torch.isfinite(rows).all():
                 raise ValueError(f"the observation {key} holds NaN or infinity")
-        return self.sample_on_device(observations, torch.from_numpy(noise).to(self.device), config, wrap, given)
+        led = (lead(self, observations, noise.shape[1]) for lead in self.leads)
+        drawn = torch.from_numpy(noise).to(self.device)
+        return self.sample_on_device(observations, drawn, config, [*wrap, *led], given)
 
     def sample_on_device(
         self,
@@ -503,11 +494,27 @@ class DiffusionPolicy(nn.Module):
         sequence, weights = (functional.pad(one, (0, 0, before, 0)) for one in (sequence, weights[..., None]))
         return sequence.repeat_interleave(number, 0), weights.to(sequence).repeat_interleave(number, 0)
 
+    def tell_apart(self, x0: Tensor, observations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What normalized sequences (B, T, D) mean under raw observations {key: (B, To, ...)}: raw {key: (B, T, n)} of
+        each key that is predicted."""
+        rows = self.frame.restore(self.normalizer.unnormalize(self.target.key, x0), observations)
+        return {key: rows[..., self.shapes.place_of(key)] for key in self.shapes.target or ("action",)}
+
+    def descend(self, denoise: Denoise, gradient: Callable[[Tensor], Tensor], weights: Tensor, steps: int) -> Denoise:
+        """See `diffusion.guidance.descending`."""
+        return descending(denoise, gradient, weights, steps)
+
     def guide(self, sequence: Tensor, weights: Tensor, strength: float, deviation: float = 1.0) -> Wrap:
         """A wrapper by which samples agree with a normalized sequence (B, T, D) where weights (B, T, 1) say so; see
         `diffusion.guidance.agreeing`."""
         tables = self.diffusion.schedule.alpha, self.diffusion.schedule.sigma
         return lambda denoise: agreeing(denoise, sequence, weights, *tables, strength, deviation)
+
+    def with_leads(self, leads: Sequence[Lead], watched: Mapping[str, tuple[int, ...]]) -> "DiffusionPolicy":
+        """This policy, whose samples are led elsewhere, by observations of these shapes too; the rest is shared."""
+        other = copy.copy(self)
+        other.leads, other.watched = tuple(leads), {**watched, **self.shapes.observations}
+        return other
 
     def for_few_rows(self) -> "DiffusionPolicy":
         """This policy with its network laid out for few sequences, by which plans for one robot are ready sooner on the
@@ -714,29 +721,6 @@ def _require_alone(config: PolicyConfig) -> None:
             raise ValueError(f"inpaint-start and inpaint-goal are without {name}; got {value}")
     if config.max_delay and len(config.target) > 1:
         raise ValueError(f"max-delay is of a policy that predicts actions alone; got {config.max_delay}")
-
-
-def giving(outputs: Denoise, given: Given | None) -> Denoise:
-    """Outputs of a network that takes a sequence with a column of marks: the given steps clean and marked."""
-
-    def network(xt: Tensor, level: int) -> Tensor:
-        if given is None:
-            return outputs(functional.pad(xt, (0, 1)), level)
-        times = len(xt) // len(given.sequence)  # guidance doubles the rows
-        sequence, known = (torch.cat([part] * times) for part in given)
-        return outputs(torch.cat([torch.where(known, sequence, xt), known.to(xt)], dim=-1), level)
-
-    return network
-
-
-def holding(outputs: Denoise, held: Held) -> Denoise:
-    """Outputs of a network that sees what is inpainted clean."""
-
-    def network(xt: Tensor, level: int) -> Tensor:
-        sequence = torch.cat([held.sequence] * (len(xt) // len(held.sequence)))  # guidance doubles the rows
-        return outputs(torch.where(held.mask, sequence, xt), level)
-
-    return network
 
 
 def find_held(config: PolicyConfig, shapes: Shapes, normalizer: Normalizer) -> Tensor | None:

@@ -280,6 +280,12 @@ class MazeEnv(TaskEnv):
         return self._simulation.pixels(at_height(np.asarray(xy), 0.0))
 
     @property
+    def barriers(self) -> tuple[np.ndarray, np.ndarray, float]:
+        """The blocks (5, 4), the room (4,) and the radius of the disc, see `protocols.Obstructed` [m]."""
+        blocks = np.array([(*block.center, *block.half) for block in BLOCKS])
+        return blocks, np.array([0.0, 0.0, ROOM, ROOM]), DISC_RADIUS
+
+    @property
     def scene(self) -> Scene:
         """The room with its blocks from above; goals and obstacles differ from episode to episode."""
         return Scene(*WORKSPACE, places=tuple(_rectangle(block) for block in BLOCKS))

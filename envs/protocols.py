@@ -124,6 +124,17 @@ class Foreseeing(Protocol):
         ...
 
 
+class Obstructed(Protocol):
+    """Knows what stands in its plane."""
+
+    @property
+    def barriers(self) -> tuple[np.ndarray, np.ndarray, float]:
+        """Boxes that stand there in all episodes, (m, 4): the middle x, y and half the width and height; the room
+        within walls, (4,), likewise; the radius of the body that moves. An observation `obstacles` (k, 3) of x, y and
+        radius says what else stands in an episode."""
+        ...
+
+
 def as_multimodal(env: gymnasium.Env) -> Multimodal | None:
     """The environment, or the wrapper around it, that knows the modes of what `env` observes. Raises EnvSpecError for
     labels that cannot be printed."""
@@ -175,6 +186,13 @@ def as_foreseeing(env: gymnasium.Env) -> Foreseeing | None:
     added."""
     task: Any = env.unwrapped
     return task if _takes(task, "roll_forward", 2) and _observes_all(env, task) and _acts_alike(env, task) else None
+
+
+def as_obstructed(env: gymnasium.Env) -> Obstructed | None:
+    """The environment within, where it says what stands in its plane and no wrapper changes what it takes or observes,
+    but for what is added."""
+    task: Any = env.unwrapped
+    return task if _get(task, "barriers") is not None and as_drawable(env) is not None else None
 
 
 def as_posable(env: gymnasium.Env) -> Posable | None:

@@ -247,8 +247,8 @@ def observe(policy: DiffusionPolicy, episode: Episode, step: int) -> dict[str, t
     """What the policy sees at a step of an episode, {key: (1, To, ...)}; the first step stands for those before it."""
 
     rows = np.maximum(np.arange(step - policy.config.observation_horizon + 1, step + 1), 0)
-    seen = {key: episode.observations[key][rows] for key in policy.shapes.observations}
-    shapes = policy.shapes.observations
+    seen = {key: episode.observations[key][rows] for key in policy.watched}
+    shapes = policy.watched
     return {
         key: torch.as_tensor(as_observed(values, key, shapes[key]))[None].to(policy.device)
         for key, values in seen.items()

@@ -6,8 +6,9 @@ from pathlib import Path
 import gymnasium
 
 from diffusion_policy.checkpoints import checkpoint
-from diffusion_policy.config import BackendName, ChunkingConfig, SampleConfig
+from diffusion_policy.config import BackendName, ChunkingConfig, ConfigError, SampleConfig
 from diffusion_policy.control.chunking import Chunking, Guided, Roll, Score, make_chunking, scored
+from diffusion_policy.control.costs import Costs
 from diffusion_policy.control.policy_planner import PolicyPlanner
 from diffusion_policy.envs import modules
 from diffusion_policy.envs.protocols import as_foreseeing
@@ -21,11 +22,17 @@ def choose_chunking(
     weak = None
     if config.weak_checkpoint is not None:
         weak = PolicyPlanner(checkpoint.load(Path(config.weak_checkpoint), policy.device).policy, sampling)
-    return make_chunking(config, roll=roll, score=find_score(config), weak=weak)
+    return make_chunking(config, roll=roll, score=find_score(config, policy), weak=weak)
 
 
-def find_score(config: ChunkingConfig) -> Score | None:
-    """The user's score, if one is named."""
+def find_score(config: ChunkingConfig, policy: DiffusionPolicy | None = None) -> Score | None:
+    """The score that is named, of the user or of the costs that lead the policy; None for none. Raises ConfigError for
+    costs where there are none."""
+    if config.score == "costs":
+        costs = [one for one in (policy.leads if policy else ()) if isinstance(one, Costs)]
+        if not costs:
+            raise ConfigError("--score costs chooses by what --cost names; got none")
+        return scored(costs[0].score)
     return None if config.score is None else scored(partial(modules.call, modules.load(config.score)))
 
 

@@ -53,7 +53,7 @@ def sample_fan(
     rows = [*[recent[0]] * (horizon - len(recent)), *recent]
     observed = {
         key: torch.as_tensor(np.stack([as_observed(row[key], key, shape) for row in rows]))[None]
-        for key, shape in policy.shapes.observations.items()
+        for key, shape in policy.watched.items()
     }
     seen: list[torch.Tensor] = []
     bound = 1.0 if policy.choose_clip(sampling) == "static" else math.inf

@@ -116,7 +116,7 @@ def sample_plans(
     plans = []
     for some in (steps[i : i + at_once] for i in range(0, len(steps), at_once)):
         observed = [observe(policy, episode, step) for step in some]
-        together = {key: torch.cat([one[key] for one in observed]) for key in policy.shapes.observations}
+        together = {key: torch.cat([one[key] for one in observed]) for key in policy.watched}
         generators = [derive_rng("pictures", episode.seed, episode.repeat, step) for step in some]
         plans.append(policy.sample(together, generators, count, sampling).cpu())
     return torch.cat(plans)[:, :, policy.config.observation_horizon - 1 :].numpy()

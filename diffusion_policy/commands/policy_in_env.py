@@ -14,10 +14,11 @@ import gymnasium
 from diffusion_policy.basics.bounds import MOST_SEED
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.checkpoints.checkpoint import Checkpoint
+from diffusion_policy.commands.costs import with_costs
 from diffusion_policy.commands.environment import choose_env_spec, is_same_id, say_cap
 from diffusion_policy.commands.labels import learn_instructions
 from diffusion_policy.commands.options.acting import FIRST_ROLLOUT_SEED, FIRST_TEST_SEED, ActingCommand
-from diffusion_policy.config import ConfigError, SampleConfig, SuccessAndModes
+from diffusion_policy.config import ConfigError, CostConfig, SampleConfig, SuccessAndModes
 from diffusion_policy.envs.contract import control_rate
 from diffusion_policy.envs.protocols import as_multimodal
 from diffusion_policy.evaluation.metrics import NONE
@@ -69,6 +70,7 @@ def load_with_environment(
         image_size=options.image_size,
         sampling=sampling,
         signals=options.signals,
+        costs=options.costs,
     )
 
 
@@ -81,6 +83,7 @@ def join_environment(
     image_size: int | None = None,
     sampling: SampleConfig | None = None,
     signals: SuccessAndModes = SuccessAndModes(),  # noqa: B008  (frozen)
+    costs: CostConfig = CostConfig(),  # noqa: B008
 ) -> PolicyInEnv:
     """As `load_with_environment`, of a checkpoint that is loaded, or one without weights."""
     if sampling is not None:
@@ -96,6 +99,7 @@ def join_environment(
     if math.prod(instance.action_space.shape or ()) != math.prod(action):
         raise ConfigError(f"{path} acts with shape {action}; {task.env} takes {instance.action_space.shape}")
     say_cap(task.env, instance)
+    loaded = with_costs(loaded, instance, costs)
     return PolicyInEnv(loaded, task.env, task.arguments, signals, task, instance, task.wrappers)
 
 

@@ -19,7 +19,7 @@ from diffusion_policy.evaluation.episode import Episode
 def see_again(loaded: PolicyInEnv, episode: Episode, steps: Sequence[int]) -> Episode:
     """The episode with the images that its policy planned from at these steps, black ones at all others; itself where
     it lacks none. Raises ConfigError where the environment does not repeat it."""
-    shapes = loaded.policy.shapes.observations
+    shapes = loaded.policy.watched
     lacking = {key: shape for key, shape in shapes.items() if key not in episode.observations}
     if not lacking or not len(steps):
         return episode

@@ -96,6 +96,7 @@ def choose_policies(options: Study, loaded: PolicyInEnv) -> Iterator[Asked]:
             env_kwargs=options.env_kwargs,
             image_size=options.image_size,
             signals=options.signals,
+            costs=options.costs,
         )
         if (beside.env_id, beside.env_kwargs) != (loaded.env_id, loaded.env_kwargs):
             raise ConfigError(f"{path} acts in {beside.env_id} {beside.env_kwargs}, not as {options.checkpoint} does")

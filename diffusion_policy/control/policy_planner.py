@@ -40,7 +40,7 @@ class PolicyPlanner:
         self.observation_horizon = config.observation_horizon
         self.steps = config.prediction_horizon - config.observation_horizon + 1
         self.action_horizon = config.action_horizon
-        self.observation_shapes = dict(policy.shapes.observations)
+        self.observation_shapes = dict(policy.watched)
         self.action_shape = policy.shapes.action
         self.noise_shape = policy.noise_shape(sampling)
         self.guides, self.longest_prefix = self._sample.guides, config.max_delay
@@ -79,7 +79,8 @@ class EagerSampling:
         """See `Sample`."""
         policy = self._choose(noise)
         wrap, given = steer(policy, steering, noise.shape[1], observations)
-        record = contextlib.nullcontext() if wrap else torch.inference_mode()  # a tenth faster, but without gradients
+        free = not wrap and not policy.leads
+        record = torch.inference_mode() if free else contextlib.nullcontext()  # a tenth faster, but without gradients
         with record, half_precision(self._precision, self._policy.device):
             return policy.sample_from(observations, noise, self._sampling, wrap, given)
 

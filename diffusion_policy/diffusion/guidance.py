@@ -78,9 +78,21 @@ def agreeing(
     return guided
 
 
-def inpainted(denoise: Denoise, sequence: Tensor, known: Tensor) -> Denoise:
-    """x0 with the known steps (B, T, 1) bool of a sequence (B, T, D) in place."""
-    return lambda xt, level: torch.where(known, sequence, denoise(xt, level))
+def descending(denoise: Denoise, gradient: Callable[[Tensor], Tensor], weights: Tensor, steps: int = 1) -> Denoise:
+    """x0 led down a cost: x0 - w g / max(1, |g|), so often at each level, with g the cost's gradient by x0, (B, T, D),
+    and |g| the largest of its steps (B, T). The gradient is that of the predicted x0 and does not pass through the
+    network, as the costs of motion planning are followed (Carvalho et al. 2023, arXiv 2308.01557, section IV).
+    `weights`: w of each level, (K,), in normalized numbers: no step of a sequence moves farther."""
+
+    def led(xt: Tensor, level: int) -> Tensor:
+        x0 = denoise(xt, level)
+        for _ in range(steps):
+            slope = gradient(x0)
+            longest = slope.norm(dim=-1).amax(dim=1).clamp(min=1)[:, None, None]
+            x0 = x0 - weights[level].to(x0) * slope / longest
+        return x0
+
+    return led
 
 
 def unclipped(denoise: Denoise) -> Denoise:

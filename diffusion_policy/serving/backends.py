@@ -64,7 +64,7 @@ def make_planner(
     check_choice("precision", precision, get_args(PlanningPrecision))
     if precision == "fp32" or policy.device.type == "cuda":
         backend = resolve_backend(policy, sampling, backend, rows)
-    elif backend == "auto":
+    elif backend == "auto" or policy.leads:
         backend = "eager"
     if backend in RUNTIMES:
         options = {"runtime": RUNTIMES[backend], "precision": precision, "tolerance": tolerance}
@@ -86,8 +86,12 @@ def resolve_backend(
     """What `auto` means for so many rows, another backend as it is. On CUDA one graph; on the CPU the faster of eager
     and onnxruntime, where so many `plans` are to be expected that making a graph pays. (compile takes minutes before
     its first plan, so it must be asked for.)"""
+    if policy.leads and backend not in ("auto", "eager"):
+        raise ConfigError(f"costs lead samples by gradients, which --backend {backend} has not: choose eager")
     if backend != "auto":
         return backend
+    if policy.leads:
+        return "eager"
     if policy.device.type != "cpu":
         return "graph" if policy.device.type == "cuda" else "eager"
     here: list[BackendName] = [name for name in RUNTIMES if why_not(name, policy, sampling) is None]

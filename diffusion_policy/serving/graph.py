@@ -95,6 +95,8 @@ def make_graphs(
 
 def require_exportable(policy: DiffusionPolicy, sampling: SampleConfig) -> None:
     """Raise ExportError for what has no form in a graph."""
+    if policy.leads:
+        raise ExportError("costs lead samples by gradients, which a graph has not")
     if policy.config.learn_variance and sampling.sampler == "ddpm":
         raise ExportError(
             "a learned variance multiplies noise by what the network says, which no table of weights can; "

@@ -66,16 +66,18 @@ TITLES = {
     ],
     "dataset replay": ["positional arguments", "options", "episode", "environment"],
     "dataset render": ["positional arguments", "options", "environment", "simulation"],
-    "evaluate": ["options", "environment", "control", "simulation", "episode", "sampling", "server"],
-    "rollout": ["options", "environment", "control", "simulation", "episode", "sampling", "server"],
+    "evaluate": ["options", "environment", "control", "costs", "simulation", "episode", "sampling", "server"],
+    "rollout": ["options", "environment", "control", "costs", "simulation", "episode", "sampling", "server"],
     "run-robot": ["positional arguments", "options", "control", "safety", "sampling", "server"],
     "serve": ["options", "access", "load", "control", "sampling"],
-    "live": ["options", "environment", "control", "simulation", "episode", "sampling"],
+    "live": ["options", "environment", "control", "costs", "simulation", "episode", "sampling"],
     "export": ["options", "graph", "sampling"],
     "benchmark": [
         "options", "rollout", "planning", "policy", "network", "images", "diffusion", "objective", "sampling",
     ],
-    "study": ["positional arguments", "options", "environment", "control", "simulation", "sampling", "episode"],
+    "study": [
+        "positional arguments", "options", "environment", "control", "costs", "simulation", "sampling", "episode",
+    ],
     "doctor": ["options", "data", "sampling", "policy", "network", "images", "diffusion", "objective"],
 }  # fmt: skip
 """Groups of flags; verbs of few flags have no groups."""

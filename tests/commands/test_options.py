@@ -16,6 +16,7 @@ from diffusion_policy.commands.options.flags import list_flags
 from diffusion_policy.config import (
     ChunkingConfig,
     CnnConfig,
+    CostConfig,
     DistillationConfig,
     ImageConfig,
     PolicyConfig,
@@ -116,6 +117,9 @@ evaluate --checkpoint m --output en --episodes 1 --sampling-steps 2 --env-kwargs
     --chunking rtc --rtc-strength 2 --rtc-mask linear --rtc-deviation 0.5 --delay-steps 1
 rollout --checkpoint m --episodes 1 --sampling-steps 2 --env-kwargs '{BRIEF}' --workers 1 --backend eager \
     --delay-steps 1 --chunking bid --plans 3 --bid-decay 0.7 --weak-checkpoint m
+rollout --checkpoint m --episodes 1 --sampling-steps 2 --env-kwargs '{BRIEF}' --workers 1 \
+    --cost smoothness=0.1 length --cost-from 0.5 --cost-steps 2 --cost-size 0.1 --cost-margin 0.1 --plans 2 \
+    --score costs
 rollout --checkpoint m --episodes 1 --sampling-steps 2 --env-kwargs '{BRIEF}' --workers 1 --backend eager \
     --chunking ensemble --ensemble-decay 0.1 --plans 2 --score {{module}}:score
 study chunking --checkpoint m --output sc --delay-steps 1 --strategies receding rtc+roll --action-noise 0.2 --steps 2 \
@@ -239,7 +243,7 @@ def test_the_session_gives_every_option_a_value_other_than_its_default() -> None
     networks = UnetConfig, TransformerConfig
     shared = (  # by several verbs
         PolicyConfig, ImageConfig, CnnConfig, VitConfig, TrainConfig, DistillationConfig, SampleConfig, ChunkingConfig,
-        SuccessAndModes,
+        CostConfig, SuccessAndModes,
     )  # fmt: skip
     for config in (*networks, *shared):
         require_all(config, given_to(), config.__name__)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from diffusion_policy.basics.files import once_each, parse_json
 from diffusion_policy.commands.options.command import Command
-from diffusion_policy.config import MAX_EPISODES, ChunkingConfig, ConfigError, Group, SuccessAndModes
+from diffusion_policy.config import MAX_EPISODES, ChunkingConfig, ConfigError, CostConfig, Group, SuccessAndModes
 from diffusion_policy.evaluation.engines import available_cores
 
 FIRST_TEST_SEED, FIRST_ROLLOUT_SEED = 100_000, 200_000
@@ -42,6 +42,7 @@ class ActingCommand(Command):
     action_horizon: Annotated[int | None, Group("control")] = field(default=None, kw_only=True)
     """Steps executed before planning again (Ta); by default that of the policy's training."""
     chunking: Annotated[ChunkingConfig, Group("control")] = field(default_factory=ChunkingConfig, kw_only=True)
+    costs: Annotated[CostConfig, Group("costs")] = field(default_factory=CostConfig, kw_only=True)
     instruction_encoder: Annotated[str | None, Group("control")] = field(default=None, kw_only=True)
     """Function, as module:function, that makes the embedding of an --instruction that is new to the policy: that by
     which its dataset was instructed. The module may lie in the working directory."""

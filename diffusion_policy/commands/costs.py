@@ -1,0 +1,67 @@
+"""What --cost names: costs of ours, of the environment's plane, and of the user."""
+
+import dataclasses
+import math
+from collections.abc import Collection
+from functools import partial
+
+import gymnasium
+import torch
+
+from diffusion_policy.basics.images import is_image
+from diffusion_policy.checkpoints.checkpoint import Checkpoint
+from diffusion_policy.config import ConfigError, CostConfig
+from diffusion_policy.control.costs import COSTS, GOAL, Barriers, Costs, Weighed, clearance
+from diffusion_policy.envs import modules
+from diffusion_policy.envs.protocols import as_obstructed
+
+
+def with_costs(loaded: Checkpoint, env: gymnasium.Env, config: CostConfig) -> Checkpoint:
+    """With the policy led by the costs that the options name, in an environment of which it then takes all numbers.
+    Raises ConfigError for unknown costs."""
+    if not config.cost:
+        return loaded
+    spaces = env.observation_space
+    watched = {
+        key: part.shape
+        for key, part in spaces.items()  # pyright: ignore[reportAttributeAccessIssue]
+        if not is_image(part.shape)
+    }
+    costs = Costs(
+        tuple(find_cost(text, env, watched, config.cost_margin) for text in config.cost),
+        config.cost_from,
+        config.cost_steps,
+        config.cost_size,
+    )
+    led = loaded.policy.with_leads([costs], watched)
+    return dataclasses.replace(loaded, policy=led)
+
+
+def find_cost(text: str, env: gymnasium.Env, watched: Collection[str], margin: float) -> Weighed:
+    """One of --cost, such as `clearance=0.5`; raises ConfigError for others, and for one that lacks what it takes."""
+    name, _, weight = text.partition("=")
+    try:
+        weighs = float(weight or 1)
+    except ValueError:
+        weighs = math.nan
+    if not math.isfinite(weighs):
+        raise ConfigError(f"--cost must be a name and a number, as clearance=0.5; got {text!r}")
+    if ":" in name:
+        return Weighed(name, partial(modules.call, modules.load(name)), weighs)
+    if name == "goal" and GOAL not in watched:
+        raise ConfigError(f"the cost goal needs an observation `goal`; there are {', '.join(watched)}")
+    if name == "clearance":
+        return Weighed(name, partial(clearance, find_barriers(env, margin)), weighs)
+    if name not in COSTS:
+        known = ", ".join(sorted({*COSTS, "clearance"}))
+        raise ConfigError(f"unknown cost {name!r}; choose from {known}, or a function, as module:function")
+    return Weighed(name, COSTS[name], weighs)
+
+
+def find_barriers(env: gymnasium.Env, margin: float) -> Barriers:
+    """What stands in the way in an environment; raises ConfigError for one that does not say it."""
+    obstructed = as_obstructed(env)
+    if obstructed is None:
+        raise ConfigError("the cost clearance needs an environment that says what stands in it, as Maze-v0 does")
+    boxes, room, radius = obstructed.barriers
+    return Barriers(torch.from_numpy(boxes), torch.from_numpy(room), radius, margin)
