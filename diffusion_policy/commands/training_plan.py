@@ -123,10 +123,11 @@ def _control_rate(store: EpisodeStore) -> float | None:
 
 
 def require_lengths(options: Train, lengths: np.ndarray) -> None:
-    """Raise ConfigError when no episode is as long as a window; say so when some are not."""
+    """Raise ConfigError when no episode is as long as a window, unless plans end at a goal, where they stay; say so when
+    some are not."""
     horizon = options.policy.prediction_horizon
     short = int((lengths < horizon).sum())
-    if short == len(lengths):
+    if short == len(lengths) and options.policy.inpaint_goal is None:
         raise ConfigError(
             f"no episode of {options.dataset} is as long as a window: the longest has {lengths.max()} steps, the "
             f"prediction-horizon is {horizon}; lower it"
