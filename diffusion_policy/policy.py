@@ -359,6 +359,11 @@ class DiffusionPolicy(nn.Module):
         """Of one sequence as the network sees it, (T, D)."""
         return (self.config.prediction_horizon, *self.normalizer.shapes[self.target.key])
 
+    @property
+    def steps_ahead(self) -> int:
+        """Steps of a plan from now on."""
+        return self.config.prediction_horizon - self.config.observation_horizon + 1
+
     def noise_shape(self, config: SampleConfig | None = None) -> tuple[int, ...]:
         """What one sequence takes of noise: (draws, T, D). Raises ValueError where `resolve_sampling` does."""
         config = config or SampleConfig()

@@ -18,6 +18,7 @@ from diffusion_policy.envs.disc import MAX_SPEED, Disc, predict_disc
 from diffusion_policy.envs.maze_draws import MOST_OBSTACLES, OBSTACLE_RADII, Episode, draw_episode
 from diffusion_policy.envs.maze_expert import PERIOD
 from diffusion_policy.envs.maze_map import BLOCKS, DISC_RADIUS, MODES, NO_OBSTACLES, ROOM
+from diffusion_policy.envs.protocols import Verdict
 from diffusion_policy.envs.scene import Place, Scene
 from diffusion_policy.envs.simulation import Simulation
 from diffusion_policy.envs.task import Advance, TaskEnv, at_height, float_box, path_through, rendering
@@ -252,6 +253,19 @@ class MazeEnv(TaskEnv):
     def still_action(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
         """The action (2,) [m] that leads nowhere: the position that is observed."""
         return np.asarray(observation["position"])
+
+    def judge(self, observation: Mapping[str, np.ndarray], paths: np.ndarray) -> list[Verdict]:
+        """What comes of paths (N, steps, 2) [m] that are followed exactly."""
+        goal, obstacles = np.asarray(observation["goal"], np.float64), _obstacles_in(observation)
+        shortest = maze_paths.shortest_length(np.asarray(paths[0, 0], np.float64), goal, obstacles)
+        gaps = maze_map.clearance(paths, obstacles)
+        verdicts = []
+        for path, gap in zip(np.asarray(paths, np.float64), gaps, strict=True):
+            valid = bool(gap > 0) and float(np.linalg.norm(path[-1] - goal)) <= GOAL_RADIUS
+            whole = np.concatenate([path, goal[None]])
+            length = float(np.linalg.norm(np.diff(whole, axis=0), axis=-1).sum())
+            verdicts.append(Verdict(valid, maze_map.class_of(whole), length / max(shortest, GOAL_RADIUS)))
+        return verdicts
 
     def path(self, observations: Mapping[str, np.ndarray]) -> np.ndarray:
         """Where an episode went in the plane of `scene`, (steps, 2) [m]."""

@@ -135,6 +135,29 @@ class Obstructed(Protocol):
         ...
 
 
+class Verdict(NamedTuple):
+    """What comes of a plan that is executed as it is."""
+
+    valid: bool
+    """Whether it comes to the goal and touches nothing."""
+    mode: str | None
+    """Of those that solve the task."""
+    ratio: float
+    """Its length over that of the shortest way to the goal."""
+
+
+class Judging(Placing, Protocol):
+    """Knows what comes of a plan without executing it, and in how many ways a task can be solved from where it is."""
+
+    def judge(self, observation: Observations, paths: np.ndarray) -> list[Verdict]:
+        """Of each path (N, steps, 2) in the plane of `scene`, as `planned_path` gives it."""
+        ...
+
+    def modes_that_solve(self, observation: Observations) -> tuple[str, ...]:
+        """The modes that exist from what is observed."""
+        ...
+
+
 def as_multimodal(env: gymnasium.Env) -> Multimodal | None:
     """The environment, or the wrapper around it, that knows the modes of what `env` observes. Raises EnvSpecError for
     labels that cannot be printed."""
@@ -193,6 +216,13 @@ def as_obstructed(env: gymnasium.Env) -> Obstructed | None:
     but for what is added."""
     task: Any = env.unwrapped
     return task if _get(task, "barriers") is not None and as_drawable(env) is not None else None
+
+
+def as_judging(env: gymnasium.Env) -> Judging | None:
+    """The environment within, where it judges plans and no wrapper changes what it takes or observes, but for what is
+    added."""
+    task = as_drawable(env)
+    return cast(Judging, task) if _takes(task, "judge", 2) else None
 
 
 def as_posable(env: gymnasium.Env) -> Posable | None:

@@ -1,5 +1,5 @@
 """diffusion-policy study: one checkpoint under every sampler (here), every way to join plans, or every instruction; or
-several policies."""
+several policies, or plans before they are executed."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusion_policy.basics.files import write_whole
 from diffusion_policy.basics.metric_table import METRICS
-from diffusion_policy.commands import study_chunking, study_instructions, study_policies
+from diffusion_policy.commands import study_chunking, study_instructions, study_plans, study_policies
 from diffusion_policy.commands.episodes import (
     require_memory,
 )
@@ -47,6 +47,8 @@ def run(options: Study) -> dict[str, Any]:
         return study_policies.run(options, loaded)
     if options.what == "instructions":
         return study_instructions.run(options, loaded)
+    if options.what == "plans":
+        return study_plans.run(options, loaded)
     return study_samplers(options, loaded)
 
 

@@ -123,8 +123,8 @@ def _control_rate(store: EpisodeStore) -> float | None:
 
 
 def require_lengths(options: Train, lengths: np.ndarray) -> None:
-    """Raise ConfigError when no episode is as long as a window, unless plans end at a goal, where they stay; say so when
-    some are not."""
+    """Raise ConfigError when no episode is as long as a window, unless plans end at a goal, where they stay; say so
+    when some are not."""
     horizon = options.policy.prediction_horizon
     short = int((lengths < horizon).sum())
     if short == len(lengths) and options.policy.inpaint_goal is None:

@@ -20,6 +20,8 @@ from diffusion_policy.config import (
 ROLLED = "+roll"
 """Behind the name of a strategy: its observation is rolled forward."""
 
+StudyName = Literal["samplers", "chunking", "networks", "students", "instructions", "plans"]
+
 
 @dataclass(frozen=True)
 class Study(ActingCommand):
@@ -30,17 +32,18 @@ class Study(ActingCommand):
     the checkpoint and others --beside it, such as other networks, objectives and training seeds, with parameters and
     training time; networks.html. students: the same, with the checkpoint as the teacher, in few steps too, and how
     often a student comes to its mode; students.html. instructions: what a policy that was trained with
-    --condition-on-instruction does when it is told each instruction, and whether that was asked; instructions.html. All
-    print a table and keep what is done in results.json at every
-    moment. Episodes that could not be run are counted; where none could be run, it says why, and the study goes on.
+    --condition-on-instruction does when it is told each instruction, and whether that was asked; instructions.html.
+    plans: what the plans of a planner are worth before they are executed, in an environment that can judge them, and
+    executed to their end and planned again; with --cost plain ones, led ones, and the best of several; plans.png. All
+    print a table and keep what is done in results.json at every moment. Episodes that could not be run are counted; where none could be run, it says why, and the study goes on.
     """
 
     program: ClassVar[str] = "diffusion_policy.commands.study"
 
     output: Path
     """Folder of this study."""
-    what: tyro.conf.Positional[Literal["samplers", "chunking", "networks", "students", "instructions"]] = field(
-        kw_only=True
+    what: tyro.conf.Positional[Literal["samplers", "chunking", "networks", "students", "instructions", "plans"]] = (
+        field(kw_only=True)
     )
     """What the study varies."""
     beside: tuple[Path, ...] = ()
@@ -69,6 +72,8 @@ class Study(ActingCommand):
     guidances: tuple[float, ...] = ()
     """With instructions: weights of guidance, side by side; by default 0, and 1 and 3 for a policy that was trained
     with --condition-dropout."""
+    plan_samples: int = 64
+    """With plans: plans that are sampled for each seed and judged."""
     episodes: Annotated[int, Group("episode")] = 100
     """Episodes for each sampler and number of steps, the same seeds each time."""
     seed: int = FIRST_TEST_SEED
@@ -76,7 +81,7 @@ class Study(ActingCommand):
 
     def __post_init__(self) -> None:
         anchor(self)
-        require_at_least(self, 1, ("episodes", "workers"))
+        require_at_least(self, 1, ("episodes", "workers", "plan_samples"))
         require_seed(self)
         require_episodes(self.episodes)
         require_at_least(self, 0, ("action_noise",))
