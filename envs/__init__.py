@@ -11,6 +11,7 @@ To add a task of PyBullet, `avoid` is the example:
    a saved state to which each `reset` returns, so that the same seed gives the same episode.
 3. In `_advance`: clip the action, move the arm, step the simulation, say what is observed and whether it is a success.
 4. `mode(observations)`, a pure function of the observed trajectory; `modes`, all labels.
+   Where actions are places: `still_action(observation)`, from which the noise of `collect` is measured.
    With goals: observe them, and offer `modes_that_solve(observation)`, which `collect` asks for.
 5. To be drawn: `scene`, `path`, `planned_path`, `pixels`; for its decisions: `choice`.
 6. Add its id to `_TASKS` here, and an expert for each mode to `experts.EXPERTS`.

@@ -234,6 +234,17 @@ def test_several_delays_make_a_curve_and_one_does_not(tmp_path: Path) -> None:
     assert len(page.loaded) == 2  # modes and delay
 
 
+def test_a_measure_that_only_successes_have_may_be_missing_under_a_delay(tmp_path: Path) -> None:
+    outcome = two_modes()
+    (first,) = outcome["delay"]
+    rows = [{**first, "measures": {}}, {**first, "steps": 3, "measures": {"path_ratio": first["success_rate"]}}]
+    outcome["delay"][:] = rows
+    _, text = write(tmp_path, outcome, NOTHING)
+    assert text.count("<th>path_ratio</th>") == 1
+    assert str(draw_delay(rows, None).axes[0].lines[-1].get_label()) == "path_ratio"
+    assert np.asarray(draw_delay(rows, None).axes[0].lines[-1].get_xdata()).tolist() == [3]
+
+
 def test_the_curve_runs_over_growing_delays_and_holds_what_lies_between_0_and_1() -> None:
     half, below = {"value": 0.5, "low": 0.4, "high": 0.6}, {"value": -200.0, "low": None, "high": None}
     measures = {"score": half, "return": below}
