@@ -116,12 +116,10 @@ def measure(options: Study, way: Way, judging: Judging, drawn: list[Judged]) -> 
         sampled = [sample(options, way.loaded, judging, seed) for seed in options.seeds]
         plans = (options.chunking.plans or CHOSEN_OF) if way.chosen else None
         joined = ChunkingConfig(plans=plans, score="costs" if way.chosen else None)
-        horizon = PolicyPlanner(way.loaded.policy, options.sample_config).steps
+        open_loop = dataclasses.replace(options, action_horizon=way.loaded.policy.steps_ahead)
         executed = {
-            figure: roll_out(
-                dataclasses.replace(options, action_horizon=steps), way.loaded, options.sample_config, joined
-            )
-            for figure, steps in (("success_open", horizon), ("success", options.action_horizon))
+            figure: roll_out(asked, way.loaded, options.sample_config, joined)
+            for figure, asked in (("success_open", open_loop), ("success", options))
         }
     except Refused as error:
         return error.cell

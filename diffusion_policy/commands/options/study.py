@@ -35,16 +35,15 @@ class Study(ActingCommand):
     --condition-on-instruction does when it is told each instruction, and whether that was asked; instructions.html.
     plans: what the plans of a planner are worth before they are executed, in an environment that can judge them, and
     executed to their end and planned again; with --cost plain ones, led ones, and the best of several; plans.png. All
-    print a table and keep what is done in results.json at every moment. Episodes that could not be run are counted; where none could be run, it says why, and the study goes on.
+    print a table and keep what is done in results.json at every moment. Episodes that could not be run are counted;
+    where none could be run, it says why, and the study goes on.
     """
 
     program: ClassVar[str] = "diffusion_policy.commands.study"
 
     output: Path
     """Folder of this study."""
-    what: tyro.conf.Positional[Literal["samplers", "chunking", "networks", "students", "instructions", "plans"]] = (
-        field(kw_only=True)
-    )
+    what: tyro.conf.Positional[StudyName] = field(kw_only=True)
     """What the study varies."""
     beside: tuple[Path, ...] = ()
     """With networks and students: checkpoints of other policies for the same environment. Those that differ in their
