@@ -724,6 +724,9 @@ class CostConfig:
     """Costs of a plan, each with its weight, as clearance=1 smoothness=0.1: coming near to walls and obstacles
     (clearance), bends (smoothness), length, the distance of the end to the observed goal (goal), or a function, as
     module:function=1, in torch. Samples are led down their gradient, and --score costs chooses by them."""
+    cost_key: tuple[str, ...] = ()
+    """Of what is predicted, the keys whose first two columns are places: costs are of the path of each, and lead it. By
+    default all that is predicted; name position alone where actions are no places."""
     cost_from: float = 1.0
     """Share of the noise levels, from the least noised one, at which costs lead the samples."""
     cost_steps: int = 1

@@ -142,10 +142,14 @@ def run_command(command: str) -> None:
         added = SMALL_TRANSFORMER if verb == "train" and "transformer" in words else MINIATURE[verb]
         if verb == "run-robot" and "--server" in words:  # where the server decides these
             added = added.replace("--backend eager --device cpu", "")
+        if "plans" in words and verb == "study":
+            added += " --plan-samples 3 --chunking receding"
         if "networks" in words:  # which are taken in their own steps
             added = added.replace("--steps 1", "")
         words += shlex.split(added)
         words += shlex.split("--pairs 40 --teacher-steps 4" if "pairs" in words else "")
+        if "runs/maze_obstacles" in words:
+            words += ["--env-kwargs", '{"obstacles": 1, "max_episode_steps": 10}']
         if "runs/image_policy" in words and verb == "evaluate":
             words += ["--env-kwargs", IMAGES]
     if verb in LEFT and Path(LEFT[verb]).exists():

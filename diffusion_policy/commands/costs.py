@@ -27,8 +27,13 @@ def with_costs(loaded: Checkpoint, env: gymnasium.Env, config: CostConfig) -> Ch
         for key, part in spaces.items()  # pyright: ignore[reportAttributeAccessIssue]
         if not is_image(part.shape)
     }
+    predicted = tuple(loaded.policy.shapes.target) or ("action",)
+    unknown = [key for key in config.cost_key if key not in predicted]
+    if unknown:
+        raise ConfigError(f"--cost-key must name what is predicted, {', '.join(predicted)}; got {unknown[0]}")
     costs = Costs(
         tuple(find_cost(text, env, watched, config.cost_margin) for text in config.cost),
+        config.cost_key or predicted,
         config.cost_from,
         config.cost_steps,
         config.cost_size,

@@ -2,9 +2,10 @@
 
 A cost is a function of sequences {key: (B, T, n)}, raw, of what the policy predicts, and of observations {key: (B, To,
 ...)}, that gives a number for each row, (B,): the lower the better. By its gradient samples are led, so it is written
-in torch. Those here are of places in the plane: `position` where that is predicted, else the action.
+in torch. Those here are of the places in the plane that the sequences hold beside it as `place`, (B, T, 2).
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +19,8 @@ from diffusion_policy.policy import DiffusionPolicy, Wrap
 
 Tensors = Mapping[str, Tensor]
 Cost = Callable[[Tensors, Tensors], Tensor]
-PLACE = "position"
-"""Key of places [m or px] where a policy predicts them beside the action."""
+PLACE = "place"
+"""Key under which costs find the places of a plan [m or px]."""
 OBSTACLES, GOAL = "obstacles", "goal"
 """Observations (k, 3), the discs x, y, radius, and (2,)."""
 
@@ -51,7 +52,7 @@ class Weighed(NamedTuple):
 
 def path_in(sequences: Tensors) -> Tensor:
     """The places in sequences, (B, T, 2)."""
-    return sequences[PLACE if PLACE in sequences else "action"][..., :2]
+    return sequences[PLACE]
 
 
 def smoothness(sequences: Tensors, observations: Tensors) -> Tensor:
@@ -98,11 +99,12 @@ COSTS: dict[str, Cost] = {"smoothness": smoothness, "length": length, "goal": to
 """Those that need nothing but what is planned and observed; `clearance` needs barriers too."""
 
 
-def total(costs: Sequence[Weighed], sequences: Tensors, observations: Tensors) -> Tensor:
-    """The weighed sum, (B,). Raises CostError for a cost that is not one finite number a row."""
-    rows, found = len(path_in(sequences)), []
-    for name, cost, weight in costs:
-        value = cost(sequences, observations)
+def total(costs: Sequence[Weighed], sequences: Tensors, observations: Tensors, keys: Sequence[str]) -> Tensor:
+    """The weighed sum, (B,), over the keys whose first two columns are places. Raises CostError for a cost that is not
+    one finite number a row."""
+    rows, found = len(next(iter(sequences.values()))), []
+    for (name, cost, weight), key in itertools.product(costs, keys):
+        value = cost({**sequences, PLACE: sequences[key][..., :2]}, observations)
         if not isinstance(value, Tensor) or value.shape != (rows,):
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise CostError(f"the cost {name} must give a tensor of shape ({rows},); got {got}")
@@ -117,6 +119,8 @@ class Costs:
     """Leads samples down a weighed sum of costs, and scores plans by it."""
 
     weighed: tuple[Weighed, ...]
+    keys: tuple[str, ...] = ("action",)
+    """What is predicted whose first two columns are places: each is led."""
     begins: float = 1.0
     """Share of the noise levels, from the least noised one, at which samples are led."""
     steps: int = 1
@@ -137,7 +141,7 @@ class Costs:
         names = ", ".join(one.name for one in self.weighed)
         with torch.enable_grad():
             x0 = x0.detach().requires_grad_()
-            summed = total(self.weighed, policy.tell_apart(x0, observations), observations)
+            summed = total(self.weighed, policy.tell_apart(x0, observations), observations, self.keys)
             if not summed.requires_grad:
                 raise CostError(f"the costs {names} have no gradient by what is planned")
             (gradient,) = torch.autograd.grad(summed.sum(), x0)
@@ -150,5 +154,5 @@ class Costs:
         number = plans.shape[1]
         seen = {key: torch.from_numpy(rows).repeat_interleave(number, dim=0) for key, rows in observations.items()}
         with torch.no_grad():
-            summed = total(self.weighed, {"action": torch.from_numpy(plans).flatten(0, 1)}, seen)
+            summed = total(self.weighed, {"action": torch.from_numpy(plans).flatten(0, 1)}, seen, ("action",))
         return -summed.reshape(plans.shape[:2]).numpy()

@@ -118,8 +118,8 @@ evaluate --checkpoint m --output en --episodes 1 --sampling-steps 2 --env-kwargs
 rollout --checkpoint m --episodes 1 --sampling-steps 2 --env-kwargs '{BRIEF}' --workers 1 --backend eager \
     --delay-steps 1 --chunking bid --plans 3 --bid-decay 0.7 --weak-checkpoint m
 rollout --checkpoint m --episodes 1 --sampling-steps 2 --env-kwargs '{BRIEF}' --workers 1 \
-    --cost smoothness=0.1 length --cost-from 0.5 --cost-steps 2 --cost-size 0.1 --cost-margin 0.1 --plans 2 \
-    --score costs
+    --cost smoothness=0.1 length --cost-from 0.5 --cost-steps 2 --cost-size 0.1 --cost-margin 0.1 --cost-key action \
+    --plans 2 --score costs
 rollout --checkpoint m --episodes 1 --sampling-steps 2 --env-kwargs '{BRIEF}' --workers 1 --backend eager \
     --chunking ensemble --ensemble-decay 0.1 --plans 2 --score {{module}}:score
 study chunking --checkpoint m --output sc --delay-steps 1 --strategies receding rtc+roll --action-noise 0.2 --steps 2 \

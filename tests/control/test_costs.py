@@ -9,7 +9,17 @@ import torch
 from diffusion_policy.commands.costs import find_cost, with_costs
 from diffusion_policy.config import ConfigError, CostConfig, PolicyConfig, SampleConfig, with_options
 from diffusion_policy.control import costs
-from diffusion_policy.control.costs import Barriers, CostError, Costs, Weighed, clearance, length, smoothness, to_goal
+from diffusion_policy.control.costs import (
+    PLACE,
+    Barriers,
+    CostError,
+    Costs,
+    Weighed,
+    clearance,
+    length,
+    smoothness,
+    to_goal,
+)
 from diffusion_policy.control.planner import planning_rng
 from diffusion_policy.control.policy_planner import PolicyPlanner
 from diffusion_policy.diffusion.guidance import descending
@@ -29,7 +39,7 @@ DATA = {"position": RNG.uniform(-2, 2, (80, 2)), "action": RNG.uniform(-2, 2, (8
 
 
 def sequences(path) -> dict[str, torch.Tensor]:
-    return {"action": torch.as_tensor(path, dtype=torch.float64)}
+    return {PLACE: torch.as_tensor(path, dtype=torch.float64)}
 
 
 def test_costs_of_paths_in_closed_form() -> None:
@@ -41,8 +51,6 @@ def test_costs_of_paths_in_closed_form() -> None:
     assert length(sequences(bent), nothing).tolist() == pytest.approx([3], abs=1e-5)
     goal = {"goal": torch.tensor([[[9.0, 9], [0, 1]]])}
     assert to_goal(sequences(bent), goal).tolist() == [4]
-    apart = {"position": sequences(line)["action"], "action": sequences(bent)["action"]}
-    assert smoothness(apart, nothing).tolist() == [0]  # of the places that are predicted
 
 
 def test_distances_are_those_of_the_map() -> None:
@@ -69,7 +77,7 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
     cost = costs.COSTS.get(name) or (lambda told, seen: clearance(MAZE, told, seen))
     seen = {"goal": torch.tensor([[[0.5, 1.0]]]).double(), "obstacles": torch.tensor([[[[0.2, -0.4, 0.2]]]]).double()}
     path = torch.from_numpy(RNG.uniform(-1.8, 1.8, (1, 6, 2))).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: cost({"action": x}, seen), (path,), atol=1e-4)
+    assert torch.autograd.gradcheck(lambda x: cost({PLACE: x}, seen), (path,), atol=1e-4)
 
 
 def test_a_gradient_step_moves_no_step_of_a_sequence_farther_than_its_size() -> None:
@@ -154,8 +162,8 @@ def test_costs_of_more_than_actions_are_of_what_is_predicted() -> None:
         seen.append({key: tuple(rows.shape) for key, rows in told.items()})
         return told["position"].square().sum(dim=(1, 2))
 
-    led_by(look, policy)
-    assert seen[0] == {"position": (8, 16, 2), "action": (8, 16, 2)}
+    led_by(look, policy, keys=("position", "action"))
+    assert seen[:2] == [{"position": (8, 16, 2), "action": (8, 16, 2), PLACE: (8, 16, 2)}] * 2
 
 
 def test_what_names_no_cost_is_refused() -> None:
