@@ -160,6 +160,10 @@ def resolve_for_episodes(
         return resolve_backend(loaded.policy, sampling, backend, planning_batch(parallel), plans)
 
 
+BEYOND = {"limits": 1.05, "quantiles": 1.5, "moments": 4.0}
+"""Normalized numbers beyond these lie outside of the demonstrations, by normalization."""
+
+
 def make_group_planner(
     policy: DiffusionPolicy,
     sampling: SampleConfig,
@@ -228,6 +232,22 @@ def measure_episodes(
 
     card = remarks.attempt("jerk and commitment are not measured", lambda: measure(path, choice), None)
     return card or measure(None, None).without("jerk")
+
+
+def describe_far_goals(policy: DiffusionPolicy, episodes: Sequence[Episode]) -> str | None:
+    """In how many episodes a goal lies beyond what was demonstrated, in a sentence; None for none."""
+    keys = {*policy.config.goal, policy.config.inpaint_goal} & {*policy.shapes.observations} - {*policy.images}
+    reach = BEYOND[policy.config.normalization]
+    far = {
+        key: sum(_is_beyond(policy, key, episode.observations[key][-1:], reach) for episode in episodes) for key in keys
+    }
+    said = [f"{key} in {count} of {len(episodes)} episodes" for key, count in sorted(far.items()) if count]
+    return f"goals lie beyond what was demonstrated: {', '.join(said)}" if said else None
+
+
+def _is_beyond(policy: DiffusionPolicy, key: str, row: np.ndarray, reach: float) -> bool:
+    normalized = policy.normalizer.normalize(key, torch.from_numpy(np.asarray(row)).to(policy.device))
+    return bool((normalized.abs() > reach).any())
 
 
 def sample_starts(loaded: PolicyInEnv, episodes: Sequence[Episode], sampling: SampleConfig) -> np.ndarray:

@@ -13,6 +13,7 @@ from diffusion_policy.commands.beside_teacher import measure_teacher
 from diffusion_policy.commands.counting import count_results
 from diffusion_policy.commands.episodes import (
     RolledOut,
+    describe_far_goals,
     make_group_planner,
     require_memory,
     resolve_for_episodes,
@@ -31,7 +32,7 @@ from diffusion_policy.commands.policy_in_env import (
 )
 from diffusion_policy.commands.remote import find_server_of
 from diffusion_policy.commands.terminal import console
-from diffusion_policy.config import BackendName, ChunkingConfig, to_json
+from diffusion_policy.config import BackendName, ChunkingConfig, CostConfig, to_json
 from diffusion_policy.control.chunking import Chunking
 from diffusion_policy.control.controller import require_horizons
 from diffusion_policy.control.latency import time_plans
@@ -114,6 +115,7 @@ def tell_asked(options: Evaluate, loaded: PolicyInEnv) -> dict[str, Any]:
         "planning_batch": planning_batch(options.parallel),
         "action_horizon": action_horizon_of(options, loaded),
         "chunking": None if options.chunking == ChunkingConfig() else plain(to_json(options.chunking)),
+        "costs": None if options.costs == CostConfig() else plain(to_json(options.costs)),
     }
 
 
@@ -172,6 +174,9 @@ def roll_out_each_delay(evaluation: Evaluation) -> tuple[dict[int, RolledOut], d
                 raise Interrupted(f"stopped before the results of delay {delay}; {before}") from None
             remarks.say(f"no results for planning that takes {delay} control steps: {error}")
             continue
+        far = describe_far_goals(policy, rolled_out[delay].episodes)
+        if far:
+            remarks.say(far)
         with console.status("counting"):
             results = plain(
                 {**evaluation.asked, **count_results(evaluation.loaded, rolled_out, evaluation.backend, remarks)}

@@ -161,3 +161,23 @@ def test_costs_come_from_the_command_line_to_the_samples(planner: Path, tmp_path
         assert main([*told, *brief, *more]) == 0
         seen[name] = json.loads((output / "results.json").read_text())["measures"]["smoothness"]["value"]
     assert seen["led"] < seen["plain"]
+
+
+def test_goals_beyond_the_demonstrations_are_remarked_and_costs_are_kept(planner: Path, tmp_path: Path) -> None:
+    told = [
+        "evaluate",
+        "--checkpoint",
+        str(planner),
+        "--output",
+        str(tmp_path / "e"),
+        "--episodes",
+        "4",
+        "--repeats",
+        "1",
+    ]
+    brief = ["--env-kwargs", '{"max_episode_steps": 3}', "--sampling-steps", "2", "--workers", "1", "--videos", "0"]
+    assert main([*told, *brief, "--cost", "length", "--cost-steps", "0"]) == 0
+    results = json.loads((tmp_path / "e" / "results.json").read_text())
+    assert (results["costs"]["cost"], results["costs"]["cost_steps"]) == (["length"], 0)
+    said = " ".join((tmp_path / "e" / "report.html").read_text().split())
+    assert "goals lie beyond what was demonstrated: goal in" in said  # three demonstrations reach few places
