@@ -17,6 +17,7 @@ from diffusion_policy.datasets.windows import Windows
 from diffusion_policy.diffusion.process import Noising
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.serving.export import Exporting, make_export
+from diffusion_policy.training import doctor
 from diffusion_policy.training.losses import denoising_loss, draw
 from diffusion_policy.training.trainer import Trainer
 
@@ -184,6 +185,18 @@ def test_a_planner_is_trained_resumed_and_exported_from_the_command_line(tmp_pat
 def test_what_does_not_go_together_is_said(options: dict, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         make_policy(replace(PLANNER, **options))
+
+
+def test_the_doctor_sees_whether_samples_come_to_what_is_held() -> None:
+    policy = make_policy(replace(PLANNER, prediction="sample"), {})
+    windows = Windows(row_of(PLANNER), ENDS, [0, 1], 2, 16)
+    batch = windows.gather([26, 30, 38, 90, 95, 98])  # the goal is near
+    untrained = doctor.check_held(policy, batch, SampleConfig(sampling_steps=4), 0)
+    assert untrained.status == "fail"
+    perfect = make_policy(replace(PLANNER, prediction="sample"), {})
+    x0 = perfect.normalize(batch.actions, batch.observations)
+    perfect.network.denoise = lambda xt, films: x0  # type: ignore[method-assign]
+    assert doctor.check_held(perfect, batch, SampleConfig(sampling_steps=4), 0).status == "pass"
 
 
 def test_plans_of_more_than_actions_are_not_steered() -> None:

@@ -246,6 +246,8 @@ def _check_policy(options: Doctor, policy: DiffusionPolicy, windows: Windows, ju
     yield doctor.check_copying(policy, batch, options.seed)
     yield doctor.check_bound(policy, batch, options.seed)
     yield doctor.check_jumps(policy, few, jumps, options.sampling, options.seed)
+    if policy.held is not None:
+        yield doctor.check_held(policy, few, options.sampling, options.seed)
 
 
 def _check_overfit(options: Doctor, policy: DiffusionPolicy, windows: Windows) -> Check:

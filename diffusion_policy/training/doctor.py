@@ -29,6 +29,8 @@ OVERFIT_LOSS = 0.02
 """A healthy network comes below this on 32 windows in 2000 steps."""
 LEVELS_SHOWN = 8
 """Levels at which a trained policy is looked at."""
+HELD_JUMP = 1.5
+"""Times the largest demonstrated step that a sample may jump where start and goal are held."""
 BOUND_LEVELS = 200
 """The variational bound is taken over at most so many levels, evenly from all."""
 
@@ -353,6 +355,32 @@ def check_jumps(policy: DiffusionPolicy, batch: Batch, largest: np.ndarray, samp
         "train longer, more sampling steps, or another sampler (study samplers)",
         passes=0.001,
         fails=0.02,
+    )
+
+
+@torch.no_grad()
+def check_held(policy: DiffusionPolicy, batch: Batch, sampling: SampleConfig, seed: int) -> Check:
+    """Samples should come to the start and the goal that are held in them as smoothly as demonstrations do: a jump
+    there means that they end elsewhere."""
+    held = policy.hold(batch.observations)
+    assert held is not None
+    generators = [derive_rng("doctor held", seed, row) for row in range(len(batch.actions))]
+    noise = torch.from_numpy(policy.draw_noise(generators, 1, sampling)[:, 0]).to(policy.device).transpose(0, 1)
+    _, levels = policy.resolve_sampling(sampling)
+    cond = policy.encode(batch.observations, batch.labels)
+    x0 = policy.denoise_from(noise, cond, levels, sampling, held=held)
+    steps, shown = (rows.diff(dim=1).abs() for rows in (x0, policy.normalize(batch.actions, batch.observations)))
+    joints = held.mask[1:] ^ held.mask[:-1]  # (T - 1, D): between what is held and what is free
+    largest = torch.where(joints, steps / shown.amax(dim=(0, 1)).clamp(min=0.02), 0).amax(dim=(1, 2))  # (B,)
+    share = float((~(largest <= HELD_JUMP)).float().mean())
+    return judge_number(
+        "samples come to their start and goal",
+        share,
+        f"{share:.0%} of the samples jump there by more than {HELD_JUMP:g} times the largest demonstrated step, "
+        f"at most by {float(largest.max()):.2f} times",
+        "train longer, more sampling steps, or a longer prediction horizon: the goal cannot be reached in time",
+        passes=0.05,
+        fails=0.3,
     )
 
 
