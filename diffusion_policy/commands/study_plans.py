@@ -6,10 +6,11 @@ and both. Each seed's first observation is planned from, and the environment jud
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich.table import Table
 
 from diffusion_policy.basics.files import plain, write_whole
 from diffusion_policy.basics.streams import derive_rng
@@ -18,7 +19,7 @@ from diffusion_policy.commands.options.acting import PARALLEL
 from diffusion_policy.commands.options.study import Study
 from diffusion_policy.commands.policy_in_env import PolicyInEnv
 from diffusion_policy.commands.study_cells import Refused, keep, naming_a_stop, roll_out, show, tell_asked
-from diffusion_policy.commands.terminal import console, print_cells
+from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ChunkingConfig, ConfigError
 from diffusion_policy.control.costs import Costs
 from diffusion_policy.control.policy_planner import PolicyPlanner
@@ -33,16 +34,18 @@ CHOSEN_OF = 16
 SHOWN = 4
 """Seeds whose plans are drawn."""
 FIGURES = {
-    "valid": "plans that come to the goal and touch nothing",
-    "any_valid": "seeds with such a plan",
-    "coverage": "modes that exist and have such a plan",
-    "path_ratio": "length of such plans over the shortest way",
-    "smoothness": "their sum of squared second differences",
-    "success_open": "success, plans executed to their end",
+    "valid": "good plans",
+    "any_valid": "seeds with one",
+    "coverage": "modes with one",
+    "path_ratio": "length / shortest",
+    "smoothness": "bends",
+    "success_open": "success, to their end",
     "success": "success, planned again",
-    "milliseconds": "milliseconds of all plans of a seed",
-    "first_valid": "milliseconds until the first such plan, planned one by one",
+    "milliseconds": "ms of all",
+    "first_valid": "ms to a good one",
 }
+"""Columns of the table. A good plan comes to the goal and touches nothing; modes are those that exist from where a seed
+begins; bends are the sum of squared second differences of good plans."""
 
 
 class Way(NamedTuple):
@@ -84,8 +87,7 @@ def run(options: Study, loaded: PolicyInEnv) -> dict[str, Any]:
         with naming_a_stop(options, name):
             cells[name] = cell = measure(options, way, judging, drawn.setdefault(name, []))
         keep(options, results, cell)
-    for figure, title in FIGURES.items():
-        print_cells(title, "plans", "", {name: {"": cell} for name, cell in cells.items()}, figure, "{:.3g}")
+    print_table(cells)
     scene = as_drawable(loaded.env)
     assert scene is not None
     picture = options.output / "plans.png"
@@ -104,6 +106,16 @@ def list_ways(loaded: PolicyInEnv) -> dict[str, Way]:
     if costs.steps:
         ways |= {"led": Way(loaded, False), "best of several led": Way(loaded, True)}
     return ways
+
+
+def print_table(cells: Mapping[str, Mapping[str, Any]]) -> None:
+    """A row a way, a column a figure; a dash where there is none."""
+    table = Table("plans", *FIGURES.values())
+    for name, cell in cells.items():
+        found = [cell.get(figure) for figure in FIGURES]
+        values = [value["value"] if isinstance(value, dict) else value for value in found]
+        table.add_row(name, *("-" if value is None else f"{value:.3g}" for value in values))
+    console.print(table)
 
 
 def _with_policy(loaded: PolicyInEnv, policy: Any) -> PolicyInEnv:
@@ -125,7 +137,8 @@ def measure(options: Study, way: Way, judging: Judging, drawn: list[Judged]) -> 
         return error.cell
     except ValueError as error:
         return Refused(str(error)).cell
-    drawn += [Judged(one.seed, one.paths, one.verdicts, judging.places(one.observation)) for one in sampled[:SHOWN]]
+    if not way.chosen:  # the same plans
+        drawn += [Judged(one.seed, one.paths, one.verdicts, judging.places(one.observation)) for one in sampled[:SHOWN]]
     rates = {figure: dataclasses.asdict(success_rate(done.episodes)) for figure, done in executed.items()}
     return plain({**summarize(sampled), **rates, **executed["success"].faults})
 

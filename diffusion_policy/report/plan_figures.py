@@ -12,7 +12,7 @@ from matplotlib.patches import Polygon
 
 from diffusion_policy.report.evaluation_figures import INK
 
-BAD = "lightgray"
+BAD = "rosybrown"
 
 
 class Judged(NamedTuple):
@@ -29,6 +29,7 @@ class Judged(NamedTuple):
 
 def draw_plans(scene: Any, ways: Mapping[str, Sequence[Judged]]) -> Figure:
     """Plans over the scene: those that come to the goal and touch nothing in the color of their mode, others gray."""
+    ways = {name: some for name, some in ways.items() if some} or {"no plans": []}
     columns = max(1, max((len(some) for some in ways.values()), default=1))
     figure = Figure(figsize=(3.2 * columns, 3.4 * len(ways)), layout="constrained")
     axes = figure.subplots(len(ways), columns, squeeze=False)
