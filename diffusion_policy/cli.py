@@ -33,7 +33,7 @@ from diffusion_policy.commands.options.serve import Serve
 from diffusion_policy.commands.options.study import Study
 from diffusion_policy.commands.options.sweep import OF_A_TRAINING, Sweep
 from diffusion_policy.commands.options.toy import Toy
-from diffusion_policy.commands.options.train import Train, fields_of_teacher, read_options, to_fields
+from diffusion_policy.commands.options.train import Train, TrainLatent, fields_of_teacher, read_options, to_fields
 from diffusion_policy.commands.terminal import console, open_standard_streams, out
 from diffusion_policy.config import ConfigError, with_options
 
@@ -44,6 +44,7 @@ A mistake is answered with one line and exit status 2; --debug, anywhere, shows 
 VERBS: dict[str, type[Command]] = {
     "collect": Collect,
     "train": Train,
+    "train-latent": TrainLatent,
     "sweep": Sweep,
     **{f"dataset {verb}": kind for verb, kind in OF_DATASETS.items()},
     "evaluate": Evaluate,
@@ -142,23 +143,24 @@ def _one_line(box: str) -> str:
 
 def _defaults_from_files(arguments: Sequence[str]) -> dict[str, Command]:
     """{verb: its options} as the file of `train --resume RUN`, `train --config FILE`, `train --teacher RUN` or the same
-    of `sweep` says them, so that the other flags override them; nothing without."""
+    of `train-latent` and `sweep` says them, so that the other flags override them; nothing without."""
     verb = arguments[0] if arguments else ""
     values = _values_of_flags(arguments)
-    if verb == "train" and "--resume" in values:
+    training = {"train": Train, "train-latent": TrainLatent}.get(verb)
+    if training and "--resume" in values:
         if "--config" in values:
             raise ConfigError("--resume takes the options of the run itself, so --config cannot be given too")
         run, trust = Path(values["--resume"]), "--env" in values
-        return {verb: Train.to_resume(run, values.get("--dataset"), trust=trust)}
-    if verb not in ("train", "sweep") or not values.keys() & {"--config", "--teacher"}:
+        return {verb: training.to_resume(run, values.get("--dataset"), trust=trust)}
+    if not (training or verb == "sweep") or not values.keys() & {"--config", "--teacher"}:
         return {}
     path = Path(values["--config"]) if "--config" in values else None
     fields = fields_of_teacher(Path(values["--teacher"])) if "--teacher" in values else {}
     fields |= {} if path is None else to_fields(read_options(path), path)
     if "--teacher" in values and "training" in fields:  # whose weights another run's file cannot know
         fields["training"] = with_options(fields["training"], teacher_weights=None)
-    if verb == "train":
-        return {verb: Train(tyro.MISSING, tyro.MISSING, config=path, **fields)}
+    if training:
+        return {verb: training(tyro.MISSING, tyro.MISSING, config=path, **fields)}
     fields = {name: value for name, value in fields.items() if name in OF_A_TRAINING}
     return {verb: Sweep(tyro.MISSING, tyro.MISSING, config=path, **fields)}
 

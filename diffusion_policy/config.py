@@ -21,7 +21,7 @@ from diffusion_policy.basics.names import MOST_CHARACTERS, MOST_INSTRUCTION, is_
 # Names of what the registries of the diffusion core hold; written here since those need torch.
 ScheduleName = Literal["cosine", "linear", "sigmoid", "constant", "flow"]
 PredictionName = Literal["noise", "sample", "velocity", "flow"]
-ObjectiveName = Literal["denoising", "regression", "mip", "mixture", "shortcut", "meanflow"]
+ObjectiveName = Literal["denoising", "autoencoding", "regression", "mip", "mixture", "shortcut", "meanflow"]
 StudentName = Literal["pairs", "progressive", "consistency", "shortcut", "meanflow"]
 GuardName = Literal["warn", "stop", "off"]
 SamplerName = Literal[
@@ -301,6 +301,29 @@ class ImageConfig:
 
 
 @dataclass(frozen=True)
+class LatentConfig:
+    """A learned space in which diffusion runs: a shorter sequence of fewer numbers, of an autoencoder that train-latent
+    has trained."""
+
+    latent_channels: int = 0
+    """Numbers of a step of the latent sequence; 0 for diffusion of the actions themselves."""
+    latent_stride: int = 4
+    """Steps of a sequence that one latent step stands for; a power of two that divides the prediction horizon."""
+    latent_width: int = 64
+    """Channels of the autoencoder's convolutions."""
+    latent_kl: float = 1e-4
+    """Weight of the autoencoder's divergence from a normal distribution, beside its squared error."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, ("latent_channels", "latent_kl"))
+        require_at_least(self, 1, ("latent_stride", "latent_width"))
+        require_at_most(self, MAX_WIDTH, ("latent_channels", "latent_stride", "latent_width"))
+        power = self.latent_stride & (self.latent_stride - 1) == 0
+        _require(power, "latent_stride", "a power of two", self.latent_stride)
+        require_numbers(self)
+
+
+@dataclass(frozen=True)
 class PolicyConfig:
     """What a policy is: horizons, network, encoders and diffusion."""
 
@@ -361,7 +384,8 @@ class PolicyConfig:
     """Give the demonstration's instruction to the network too, so that the policy can be told with --instruction what
     to do: its embedding, where the dataset has embeddings of all instructions, else one that is learned for each."""
     objective: Annotated[ObjectiveName, Group("objective")] = "denoising"
-    """What is learned. denoising: diffusion, in many steps. Without a teacher, in few: shortcut (the average velocity
+    """What is learned. denoising: diffusion, in many steps. autoencoding: a latent space alone, see train-latent.
+    Without a teacher, in few: shortcut (the average velocity
     over jumps of 1/2, 1/4, ... of the way) and meanflow (over any jump). To compare with, and without diffusion:
     regression (least squares, one answer to one observation), mip (two calls, the second corrects the first), mixture
     (behaviour cloning by a mixture of Gaussians)."""
@@ -370,6 +394,7 @@ class PolicyConfig:
     is asked for; 0 is 1 for all of these."""
     mixture_components: int = 16
     """Gaussians of the objective mixture."""
+    latent: Annotated[LatentConfig, Group("latent")] = field(default_factory=LatentConfig)
     max_delay: Annotated[int, Group("policy")] = 0
     """Learn to go on from up to so many actions that are executed while a plan is made, for --chunking trained-rtc; 0
     learns no such thing. At most T - To."""
@@ -517,7 +542,10 @@ class TrainConfig:
     vision_weights: Annotated[str | None, Group("images")] = None
     """File of weights (.safetensors) that the trunks of all image encoders begin with, such as those of a published
     ResNet-18, whose BatchNorms are left out."""
-    freeze_vision: bool = False
+    latent: Annotated[str | None, Group("training")] = None
+    """Train in the latent space of this run of train-latent, or of one of its checkpoints; its autoencoder stays as it
+    is, and becomes part of the policy."""
+    freeze_vision: Annotated[bool, Group("images")] = False
     """Leave the trunks of the image encoders as they begin; what they make of the images' middle is computed once,
     before the training."""
     validate_every: Annotated[int, Group("validation")] = 250

@@ -34,6 +34,7 @@ from diffusion_policy.diffusion.process import count_draws
 from diffusion_policy.diffusion.samplers import SAMPLERS, Denoise, Levels, Sampler, ddim, ddpm
 from diffusion_policy.diffusion.schedules import make_schedule
 from diffusion_policy.networks import ENCODERS, FOR_FEW_ROWS, NETWORKS
+from diffusion_policy.networks.autoencoder import Autoencoder
 from diffusion_policy.networks.encoders import CondPart
 from diffusion_policy.networks.labels import LabelRows
 from diffusion_policy.networks.representation import ActionFrame
@@ -160,7 +161,9 @@ class DiffusionPolicy(nn.Module):
         """Numbers of a condition that come from observations."""
         schedule = make_schedule(config.schedule, config.noise_levels, config.schedule_options)
         self.diffusion = OBJECTIVES[config.objective](schedule, config)
-        (target_dim,) = self.normalizer.shapes[self.target.key]
+        self.autoencoder = make_autoencoder(config, *self.normalizer.shapes[self.target.key])
+        """Of the sequences, where diffusion runs in a latent space."""
+        steps, target_dim = self.sequence_shape
         marks = self.label_rows.numbers or (1 if config.condition_dropout else 0)
         cond_parts = parts + [CondPart(1, marks)] * bool(marks)
         goals = sum(math.prod(part) for key, part in zip(self.keys, parts, strict=True) if key in config.goal)
@@ -171,7 +174,7 @@ class DiffusionPolicy(nn.Module):
         self.network = NETWORKS[config.network.kind](
             target_dim + bool(config.max_delay),  # a column that marks what is given
             cond_parts,
-            config.prediction_horizon,
+            steps,
             outputs=self.diffusion.count_outputs(target_dim),
             level_inputs=self.diffusion.level_inputs,
             **_own_options(config.network),
@@ -356,8 +359,11 @@ class DiffusionPolicy(nn.Module):
 
     @property
     def sequence_shape(self) -> tuple[int, ...]:
-        """Of one sequence as the network sees it, (T, D)."""
-        return (self.config.prediction_horizon, *self.normalizer.shapes[self.target.key])
+        """Of one sequence as the network sees it, (T, D); of a latent one (T / stride, channels)."""
+        steps, latent = self.config.prediction_horizon, self.config.latent
+        if self.autoencoder is not None:
+            return (steps // latent.latent_stride, latent.latent_channels)
+        return (steps, *self.normalizer.shapes[self.target.key])
 
     @property
     def steps_ahead(self) -> int:
@@ -448,7 +454,8 @@ class DiffusionPolicy(nn.Module):
         """Raw actions of the steps from `first` on, (B, steps, A), under raw observations {key: (B, To, ...)} → as the
         network learns them, (B, steps, D)."""
         raw = actions.to(self.device, self.normalizer.precision)
-        return self.normalizer.normalize(self.target.key, self.frame.express(raw, observations, first))
+        sequences = self.normalizer.normalize(self.target.key, self.frame.express(raw, observations, first))
+        return sequences if self.autoencoder is None else self.autoencoder.encode(sequences)
 
     def in_units(self, actions: Tensor) -> Tensor:
         """Raw actions that are executed, (..., A), in the normalizer's units, as distances between them are told,
@@ -461,8 +468,16 @@ class DiffusionPolicy(nn.Module):
 
     def unnormalize(self, x0: Tensor, number: int, observations: Mapping[str, Tensor]) -> Tensor:
         """Normalized sequences (B N, T, D) under raw observations {key: (B, To, ...)} → raw actions (B, N, T, A)."""
-        sequences = self.frame.restore(self.normalizer.unnormalize(self.target.key, x0), observations)
+        sequences = self.rows_of(x0, observations)
         return rearrange(sequences[..., self.target.executed], "(b n) t a -> b n t a", n=number)
+
+    def rows_of(self, x0: Tensor, observations: Mapping[str, Tensor]) -> Tensor:
+        """Normalized sequences (B N, T, D), or latent ones, under raw observations {key: (B, To, ...)} → raw rows of
+        all that is predicted, (B N, T, columns). What an autoencoder says stays within the demonstrated limits."""
+        if self.autoencoder is not None:
+            x0 = self.autoencoder.decode(x0)
+            x0 = x0.clamp(-1, 1) if self.config.normalization == "limits" else x0
+        return self.frame.restore(self.normalizer.unnormalize(self.target.key, x0), observations)
 
     def measure_target(self, episodes: Iterable[Mapping[str, np.ndarray]]) -> Statistics:
         """Statistics of the actions of these episodes' rows as they are said, before they are normalized. Raises
@@ -493,8 +508,9 @@ class DiffusionPolicy(nn.Module):
         """Raw actions from *now* on, (B, steps, A), and a weight of each step, (B, steps) → the normalized sequences
         that they are in, (B N, T, D), and weights of all steps, (B N, T, 1); 0 before now."""
         before = self.config.observation_horizon - 1
-        if self.shapes.row != self.shapes.action:
-            raise ValueError(f"plans of {', '.join(self.shapes.target)} are joined by --chunking receding alone")
+        if self.shapes.row != self.shapes.action or self.autoencoder is not None:
+            what = ", ".join(self.shapes.target) if self.autoencoder is None else "a latent space"
+            raise ValueError(f"plans of {what} are joined by --chunking receding alone")
         sequence = self.normalize(actions, observations, before)
         sequence, weights = (functional.pad(one, (0, 0, before, 0)) for one in (sequence, weights[..., None]))
         return sequence.repeat_interleave(number, 0), weights.to(sequence).repeat_interleave(number, 0)
@@ -502,7 +518,7 @@ class DiffusionPolicy(nn.Module):
     def tell_apart(self, x0: Tensor, observations: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What normalized sequences (B, T, D) mean under raw observations {key: (B, To, ...)}: raw {key: (B, T, n)} of
         each key that is predicted."""
-        rows = self.frame.restore(self.normalizer.unnormalize(self.target.key, x0), observations)
+        rows = self.rows_of(x0, observations)
         return {key: rows[..., self.shapes.place_of(key)] for key in self.shapes.target or ("action",)}
 
     def descend(self, denoise: Denoise, gradient: Callable[[Tensor], Tensor], weights: Tensor, steps: int) -> Denoise:
@@ -527,7 +543,7 @@ class DiffusionPolicy(nn.Module):
         lay_out = FOR_FEW_ROWS.get(type(self.network))
         if lay_out is None:
             return self
-        return self.with_network(lay_out(self.network, self.config.prediction_horizon))
+        return self.with_network(lay_out(self.network, self.sequence_shape[0]))
 
     def with_network(self, network: nn.Module) -> "DiffusionPolicy":
         """This policy with another network, the rest shared."""
@@ -548,6 +564,8 @@ class DiffusionPolicy(nn.Module):
         guidance without condition dropout in training or without a label to guide to, for a mode or an instruction
         that the policy was not trained on, and for a way to sample that a student or an objective was not trained
         for."""
+        if self.config.objective == "autoencoding":
+            raise ValueError("this is an autoencoder, which acts as part of a policy: train one with --latent")
         if config.guidance and not self.config.condition_dropout:
             raise ValueError(
                 f"guidance {config.guidance} needs a policy trained with --condition-dropout above 0; "
@@ -593,7 +611,9 @@ class DiffusionPolicy(nn.Module):
 
     def choose_clip(self, config: SampleConfig) -> str:
         """The clipping that these options mean: `auto` cuts off nothing that was demonstrated."""
-        return ("static" if self.config.normalization == "limits" else "none") if config.clip == "auto" else config.clip
+        if config.clip != "auto":
+            return config.clip
+        return "static" if self.config.normalization == "limits" and self.autoencoder is None else "none"
 
     def conditions(self, cond: Tensor, config: SampleConfig) -> Tensor:
         """What the network is conditioned on to sample so, given conditions (B, C): these, and behind them the
@@ -714,6 +734,8 @@ def _require_goals(config: PolicyConfig, shapes: Shapes) -> None:
 def _require_alone(config: PolicyConfig) -> None:
     """Raise ValueError for options that do not go together with what is predicted or inpainted."""
     inpaints = config.inpaint_start or config.inpaint_goal is not None
+    if config.latent.latent_channels and (inpaints or config.max_delay):
+        raise ValueError("a latent space is without inpaint-start, inpaint-goal and max-delay, which hold single steps")
     beside = {
         "max-delay": config.max_delay,
         "learn-variance": config.learn_variance,
@@ -726,6 +748,21 @@ def _require_alone(config: PolicyConfig) -> None:
             raise ValueError(f"inpaint-start and inpaint-goal are without {name}; got {value}")
     if config.max_delay and len(config.target) > 1:
         raise ValueError(f"max-delay is of a policy that predicts actions alone; got {config.max_delay}")
+
+
+def make_autoencoder(config: PolicyConfig, numbers: int) -> Autoencoder | None:
+    """The autoencoder of sequences (T, D) with D = `numbers`, None for none. Raises ValueError where it cannot halve
+    them so often, and where one shall be learned without a size."""
+    asked = config.latent
+    if not asked.latent_channels:
+        if config.objective == "autoencoding":
+            raise ValueError("an autoencoder needs latent-channels above 0; got 0")
+        return None
+    if config.prediction_horizon % asked.latent_stride:
+        raise ValueError(
+            f"latent-stride must divide the prediction-horizon {config.prediction_horizon}; got {asked.latent_stride}"
+        )
+    return Autoencoder(numbers, asked.latent_channels, asked.latent_stride, asked.latent_width)
 
 
 def find_held(config: PolicyConfig, shapes: Shapes, normalizer: Normalizer) -> Tensor | None:

@@ -20,6 +20,7 @@ from diffusion_policy.config import (
     DistillationConfig,
     GuidanceScheduleName,
     ImageConfig,
+    LatentConfig,
     PolicyConfig,
     PredictionName,
     ResnetConfig,
@@ -131,6 +132,7 @@ OTHERS: dict[type, dict[str, Any]] = {
         "target": ("xy", "action"), "inpaint_start": True, "inpaint_goal": "goal", "action_form": "delta",
         "action_reference": "xy:0",
     },
+    LatentConfig: {"latent_channels": 4, "latent_stride": 8, "latent_width": 16, "latent_kl": 0.1},
     UnetConfig: {"widths": (16, 32), "kernel_size": 3, "groups": 4, "level_dim": 16},
     TransformerConfig: {
         "width": 96, "layers": 3, "heads": 8, "mlp_ratio": 2, "dropout": 0.1, "conditioning": "cross-attention",
@@ -150,7 +152,7 @@ OTHERS: dict[type, dict[str, Any]] = {
         "action_error_best", "rollout_every": 500, "rollout_episodes": 2, "precision": "bf16", "accumulation": 2,
         "compile": True, "seed": 2**32 - 1, "vision_weights": "resnet18.safetensors", "freeze_vision": True,
         "hindsight": ("xy=pose",), "hindsight_share": 1.0, "mask_padding": True,
-        "noise_draws": 2,
+        "noise_draws": 2, "latent": "runs/latent",
     },
     DistillationConfig: {
         "teacher": "runs/teacher", "student": "pairs", "teacher_steps": 4, "teacher_weights": "0" * 64, "pairs": 100,

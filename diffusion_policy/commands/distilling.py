@@ -21,7 +21,7 @@ from diffusion_policy.commands.terminal import console, progress_bar
 from diffusion_policy.config import ConfigError, GuardName
 from diffusion_policy.datasets.windows import Windows
 from diffusion_policy.policy import DiffusionPolicy
-from diffusion_policy.training.losses import Loss, denoising_loss
+from diffusion_policy.training.losses import Loss, autoencoding_loss, denoising_loss
 from diffusion_policy.training.students import LOSSES, Teacher, make_pairs, student_options
 from diffusion_policy.training.trainer import BatchesOfWindows, Progress
 from diffusion_policy.training.validation import VALIDATION_WINDOWS, Validation, make_validation, sample_shared
@@ -109,7 +109,8 @@ def make_lessons(
 ) -> Lessons:
     """The batches, the loss and the validation of this training."""
     if teacher is None:
-        return Lessons(windows, denoising_loss)
+        alone = policy.config.objective == "autoencoding"
+        return Lessons(windows, autoencoding_loss if alone else denoising_loss)
     asked, seed = options.training.distillation, options.training.seed
     assert asked.student is not None
     loss = LOSSES[asked.student](policy, teacher)

@@ -71,7 +71,7 @@ def draw_bytes(policy: DiffusionPolicy, sampling: SampleConfig) -> int:
     """Of the noise that one sequence is sampled from."""
 
     sampler, levels = policy.resolve_sampling(sampling)
-    numbers = policy.config.prediction_horizon * math.prod(policy.shapes.row)
+    numbers = math.prod(policy.sequence_shape)
     return 4 * numbers * count_draws(sampler, levels, sampling.corrector_steps)
 
 

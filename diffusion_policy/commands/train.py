@@ -17,7 +17,7 @@ import torch
 from diffusion_policy.basics.images import is_image
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.checkpoints.checkpoint import Checkpoint
-from diffusion_policy.commands import distilling, image_encoders, runs
+from diffusion_policy.commands import distilling, image_encoders, latents, runs
 from diffusion_policy.commands.interrupts import Failed, Interrupted, stop_on_signal
 from diffusion_policy.commands.options.train import Train, read_run, to_options
 from diffusion_policy.commands.outputs import require_fresh
@@ -62,7 +62,7 @@ def _run(options: Train, processes: Distributed, device_name: str) -> None:
     if not options.resume and processes.is_main:
         require_fresh(options.output)
     device = choose_device(device_name)
-    options, teacher = distilling.complete(options, device)
+    options, teacher = distilling.complete(latents.complete(options), device)
     store = open_store(options.dataset)
     plan = make_plan(options, store)
     sketch = make_sketch(options, store, plan)
@@ -77,6 +77,7 @@ def _run(options: Train, processes: Distributed, device_name: str) -> None:
     told = _tell(options, store, plan, point.dataset.fingerprint)
     with console.status("reading the data"):
         windows, validation = cut_windows(options, store, plan, device)
+        latents.begin(point.policy, options, windows)
         if options.training.freeze_vision:
             windows = image_encoders.cache(windows, point.policy, options.training)
             validation = validation and image_encoders.cache(validation, point.policy, options.training)

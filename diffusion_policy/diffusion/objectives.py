@@ -263,6 +263,7 @@ OBJECTIVES: dict[str, Callable[[Schedule, Any], Diffusion]] = {
         asked.learn_variance,
         (asked.student_steps,) if asked.student_steps else (),
     ),
+    "autoencoding": lambda schedule, asked: Diffusion(schedule, PREDICTIONS[asked.prediction]),
     "regression": lambda schedule, _: Regression(schedule),
     "mip": lambda schedule, _: MinimalIterative(schedule),
     "mixture": lambda schedule, asked: Mixture(schedule, asked.mixture_components),

@@ -121,10 +121,10 @@ class PlanConfig:
     def _require_shapes(self) -> None:
         if len(self.noise_shape) != 3 or len(self.action_shape) != 1 or min(*self.noise_shape, *self.action_shape) < 1:
             raise ConfigError(f"shapes must be (draws, T, D) and (A,); got {self.noise_shape} and {self.action_shape}")
-        horizon = self.noise_shape[1]
-        if horizon > MAX_HORIZON or self.steps != horizon - self.observation_horizon + 1:
+        sampled, horizon = self.noise_shape[1], self.steps + self.observation_horizon - 1
+        if horizon > MAX_HORIZON or horizon % sampled:  # in a latent space fewer are sampled
             raise ConfigError(
-                f"steps must be T - To + 1, with T at most {MAX_HORIZON}; got {self.steps}, T = {horizon} and To = "
+                f"steps must be T - To + 1, with T at most {MAX_HORIZON}; got {self.steps}, T = {sampled} and To = "
                 f"{self.observation_horizon}"
             )
         if self.action_horizon > self.steps:

@@ -58,7 +58,7 @@ def draw(
     images changed as the policy's options say."""
     share, count = policy.config.condition_dropout if learning else 0.0, rows * repeats
     dropped = torch.rand(count, generator=generator) < share if share else torch.zeros(count, dtype=torch.bool)
-    shape = (count, policy.config.prediction_horizon, *policy.normalizer.shapes[policy.target.key])
+    shape = (count, *policy.sequence_shape)
     noising = policy.diffusion.draw(shape, generator)
     if policy.config.max_delay:
         delay = torch.randint(policy.config.max_delay + 1, (count, 1), generator=generator)
@@ -88,6 +88,14 @@ def denoising_loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Tenso
     noising = draws.noising._replace(counted=counted, held=policy.held)
     losses = policy.diffusion.loss(policy.network, x0, cond, noising)
     return losses.unflatten(0, (-1, draws.repeats)).mean(dim=1)
+
+
+def autoencoding_loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Tensor:
+    """The loss of a policy's autoencoder, (B,); see `networks.autoencoder`."""
+    assert policy.autoencoder is not None
+    raw = batch.actions.to(policy.device, policy.normalizer.precision)
+    sequences = policy.normalizer.normalize(policy.target.key, policy.frame.express(raw, batch.observations))
+    return policy.autoencoder.loss(sequences, draws.to(policy.device).noising.eps, policy.config.latent.latent_kl)
 
 
 def derive_generator(tag: str, *numbers: int) -> torch.Generator:

@@ -121,6 +121,9 @@ def compare_plans(plans: Tensor, taught: Tensor, number: int) -> tuple[float, fl
 def action_errors(policy: DiffusionPolicy, batch: Batch, seed: int) -> Tensor | None:
     """Distance of each sampled sequence from the demonstrated one, (B, N); see `Validation`."""
     config = policy.config
+    if config.objective == "autoencoding":
+        back = policy.unnormalize(policy.normalize(batch.actions, batch.observations), 1, batch.observations)
+        return (back - batch.actions[:, None, :, policy.target.executed].to(back)).norm(dim=-1).mean(dim=-1)
     if policy.labels and not config.condition_dropout:
         return None
     generators = [derive_rng("validation samples", seed, row) for row in range(len(batch.actions))]

@@ -57,12 +57,12 @@ def explain(verb: str) -> str:
 TITLES = {
     "collect": ["options", "environment", "episode", "simulation"],
     "train": [
-        "options", "data", "rollout", "policy", "network", "images", "diffusion", "objective", "training",
-        "validation", "checkpoint", "student",
+        "options", "data", "rollout", "policy", "network", "images", "diffusion", "objective", "latent",
+        "training", "validation", "checkpoint", "student",
     ],
     "sweep": [
-        "options", "data", "search", "evaluation", "policy", "network", "images", "diffusion", "objective", "training",
-        "validation", "checkpoint", "rollout", "student", "sampling",
+        "options", "data", "search", "evaluation", "policy", "network", "images", "diffusion", "objective", "latent",
+        "training", "validation", "checkpoint", "rollout", "student", "sampling",
     ],
     "dataset replay": ["positional arguments", "options", "episode", "environment"],
     "dataset render": ["positional arguments", "options", "environment", "simulation"],
@@ -73,13 +73,15 @@ TITLES = {
     "live": ["options", "environment", "control", "costs", "simulation", "episode", "sampling"],
     "export": ["options", "graph", "sampling"],
     "benchmark": [
-        "options", "rollout", "planning", "policy", "network", "images", "diffusion", "objective", "sampling",
+        "options", "rollout", "planning", "policy", "network", "images", "diffusion", "objective", "latent",
+        "sampling",
     ],
     "study": [
         "positional arguments", "options", "environment", "control", "costs", "simulation", "sampling", "episode",
     ],
-    "doctor": ["options", "data", "sampling", "policy", "network", "images", "diffusion", "objective"],
+    "doctor": ["options", "data", "sampling", "policy", "network", "images", "diffusion", "objective", "latent"],
 }  # fmt: skip
+TITLES["train-latent"] = TITLES["train"]
 """Groups of flags; verbs of few flags have no groups."""
 
 

@@ -9,7 +9,7 @@ import os
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, get_type_hints
 
@@ -85,6 +85,20 @@ class Train(Command):
         if not trust:
             refuse_modules(run, [fields.get("env")], [f"--env {fields.get('env')}"])
         return cls(dataset or recorded_location(run, options["dataset"]["location"]), run, resume=run, **fields)
+
+
+@dataclass(frozen=True)
+class TrainLatent(Train):
+    """Train an autoencoder of action sequences, in whose latent space train --latent then has diffusion run.
+
+    It is trained as policies are, and takes their options: of the policy those of horizons, target and normalization
+    count, and those of the latent space. The validation's action error is that of what comes back.
+    """
+
+    def __post_init__(self) -> None:
+        if self.policy.objective not in ("denoising", "autoencoding"):
+            raise ConfigError(f"train-latent has no other objective; got --objective {self.policy.objective}")
+        object.__setattr__(self, "policy", replace(self.policy, objective="autoencoding"))
 
 
 NOT_KEPT = {"dataset", "output", "resume", "config"}
