@@ -6,6 +6,7 @@ import numpy as np
 
 from diffusion_policy.envs.avoid import FINISH_Y, ROWS, START_XY, modes
 from diffusion_policy.envs.block_push_expert import BlockPushExpert
+from diffusion_policy.envs.intersection import IntersectionExpert
 
 GATE_X = (
     {"left": 0.42, "right": 0.58},
@@ -51,5 +52,9 @@ class AvoidExpert:
         return (self._speed * direction / np.linalg.norm(direction)).astype(np.float32)
 
 
-EXPERTS = {"diffusion_policy/Avoid-v0": AvoidExpert, "diffusion_policy/BlockPush-v0": BlockPushExpert}
+EXPERTS = {
+    "diffusion_policy/Avoid-v0": AvoidExpert,
+    "diffusion_policy/BlockPush-v0": BlockPushExpert,
+    "diffusion_policy/Intersection-v0": IntersectionExpert,
+}
 """The expert of each environment id: called with a mode's label."""
