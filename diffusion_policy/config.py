@@ -497,6 +497,9 @@ class TrainConfig:
     mask_padding: bool = False
     """Leave out of the loss the actions beyond an episode's ends, where the first or last one is repeated; without this
     the policy learns to stay where the demonstration ended."""
+    whole_windows: bool = False
+    """Train on, and validate with, the windows alone that lie within their episodes, so that nothing is repeated before
+    an episode's beginning or beyond its end; for forecasts, as long windows are mostly repetition else."""
     vision_weights: Annotated[str | None, Group("images")] = None
     """File of weights (.safetensors) that the trunks of all image encoders begin with, such as those of a published
     ResNet-18, whose BatchNorms are left out."""

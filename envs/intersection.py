@@ -102,14 +102,15 @@ def draw_traffic(rng: np.random.Generator, cars: int, intention: str | None) -> 
 
 class IntersectionEnv(TaskEnv):
     """Observation, of `cars` cars side by side, the ego car first: `position` (2 cars,) [m], `velocity` (2 cars,)
-    [m/s], `heading` (2 cars,), cosine and sine; `scene` (3 cars,), of each car the way to its line [m], the speed that it
-    wants to drive [m/s] and its turn (1 left, -1 right, 0 straight on); and `mode_probabilities` (3,), of the intentions
-    `modes` of car 1 in this scene: the truth, by which forecasts are judged, and nothing to be learned from.
+    [m/s], `heading` (2 cars,), cosine and sine; `scene` (3 cars,), of each car the way to its line [m], the speed that
+    it wants to drive [m/s] and its turn (1 left, -1 right, 0 straight on); and `mode_probabilities` (3,), of the
+    intentions `modes` of car 1 in this scene: the truth, by which forecasts are judged, and nothing to be learned from.
     Action: acceleration of the ego car in its lane, (1,) [m/s^2], which no brake takes below standing.
 
     Car 1 comes from the left or the right; it follows its intention from step 20 on, and until then nothing depends on
-    it. Car 2 follows the ego car, car 3 drives in front of it. Success: the ego car or car 1 is in the junction, or past
-    it, without a collision. A collision ends the episode; else it takes 80 steps, 8 s. Reward: 1 where success begins.
+    it. Car 2 follows the ego car, car 3 drives in front of it. Success: the ego car or car 1 is in the junction, or
+    past it, without a collision. A collision ends the episode; else it takes 80 steps, 8 s. Reward: 1 where success
+    begins.
 
     `reset(options={"intention": ...})` asks for an intention instead of drawing it.
     """

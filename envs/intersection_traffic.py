@@ -1,7 +1,7 @@
 """The traffic of Intersection, as pure functions: lanes, drivers, what the other driver intends and how likely it is.
 
-A lane is measured from where a car waits at the line, s = 0, forwards [m]; (0, 0) is the middle of the junction, x to the
-east and y to the north, and cars keep to the right. Knows numbers. Knows no environment.
+A lane is measured from where a car waits at the line, s = 0, forwards [m]; (0, 0) is the middle of the junction, x to
+the east and y to the north, and cars keep to the right. Knows numbers. Knows no environment.
 """
 
 import math
@@ -95,8 +95,8 @@ def mode_probabilities(time_ahead: float, eagerness: float) -> np.ndarray:
 
 
 def idm(speed: float, usual: float, gap: float = math.inf, closing: float = 0.0) -> float:
-    """Acceleration of the Intelligent Driver Model (Treiber et al. 2000, Phys. Rev. E 62), bounded [m/s^2]. `usual`: the
-    desired speed; `gap`: to the car in front, bumper to bumper [m]; `closing`: speed towards it [m/s]."""
+    """Acceleration of the Intelligent Driver Model (Treiber et al. 2000, Phys. Rev. E 62), bounded [m/s^2]. `usual`:
+    the desired speed; `gap`: to the car in front, bumper to bumper [m]; `closing`: speed towards it [m/s]."""
     free = 1 - (speed / usual) ** 4
     wanted = JAM_DISTANCE + max(0.0, speed * HEADWAY + speed * closing / (2 * math.sqrt(ACCELERATION * DECELERATION)))
     acceleration = ACCELERATION * (free - (wanted / max(gap, 0.1)) ** 2)
@@ -115,10 +115,15 @@ def stop_at(speed: float, gap: float) -> float:
 
 
 def ego_expert(
-    s: float, speed: float, usual: float, other: tuple[float, float, float], lane: Lane, ahead: list[tuple[float, float]]
+    s: float,
+    speed: float,
+    usual: float,
+    other: tuple[float, float, float],
+    lane: Lane,
+    ahead: list[tuple[float, float]],
 ) -> float:
-    """Acceleration of the ego car's driver. `other`: place, speed and usual speed of car 1, in its `lane`; `ahead`: cars
-    in the ego car's lane. It waits at its line while car 1 shows that it goes first, if it still can."""
+    """Acceleration of the ego car's driver. `other`: place, speed and usual speed of car 1, in its `lane`; `ahead`:
+    cars in the ego car's lane. It waits at its line while car 1 shows that it goes first, if it still can."""
     acceleration = follow(speed, usual, s, ahead)
     place, its, its_usual = other
     gone = place > lane.conflict[0] + (0 if lane.turn else REACH)
@@ -132,8 +137,8 @@ def ego_expert(
 def drive_other(
     mode: str, style: Style, s: float, speed: float, usual: float, clear: bool, ahead: list[tuple[float, float]]
 ) -> float:
-    """Acceleration of car 1 once it does what it intends. `clear`: whether those that it waits for have passed; `ahead`:
-    cars in the lane that it is in."""
+    """Acceleration of car 1 once it does what it intends. `clear`: whether those that it waits for have passed;
+    `ahead`: cars in the lane that it is in."""
     if mode == "merges":
         return min(follow(speed, 1.2 * usual, s, ahead), style.pull) if speed < 1.15 * usual else 0.0
     if clear:
@@ -148,8 +153,9 @@ def classify(positions: np.ndarray) -> np.ndarray:
     """What car 1 did, as an index of MODES, of trajectories (..., steps, cars, 2) [m] that begin at an episode's first
     step, whether they were driven or forecast: (...) int64, -1 where they are too short to tell.
 
-    It merges if it is beyond its line before the ego car has passed the middle of the junction. Else it yields if, 1.1 s
-    after its intention shows, it has lost at least half as much way as by braking evenly to its line; else it brakes.
+    It merges if it is beyond its line before the ego car has passed the middle of the junction. Else it yields if,
+    1.1 s after its intention shows, it has lost at least half as much way as by braking evenly to its line; else it
+    brakes.
     """
     steps = positions.shape[-3]
     if steps <= READ_STEP + 10:

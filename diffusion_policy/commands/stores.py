@@ -21,8 +21,9 @@ class Keys(NamedTuple):
 
     @property
     def names(self) -> dict[str, str]:
-        """What each key is called once it is read: the action is `action`."""
-        return {key: key for key in self.observations} | {self.action: "action"}
+        """By the name under which it is read, the key of the store: the action is `action`. One key may be both, as
+        where a policy forecasts what it observes."""
+        return {key: key for key in self.observations} | {"action": self.action}
 
 
 def open_store(location: str | Path) -> EpisodeStore:
@@ -53,7 +54,7 @@ def choose_keys(store: EpisodeStore, observations: Sequence[str] = (), action: s
     lacking = [part for part in parts if part not in store.keys]
     if lacking:
         raise ConfigError(f"{store.location} has no action key {lacking[0]!r}; {has}; choose with --action")
-    wrong = [key for key in keys if key not in store.keys or key == action]
+    wrong = [key for key in keys if key not in store.keys]
     if wrong or not keys:
         sought = f"no observation {wrong[0]!r}" if wrong else "no observations"
         raise ConfigError(f"{store.location} has {sought}; {has}")
@@ -67,8 +68,8 @@ def choose_angles(store: EpisodeStore, wanted: Sequence[str], keys: Keys) -> dic
     what the store says, for the keys that are read. Where actions lie in several arrays, columns may be those of an
     array, or of all side by side."""
     parts = store.columns(keys.action)
-    angles = parse_angles(wanted, {**keys.names, **parts}) if wanted else store.attributes.get("angles", {})
-    chosen = {keys.names[key]: tuple(columns) for key, columns in angles.items() if key in keys.names}
+    angles = parse_angles(wanted, {*keys.names.values(), *parts}) if wanted else store.attributes.get("angles", {})
+    chosen = {name: tuple(angles[one]) for one in angles for name, key in keys.names.items() if key == one}
     for part, first in parts.items() if len(parts) > 1 else ():
         size = math.prod(store.shape(part))
         wrong = [column for column in angles.get(part, ()) if column >= size]

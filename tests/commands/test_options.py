@@ -72,7 +72,7 @@ study instructions --checkpoint rt --output si --instruction 'left=turn left' --
 train --dataset ai.zarr --output rv {SMALL} --observation image wrist_image desired_xy actual_xy --vision vit \
     --vit-width 8 --vit-layers 2 --vit-heads 2 --image-features 8 --image-crop 1 --color-jitter 0.1 --share-encoder \
     --image-normalization channels --goal desired_xy --hindsight desired_xy=actual_xy --hindsight-share 0.4 \
-    --mask-padding --noise-draws 2 --condition-dropout 0.2
+    --mask-padding --whole-windows --noise-draws 2 --condition-dropout 0.2
 train --dataset ai.zarr --output rc {SMALL} --observation image --cnn-widths 4 8 --keypoints 3
 train --resume r
 train --config r/best/config.json --dataset a.zarr --output s --steps 2 --rollout-every 0 --device cpu
