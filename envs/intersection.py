@@ -129,7 +129,7 @@ class IntersectionEnv(TaskEnv):
         self.cars = int(cars)
         far, fast = np.full(2 * cars, FARTHEST), np.full(2 * cars, FASTEST)
         ways = np.tile([FARTHEST, FASTEST, 1], cars)
-        spaces = {
+        spaces: dict[str, gymnasium.Space] = {
             "position": float_box(-far, far),
             "velocity": float_box(-fast, fast),
             "heading": float_box(-np.ones(2 * cars), np.ones(2 * cars)),
