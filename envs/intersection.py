@@ -12,10 +12,10 @@ import gymnasium
 import numpy as np
 
 from diffusion_policy.envs.cameras import IMAGE, require_image_size
+from diffusion_policy.envs.intersection_picture import JUNCTION, Picture, to_pixels
 from diffusion_policy.envs.intersection_traffic import (
     CONTROL_PERIOD,
     EGO_LANE,
-    HALF,
     HIDDEN_STEPS,
     LEAST_ACCELERATION,
     LENGTH,
@@ -26,7 +26,6 @@ from diffusion_policy.envs.intersection_traffic import (
     REACH,
     STOP,
     SUBSTEPS,
-    WIDTH,
     Lane,
     Style,
     classify,
@@ -36,23 +35,14 @@ from diffusion_policy.envs.intersection_traffic import (
     mode_probabilities,
     overlap,
 )
-from diffusion_policy.envs.scene import Place, Scene
+from diffusion_policy.envs.scene import Scene
 from diffusion_policy.envs.task import Advance, TaskEnv, float_box, path_through, rendering
 
 EPISODE_STEPS = 80
 """Control steps after which Gymnasium's time limit ends an episode."""
 MOST_CARS = 4
-X_RANGE, Y_RANGE = (-60.0, 60.0), (-75.0, 45.0)
-"""The plane that is drawn [m]."""
 FARTHEST, FASTEST = 200.0, 40.0
 """No car comes farther [m] or drives faster [m/s]."""
-ROAD = 2 * OFFSET
-"""Half of its width [m]."""
-PICTURE_SIZE = 480
-"""Width and height of `render`'s picture [px]."""
-GRASS, ASPHALT, MARK = (222, 229, 214), (120, 128, 138), (240, 240, 240)
-COLORS = ((0, 114, 178), (213, 94, 0), (70, 70, 80), (70, 70, 80))
-"""Of the cars: the ego car is blue, car 1 is orange."""
 
 
 class Traffic(NamedTuple):
@@ -138,7 +128,7 @@ class IntersectionEnv(TaskEnv):
         }
         self.observation_space = gymnasium.spaces.Dict(spaces)
         self.action_space = float_box([LEAST_ACCELERATION], [MOST_ACCELERATION])
-        self._simulation = _Picture(self)
+        self._simulation = Picture(self._poses)
         traffic, s = draw_traffic(np.random.default_rng(0), self.cars, None)
         self._state = SavedState(traffic, s, traffic.usual.copy(), 0, False)
         self._look_through({IMAGE: lambda: self._simulation.draw(image_size)} if image_size else {}, image_size)
@@ -243,19 +233,11 @@ class IntersectionEnv(TaskEnv):
     @property
     def scene(self) -> Scene:
         """The roads, seen from above, and the line of each lane that leads to the junction."""
-        road = "#7b8794"
-        places: list[Place] = [
-            (_rectangle(-ROAD, ROAD, *Y_RANGE), road),
-            (_rectangle(X_RANGE[0], -ROAD, -ROAD, ROAD), road),
-            (_rectangle(ROAD, X_RANGE[1], -ROAD, ROAD), road),
-        ]
-        return Scene(X_RANGE, Y_RANGE, places=(*places, *((corners, "#1f2933") for corners in _lines())))
+        return JUNCTION
 
     def pixels(self, xy: np.ndarray) -> np.ndarray:
         """Where points (..., 2) of the plane lie in the picture, (..., 2) [px], column and row."""
-        side = round(PICTURE_SIZE * self._simulation.picture_share)
-        scale = side / (X_RANGE[1] - X_RANGE[0])
-        return (np.asarray(xy) - [X_RANGE[0], Y_RANGE[1]]) * [scale, -scale]
+        return to_pixels(xy, self._simulation.side)
 
 
 class IntersectionExpert:
@@ -280,39 +262,6 @@ class IntersectionExpert:
         return np.array([ego_expert(-ways[0, 0], speed[0], ways[0, 1], other, lane, in_front)], np.float32)
 
 
-class _Picture:
-    """What `render` draws."""
-
-    def __init__(self, env: IntersectionEnv) -> None:
-        self._env = env
-        self.picture_share = 1.0
-
-    def render(self) -> np.ndarray:
-        return self.draw(round(PICTURE_SIZE * self.picture_share))
-
-    def draw(self, side: int) -> np.ndarray:
-        """The junction with all cars, (side, side, 3) uint8."""
-        scale = (X_RANGE[1] - X_RANGE[0]) / side
-        columns = (np.arange(side) + 0.5) * scale
-        x, y = np.meshgrid(X_RANGE[0] + columns, Y_RANGE[1] - columns)
-        picture = np.full((side, side, 3), GRASS, np.uint8)
-        picture[(np.abs(x) < ROAD) | (np.abs(y) < ROAD)] = ASPHALT
-        for corners in _lines():
-            (left, bottom), (right, top) = corners[0], corners[2]
-            picture[(x > left) & (x < right) & (y > bottom) & (y < top)] = MARK
-        places, headings = self._env._poses()
-        for i, (place, heading) in enumerate(zip(places, headings, strict=True)):
-            ahead, aside = math.cos(heading), math.sin(heading)
-            away = x - place[0], y - place[1]
-            along, across = away[0] * ahead + away[1] * aside, away[1] * ahead - away[0] * aside
-            inside = (np.abs(along) < max(LENGTH, 1.5 * scale) / 2) & (np.abs(across) < max(WIDTH, 1.5 * scale) / 2)
-            picture[inside] = COLORS[i]
-        return picture
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
 def _move(s: np.ndarray, speed: np.ndarray, pedal: np.ndarray, period: float) -> tuple[np.ndarray, np.ndarray]:
     """Places and speeds after a period of constant acceleration, which ends where a car stands."""
     after = np.maximum(speed + pedal * period, 0)
@@ -322,18 +271,3 @@ def _move(s: np.ndarray, speed: np.ndarray, pedal: np.ndarray, period: float) ->
 def _distance(lane: Lane, ways: np.ndarray, place: np.ndarray) -> float:
     """How far a car is [m] from where it would be in a lane; infinite for a lane that turns otherwise."""
     return float(np.linalg.norm(lane.place(-ways[0])[0] - place)) if lane.turn == int(ways[2]) else math.inf
-
-
-def _rectangle(left: float, right: float, bottom: float, top: float) -> tuple[tuple[float, float], ...]:
-    return (left, bottom), (right, bottom), (right, top), (left, top)
-
-
-def _lines() -> tuple[tuple[tuple[float, float], ...], ...]:
-    """Where each arm's cars wait."""
-    near, far = HALF, HALF + 0.5
-    return (
-        _rectangle(0.0, ROAD, -far, -near),
-        _rectangle(-ROAD, 0.0, near, far),
-        _rectangle(near, far, 0.0, ROAD),
-        _rectangle(-far, -near, -ROAD, 0.0),
-    )

@@ -25,7 +25,6 @@ from diffusion_policy.commands.forecasting import (
     label_all,
     sample_futures,
 )
-from diffusion_policy.commands.interrupts import Interrupted
 from diffusion_policy.commands.options.forecast import Forecast
 from diffusion_policy.commands.outputs import require_fresh
 from diffusion_policy.commands.terminal import console, print_cells
@@ -44,20 +43,20 @@ def run(options: Forecast) -> dict[str, Any]:
     recorded = find_recorded(options, forecasters)
     judges = find_judges(options, recorded.store, forecasters.action)
     options.output.mkdir(parents=True, exist_ok=True)
-    futures, stopped = sample_futures(options, forecasters, recorded)
-    if not futures.episodes:
-        raise Interrupted("stopped before an episode was forecast; nothing was kept")
+    futures, ended = sample_futures(options, forecasters, recorded)
+    if ended is not None and not futures.episodes:
+        raise ended
     results, labels = judge(options, forecasters, recorded, judges, futures)
     write_whole(options.output / "results.json", format_json(results))
-    print_tables(results)
+    print_table(results)
     page = options.output / "forecast.html"
-    fans = choose_fans(options, results, recorded, futures, labels)
+    fans = choose_fans(options, results, futures, labels)
     Remarks().attempt("no page", lambda: write_forecast_page(page, results, judges.scene_of(futures), fans), None)
-    console.print(f"results in {options.output}/results.json, page in {page}", soft_wrap=True)
-    if stopped:
-        raise Interrupted(
-            f"stopped after {len(futures.episodes)} of {len(recorded.episodes)} episodes; {options.output} has these"
-        )
+    beside = f", page in {page}" if page.exists() else ""
+    console.print(f"results in {options.output}/results.json{beside}", soft_wrap=True)
+    if ended is not None:
+        done = f"{len(futures.episodes)} of {len(recorded.episodes)} episodes; {options.output} has these"
+        raise type(ended)(f"{ended} after {done}")
     return results
 
 
@@ -147,11 +146,7 @@ def _flat(parts: Mapping[str, Metric]) -> Any:
 
 
 def choose_fans(
-    options: Forecast,
-    results: Mapping[str, Any],
-    recorded: Recorded,
-    futures: Futures,
-    labels: Mapping[str, list[list[str | None]]],
+    options: Forecast, results: Mapping[str, Any], futures: Futures, labels: Mapping[str, list[list[str | None]]]
 ) -> list[Fan]:
     """Episodes for the page, evenly from all, with their samples and the modes of these."""
     few = np.unique(np.linspace(0, len(futures.episodes) - 1, min(options.shown, len(futures.episodes))).astype(int))
@@ -173,29 +168,18 @@ def choose_fans(
     ]
 
 
-def print_tables(results: Mapping[str, Any]) -> None:
-    """A table of each figure that depends on k, a row a forecaster; then one of the others."""
+def print_table(results: Mapping[str, Any]) -> None:
+    """A row a figure, a column a forecaster, and what the data themselves come to."""
+    of_all = {**results["rows"], "the data": results["data"]}
+    cells: dict[str, dict[str, Any]] = {}
     for info in metrics_of("forecast"):
-        cells = {
-            row: of[info.name] if info.parts else {info.label: of[info.name]}
-            for row, of in results["rows"].items()
-            if info.name in of
-        }
-        if cells and info.parts:
-            print_cells(
-                info.label,
-                "forecast",
-                "k",
-                {row: {k: {"it": one} for k, one in of.items()} for row, of in cells.items()},
-                "it",
-                "{:.3g}",
-            )
-    single = [info for info in metrics_of("forecast") if not info.parts]
-    cells = {
-        row: {info.label: {"it": of[info.name]} for info in single if info.name in of}
-        for row, of in results["rows"].items()
-    }
-    cells["the data themselves"] = {
-        info.label: {"it": results["data"][info.name]} for info in single if info.name in results["data"]
-    }
-    print_cells("figures of all samples", "forecast", "figure", cells, "it", "{:.3g}")
+        for row, of in of_all.items():
+            found = of.get(info.name)
+            parts = found if info.parts and found else {"": found}
+            for k, metric in parts.items() if found else ():
+                label = f"{info.label}, k = {k}" if k else info.label
+                cells.setdefault(label, {})[row] = {"it": metric}
+    columns = {row: {"it": None} for row in of_all}
+    print_cells(
+        "what is forecast", "figure", "forecast", {name: columns | row for name, row in cells.items()}, "it", "{:.3g}"
+    )

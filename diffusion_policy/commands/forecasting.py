@@ -14,6 +14,7 @@ from diffusion_policy import envs
 from diffusion_policy.basics.streams import derive_rng
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.checkpoints.checkpoint import Checkpoint
+from diffusion_policy.commands.interrupts import Interrupted, stop_on_signal
 from diffusion_policy.commands.options.forecast import Forecast
 from diffusion_policy.commands.stores import open_store
 from diffusion_policy.commands.terminal import progress_bar
@@ -249,22 +250,28 @@ def label_all(judges: Judges, history: np.ndarray, futures: np.ndarray) -> list[
 # Samples
 
 
-def sample_futures(options: Forecast, forecasters: Forecasters, recorded: Recorded) -> tuple[Futures, bool]:
-    """What all forecasters say of the episodes, and whether Ctrl-C ended it early, with what was done until then.
-    Raises FloatingPointError for what is not finite."""
+def sample_futures(
+    options: Forecast, forecasters: Forecasters, recorded: Recorded
+) -> tuple[Futures, Interrupted | FloatingPointError | ValueError | None]:
+    """What all forecasters say of the episodes; and what ended it early, with what was done until then: a stop, a
+    forecast that is not finite, or data that are not."""
     size = max(1, TOGETHER // options.samples)
     chunks = [recorded.episodes[i : i + size] for i in range(0, len(recorded.episodes), size)]
     done: list[Futures] = []
-    stopped = False
-    with progress_bar("episodes") as bar:
+    ended = None
+    with progress_bar("episodes") as bar, stop_on_signal() as stop:
         task = bar.add_task("forecasting", total=len(recorded.episodes), note="")
-        try:
-            for chunk in chunks:
+        for chunk in chunks:
+            try:
                 done.append(_sample_chunk(options, forecasters, recorded, chunk))
-                bar.advance(task, len(chunk))
-        except KeyboardInterrupt:
-            stopped = True
-    return _join(done), stopped
+            except (FloatingPointError, ValueError) as error:
+                ended = error
+                break
+            bar.advance(task, len(chunk))
+            if stop.is_set():
+                ended = Interrupted("stopped")
+                break
+    return _join(done), ended if len(done) < len(chunks) else None
 
 
 def _sample_chunk(options: Forecast, forecasters: Forecasters, recorded: Recorded, chunk: np.ndarray) -> Futures:
@@ -274,6 +281,9 @@ def _sample_chunk(options: Forecast, forecasters: Forecasters, recorded: Recorde
     keys |= {*store.parts(forecasters.action)} | ({PROBABILITIES} & {*store.keys})
     rows = [{key: part[:stop] for key, part in episode.data.items()} for episode in store.episodes(chunk, tuple(keys))]
     positions = np.stack([_read(store, one, forecasters.action) for one in rows]).astype(np.float64)
+    bad = np.flatnonzero(~np.isfinite(positions).reshape(len(chunk), -1).all(axis=1))
+    if len(bad):
+        raise ConfigError(f"{forecasters.action} of {store.location} holds NaN or infinity in episode {chunk[bad[0]]}")
     positions = positions.reshape(len(chunk), stop, -1, 2)
     history, truth = positions[:, : now + 1], positions[:, now + 1 :]
     straight = constant_velocity(history, recorded.steps)
