@@ -13,7 +13,7 @@ from diffusion_policy import envs
 from diffusion_policy.envs import avoid, block_push, egl
 from diffusion_policy.evaluation.pool import EnvironmentPool
 
-AVOID, BLOCK_PUSH, PUSH_T = envs.ENV_IDS
+AVOID, BLOCK_PUSH, PUSH_T, INTERSECTION = envs.ENV_IDS
 MISSING = pytest.mark.skipif(find_spec("gym_pusht") is None, reason="gym-pusht is not installed")
 ARMS = [AVOID, BLOCK_PUSH]
 TASKS = [*ARMS, pytest.param(PUSH_T, marks=MISSING)]

@@ -341,7 +341,8 @@ def test_the_table_says_which_value_is_the_best() -> None:
     assert set(get_args(MetricName)) <= set(METRICS)
     assert [name for name in METRICS if lower_is_better(name)] == [
         "mode_divergence", "jerk", "time_to_success", "planning_latency_ms", "validation_loss", "action_error",
-        "action_error_best",
+        "action_error_best", "min_ade", "min_fde", "miss_rate", "brier_min_fde", "energy_score", "collision_rate",
+        "mode_error", "log_score",
     ]  # fmt: skip
     assert lower_is_better("my_error")
     assert lower_is_better("my_loss")
