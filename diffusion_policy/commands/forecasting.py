@@ -121,6 +121,8 @@ def find_forecasters(options: Forecast) -> Forecasters:
     step or another key than the first, and for a way to sample that the checkpoint does not know."""
     found: list[Forecaster] = []
     for path in (options.checkpoint, *options.beside):
+        if any(path.resolve() == one.path.resolve() for one in found):
+            raise ConfigError(f"the same checkpoint is given twice: {path}")
         loaded = checkpoint.load(path, choose_device(options.device))
         wanted = SampleConfig() if found else options.sampling
         row = _name(path, [one.row for one in found])
@@ -133,10 +135,7 @@ def _name(path: Path, taken: Sequence[str]) -> str:
     """The shortest end of a path that no other forecaster has."""
     parts = [part for part in path.parts if part != path.anchor] or [str(path)]
     names = ["/".join(parts[-count:]) for count in range(1, len(parts) + 1)]
-    free = [name for name in names if name not in (*taken, CONSTANT_VELOCITY)]
-    if not free:
-        raise ConfigError(f"the same checkpoint is given twice: {path}")
-    return free[0]
+    return next((name for name in names if name not in (*taken, CONSTANT_VELOCITY)), str(path))
 
 
 def _require_positions(one: Forecaster, first: Forecaster) -> None:

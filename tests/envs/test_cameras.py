@@ -16,13 +16,13 @@ from diffusion_policy.evaluation.pool import EnvironmentPool
 AVOID, BLOCK_PUSH, PUSH_T, INTERSECTION = envs.ENV_IDS
 MISSING = pytest.mark.skipif(find_spec("gym_pusht") is None, reason="gym-pusht is not installed")
 ARMS = [AVOID, BLOCK_PUSH]
-TASKS = [*ARMS, pytest.param(PUSH_T, marks=MISSING)]
+TASKS = [*ARMS, INTERSECTION, pytest.param(PUSH_T, marks=MISSING)]
 SIZE = 32
 
 
 def seen(env_id: str) -> dict[str, object]:
     """Arguments for all images that a task has."""
-    return {"image_size": SIZE} | ({} if env_id == PUSH_T else {"wrist_image": True})
+    return {"image_size": SIZE} | ({"wrist_image": True} if env_id in ARMS else {})
 
 
 def play(env: object, seed: int, steps: int = 6) -> list[dict[str, np.ndarray]]:
@@ -37,7 +37,7 @@ def play(env: object, seed: int, steps: int = 6) -> list[dict[str, np.ndarray]]:
 @pytest.mark.parametrize("env_id", TASKS)
 def test_images_stand_beside_the_state_and_change_nothing_of_it(env_id: str) -> None:
     env, blind = envs.make(env_id, **seen(env_id)), envs.make(env_id)
-    keys = {"image", *(() if env_id == PUSH_T else ("wrist_image",))}
+    keys = {"image", *(("wrist_image",) if env_id in ARMS else ())}
     assert env.observation_space.keys() - blind.observation_space.keys() == keys
     for one, other in zip(play(env, 1), play(blind, 1), strict=True):
         assert env.observation_space.contains(one)
@@ -80,7 +80,7 @@ def test_an_image_follows_what_moves(env_id: str) -> None:
     for _ in range(3):
         last, *_ = env.step(low + 0.9 * (high - low))
     moved = (first["image"] != last["image"]).any(axis=-1)
-    assert 10 < moved.sum() < moved.size / 3
+    assert 5 < moved.sum() < moved.size / 3
     env.close()
 
 
