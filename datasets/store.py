@@ -159,9 +159,8 @@ class EpisodeStore:
         return tuple(named) if named else tuple(key for key in self.keys if key not in self.parts(self.action_key))
 
     def parts(self, key: str) -> tuple[str, ...]:
-        """The arrays of a key: `a+b` means the columns of a and of b side by side, and `a+` those of a alone, which is
-        then read under two names, unless an array has that name."""
-        return (key,) if "+" not in key or key in self.arrays.names("data") else tuple(filter(None, key.split("+")))
+        """The arrays of a key: `a+b` means the columns of a and of b side by side, unless an array has that name."""
+        return (key,) if "+" not in key or key in self.arrays.names("data") else tuple(key.split("+"))
 
     def columns(self, key: str) -> dict[str, int]:
         """Where the columns of each array of a key begin."""

@@ -43,14 +43,14 @@ class StreamedWindows:
         mark_padding: bool = False,
         pool_bytes: int = POOL_BYTES,
     ) -> None:
-        """`keys`: name of each key of the store in a batch, one of them `action`; the others as in `Windows`."""
+        """`keys`: by its name in a batch, `action` among them, the key of the store; the others as in `Windows`."""
         self._store, self._keys, self._device, self._labels = store, keys, device, labels
         self._mark_padding = mark_padding
         self._horizons = observation_horizon, prediction_horizon
         self._ends = store.episode_ends
         self._chosen = np.zeros(len(self._ends), bool)
         self._chosen[episodes] = True
-        sizes = {key: _row_bytes(store, key) for key in keys}
+        sizes = {key: _row_bytes(store, key) for key in keys.values()}
         aligned = store.chunk_rows(max(sizes, key=lambda key: sizes[key]))  # few chunks are read for two blocks
         block_bytes = aligned * (sum(sizes.values()) + INDEX_BYTES)
         self._block_rows = aligned * max(1, pool_bytes // POOL_BLOCKS // block_bytes)
@@ -68,7 +68,7 @@ class StreamedWindows:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """As `Windows.shapes`."""
         To, T = self._horizons
-        return {name: (T if name == "action" else To, *self._store.shape(key)) for key, name in self._keys.items()}
+        return {name: (T if name == "action" else To, *self._store.shape(key)) for name, key in self._keys.items()}
 
     def batches(self, batch_size: int, seed: int, first_step: int = 0, shard: Shard = WHOLE) -> Iterator[Batch]:
         """As `Windows.batches`; only the rows of the pool and of the next one are in memory. Blocks are read whole,
@@ -132,7 +132,7 @@ class StreamedWindows:
         data = _make_room(self._store, self._keys, len(rows))
         ends, episodes, indices = [], [], []
         for (start, stop), (first, last), offset in zip(inner, outer, offsets[:-1], strict=True):
-            for key, name in self._keys.items():
+            for name, key in self._keys.items():
                 data[name][offset : offset + last - first] = _read(self._store, key, first, last)
             first_held, last_held = np.searchsorted(self._ends, [first, last - 1], side="right")
             held = np.arange(first_held, last_held + 1)
@@ -173,7 +173,7 @@ def load_windows(
 ) -> Windows | StreamedWindows:
     """The windows of some episodes of a store: held in memory where they fit, else streamed. Arguments as in
     `StreamedWindows` and `Windows`. Raises ValueError for hindsight where they do not fit."""
-    horizons, needed = (observation_horizon, prediction_horizon), memory_needed(store, keys, episodes)
+    horizons, needed = (observation_horizon, prediction_horizon), memory_needed(store, keys.values(), episodes)
     if needed <= memory_bytes:
         return hold_windows(
             store,
@@ -251,7 +251,7 @@ def read_episodes(
     chosen[episodes] = True
     used = np.repeat(chosen, lengths)
     data = _make_room(store, keys, int(used.sum()))
-    for key, name in keys.items():
+    for name, key in keys.items():
         filled = 0
         for start, stop in store.block_spans(key):
             if used[start:stop].any():
@@ -268,9 +268,9 @@ def _row_bytes(store: EpisodeStore, key: str) -> int:
 
 def _make_room(store: EpisodeStore, keys: Mapping[str, str], rows: int) -> dict[str, np.ndarray]:
     """Empty arrays for so many rows of each key, by its name."""
-    shapes = {key: store.shape(key) for key in keys}
+    shapes = {name: store.shape(key) for name, key in keys.items()}
     return {
-        name: np.empty((rows, *shapes[key]), held_type(store.dtype(key), shapes[key])) for key, name in keys.items()
+        name: np.empty((rows, *shapes[name]), held_type(store.dtype(key), shapes[name])) for name, key in keys.items()
     }
 
 

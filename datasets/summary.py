@@ -25,8 +25,8 @@ def summarize(
     store: EpisodeStore, observation_keys: Sequence[str], action_key: str, episodes: Sequence[int] | np.ndarray
 ) -> Summary:
     """Fingerprint of a store and statistics of some of its episodes, in one pass with bounded memory."""
-    keys = {key: key for key in observation_keys} | {action_key: "action"}
-    measuring = {name: Measuring() for name in keys.values()}
+    names = {key: key for key in observation_keys} | {"action": action_key}
+    measuring = {name: Measuring() for name in names}
     ends = store.episode_ends
     chosen = np.zeros(len(ends), bool)
     chosen[episodes] = True
@@ -34,7 +34,8 @@ def summarize(
     def add(key: str, start: int, rows: np.ndarray) -> None:
         episode_of = np.searchsorted(ends, np.arange(start, start + len(rows)), side="right")
         used = chosen[episode_of]
-        measuring[keys[key]].add(rows if used.all() else rows[used])
+        for name in (name for name, read in names.items() if read == key):
+            measuring[name].add(rows if used.all() else rows[used])
 
     fingerprint = store.fingerprint(observation_keys, action_key, add)
     return Summary(fingerprint, {name: part.result() for name, part in measuring.items()})

@@ -151,6 +151,14 @@ class Windows:
         chosen._rows = self._rows[indices]
         return chosen
 
+    def whole(self) -> Windows:
+        """The windows that lie within their episodes; raises ValueError where none does."""
+        first, last = self._now + self._steps[0], self._now + self._steps[self._horizons[1] - 1]
+        indices = np.flatnonzero((first >= self._first) & (last <= self._last))
+        if not len(indices):
+            raise ValueError(f"no window of {self._horizons[1]} steps lies within its episode")
+        return self.subset(indices)
+
     def gather(self, indices: Sequence[int] | np.ndarray | Tensor, draws: np.ndarray | None = None) -> Batch:
         """The windows with these indices, (B,) int64 on the CPU. `draws`: from 0 to below 1, which of them take a goal
         in hindsight and of which step, (B, 2); by default none does."""

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from diffusion_policy.commands.front_door import LoadedPolicy, collect, evaluate, render_dataset, rollout, train
+    from diffusion_policy.commands.front_door import (
+        LoadedPolicy,
+        collect,
+        evaluate,
+        forecast,
+        render_dataset,
+        rollout,
+        train,
+    )
     from diffusion_policy.commands.loading import load
     from diffusion_policy.config import (
         PolicyConfig,
@@ -37,7 +45,7 @@ if TYPE_CHECKING:
     from diffusion_policy.training.trainer import Trainer
 
 HOMES = {
-    "commands.front_door": ("LoadedPolicy", "collect", "evaluate", "render_dataset", "rollout", "train"),
+    "commands.front_door": ("LoadedPolicy", "collect", "evaluate", "forecast", "render_dataset", "rollout", "train"),
     "commands.loading": ("load",),
     "config": ("PolicyConfig", "SampleConfig", "SuccessAndModes", "TrainConfig", "TransformerConfig", "UnetConfig"),
     "control.controller": ("Controller",),
@@ -53,7 +61,8 @@ HOMES = {
 """Where each name of the front door stands."""
 
 __all__ = [  # noqa: RUF022  (functions first)
-    "collect", "train", "evaluate", "rollout", "render_dataset", "load", "connect", "LoadedPolicy", "DiffusionPolicy",
+    "collect", "train", "evaluate", "rollout", "forecast", "render_dataset", "load", "connect", "LoadedPolicy",
+    "DiffusionPolicy",
     "Controller", "PolicyPlanner", "Trainer", "Windows", "EpisodeStore", "Recorder", "EnvSpec", "PolicyConfig",
     "UnetConfig", "TransformerConfig", "TrainConfig", "SampleConfig", "SuccessAndModes",
 ]  # fmt: skip

@@ -25,6 +25,7 @@ from diffusion_policy.commands.options.doctor import Doctor
 from diffusion_policy.commands.options.evaluate import Evaluate
 from diffusion_policy.commands.options.export import Export
 from diffusion_policy.commands.options.flags import fill_in, make_form
+from diffusion_policy.commands.options.forecast import Forecast
 from diffusion_policy.commands.options.live import Live
 from diffusion_policy.commands.options.report import Report
 from diffusion_policy.commands.options.rollout import Rollout
@@ -50,6 +51,7 @@ VERBS: dict[str, type[Command]] = {
     "evaluate": Evaluate,
     "report": Report,
     "compare": Compare,
+    "forecast": Forecast,
     "rollout": Rollout,
     "run-robot": RunRobot,
     "serve": Serve,

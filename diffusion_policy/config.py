@@ -434,11 +434,10 @@ class PolicyConfig:
         _require(0 <= self.condition_dropout < 1, "condition_dropout", "from 0 to below 1", self.condition_dropout)
         require_numbers(self)
 
-    def target_key(self, action: str, observations: Collection[str]) -> str:
-        """What the columns that the network predicts are called in a store: those of several arrays side by side,
-        `a+b`; of one that is observed too, `a+`. `action`: the store's key of the actions."""
-        joined = "+".join(action if key == "action" else key for key in self.target) or action
-        return f"{joined}+" if joined in observations else joined
+    def target_key(self, action: str) -> str:
+        """What the columns that the network predicts are called in a store, of several arrays `a+b`; `action`: the
+        store's key of the actions."""
+        return "+".join(action if key == "action" else key for key in self.target) or action
 
     def _check_objective(self) -> None:
         check_choice("objective", self.objective, get_args(ObjectiveName))
@@ -539,6 +538,9 @@ class TrainConfig:
     mask_padding: bool = False
     """Leave out of the loss the actions beyond an episode's ends, where the first or last one is repeated; without this
     the policy learns to stay where the demonstration ended."""
+    whole_windows: bool = False
+    """Train on, and validate with, the windows alone that lie within their episodes, so that nothing is repeated before
+    an episode's beginning or beyond its end; for forecasts, as long windows are mostly repetition else."""
     vision_weights: Annotated[str | None, Group("images")] = None
     """File of weights (.safetensors) that the trunks of all image encoders begin with, such as those of a published
     ResNet-18, whose BatchNorms are left out."""

@@ -29,6 +29,7 @@ _TASKS = {  # entry point, control steps after which Gymnasium's time limit ends
     "diffusion_policy/BlockPush-v0": ("diffusion_policy.envs.block_push:BlockPushEnv", 350),
     "diffusion_policy/Maze-v0": ("diffusion_policy.envs.maze:MazeEnv", 200),
     "diffusion_policy/PushT-v0": ("diffusion_policy.envs.push_t:PushTEnv", 300),
+    "diffusion_policy/Intersection-v0": ("diffusion_policy.envs.intersection:IntersectionEnv", 80),
 }
 for _id, (_entry_point, _steps) in _TASKS.items():
     gymnasium.register(_id, entry_point=_entry_point, max_episode_steps=_steps)

@@ -152,6 +152,7 @@ OTHERS: dict[type, dict[str, Any]] = {
         "action_error_best", "rollout_every": 500, "rollout_episodes": 2, "precision": "bf16", "accumulation": 2,
         "compile": True, "seed": 2**32 - 1, "vision_weights": "resnet18.safetensors", "freeze_vision": True,
         "hindsight": ("xy=pose",), "hindsight_share": 1.0, "mask_padding": True,
+        "whole_windows": True,
         "noise_draws": 2, "latent": "runs/latent",
     },
     DistillationConfig: {

@@ -7,7 +7,7 @@ choice of the best reads this one. Knows names and words. Knows no values and no
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-Group = Literal["success", "measure", "modes", "plans", "movement", "training"]
+Group = Literal["success", "measure", "modes", "plans", "movement", "training", "forecast"]
 
 
 class MetricInfo(NamedTuple):
@@ -168,6 +168,57 @@ _ROWS = (
     MetricInfo("action_error_best", "best sample", "training", "", True),
     MetricInfo("teacher_agreement", "as the teacher", "training", "%", False),
     MetricInfo("teacher_spread", "spread", "training", "", None),
+    MetricInfo(
+        "min_ade",
+        "minADE",
+        "forecast",
+        "",
+        True,
+        meaning="distance from what came, mean over agents and steps, of the best of k samples",
+        parts=True,
+    ),
+    MetricInfo(
+        "min_fde", "minFDE", "forecast", "", True, meaning="the same at the last step, of the best there", parts=True
+    ),
+    MetricInfo(
+        "miss_rate", "misses", "forecast", "%", True, meaning="none of k samples ends near what came", parts=True
+    ),
+    MetricInfo(
+        "brier_min_fde",
+        "brier-minFDE",
+        "forecast",
+        "",
+        True,
+        meaning="minFDE + (1 \N{MINUS SIGN} 1/k)\N{SUPERSCRIPT TWO}, each of k samples being as likely",
+        parts=True,
+    ),
+    MetricInfo(
+        "energy_score",
+        "energy score",
+        "forecast",
+        "",
+        True,
+        meaning="of the joint futures of all agents: a proper score, least on average for the true distribution",
+    ),
+    MetricInfo("collision_rate", "collisions", "forecast", "%", True, meaning="samples in which two agents collide"),
+    MetricInfo(
+        "mode_error",
+        "error of mode shares",
+        "forecast",
+        "",
+        True,
+        meaning="mean difference between the share of samples in a mode and its true probability",
+        undefined="true probabilities are not recorded",
+    ),
+    MetricInfo(
+        "log_score",
+        "log score",
+        "forecast",
+        "nats",
+        True,
+        meaning="\N{MINUS SIGN}log of the predicted probability of the mode that came",
+        undefined="no modes are known",
+    ),
 )
 
 METRICS = {row.name: row for row in _ROWS}

@@ -149,7 +149,7 @@ def require_savable(checkpoint: Checkpoint) -> None:
 def _contents(checkpoint: Checkpoint, files: dict[str, Recorded]) -> Contents:
     """What config.json says."""
     policy, dataset = checkpoint.policy, checkpoint.dataset
-    keys = {"action": policy.config.target_key(dataset.action_key, policy.shapes.observations)}
+    keys = {"action": policy.config.target_key(dataset.action_key)}
     return Contents(
         format=FORMAT,
         format_version=FORMAT_VERSION,

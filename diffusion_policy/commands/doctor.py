@@ -70,7 +70,7 @@ class Rows(NamedTuple):
     data: dict[str, np.ndarray]
     episode_ends: np.ndarray
     statistics: dict[str, Statistics]
-    """By the keys of the store."""
+    """By the names of `data`."""
 
     @property
     def episodes(self) -> Iterator[dict[str, np.ndarray]]:
@@ -130,7 +130,7 @@ def _find_data(options: Doctor, loaded: Checkpoint | None) -> tuple[EpisodeStore
         return store, choose_keys(store, options.observation, options.action, options.policy), []
     policy = loaded.policy
     observed, action = tuple(policy.shapes.observations), loaded.dataset.action_key
-    keys = Keys(observed, action, policy.config.target_key(action, observed), policy.config.target)
+    keys = Keys(observed, action, policy.config.target_key(action), policy.config.target)
     if options.dataset is not None:
         store = open_store(options.dataset)
         known = {**policy.shapes.observations, keys.target: policy.shapes.row}
@@ -165,7 +165,7 @@ def _check_all(options: Doctor, subject: Subject) -> Iterator[Check]:
         yield doctor.check_last_level(schedule)
         return
     yield Check(READABLE, "pass", f"{len(data['action'])} steps of {', '.join(data)}, no NaN, no infinity")
-    statistics = {key: measure(data[name])._replace(dtype=store.dtype(key)) for key, name in keys.names.items()}
+    statistics = {name: measure(data[name])._replace(dtype=store.dtype(key)) for name, key in keys.names.items()}
     yield from _check_with_data(options, subject, Rows(store, data, ends, statistics))
 
 
@@ -175,7 +175,7 @@ def _check_with_data(options: Doctor, subject: Subject, rows: Rows) -> Iterator[
     with without_memory():
         weights = count_weights(loaded.policy if loaded else make())
     policy = loaded.policy if loaded else make().to(subject.device)
-    columns = {f"data/{key}": found for key, found in rows.statistics.items()}
+    columns = {f"data/{subject.keys.names[name]}": found for name, found in rows.statistics.items()}
     yield doctor.check_constant(columns, subject.config.normalization)
     yield from _check_data(options, policy, rows)
     windows = _windows(policy, rows.store, rows.data, rows.episode_ends)
@@ -193,12 +193,11 @@ def _check_with_data(options: Doctor, subject: Subject, rows: Rows) -> Iterator[
 
 def _make_untrained(options: Doctor, subject: Subject, rows: Rows) -> DiffusionPolicy:
     """A new policy for these data that denoises, whose loss weighs all levels alike and drops no condition."""
-    loaded, names = subject.loaded, subject.keys.names
+    loaded = subject.loaded
     modes = loaded.policy.modes if loaded else rows.store.modes
     angles = loaded.policy.shapes.angles if loaded else choose_angles(rows.store, options.angles, subject.keys)
     target = loaded.policy.shapes.target if loaded else subject.keys.sizes(rows.store)
     torch.manual_seed(options.seed)
-    named = {names[key]: found for key, found in rows.statistics.items()}
     plain = dataclasses.replace(
         subject.config, objective="denoising", student_steps=0, snr_gamma=0.0, condition_dropout=0.0
     )
@@ -208,7 +207,9 @@ def _make_untrained(options: Doctor, subject: Subject, rows: Rows) -> DiffusionP
     else:  # its rows are embeddings too: they tell apart what it was trained on
         texts, known = loaded.policy.instructions, loaded.policy.label_rows
         embeddings = known.get_buffer("rows").cpu().numpy() if known.size else None
-    return DiffusionPolicy.for_statistics(plain, named, modes, angles, texts, embeddings, rows.episodes, target)
+    return DiffusionPolicy.for_statistics(
+        plain, rows.statistics, modes, angles, texts, embeddings, rows.episodes, target
+    )
 
 
 def _draw_noised(path: Path, policy: DiffusionPolicy, windows: Windows, seed: int) -> None:
@@ -286,12 +287,12 @@ def _read(store: EpisodeStore, keys: Keys) -> tuple[dict[str, np.ndarray], np.nd
     failed check for each key that cannot be read."""
     data, ends, problems = {}, np.empty(0), []
     try:
-        episodes = episodes_within(store, keys.names, np.arange(len(store.episode_ends)), MEMORY_BYTES)
+        episodes = episodes_within(store, keys.names.values(), np.arange(len(store.episode_ends)), MEMORY_BYTES)
     except StoreError as error:
         return {}, ends, [Check(READABLE, "fail", str(error), "see what else is wrong: dataset validate")]
-    for key, name in keys.names.items():
+    for name, key in keys.names.items():
         try:
-            rows, ends = read_episodes(store, {key: name}, episodes)
+            rows, ends = read_episodes(store, {name: key}, episodes)
             data |= rows
         except StoreError as error:
             problems.append(Check(READABLE, "fail", str(error), "see what else is wrong: dataset validate"))

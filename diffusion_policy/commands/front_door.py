@@ -17,6 +17,7 @@ from diffusion_policy.commands.options.collect import Collect
 from diffusion_policy.commands.options.dataset import Render
 from diffusion_policy.commands.options.evaluate import Evaluate
 from diffusion_policy.commands.options.export import Export
+from diffusion_policy.commands.options.forecast import Forecast
 from diffusion_policy.commands.options.rollout import Rollout
 from diffusion_policy.commands.options.train import Train, fields_of_teacher
 from diffusion_policy.config import (
@@ -60,6 +61,12 @@ def rollout(checkpoint: str | Path, **options: Any) -> Any:
     """Roll a policy out for a few episodes, to look at or to record; options as `diffusion-policy rollout --help`
     shows. Raises as `collect`."""
     return _told(Rollout(Path(checkpoint)), options).run()
+
+
+def forecast(checkpoint: str | Path, dataset: str | Path, output: str | Path, **options: Any) -> dict[str, Any]:
+    """Forecast what comes in recorded episodes; returns what results.json holds. Options as `diffusion-policy forecast
+    --help` shows. Raises as `collect`, and FloatingPointError for a forecast that is not finite."""
+    return _told(Forecast(Path(checkpoint), str(dataset), Path(output)), options).run()
 
 
 def render_dataset(store: str | Path, output: str | Path, **options: Any) -> int:

@@ -25,8 +25,9 @@ class Keys(NamedTuple):
 
     @property
     def names(self) -> dict[str, str]:
-        """What each key is called once it is read: what is predicted is `action`."""
-        return {key: key for key in self.observations} | {self.target: "action"}
+        """By the name under which it is read, the key of the store: what is predicted is `action`. One key may be both,
+        as where a policy forecasts what it observes."""
+        return {key: key for key in self.observations} | {"action": self.target}
 
     def sizes(self, store: EpisodeStore) -> dict[str, int]:
         """Columns of each key that is predicted, in order; empty for the action alone."""
@@ -68,7 +69,7 @@ def choose_keys(
     lacking = [part for part in parts if part not in store.keys]
     if lacking:
         raise ConfigError(f"{store.location} has no action key {lacking[0]!r}; {has}; choose with --action")
-    wrong = [key for key in keys if key not in store.keys or key == action]
+    wrong = [key for key in keys if key not in store.keys]
     if wrong or not keys:
         sought = f"no observation {wrong[0]!r}" if wrong else "no observations"
         raise ConfigError(f"{store.location} has {sought}; {has}")
@@ -77,7 +78,7 @@ def choose_keys(
     unknown = [key for key in config.target if key != "action" and key not in store.keys]
     if unknown:
         raise ConfigError(f"{store.location} has no {unknown[0]!r} to predict; {has}; choose with --target")
-    return Keys(keys, action, config.target_key(action, keys), config.target)
+    return Keys(keys, action, config.target_key(action), config.target)
 
 
 def choose_angles(store: EpisodeStore, wanted: Sequence[str], keys: Keys) -> dict[str, tuple[int, ...]]:
@@ -85,8 +86,8 @@ def choose_angles(store: EpisodeStore, wanted: Sequence[str], keys: Keys) -> dic
     what the store says, for the keys that are read. Where actions lie in several arrays, columns may be those of an
     array, or of all side by side."""
     parts = store.columns(keys.target)
-    angles = parse_angles(wanted, {**keys.names, **parts}) if wanted else store.attributes.get("angles", {})
-    chosen = {keys.names[key]: tuple(columns) for key, columns in angles.items() if key in keys.names}
+    angles = parse_angles(wanted, {*keys.names.values(), *parts}) if wanted else store.attributes.get("angles", {})
+    chosen = {name: tuple(angles[one]) for one in angles for name, key in keys.names.items() if key == one}
     for part, first in parts.items() if len(parts) > 1 else ():
         size = math.prod(store.shape(part))
         wrong = [column for column in angles.get(part, ()) if column >= size]

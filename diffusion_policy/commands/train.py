@@ -110,7 +110,7 @@ def _begin(options: Train, store: EpisodeStore, plan: Plan, sketch: Checkpoint, 
     could not be saved."""
     with console.status("measuring the data"):
         summary = summarize(store, plan.keys.observations, plan.keys.target, plan.chosen)
-    columns = {f"data/{key}": summary.statistics[name] for key, name in plan.keys.names.items()}
+    columns = {f"data/{key}": summary.statistics[name] for name, key in plan.keys.names.items()}
     for sentence in describe_columns(columns, NORMALIZATIONS[options.policy.normalization]):
         console.print(sentence)
     torch.manual_seed(options.training.seed)
@@ -131,16 +131,16 @@ def _begin(options: Train, store: EpisodeStore, plan: Plan, sketch: Checkpoint, 
 
 def _read_rows(store: EpisodeStore, plan: Plan) -> Iterator[dict[str, np.ndarray]]:
     """The rows of each episode to train on, by the names of the keys once they are read; without images."""
-    names = {key: name for key, name in plan.keys.names.items() if not is_image(store.shape(key))}
-    for episode in store.episodes(plan.chosen.tolist(), tuple(names)):
-        yield {name: episode.data[key] for key, name in names.items()}
+    names = {name: key for name, key in plan.keys.names.items() if not is_image(store.shape(key))}
+    for episode in store.episodes(plan.chosen.tolist(), tuple(dict.fromkeys(names.values()))):
+        yield {name: episode.data[key] for name, key in names.items()}
 
 
 def _tell(options: Train, store: EpisodeStore, plan: Plan, fingerprint: str) -> dict[str, Any]:
     """What the run's folder says of this training, with the keys and angles that the store named; raises ConfigError
     where it goes on and the folder says otherwise."""
-    stored = {name: key for key, name in plan.keys.names.items()}
-    angles = tuple(f"{stored[key]}:{','.join(map(str, columns))}" for key, columns in plan.angles.items())
+    angles = {plan.keys.names[name]: ",".join(map(str, columns)) for name, columns in plan.angles.items()}
+    angles = tuple(f"{key}:{columns}" for key, columns in angles.items())
     completed = replace(options, observation=plan.keys.observations, action=(plan.keys.action,), angles=angles)
     told = to_options(completed, fingerprint, plan.labels.tell(store.modes))
     if options.resume:

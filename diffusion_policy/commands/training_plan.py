@@ -176,10 +176,17 @@ def cut_windows(
         hindsight=hindsight,
         mark_padding=options.training.mask_padding,
     )
+    choose = Windows.whole if options.training.whole_windows else lambda windows: windows
+    if isinstance(windows, Windows):
+        windows = choose(windows)
+    elif options.training.whole_windows:
+        raise ConfigError("--whole-windows needs all episodes in memory; raise --memory-gb")
     if len(plan.held_out) == 0:
         return windows, None
-    few = episodes_within(store, names, plan.held_out, memory if isinstance(windows, Windows) else VALIDATION_BYTES)
-    return windows, hold_windows(store, names, few, *horizons, device=device, labels=labels)
+    few = episodes_within(
+        store, names.values(), plan.held_out, memory if isinstance(windows, Windows) else VALIDATION_BYTES
+    )
+    return windows, choose(hold_windows(store, names, few, *horizons, device=device, labels=labels))
 
 
 def parse_hindsight(texts: Sequence[str], share: float, keys: Collection[str]) -> Hindsight | None:

@@ -30,10 +30,10 @@ OTHER_LOSS = {
     **dict.fromkeys(("normalization", "rotations"), "it is measured in other units"),
     **dict.fromkeys(("action_form", "action_reference"), "it is measured in other units"),
     **dict.fromkeys(("condition_on_mode", "condition_on_instruction", "goal"), "the network is told something else"),
-    **dict.fromkeys(("validation_share", "seed", "memory_gb"), "it is measured on other windows"),
     **dict.fromkeys(
         ("latent", "latent_channels", "latent_stride", "latent_width", "latent_kl"), "it is in another space"
     ),
+    **dict.fromkeys(("validation_share", "seed", "memory_gb", "whole_windows"), "it is measured on other windows"),
     "max_episodes": "other episodes decide the units that it is measured in",
 }
 """Options that change what the validation loss is, or what it is measured on, and how. Under all others of policy and

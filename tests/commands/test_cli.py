@@ -70,6 +70,7 @@ TITLES = {
     "rollout": ["options", "environment", "control", "costs", "simulation", "episode", "sampling", "server"],
     "run-robot": ["positional arguments", "options", "control", "safety", "sampling", "server"],
     "serve": ["options", "access", "load", "control", "sampling"],
+    "forecast": ["options", "forecast", "judging", "sampling"],
     "live": ["options", "environment", "control", "costs", "simulation", "episode", "sampling"],
     "export": ["options", "graph", "sampling"],
     "benchmark": [

@@ -29,6 +29,8 @@ from diffusion_policy.config import (
 )
 
 SMALL = "--widths 16 32 --groups 4 --level-dim 16 --noise-levels 20 --steps 4 --batch-size 32 --device cpu"
+FUTURES = """--action position --observation position velocity --observation-horizon 20 --prediction-horizon 80 \
+    --action-horizon 1 --whole-windows --validation-share 0.5"""
 BRIEF = '{"rows":1,"max_episode_steps":20}'
 SESSION = f"""
 collect --output a.zarr --env diffusion_policy/Avoid-v0 --env-kwargs '{{"rows":1}}' --episodes 6 --seed 50 --noise \
@@ -73,7 +75,7 @@ study instructions --checkpoint rt --output si --instruction 'left=turn left' --
 train --dataset ai.zarr --output rv {SMALL} --observation image wrist_image desired_xy actual_xy --vision vit \
     --vit-width 8 --vit-layers 2 --vit-heads 2 --image-features 8 --image-crop 1 --color-jitter 0.1 --share-encoder \
     --image-normalization channels --goal desired_xy --hindsight desired_xy=actual_xy --hindsight-share 0.4 \
-    --mask-padding --noise-draws 2 --condition-dropout 0.2
+    --mask-padding --whole-windows --noise-draws 2 --condition-dropout 0.2
 train --dataset ai.zarr --output rc {SMALL} --observation image --cnn-widths 4 8 --keypoints 3
 train --resume r
 train --config r/best/config.json --dataset a.zarr --output s --steps 2 --rollout-every 0 --device cpu
@@ -128,6 +130,12 @@ run-robot diffusion_policy.envs.simulated_robot:SimulatedRobot --checkpoint m --
     --robot-kwargs '{{"env_kwargs":{BRIEF}}}' --seed 1 --dry-run --action-horizon 2 --delay-steps 1 --watchdog 20 \
     --chunking ensemble --low -1 --high 1 --change 0.5 --rate 10 --sampling-steps 2 --backend eager \
     --device cpu --precision bf16
+collect --output x.zarr --env diffusion_policy/Intersection-v0 --episodes 4 --noise 0 --workers 1 --no-sync
+train --dataset x.zarr --output fo {SMALL} {FUTURES}
+train --dataset x.zarr --output fr {SMALL} {FUTURES} --objective regression
+forecast --checkpoint fo --dataset x.zarr --output ff --beside fr --now 19 --samples 6 --episodes 1 --seed 2 \
+    --miss-distance 1 --collision-distance 2 --mode-function {{module}}:come --mode-labels far near --shown 1 \
+    --device cpu --sampling-steps 2
 doctor --dataset a.zarr --checkpoint r --output doc --overfit-steps 3 --seed 1 --device cpu --sampler euler \
     --sampling-steps 2 --spacing even --clip none --guidance 0.5 --guidance-schedule rising --mode left \
     --corrector-steps 1 --corrector-size 0.1
@@ -190,6 +198,9 @@ def measure(text):
 
 def score(observations, plans):
     return -np.abs(plans).sum(axis=(2, 3))
+
+def come(observations):
+    return "far" if observations["position"][-1, 1] > 0 else "near"
 
 def label(observations):
     path = observations["desired_xy"]

@@ -340,8 +340,10 @@ def test_each_metric_of_the_table_has_a_formula_or_is_measured_of_fresh_plans() 
 def test_the_table_says_which_value_is_the_best() -> None:
     assert set(get_args(MetricName)) <= set(METRICS)
     assert [name for name in METRICS if lower_is_better(name)] == [
-        "path_ratio", "smoothness", "collision", "mode_divergence", "jerk", "time_to_success", "planning_latency_ms",
-        "validation_loss", "action_error", "action_error_best",
+        "path_ratio", "smoothness", "collision",
+        "mode_divergence", "jerk", "time_to_success", "planning_latency_ms", "validation_loss", "action_error",
+        "action_error_best", "min_ade", "min_fde", "miss_rate", "brier_min_fde", "energy_score", "collision_rate",
+        "mode_error", "log_score",
     ]  # fmt: skip
     assert lower_is_better("my_error")
     assert lower_is_better("my_loss")
