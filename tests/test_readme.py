@@ -78,6 +78,7 @@ MINIATURE = {
     "run-robot": "--steps 5 --hz 20 --sampling-steps 1 --backend eager --device cpu --watchdog 30",
     "doctor": "--overfit-steps 2 --device cpu",
     "sweep": f"{SMALL} --episodes 1 --sampling-steps 2",
+    "forecast": "--samples 2 --episodes 2 --sampling-steps 1 --device cpu",
     "compare": "",
     "report": "",
     "dataset": "",

@@ -73,6 +73,11 @@ class Checkpoint:
     weights_sha256: str = ""
     """Of the file that holds the policy's weights; empty before it is saved."""
 
+    @property
+    def predicted(self) -> str:
+        """Key of its dataset that the policy predicts, see `PolicyConfig.target_key`."""
+        return self.policy.config.target_key(self.dataset.action_key)
+
 
 def save(
     run: Path,
@@ -149,7 +154,7 @@ def require_savable(checkpoint: Checkpoint) -> None:
 def _contents(checkpoint: Checkpoint, files: dict[str, Recorded]) -> Contents:
     """What config.json says."""
     policy, dataset = checkpoint.policy, checkpoint.dataset
-    keys = {"action": policy.config.target_key(dataset.action_key)}
+    keys = {"action": checkpoint.predicted}
     return Contents(
         format=FORMAT,
         format_version=FORMAT_VERSION,

@@ -129,8 +129,8 @@ def _find_data(options: Doctor, loaded: Checkpoint | None) -> tuple[EpisodeStore
         store = open_store(options.dataset)
         return store, choose_keys(store, options.observation, options.action, options.policy), []
     policy = loaded.policy
-    observed, action = tuple(policy.shapes.observations), loaded.dataset.action_key
-    keys = Keys(observed, action, policy.config.target_key(action), policy.config.target)
+    observed = tuple(policy.shapes.observations)
+    keys = Keys(observed, loaded.dataset.action_key, loaded.predicted, policy.config.target)
     if options.dataset is not None:
         store = open_store(options.dataset)
         known = {**policy.shapes.observations, keys.target: policy.shapes.row}

@@ -128,7 +128,7 @@ def find_forecasters(options: Forecast) -> Forecasters:
         row = _name(path, [one.row for one in found])
         found.append(Forecaster(row, path, loaded, loaded.policy.complete(wanted)))
         _require_positions(found[-1], found[0])
-    return Forecasters(tuple(found), found[0].loaded.dataset.action_key)
+    return Forecasters(tuple(found), found[0].loaded.predicted)
 
 
 def _name(path: Path, taken: Sequence[str]) -> str:
@@ -140,18 +140,18 @@ def _name(path: Path, taken: Sequence[str]) -> str:
 
 def _require_positions(one: Forecaster, first: Forecaster) -> None:
     """Raise ConfigError for a policy that cannot forecast what the first one does."""
-    policy, dataset = one.policy, one.loaded.dataset
-    (columns,) = policy.shapes.action
+    policy = one.policy
+    (columns,) = policy.shapes.row
     if columns % 2:
         raise ConfigError(
-            f"{one.path} predicts {dataset.action_key}, {columns} columns; a forecast is pairs of x and y, one for "
-            "each agent: train --action position"
+            f"{one.path} predicts {one.loaded.predicted}, {columns} columns; a forecast is pairs of x and y, one for "
+            "each agent: train --target position"
         )
     if one.steps < 1:
         raise ConfigError(f"{one.path} predicts no step that it does not observe; train with a longer horizon")
-    mine, its = dataset.action_key, first.loaded.dataset.action_key
-    if (mine, policy.shapes.action) != (its, first.policy.shapes.action):
-        raise ConfigError(f"{one.path} forecasts {mine} ({columns},); {first.path} {its} {first.policy.shapes.action}")
+    mine, its = one.loaded.predicted, first.loaded.predicted
+    if (mine, policy.shapes.row) != (its, first.policy.shapes.row):
+        raise ConfigError(f"{one.path} forecasts {mine} ({columns},); {first.path} {its} {first.policy.shapes.row}")
 
 
 # Episodes
@@ -162,7 +162,7 @@ def find_recorded(options: Forecast, forecasters: Forecasters) -> Recorded:
     all of it, for a `now` that is too early, and for episodes that are all too short."""
     store = open_store(options.dataset)
     for one in forecasters.all:
-        needed = {**one.policy.shapes.observations, forecasters.action: one.policy.shapes.action}
+        needed = {**one.policy.shapes.observations, forecasters.action: one.policy.shapes.row}
         lacking = [key for key in needed if any(part not in store.keys for part in store.parts(key))]
         if lacking:
             raise ConfigError(
@@ -197,7 +197,7 @@ def _choose_episodes(store: EpisodeStore, forecasters: Forecasters) -> tuple[np.
         keys, dataset, training = tuple(one.policy.shapes.observations), one.loaded.dataset, one.loaded.training
         if (
             dataset.episodes == len(store.episode_ends)
-            and store.fingerprint(keys, dataset.action_key) == dataset.fingerprint
+            and store.fingerprint(keys, one.loaded.predicted) == dataset.fingerprint
         ):
             trained = True
             _, held_out = split_episodes(dataset.episodes, training.validation_share, training.seed)

@@ -19,7 +19,7 @@ class Forecast(Command):
     """Forecast what comes in recorded episodes, and judge it: distances, misses, collisions, and whether each mode is
     as likely as it should be.
 
-    The policy is one whose action is the positions of all agents, `train --action position`, where position holds x and
+    The policy is one whose action is the positions of all agents, `train --target position`, where position holds x and
     y of one agent after the other. Samples are drawn at one step of each episode. Of the dataset that a policy was
     trained on, only the held-out episodes are forecast. Beside it stand a forecast of constant velocity and other
     checkpoints. results.json and a page, forecast.html, go into a new folder.
