@@ -75,12 +75,13 @@ def table_lines(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         for k in counts if found else ():
             metrics = {row: of.get(k) if info.parts else of for row, of in found.items()}
             values = [metric["value"] for metric in metrics.values() if metric and metric["value"] is not None]
+            best = min(values) if len(set(values)) > 1 else None
             data = results["data"].get(info.name)
             lines.append(
                 {
                     "name": f"{info.label}, k = {k}" if k else info.label,
                     "meaning": info.meaning,
-                    "cells": [_cell(info, metrics.get(row), min(values, default=None)) for row in results["rows"]],
+                    "cells": [_cell(info, metrics.get(row), best) for row in results["rows"]],
                     "data": _cell(info, data, None),
                 }
             )
@@ -114,7 +115,7 @@ def draw_reliability(results: Mapping[str, Any], rows: Sequence[str]) -> Figure:
             value, low, high = (np.array([one[name][end] for one in bins], float) for end in ("value", "low", "high"))
             ends = np.nan_to_num(np.abs(np.stack([value - low, high - value])))
             axis.errorbar(x, value, ends, color=color, marker="o", markersize=5, linewidth=1, capsize=2, label=label)
-        axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="predicted probability", aspect="equal")
+        axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="predicted probability")
         axis.set_title(shorten(row), loc="left", color=INK, fontsize=11)
         clean(axis)
     axes[0].legend(frameon=False, loc="upper left", fontsize=9)
@@ -135,7 +136,8 @@ def _to_svg(fan: Fan, plane: Plane, colors: Mapping[str, str]) -> dict[str, Any]
         "box": f"{int(middle[0] - side / 2)} {int(middle[1] - side / 2)} {side} {side}",
         "history": [plane.points(fan.history[:, i]) for i in agents],
         "truth": [plane.points(np.concatenate([now[None, i], fan.truth[:, i]])) for i in agents],
-        "now": [dict(zip("xy", plane.pixels(now[i]).tolist(), strict=True)) for i in agents],
+        "now": [_place(plane, now[i]) for i in agents],
+        "ends": [_place(plane, fan.truth[-1, i]) for i in agents],
         "radius": side / 60,
         "probabilities": fan.probabilities,
         "forecasts": [
@@ -147,6 +149,7 @@ def _to_svg(fan: Fan, plane: Plane, colors: Mapping[str, str]) -> dict[str, Any]
                 "lines": [
                     {
                         "points": plane.points(np.concatenate([now[None, i], sample[:, i]])),
+                        "end": _place(plane, sample[-1, i]),
                         "color": colors.get(mode or NONE, MUTED),
                     }
                     for sample, mode in zip(one.samples, one.modes, strict=False)
@@ -156,3 +159,9 @@ def _to_svg(fan: Fan, plane: Plane, colors: Mapping[str, str]) -> dict[str, Any]
             for one in drawn
         ],
     }
+
+
+def _place(plane: Plane, xy: np.ndarray) -> dict[str, int]:
+    """A point (2,) in SVG units."""
+    column, row = plane.pixels(xy).tolist()
+    return {"x": column, "y": row}
