@@ -46,6 +46,12 @@ def run(options: Forecast) -> dict[str, Any]:
     futures, ended = sample_futures(options, forecasters, recorded)
     if ended is not None and not futures.episodes:
         raise ended
+    odds = futures.probabilities
+    if odds is not None and odds.shape[1] != len(judges.modes):
+        console.print(
+            f"the dataset has the odds of {odds.shape[1]} modes, {len(judges.modes)} are judged: odds are left out"
+        )
+        futures = futures._replace(probabilities=None)
     results, labels = judge(options, forecasters, recorded, judges, futures)
     write_whole(options.output / "results.json", format_json(results))
     print_table(results)

@@ -139,7 +139,7 @@ class Results:
 
 ASKED = (
     "environment", "env_kwargs", "wrappers", "signals", "checkpoint", "training_steps", "weights_sha256", "repeats",
-    "seeds", "sampling", "planning_batch", "action_horizon", "chunking",
+    "seeds", "sampling", "planning_batch", "action_horizon", "chunking", "costs",
 )  # fmt: skip
 """The fields that say what was asked, and so decide the outcomes."""
 LISTS = {"seeds": int, "errors": FailedEpisode, "outcomes": Outcome, "mode_failures": FailedEpisode}

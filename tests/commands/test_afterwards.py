@@ -315,8 +315,8 @@ def test_failed_demonstrations_are_drawn_as_failures(
 def test_what_is_observed_keeps_its_precision() -> None:
     far = 5.4e6 + np.arange(3)[:, None] / 1000
     rows = {"far": far, "near": far.astype(np.float32), "mask": np.ones((3, 2, 2, 3), np.uint8)}
-    shapes = SimpleNamespace(observations={key: value.shape[1:] for key, value in rows.items()})
-    policy: Any = SimpleNamespace(config=SimpleNamespace(observation_horizon=2), shapes=shapes, device="cpu")
+    watched = {key: value.shape[1:] for key, value in rows.items()}
+    policy: Any = SimpleNamespace(config=SimpleNamespace(observation_horizon=2), watched=watched, device="cpu")
     seen = observe(policy, Episode(0, True, None, rows, np.zeros((2, 1), np.float32)), 2)
     assert {value.dtype for value in seen.values()} == {torch.float64}
     assert seen["far"][0].tolist() == far[1:].tolist()

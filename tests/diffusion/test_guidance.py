@@ -8,9 +8,9 @@ from diffusion_policy.diffusion.guidance import (
     agreeing,
     classifier_free,
     dynamic_clip,
-    inpainted,
     static_clip,
 )
+from diffusion_policy.diffusion.inpainting import inpainted
 from diffusion_policy.diffusion.samplers import SAMPLERS, Denoise
 from diffusion_policy.diffusion.schedules import Schedule, choose_levels, cosine, flow
 

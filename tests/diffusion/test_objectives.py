@@ -169,4 +169,12 @@ def test_other_numbers_of_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="shortcuts are sampled in 1, 2, 4, 8, 16, 32 steps; got 6"):
         Shortcut(cosine(K), 6)
     usual = {name: make(cosine(K), PolicyConfig()).choose_steps(DDIM, None) for name, make in OBJECTIVES.items()}
-    assert usual == {"denoising": 16, "regression": 1, "mip": 2, "mixture": 1, "shortcut": 1, "meanflow": 1}
+    assert usual == {
+        "denoising": 16,
+        "autoencoding": 16,
+        "regression": 1,
+        "mip": 2,
+        "mixture": 1,
+        "shortcut": 1,
+        "meanflow": 1,
+    }

@@ -177,9 +177,9 @@ def test_images_are_drawn_where_a_wrapper_may_make_one_of_several(wrapper: parti
 
 
 def loaded(env: gymnasium.Env, observation_horizon: int = 2) -> SimpleNamespace:
-    shapes = SimpleNamespace(observations={"image": (SIZE, SIZE, 3), "desired_xy": (2,)})
+    watched = {"image": (SIZE, SIZE, 3), "desired_xy": (2,)}
     config = SimpleNamespace(observation_horizon=observation_horizon)
-    return SimpleNamespace(env=env, env_id=AVOID, policy=SimpleNamespace(shapes=shapes, config=config))
+    return SimpleNamespace(env=env, env_id=AVOID, policy=SimpleNamespace(watched=watched, config=config))
 
 
 def test_images_that_were_planned_from_are_drawn_again() -> None:
