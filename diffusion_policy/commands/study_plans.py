@@ -5,15 +5,20 @@ and both. Each seed's first observation is planned from, and the environment jud
 """
 
 import dataclasses
+import io
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from PIL import Image
 from rich.table import Table
 
 from diffusion_policy.basics.files import plain, write_whole
 from diffusion_policy.basics.streams import derive_rng
+from diffusion_policy.commands.afterwards import Remarks
 from diffusion_policy.commands.episodes import require_memory
 from diffusion_policy.commands.options.acting import PARALLEL
 from diffusion_policy.commands.options.study import Study
@@ -23,16 +28,20 @@ from diffusion_policy.commands.terminal import console
 from diffusion_policy.config import ChunkingConfig, ConfigError
 from diffusion_policy.control.costs import Costs
 from diffusion_policy.control.policy_planner import PolicyPlanner
+from diffusion_policy.diffusion.samplers import Denoise
 from diffusion_policy.envs.protocols import Judging, Verdict, as_drawable, as_judging
 from diffusion_policy.evaluation.intervals import Metric, clustered_mean, wilson
 from diffusion_policy.evaluation.metrics import success_rate
 from diffusion_policy.report.evaluation_figures import to_png
 from diffusion_policy.report.plan_figures import Judged, draw_plans
+from diffusion_policy.report.video import write_video
 
 CHOSEN_OF = 16
 """Plans of which the best is executed, where no --plans says otherwise."""
 SHOWN = 4
 """Seeds whose plans are drawn."""
+FRAMES_A_SECOND, FRAMES_HELD = 4, 8
+"""Of the film, a denoising step each; and how often the last one is shown again."""
 FIGURES = {
     "valid": "good plans",
     "any_valid": "seeds with one",
@@ -91,6 +100,7 @@ def run(options: Study, loaded: PolicyInEnv) -> dict[str, Any]:
     scene = as_drawable(loaded.env)
     assert scene is not None
     picture = options.output / "plans.png"
+    Remarks().attempt("no film", lambda: film(options, loaded, judging, options.output / "denoising.mp4"), None)
     show(options, "picture", picture, lambda path: write_whole(path, to_png(draw_plans(scene.scene, drawn), 120)))
     return results
 
@@ -148,10 +158,7 @@ def sample(options: Study, loaded: PolicyInEnv, judging: Judging, seed: int) -> 
     env, policy = loaded.env, loaded.policy
     observation, _ = env.reset(seed=seed)
     planner = PolicyPlanner(policy, options.sample_config)
-    rows = {
-        key: np.repeat(np.asarray(observation[key], np.float64)[None, None], planner.observation_horizon, axis=1)
-        for key in planner.observation_shapes
-    }
+    rows = observe_start(planner, observation)
     times, plans = [], np.empty(0)
     for count in (1, 1, options.plan_samples):  # the first one warms up
         noise = policy.draw_noise([derive_rng("study of plans", seed)], count, options.sample_config)
@@ -163,6 +170,54 @@ def sample(options: Study, loaded: PolicyInEnv, judging: Judging, seed: int) -> 
     paths = np.asarray(drawable.planned_path(observation, plans))
     verdicts = judging.judge(observation, paths)
     return Sampled(seed, paths, verdicts, judging.modes_that_solve(observation), times[-1], times[1], observation)
+
+
+def observe_start(planner: PolicyPlanner, observation: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a planner is given where an episode begins, {key: (1, To, ...)}."""
+    return {
+        key: np.repeat(np.asarray(observation[key], np.float64)[None, None], planner.observation_horizon, axis=1)
+        for key in planner.observation_shapes
+    }
+
+
+def film(options: Study, loaded: PolicyInEnv, judging: Judging, path: Path) -> None:
+    """Film how the plans of the first seed come out of noise: plain ones, and led ones below."""
+    steps = {
+        name: denoise_plans(options, way.loaded, judging) for name, way in list_ways(loaded).items() if not way.chosen
+    }
+    longest = max(map(len, steps.values()))
+    frames = []
+    for step in range(longest):
+        shown = {name: [of_way[min(step, len(of_way) - 1)]] for name, of_way in steps.items()}
+        picture = Image.open(io.BytesIO(to_png(draw_plans(judging.scene, shown), 100))).convert("RGB")
+        frames.append(np.asarray(picture)[: picture.height // 2 * 2, : picture.width // 2 * 2])  # as H.264 has it
+    write_video(path, np.stack([*frames, *[frames[-1]] * FRAMES_HELD]), FRAMES_A_SECOND)
+
+
+def denoise_plans(options: Study, loaded: PolicyInEnv, judging: Judging) -> list[Judged]:
+    """The plans of the first seed as they are predicted after each denoising step, the last ones as they are."""
+    policy, sampling = loaded.policy, options.sample_config
+    observation, _ = loaded.env.reset(seed=options.seed)
+    planner = PolicyPlanner(policy, sampling)
+    observed = {key: torch.from_numpy(rows) for key, rows in observe_start(planner, observation).items()}
+    seen: list[torch.Tensor] = []
+
+    def watch(denoise: Denoise) -> Denoise:
+        def watched(xt: torch.Tensor, level: int) -> torch.Tensor:
+            seen.append(denoise(xt, level))
+            return seen[-1]
+
+        return watched
+
+    noise = policy.draw_noise([derive_rng("study of plans", options.seed)], options.plan_samples, sampling)
+    last = policy.sample_from(observed, noise, sampling, [watch])
+    every = [*(policy.unnormalize(x0.detach(), len(x0), observed) for x0 in seen), last]
+    plans = [one[0, :, policy.config.observation_horizon - 1 :].cpu().numpy() for one in every]
+    places, found = judging.places(observation), []
+    for one in plans:
+        paths = np.asarray(judging.planned_path(observation, one))
+        found.append(Judged(options.seed, paths, judging.judge(observation, paths), places))
+    return found
 
 
 def summarize(sampled: Sequence[Sampled]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import imageio.v2 as imageio
 import numpy as np
 import pytest
 
@@ -71,6 +72,9 @@ def test_plans_are_judged_led_and_chosen(planner: Path, tmp_path: Path) -> None:
         assert cell["milliseconds"] > 0
     assert results["costs"]["cost"] == ["clearance=1", "smoothness=0.1"]
     assert (output / "plans.png").stat().st_size > 10_000
+    frames = imageio.mimread(output / "denoising.mp4", memtest=False)
+    assert len(frames) == 3 + 8  # two denoising steps, and what comes out
+    assert (frames[0] != frames[2]).mean() > 0.01
     assert {cell["lost"] for cell in results["plans"].values()} == {0}
 
 
