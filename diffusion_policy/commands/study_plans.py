@@ -53,7 +53,7 @@ FIGURES = {
     "milliseconds": "ms of all",
     "first_valid": "ms to a good one",
 }
-"""Columns of the table. A good plan comes to the goal and touches nothing; modes are those that exist from where a seed
+"""Rows of the table. A good plan comes to the goal and touches nothing; modes are those that exist from where a seed
 begins; bends are the sum of squared second differences of good plans."""
 
 
@@ -119,12 +119,12 @@ def list_ways(loaded: PolicyInEnv) -> dict[str, Way]:
 
 
 def print_table(cells: Mapping[str, Mapping[str, Any]]) -> None:
-    """A row a way, a column a figure; a dash where there is none."""
-    table = Table("plans", *FIGURES.values())
-    for name, cell in cells.items():
-        found = [cell.get(figure) for figure in FIGURES]
+    """A row a figure, a column a way; a dash where there is none."""
+    table = Table("plans", *cells)
+    for figure, label in FIGURES.items():
+        found = [cell.get(figure) for cell in cells.values()]
         values = [value["value"] if isinstance(value, dict) else value for value in found]
-        table.add_row(name, *("-" if value is None else f"{value:.3g}" for value in values))
+        table.add_row(label, *("-" if value is None else f"{value:.3g}" for value in values))
     console.print(table)
 
 
