@@ -7,6 +7,7 @@ import numpy as np
 from diffusion_policy.envs.avoid import FINISH_Y, ROWS, START_XY, modes
 from diffusion_policy.envs.block_push_expert import BlockPushExpert
 from diffusion_policy.envs.maze_expert import MazeExpert
+from diffusion_policy.envs.panda_reach_expert import PandaReachExpert
 
 GATE_X = (
     {"left": 0.42, "right": 0.58},
@@ -56,5 +57,6 @@ EXPERTS = {
     "diffusion_policy/Avoid-v0": AvoidExpert,
     "diffusion_policy/BlockPush-v0": BlockPushExpert,
     "diffusion_policy/Maze-v0": MazeExpert,
+    "diffusion_policy/PandaReach-v0": PandaReachExpert,
 }
 """The expert of each environment id: called with a mode's label."""

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_policy.envs.panda_model import LIMITS, least_gaps, tool_positions
-from diffusion_policy.envs.panda_reach_expert import plan_path
-from diffusion_policy.envs.panda_scene import ARRAY, MODES, NO_OBSTACLES
+from diffusion_policy.envs.panda_reach_expert import find_path
+from diffusion_policy.envs.panda_scene import ARRAY, MODES, NO_OBSTACLES, OBSTACLE_RADII
 
 FREE = 0.04
 """Starts and goals are drawn at least so far from everything [m]."""
@@ -18,13 +18,18 @@ DRAWN = np.array([(0.3, 1.2), (-0.6, 1.0), (-0.4, 0.4), (-2.8, -1.0), (-0.4, 0.4
 """Joint angles among which starts and goals are drawn, (7, 2) [rad]: the first on the side y > 0."""
 REGION = np.array([(0.35, 0.62), (0.25, 0.5), (0.1, 0.4)])
 """Where the tool is then: x, the distance from the gate, z, (3, 2) [m]."""
-OBSTACLE_RADII = (0.04, 0.06, 0.08)
-"""Of the balls that can be in the arm's way [m]."""
 MOST_OBSTACLES = 4
 AROUND_ENDS = 0.06
 """At least so much room is left between a ball and the arm at start and goal [m]."""
 AROUND = np.array([(0.25, 0.7), (-0.45, 0.45), (0.1, 0.9)])
 """The balls' middles lie in this part of the space, (3, 2) [m]."""
+
+
+BESIDE = 0.04
+"""Standard deviation of a ball's distance from the arm on such a way, along each axis [m]."""
+BEHIND = (0.0, 0.1, 0.2)
+"""It is drawn near the point of the hand or the wrist that lies so far behind the tool [m]."""
+NO_BOXES = np.zeros((0, 6))
 
 
 class Episode(NamedTuple):
@@ -76,7 +81,22 @@ def draw_obstacles(random: np.random.Generator, start: np.ndarray, goal: np.ndar
     and for one mode at least a path is left. None where that did not come about."""
     if count == 0:
         return NO_OBSTACLES
-    raise NotImplementedError
+    paths = [path for path in (find_path(start, goal, mode) for mode in MODES) if path is not None]
+    placed = NO_OBSTACLES
+    for _ in range(20 * count):
+        path = paths[random.integers(len(paths))] if paths else np.stack([start, goal])
+        middle = tool_positions(path[random.integers(len(path))], random.choice(BEHIND)) + random.normal(0, BESIDE, 3)
+        ball = _exact(np.array([*middle, random.choice(OBSTACLE_RADII)]))[None]
+        inside = ((ball[0, :3] > AROUND[:, 0]) & (ball[0, :3] < AROUND[:, 1])).all()
+        if inside and least_gaps(np.stack([start, goal]), NO_BOXES, ball).min() > AROUND_ENDS:
+            placed = np.concatenate([placed, ball])
+        if len(placed) == count:
+            break
+    blocked = [least_gaps(path, NO_BOXES, placed).min() < 0 for path in paths]
+    if len(placed) < count or not any(blocked):
+        return None
+    modes = [MODES[number] for number in random.permutation(len(MODES))]
+    return placed if any(find_path(start, goal, mode, placed) is not None for mode in modes) else None
 
 
 def checked_end(name: str, joints: Any) -> np.ndarray:

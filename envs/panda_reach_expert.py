@@ -72,14 +72,24 @@ WAYPOINTS = {
 
 
 def plan_path(start: np.ndarray, goal: np.ndarray, mode: str, obstacles: np.ndarray = NO_OBSTACLES) -> np.ndarray:
-    """Joint angles (steps + 1, 7) [rad] at every control step of a path of a mode from start to goal (7,), past
-    obstacles (k, 4: x, y, z, radius [m]), at rest at both ends. The same for the same arguments. Raises ValueError
-    where no path is found."""
-    numbers = tuple(tuple(np.asarray(one, np.float64).ravel().tolist()) for one in (start, goal, obstacles))
-    path = _plan(*numbers, mode)
+    """As `find_path`; raises ValueError where no path is found."""
+    path = find_path(start, goal, mode, obstacles)
     if path is None:
         raise ValueError(f"no path of the mode {mode!r} was found from {start} to {goal}")
-    return path.copy()
+    return path
+
+
+def find_path(
+    start: np.ndarray, goal: np.ndarray, mode: str, obstacles: np.ndarray = NO_OBSTACLES
+) -> np.ndarray | None:
+    """Joint angles (steps + 1, 7) [rad] at every control step of a path of a mode from start to goal (7,), past
+    obstacles (k, 4: x, y, z, radius [m]), at rest at both ends. The same for the same arguments; None where no path is
+    found."""
+    spheres = np.asarray(obstacles, np.float64).reshape(-1, 4)
+    spheres = spheres[spheres[:, 3] > 0]
+    begin, end, others = (tuple(np.asarray(one, np.float64).ravel().tolist()) for one in (start, goal, spheres))
+    path = _plan(begin, end, others, mode)
+    return None if path is None else path.copy()
 
 
 @lru_cache(maxsize=64)

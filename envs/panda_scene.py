@@ -32,6 +32,8 @@ ARRAY = np.array([(*box.center, *box.half) for box in BOXES])
 """(3, 6) [m]"""
 MODES = ("near", "through", "over")
 """Ways of the tool past the gate: between it and the arm's base, between divider and beam, above the beam."""
+OBSTACLE_RADII = (0.04, 0.06, 0.08)
+"""Of the balls that can be in the arm's way [m]."""
 NO_OBSTACLES = np.zeros((0, 4))
 
 

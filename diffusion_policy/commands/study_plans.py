@@ -148,7 +148,7 @@ def sample(options: Study, loaded: PolicyInEnv, judging: Judging, seed: int) -> 
     drawable = as_drawable(env)
     assert drawable is not None
     paths = np.asarray(drawable.planned_path(observation, plans))
-    verdicts = judging.judge(observation, paths)
+    verdicts = judging.judge(observation, plans)
     return Sampled(seed, paths, verdicts, judging.modes_that_solve(observation), times[-1], times[1], observation)
 
 

@@ -125,11 +125,11 @@ def test_the_maze_judges_the_ways_of_its_expert() -> None:
         start, goal = (np.asarray(observation[key], np.float64) for key in ("position", "goal"))
         for mode in modes:
             path = maze_expert.plan_path(start, goal, mode)
-            (verdict,) = judging.judge(observation, path[None])
+            (verdict,) = judging.judge(observation, path[None, 1:])
             assert (verdict.valid, verdict.mode) == (True, mode)
             assert 0.99 <= verdict.ratio < 1.8
         straight, short = np.linspace([start, start], [goal, goal], 30), np.stack([start, start])
-        through = judging.judge(observation, np.stack([straight[:, 0], np.resize(short, (30, 2))]))
+        through = judging.judge(observation, np.stack([straight[1:, 0], np.resize(short, (29, 2))]))
         assert not through[1].valid  # it stays
     assert as_judging(envs.make("diffusion_policy/Avoid-v0")) is None
 
