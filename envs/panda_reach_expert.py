@@ -20,9 +20,9 @@ SPEED = 1.4
 """At most, of all joints together [rad/s]."""
 ACCELERATION = 3.0
 """At most, along the path and across it [rad/s^2]."""
-MARGINS = (0.03, 0.01, 0.0)
+MARGINS = (0.025, 0.005)
 """Between what covers the arm and everything else [m]: the first with which a path is found."""
-ROUNDS = 60
+ROUNDS = 40
 """Of the planner on each side of a waypoint."""
 TRIES = 24
 """Shortcuts that are tried."""
@@ -30,10 +30,12 @@ AROUND = 12
 """So many waypoints are drawn near each known one."""
 COARSE = 12
 """Points of an edge at which it is looked at, to order waypoints."""
-CHOSEN = 4
+CHOSEN = 3
 """Waypoints through which a path is tried, one after the other."""
 ROOM = 0.5
 """The planner's trees grow at most so far beyond start, waypoint and goal, in each joint [rad]."""
+CLEARLY = np.array([0.02, 0.0, 0.02])
+"""So far from the borders between modes the tool passes [m]."""
 MOST_STEPS = 62
 """A path with more is none."""
 WINDOWS = (8, 4, 2, 1)
@@ -94,6 +96,7 @@ def find_path(
 
 @lru_cache(maxsize=64)
 def _plan(start: tuple, goal: tuple, obstacles: tuple, mode: str) -> np.ndarray | None:
+    """See `find_path`; all numbers of each in one tuple."""
     if mode not in MODES:
         return None
     begin, end, spheres = np.array(start), np.array(goal), np.array(obstacles).reshape(-1, 4)
@@ -105,6 +108,9 @@ def _plan(start: tuple, goal: tuple, obstacles: tuple, mode: str) -> np.ndarray 
 
         if not free(np.stack([begin, end])).all():
             continue
+        known = _plan(start, goal, (), mode) if obstacles else None
+        if known is not None and free(known).all():
+            return known  # no obstacle is in the way
         for waypoint in _waypoints(begin, end, mode, free, random):
             path = _through(begin, waypoint, end, mode, free, random)
             if path is not None:
@@ -145,7 +151,7 @@ def _through(
     chain = np.concatenate([halves[0], halves[1][1:]])
 
     def accepted(chain: np.ndarray) -> bool:
-        return mode_of(tool_positions(dense(chain, 0.1))) == mode
+        return _is_clearly(mode, dense(chain, 0.1))
 
     if not accepted(chain):
         return None
@@ -153,9 +159,15 @@ def _through(
     for window in WINDOWS:
         smooth = smoothed(points, window)
         path = timed(smooth, SPEED, ACCELERATION, PERIOD)
-        if len(path) <= MOST_STEPS + 1 and mode_of(tool_positions(path)) == mode and free(smooth).all():
+        if len(path) <= MOST_STEPS + 1 and _is_clearly(mode, path) and free(smooth).all():
             return path
     return None
+
+
+def _is_clearly(mode: str, joints: np.ndarray) -> bool:
+    """Whether a path (steps, 7) [rad] is of a mode, and would be if the tool were a little elsewhere."""
+    tool = tool_positions(joints)
+    return all(mode_of(tool + shift) == mode for shift in (CLEARLY, -CLEARLY))
 
 
 class PandaReachExpert:

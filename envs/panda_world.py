@@ -69,7 +69,7 @@ class PandaWorld:
             for radius in OBSTACLE_RADII:
                 name, is_there = f"ball {slot} {radius}", abs(radius - row[3]) < 1e-6
                 self._simulation.place(name, row[:3].tolist() if is_there else (0, 0, _UNDERGROUND), 0)
-                self._things += [name] * is_there
+                self._things += [name] if is_there else []
         if goal_tool is not None:
             self._simulation.place("goal", goal_tool.tolist(), 0)
 
