@@ -123,6 +123,10 @@ def timed(points: np.ndarray, speed: float, acceleration: float, period: float) 
         speeds[i + 1] = min(speeds[i + 1], (speeds[i] ** 2 + 2 * acceleration * length[i]) ** 0.5)
     for i in reversed(range(len(length))):
         speeds[i] = min(speeds[i], (speeds[i + 1] ** 2 + 2 * acceleration * length[i]) ** 0.5)
-    time = np.concatenate([[0], np.cumsum(2 * length / (speeds[:-1] + speeds[1:]))])
-    at = period * np.arange(np.ceil(time[-1] / period) + 1)
-    return np.stack([np.interp(at, time, column) for column in points.T], axis=-1)
+    takes = 2 * length / (speeds[:-1] + speeds[1:])  # of each edge [s]
+    begins = np.concatenate([[0], np.cumsum(takes)])
+    at = np.minimum(period * np.arange(np.ceil(begins[-1] / period - 1e-9) + 1), begins[-1])
+    edge = np.clip(np.searchsorted(begins, at, side="right") - 1, 0, len(length) - 1)
+    since = at - begins[edge]
+    gone = speeds[edge] * since + (speeds[edge + 1] - speeds[edge]) / takes[edge] * since**2 / 2
+    return points[edge] + (gone / length[edge])[:, None] * edges[edge]

@@ -121,8 +121,8 @@ def float_box(low: Any, high: Any) -> gymnasium.spaces.Box:
 
 
 def path_through(start: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """The path from a start (2,) through points (..., steps, 2): (..., steps + 1, 2)."""
-    return np.concatenate([np.broadcast_to(start, (*points.shape[:-2], 1, 2)), points], axis=-2)
+    """The path from a start (d,) through points (..., steps, d): (..., steps + 1, d)."""
+    return np.concatenate([np.broadcast_to(start, (*points.shape[:-2], 1, points.shape[-1])), points], axis=-2)
 
 
 def path_of_changes(start: np.ndarray, changes: np.ndarray) -> np.ndarray:

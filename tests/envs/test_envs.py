@@ -61,7 +61,7 @@ def test_the_same_seed_gives_the_same_episode_whatever_came_before(env_id: str) 
 @pytest.mark.parametrize("env_id", TASKS)
 def test_another_process_gives_the_same_episode(env_id: str) -> None:
     make_env = partial(envs.make, env_id)
-    actions = np.full((10, 2), 0.004, np.float32)
+    actions = np.full((10, *make_env().action_space.shape), 0.004, np.float32)
     results = []
     for workers in (1, 2):
         with EnvironmentPool(make_env, workers) as pool:
@@ -95,7 +95,7 @@ def test_a_restored_state_goes_on_as_the_saved_one_did(env_id: str) -> None:
     env = envs.make(env_id).unwrapped
     env.reset(seed=8)
     rng = np.random.default_rng(0)
-    actions = rng.uniform(env.action_space.low, env.action_space.high, (24, 2)).astype(np.float32)
+    actions = rng.uniform(env.action_space.low, env.action_space.high, (24, *env.action_space.shape)).astype(np.float32)
     for action in actions[:8]:
         env.step(action)
     saved = env.save_state()
@@ -115,7 +115,7 @@ def test_planned_paths_lie_in_the_picture(env_id: str) -> None:
     env = envs.make(env_id, render_mode="rgb_array").unwrapped
     observation, _ = env.reset(seed=1)
     center = (env.action_space.low + env.action_space.high) / 2
-    path = env.planned_path(observation, np.broadcast_to(center, (3, 5, 2)))
+    path = env.planned_path(observation, np.broadcast_to(center, (3, 5, *center.shape)))
     assert path.shape == (3, 6, 2)
     pixels = env.pixels(path)
     height, width = env.render().shape[:2]

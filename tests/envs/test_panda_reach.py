@@ -22,6 +22,8 @@ from diffusion_policy.envs.protocols import as_armed, as_drawable, as_foreseeing
 from diffusion_policy.envs.simulation import Simulation
 
 REACH = "diffusion_policy/PandaReach-v0"
+FOLDED = (0.16, 1.38, -0.05, -2.92, -1.61, 0.51, -1.06)
+"""The hand touches the arm itself."""
 RNG = np.random.default_rng(0)
 
 
@@ -74,11 +76,12 @@ def test_the_balls_cover_the_arm_and_little_more() -> None:
         world().stand(ball)
         world().put(joints)
         if gap > 0:
-            assert not world()._simulation.is_near("arm", "ball 0 0.08", 2, gap - 0.002)
+            assert not world()._simulation.is_near("arm", "ball 0 0.08", 1, gap - 0.002)
             assert not world().touches_itself()
+        if 0 < gap < least_gaps(joints, NO_BOXES, NO_OBSTACLES)[0] - 0.01:  # neither table nor arm are nearest
             slack.append(world()._simulation.is_near("arm", "ball 0 0.08", 1, gap + 0.06))
-    assert len(slack) > 30
-    assert np.mean(slack) > 0.9  # what is nearest may be the table, or the arm itself
+    assert len(slack) > 20
+    assert all(slack)
 
 
 def test_what_is_free_is_what_the_simulator_says() -> None:
@@ -86,7 +89,7 @@ def test_what_is_free_is_what_the_simulator_says() -> None:
         (0.6, 0.2, 0.0, -1.9, 0.0, 2.1, 0.8),  # beside the gate
         (0.0, 0.4, 0.0, -1.9, 0.0, 2.3, 0.8),  # in the divider
         (0.6, 1.2, 0.0, -1.2, 0.0, 2.4, 0.8),  # in the table
-        (0.6, 0.0, 0.0, -2.95, 0.0, 0.1, 0.8),  # the hand at the arm itself
+        FOLDED,
     ])  # fmt: skip
     assert world().is_free(joints, NO_OBSTACLES).tolist() == [True, False, False, False]
     ball = np.array([[*tool_positions(joints[0]), 0.06]])
@@ -166,7 +169,6 @@ def test_other_numbers_of_obstacles_are_refused(count: object) -> None:
 @pytest.mark.parametrize("wanted, where", [
     ((0.0, 0.4, 0.0, -1.9, 0.0, 2.3, 0.8), "the divider"),
     ((0.6, 1.3, 0.0, -1.0, 0.0, 2.3, 0.8), "the table"),
-    ((0.6, 0.0, 0.0, -2.95, 0.0, 0.05, 0.8), "itself"),
 ])  # fmt: skip
 def test_a_touch_ends_the_episode(env: gymnasium.Env, wanted: tuple, where: str) -> None:
     env.reset(seed=0, options={"start": (0.6, 0.2, 0.0, -1.9, 0.0, 2.1, 0.8)})
@@ -177,6 +179,13 @@ def test_a_touch_ends_the_episode(env: gymnasium.Env, wanted: tuple, where: str)
             break
     assert terminated, where
     assert (reward, info["is_success"], info["measures"]["collision"]) == (0, False, 1.0)
+
+
+def test_the_arm_that_touches_itself_ends_the_episode(env: gymnasium.Env) -> None:
+    env.reset(seed=0)
+    env.unwrapped._world.put(np.array(FOLDED))
+    _, reward, terminated, _, info = env.step(np.array(FOLDED))
+    assert (reward, terminated, info["measures"]["collision"]) == (0, True, 1.0)
 
 
 def test_touching_an_obstacle_ends_the_episode(obstructed: gymnasium.Env) -> None:
@@ -217,13 +226,13 @@ def test_what_is_foreseen_comes_about(env: gymnasium.Env) -> None:
     assert foreseeing is not None
     before, *_ = env.step(observation["joints"] + 0.05)
     history = {key: np.stack([observation[key], before[key]])[None] for key in observation}
-    actions = observation["joints"] + np.array([0.1, 0.15, -0.1])[:, None]
+    actions = observation["joints"] + np.array([0.1, 0.15, 0.12])[:, None]
     ahead = foreseeing.roll_forward(history, actions[None])
     last, now = before, before
     for action in actions:
         last, now = now, env.step(action)[0]
     for key in observation:
-        np.testing.assert_allclose(ahead[key][0], np.stack([last[key], now[key]]), atol=0.02)
+        np.testing.assert_allclose(ahead[key][0], np.stack([last[key], now[key]]), atol=0.06 if key == "velocities" else 0.01)
     with pytest.raises(ValueError, match="what a camera will see cannot be foreseen"):
         foreseeing.roll_forward({**history, "image": np.zeros((1, 2, 8, 8, 3))}, actions[None])
 
