@@ -1,4 +1,4 @@
-"""Paths of joints: RRT-Connect (Kuffner and LaValle 2000), shortcuts, smoothing, and the times at which a path is where.
+"""Paths of joints: RRT-Connect (Kuffner and LaValle 2000), shortcuts, smoothing, and when a path is where.
 
 Knows spaces of any dimension in which a function says what is free. Knows no robot and no simulator.
 """

@@ -38,9 +38,14 @@ BALLS = np.array([
 LINKS = BALLS[:, 0].astype(int)
 MOVING = int(np.searchsorted(LINKS, 2))
 """From this ball on, balls can come to things beside the base."""
-PAIRS = np.array([
-    (i, j) for i in np.flatnonzero(LINKS >= 5) for j in np.flatnonzero(LINKS <= (1 if LINKS[i] == 5 else 3))
-])  # fmt: skip
+PAIRS = np.array(
+    [
+        (i, j)
+        for i, link in enumerate(LINKS)
+        for j, before in enumerate(LINKS)
+        if (link == 5 and before <= 1) or (link > 5 and before <= 3)
+    ]
+)
 """Balls of links that could touch each other, (pairs, 2)."""
 _RADII = BALLS[:, 4:].astype(np.float32)
 _REACHES = _RADII[PAIRS].sum(axis=1)  # (pairs, 1)
@@ -81,7 +86,7 @@ def _ball_centers(joints: np.ndarray) -> np.ndarray:
     frames = _frames(joints).astype(np.float32)
     weights = np.concatenate([BALLS[:, 1:4], np.ones((len(BALLS), 1))], axis=1).astype(np.float32)
     count = len(joints)
-    parts = [weights[LINKS == link] @ frames[link].reshape(4, 3 * count) for link in range(8)]
+    parts = [weights[link == LINKS] @ frames[link].reshape(4, 3 * count) for link in range(8)]
     return np.concatenate(parts).reshape(len(BALLS), 3, count)
 
 

@@ -6,6 +6,7 @@ and torque, everything that stands there is solid, and each touch of the arm cou
 
 from collections.abc import Mapping
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -213,7 +214,7 @@ class PandaReachEnv(TaskEnv):
         start, goal = (np.asarray(observation[key], np.float64) for key in ("joints", "goal"))
         obstacles, verdicts = _obstacles_in(observation), []
         for path in path_through(start, np.clip(np.asarray(actions, np.float64), *LIMITS.T)):
-            between = np.concatenate([line(a, b, CHECKED)[:-1] for a, b in zip(path[:-1], path[1:], strict=True)])
+            between = np.concatenate([line(a, b, CHECKED)[:-1] for a, b in pairwise(path)])
             comes = bool(np.abs(path[-1] - goal).max() <= GOAL_ANGLE)
             valid = comes and bool(_judge_world().is_free(np.concatenate([between, path[-1:]]), obstacles).all())
             whole = np.concatenate([path, goal[None]])
@@ -226,7 +227,7 @@ class PandaReachEnv(TaskEnv):
         return np.asarray(observations["tool"])[..., :2]
 
     def planned_path(self, observation: Mapping[str, np.ndarray], actions: np.ndarray) -> np.ndarray:
-        """Where wanted joint angles `actions` (..., steps, 7) lead the tool, seen from above, (..., steps + 1, 2) [m]."""
+        """Where wanted angles `actions` (..., steps, 7) lead the tool, seen from above, (..., steps + 1, 2) [m]."""
         return tool_positions(path_through(observation["joints"], actions))[..., :2]
 
     def roll_forward(self, observations: Mapping[str, np.ndarray], actions: np.ndarray) -> dict[str, np.ndarray]:

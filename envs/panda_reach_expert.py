@@ -1,4 +1,4 @@
-"""The expert of the reaching Panda: plans a smooth path of one mode, at rest at both ends, and leads the joints along it.
+"""The expert of the reaching Panda: plans a path of one mode, at rest at both ends, and leads the joints along it.
 
 Knows the arm and the scene as numbers. Knows no simulator.
 """

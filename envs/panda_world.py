@@ -21,7 +21,7 @@ _UPRIGHT = np.array([0.0, -0.8, 0.0, -0.8, 0.0, 1.5, 0.0])
 _UNDERGROUND = -1.0
 """Where balls are that are not there [m]."""
 _LINKS = ((4, (-1, 0)), (5, (-1, 0, 1, 2)), (6, (-1, 0, 1, 2)), (8, (-1, 0, 1, 2)), (9, (-1, 0, 1, 2)))
-"""Links that could touch each other, as PyBullet counts them: forearm, wrist, hand and fingers, and the links before."""
+"""Links that could touch each other, as PyBullet counts them: forearm, wrist, hand, finger, and those before."""
 _GREEN, _RED, _GRAY = (0.35, 0.75, 0.45, 0.7), (0.8, 0.25, 0.2, 1.0), (0.55, 0.57, 0.6, 1.0)
 
 
@@ -62,7 +62,7 @@ class PandaWorld:
         self._things = ["table", *(box.name for box in BOXES)]
 
     def stand(self, obstacles: np.ndarray, goal_tool: np.ndarray | None = None) -> None:
-        """Put balls (k, 4: x, y, z, radius; a radius of 0 for none) and the mark of the goal (3,) where they are [m]."""
+        """Put balls (k, 4: x, y, z, radius; 0 for none) and the mark of the goal (3,) where they are [m]."""
         self._things = ["table", *(box.name for box in BOXES)]
         for slot in range(self._slots):
             row = obstacles[slot] if slot < len(obstacles) else np.zeros(4)
