@@ -42,8 +42,8 @@ GOAL_RADIUS = 0.025
 REACH = np.array([(-0.9, -0.9, -0.3), (0.9, 0.9, 1.3)])
 """Bounds of the tool's position, (2, 3) [m]."""
 
-VIEW = Viewpoint(target=(0.33, 0.0, 0.33), distance=3.0, yaw=115, pitch=-25, field=26)
-CAMERA = Viewpoint(target=(0.33, 0.0, 0.4), distance=3.0, yaw=115, pitch=-25, field=28)
+VIEW = Viewpoint(target=(0.33, 0.0, 0.45), distance=3.0, yaw=115, pitch=-22, field=30)
+CAMERA = Viewpoint(target=(0.33, 0.0, 0.45), distance=3.0, yaw=115, pitch=-22, field=31)
 """Of the observed image."""
 WORKSPACE = ((-0.2, 0.95), (-0.6, 0.6))
 """The part of the table that is drawn from above: x and y ranges [m]."""
