@@ -51,7 +51,7 @@ class _Tree:
             return nearest, False
         self.points = np.concatenate([self.points, edge[steps][None]])
         self._parents.append(nearest)
-        return len(self._parents) - 1, steps == len(clear) and whole <= stride
+        return len(self._parents) - 1, bool(steps == len(clear) and whole <= stride)
 
     def branch(self, number: int) -> np.ndarray:
         """The points from a point to the root, (n, d)."""

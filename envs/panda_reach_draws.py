@@ -67,7 +67,7 @@ def draw_episode(random: np.random.Generator, count: int, given: Mapping[str, An
 def _draw_end(random: np.random.Generator, side: int) -> np.ndarray:
     """A start or a goal on the side y > 0 or y < 0 of the gate, (7,) [rad], the hand pointing down."""
     while True:
-        joints = _exact(random.uniform(*DRAWN.T, (64, 7)) * (side, 1, 1, 1, 1, 1, 1))
+        joints = _exact(random.uniform(DRAWN[:, 0], DRAWN[:, 1], (64, 7)) * (side, 1, 1, 1, 1, 1, 1))
         tool = tool_positions(joints) * (1, side, 1)
         down = tool_positions(joints, 0.1)[:, 2] - tool[:, 2] > 0.08
         fits = ((tool > REGION[:, 0]) & (tool < REGION[:, 1])).all(axis=1) & down

@@ -70,7 +70,8 @@ def find_clearance(env: gymnasium.Env, margin: float) -> Cost:
     """The cost of what stands in the way in an environment; raises ConfigError for one that does not say it."""
     armed, obstructed = as_armed(env), as_obstructed(env)
     if armed is not None:
-        return partial(arm_clearance, ArmBarriers(*(torch.from_numpy(part) for part in armed.arm), margin))
+        origins, balls, boxes = (torch.from_numpy(part) for part in armed.arm)
+        return partial(arm_clearance, ArmBarriers(origins, balls, boxes, margin))
     if obstructed is None:
         raise ConfigError("the cost clearance needs an environment that says what stands in it, as Maze-v0 does")
     boxes, room, radius = obstructed.barriers

@@ -161,3 +161,27 @@ def test_costs_come_from_the_command_line_to_the_samples(planner: Path, tmp_path
         assert main([*told, *brief, *more]) == 0
         seen[name] = json.loads((output / "results.json").read_text())["measures"]["smoothness"]["value"]
     assert seen["led"] < seen["plain"]
+
+
+def test_plans_of_an_arm_are_led_and_judged(tmp_path: Path) -> None:
+    arm = "diffusion_policy/PandaReach-v0"
+    small = {"widths": (8,), "groups": 4, "level_dim": 16, "noise_levels": 10, "steps": 4, "batch_size": 16}
+    dp.collect(tmp_path / "panda.zarr", env=arm, episodes=2, workers=1)
+    dp.train(
+        tmp_path / "panda.zarr",
+        tmp_path / "run",
+        observation=("joints", "velocities", "goal"),
+        target=("joints", "action"),
+        inpaint_start=True,
+        inpaint_goal="goal",
+        observation_horizon=1,
+        prediction_horizon=32,
+        action_horizon=8,
+        device="cpu",
+        **small,
+    )
+    costs = ["--cost", "clearance=1", "smoothness=0.1", "goal=0.1", "--plans", "2"]
+    assert study(tmp_path / "run", tmp_path / "study", *costs) == 0
+    cells = json.loads((tmp_path / "study" / "results.json").read_text())["plans"]
+    assert all(FIGURES.keys() <= cell.keys() for cell in cells.values()), cells
+    assert (tmp_path / "study" / "plans.png").stat().st_size > 10_000
