@@ -28,6 +28,7 @@ _TASKS = {  # entry point, control steps after which Gymnasium's time limit ends
     "diffusion_policy/Avoid-v0": ("diffusion_policy.envs.avoid:AvoidEnv", 250),
     "diffusion_policy/BlockPush-v0": ("diffusion_policy.envs.block_push:BlockPushEnv", 350),
     "diffusion_policy/Maze-v0": ("diffusion_policy.envs.maze:MazeEnv", 200),
+    "diffusion_policy/PandaReach-v0": ("diffusion_policy.envs.panda_reach:PandaReachEnv", 120),
     "diffusion_policy/PushT-v0": ("diffusion_policy.envs.push_t:PushTEnv", 300),
     "diffusion_policy/Intersection-v0": ("diffusion_policy.envs.intersection:IntersectionEnv", 80),
 }

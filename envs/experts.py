@@ -8,6 +8,7 @@ from diffusion_policy.envs.avoid import FINISH_Y, ROWS, START_XY, modes
 from diffusion_policy.envs.block_push_expert import BlockPushExpert
 from diffusion_policy.envs.intersection import IntersectionExpert
 from diffusion_policy.envs.maze_expert import MazeExpert
+from diffusion_policy.envs.panda_reach_expert import PandaReachExpert
 
 GATE_X = (
     {"left": 0.42, "right": 0.58},
@@ -58,5 +59,6 @@ EXPERTS = {
     "diffusion_policy/BlockPush-v0": BlockPushExpert,
     "diffusion_policy/Maze-v0": MazeExpert,
     "diffusion_policy/Intersection-v0": IntersectionExpert,
+    "diffusion_policy/PandaReach-v0": PandaReachExpert,
 }
 """The expert of each environment id: called with a mode's label."""

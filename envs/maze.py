@@ -5,7 +5,6 @@ a start and a goal are known and counted. Built on PyBullet: the disc has a mass
 force, walls and obstacles are solid.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -21,7 +20,8 @@ from diffusion_policy.envs.maze_map import BLOCKS, DISC_RADIUS, MODES, NO_OBSTAC
 from diffusion_policy.envs.protocols import Verdict
 from diffusion_policy.envs.scene import Place, Scene
 from diffusion_policy.envs.simulation import Simulation
-from diffusion_policy.envs.task import Advance, TaskEnv, at_height, float_box, path_through, rendering
+from diffusion_policy.envs.task import Advance, TaskEnv, at_height, circle, float_box, path_through, rendering
+from diffusion_policy.envs.travelled import Travelled
 
 CONTROL_PERIOD = PERIOD
 """[s]"""
@@ -45,28 +45,6 @@ CAMERA = VIEW
 """Of the observed image: the room from above."""
 _UNDERGROUND = -1.0
 """Where obstacles are that do not stand in the maze [m]."""
-
-
-class Travelled(NamedTuple):
-    """What an episode was until now."""
-
-    xy: np.ndarray
-    """Where the disc is, (2,) [m]."""
-    step: np.ndarray
-    """The last change of that, (2,) [m]."""
-    length: float = 0.0
-    """[m]"""
-    steps: int = 0
-    squares: float = 0.0
-    """Sum of the squared accelerations of all steps [m^2/s^4]."""
-    touched: bool = False
-
-    def after(self, xy: np.ndarray, touched: bool) -> "Travelled":
-        """What it is one step later."""
-        step = xy - self.xy
-        square = float(((step - self.step) ** 2).sum()) / CONTROL_PERIOD**4
-        length = self.length + float(np.linalg.norm(step))
-        return Travelled(xy, step, length, self.steps + 1, self.squares + square, self.touched or touched)
 
 
 class Saved(NamedTuple):
@@ -182,7 +160,7 @@ class MazeEnv(TaskEnv):
         """Lead the disc towards `action`, (2,) [m]; what lies outside of the room is moved to its wall."""
         touched = self._simulate(np.clip(action, -ROOM, ROOM))
         position = self._disc.position
-        self._travelled = self._travelled.after(position, touched)
+        self._travelled = self._travelled.after(position, touched, CONTROL_PERIOD)
         near = np.linalg.norm(position - self._episode.goal) <= GOAL_RADIUS
         slow = np.linalg.norm(self._disc.velocity) <= GOAL_SPEED
         success = bool(near and slow) and not self._travelled.touched
@@ -208,9 +186,9 @@ class MazeEnv(TaskEnv):
 
     def _info(self, success: bool) -> dict[str, Any]:
         gone = self._travelled
-        measures = {"smoothness": gone.squares / max(gone.steps, 1), "collision": float(gone.touched)}
+        measures = {"smoothness": gone.smoothness, "collision": float(gone.touched)}
         if success:
-            left = float(np.linalg.norm(self._episode.goal - gone.xy))
+            left = float(np.linalg.norm(self._episode.goal - gone.at))
             measures["path_ratio"] = (gone.length + left) / max(self._shortest, GOAL_RADIUS)
         return {"is_success": success, "measures": measures}
 
@@ -254,8 +232,9 @@ class MazeEnv(TaskEnv):
         """The action (2,) [m] that leads nowhere: the position that is observed."""
         return np.asarray(observation["position"])
 
-    def judge(self, observation: Mapping[str, np.ndarray], paths: np.ndarray) -> list[Verdict]:
-        """What comes of paths (N, steps, 2) [m] that are followed exactly."""
+    def judge(self, observation: Mapping[str, np.ndarray], actions: np.ndarray) -> list[Verdict]:
+        """What comes of plans (N, steps, 2) [m] that are followed exactly."""
+        paths = self.planned_path(observation, actions)
         goal, obstacles = np.asarray(observation["goal"], np.float64), _obstacles_in(observation)
         shortest = maze_paths.shortest_length(np.asarray(paths[0, 0], np.float64), goal, obstacles)
         gaps = maze_map.clearance(paths, obstacles)
@@ -308,7 +287,7 @@ class MazeEnv(TaskEnv):
         """The goal and the obstacles of the episode that observes this."""
         discs = [(x, y, radius) for x, y, radius in _obstacles_in(observation).tolist() if radius > 0]
         x, y = np.asarray(observation["goal"], np.float64).tolist()
-        return (_circle(x, y, GOAL_RADIUS, "lightgreen"), *(_circle(*disc, "indianred") for disc in discs))
+        return (circle(x, y, GOAL_RADIUS, "lightgreen"), *(circle(*disc, "indianred") for disc in discs))
 
 
 def _obstacles_in(observation: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -319,9 +298,3 @@ def _obstacles_in(observation: Mapping[str, np.ndarray]) -> np.ndarray:
 def _rectangle(block: maze_map.Block) -> Place:
     (x, y), (half_x, half_y) = block.center, block.half
     return tuple((x + i * half_x, y + j * half_y) for i, j in ((-1, -1), (1, -1), (1, 1), (-1, 1))), "lightgray"
-
-
-def _circle(x: float, y: float, radius: float, color: str) -> Place:
-    angles = np.linspace(0, 2 * math.pi, 25)[:-1]
-    points = np.stack([x + radius * np.cos(angles), y + radius * np.sin(angles)], axis=-1).tolist()
-    return tuple((px, py) for px, py in points), color

@@ -135,6 +135,28 @@ class Obstructed(Protocol):
         ...
 
 
+class ArmShape(NamedTuple):
+    """An arm of joints that turn, and what stands around it in all episodes."""
+
+    origins: np.ndarray
+    """Each joint in the frame of the link before it: x, y, z [m] and the turn about x [rad], (joints, 4). It turns
+    about its own z."""
+    balls: np.ndarray
+    """What covers the links: the number of the link (the base is 0), x, y, z in its frame, radius, (n, 5) [m]."""
+    boxes: np.ndarray
+    """The middle and half the size, (m, 6) [m]; the table lies at height 0."""
+
+
+class Armed(Protocol):
+    """Moves an arm whose actions and whose observation `joints` are joint angles. An observation `obstacles` (k, 4) of
+    x, y, z and radius says what else is there in an episode."""
+
+    @property
+    def arm(self) -> ArmShape:
+        """Its shape, and what it must not touch."""
+        ...
+
+
 class Verdict(NamedTuple):
     """What comes of a plan that is executed as it is."""
 
@@ -149,8 +171,8 @@ class Verdict(NamedTuple):
 class Judging(Placing, Protocol):
     """Knows what comes of a plan without executing it, and in how many ways a task can be solved from where it is."""
 
-    def judge(self, observation: Observations, paths: np.ndarray) -> list[Verdict]:
-        """Of each path (N, steps, 2) in the plane of `scene`, as `planned_path` gives it."""
+    def judge(self, observation: Observations, actions: np.ndarray) -> list[Verdict]:
+        """Of each plan (N, steps, A), the first action of which follows what is observed."""
         ...
 
     def modes_that_solve(self, observation: Observations) -> tuple[str, ...]:
@@ -216,6 +238,13 @@ def as_obstructed(env: gymnasium.Env) -> Obstructed | None:
     but for what is added."""
     task: Any = env.unwrapped
     return task if _get(task, "barriers") is not None and as_drawable(env) is not None else None
+
+
+def as_armed(env: gymnasium.Env) -> Armed | None:
+    """The environment within, where it says what its arm is and no wrapper changes what it takes or observes, but for
+    what is added."""
+    task: Any = env.unwrapped
+    return task if isinstance(_get(task, "arm"), ArmShape) and as_drawable(env) is not None else None
 
 
 def as_judging(env: gymnasium.Env) -> Judging | None:

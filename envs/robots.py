@@ -115,6 +115,20 @@ def panda_with_rod(simulation: Simulation, radius: float, length: float, *, coar
         )
 
 
+def load_panda(simulation: Simulation, *, coarse: bool = False) -> None:
+    """Franka Panda with its gripper closed, as the body `arm`: its joints are the first seven; `coarse`: see
+    `_look_coarse`."""
+    folder = DATA_PATH / "franka_panda"
+    robot = ElementTree.parse(folder / "panda.urdf").getroot()
+    for joint in robot.iter("joint"):
+        if joint.get("type") == "prismatic":
+            joint.set("type", "fixed")
+    if coarse:
+        _look_coarse(robot)
+    with tempfile.TemporaryDirectory() as temporary:
+        simulation.load_urdf("arm", _write(robot, folder, Path(temporary)))
+
+
 def xarm_with_rod(simulation: Simulation, radius: float, length: float, above: float, *, coarse: bool = False) -> Arm:
     """UFACTORY xArm6 with a rod along its flange's axis [m]; the tool is the point so far `above` the rod's lower end;
     `coarse`: see `_look_coarse`.

@@ -87,6 +87,12 @@ class Simulation:
         visual = client.createVisualShape(pybullet.GEOM_CYLINDER, radius=radius, length=height, rgbaColor=color)
         self._bodies[name] = client.createMultiBody(0, collision, visual, position)
 
+    def add_ball(self, name: str, radius: float, position: Sequence[float], color: Color, solid: bool = True) -> None:
+        """Add a static ball, its centre at `position` [m]; one that is not solid is never touched."""
+        collision = self._client.createCollisionShape(pybullet.GEOM_SPHERE, radius=radius) if solid else -1
+        visual = self._client.createVisualShape(pybullet.GEOM_SPHERE, radius=radius, rgbaColor=color)
+        self._bodies[name] = self._client.createMultiBody(0, collision, visual, position)
+
     def add_picture_box(
         self, name: str, half_extents: Sequence[float], position: Sequence[float], color: Color
     ) -> None:
@@ -106,8 +112,8 @@ class Simulation:
             rgbaColor=color,
             visualFramePosition=(*center, -half_extents[2]),
         )
-        body = client.createMultiBody(0, collision, visual)
-        client.changeDynamics(body, -1, lateralFriction=friction)
+        self._bodies["table"] = client.createMultiBody(0, collision, visual)
+        client.changeDynamics(self._bodies["table"], -1, lateralFriction=friction)
 
     def add_box(
         self,
@@ -240,10 +246,22 @@ class Simulation:
         (x, y, _), (qx, qy, qz, qw) = self._client.getBasePositionAndOrientation(self._bodies[name])
         return x, y, math.atan2(2 * (qw * qz + qx * qy), 1 - 2 * (qy * qy + qz * qz))
 
-    def touches(self, name: str, link: int, other: str | None = None) -> bool:
-        """Whether a link touched another body, None for any, in the last step."""
-        contacts = self._client.getContactPoints(self._bodies[name], -1 if other is None else self._bodies[other], link)
+    def touches(self, name: str, link: int | None = None, other: str | None = None) -> bool:
+        """Whether a link, None for any, touched another body, None for any, in the last step."""
+        bodies = (self._bodies[name], -1 if other is None else self._bodies[other])
+        contacts = self._client.getContactPoints(*bodies, *(() if link is None else (link,)))
         return any(contact[8] <= 0 for contact in contacts)  # contact[8]: distance, positive while only near
+
+    def is_near(self, name: str, other: str, link: int = -1, distance: float = 0.0) -> bool:
+        """Whether a body, from a link on (-1: its base), is so near to another one [m] as they stand now; no step is
+        needed."""
+        found = self._client.getClosestPoints(self._bodies[name], self._bodies[other], distance)
+        return any(point[3] >= link and point[8] <= distance for point in found)
+
+    def links_touch(self, name: str, link: int, other: int) -> bool:
+        """Whether two links of a body, as it stands now, touch each other; -1 is its base."""
+        body = self._bodies[name]
+        return any(point[8] <= 0 for point in self._client.getClosestPoints(body, body, 0.0, link, other))
 
     def render(self) -> np.ndarray:
         """A picture of the scene, (height, width, 3) uint8, drawn on the CPU."""

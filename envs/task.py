@@ -3,6 +3,7 @@
 Also formulas on planned paths and spaces that several tasks use. Knows Gymnasium. Knows no simulator and no task.
 """
 
+import math
 import os
 import sys
 import time
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
+
+from diffusion_policy.envs.scene import Place
 
 WORDS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven"}
 
@@ -118,8 +121,8 @@ def float_box(low: Any, high: Any) -> gymnasium.spaces.Box:
 
 
 def path_through(start: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """The path from a start (2,) through points (..., steps, 2): (..., steps + 1, 2)."""
-    return np.concatenate([np.broadcast_to(start, (*points.shape[:-2], 1, 2)), points], axis=-2)
+    """The path from a start (d,) through points (..., steps, d): (..., steps + 1, d)."""
+    return np.concatenate([np.broadcast_to(start, (*points.shape[:-2], 1, points.shape[-1])), points], axis=-2)
 
 
 def path_of_changes(start: np.ndarray, changes: np.ndarray) -> np.ndarray:
@@ -130,3 +133,10 @@ def path_of_changes(start: np.ndarray, changes: np.ndarray) -> np.ndarray:
 def at_height(xy: np.ndarray, height: float) -> np.ndarray:
     """Points (..., 2) of the plane at a height [m], (..., 3)."""
     return np.concatenate([xy, np.full((*np.shape(xy)[:-1], 1), height)], axis=-1)
+
+
+def circle(x: float, y: float, radius: float, color: str) -> Place:
+    """A disc to be drawn."""
+    angles = np.linspace(0, 2 * math.pi, 25)[:-1]
+    points = np.stack([x + radius * np.cos(angles), y + radius * np.sin(angles)], axis=-1).tolist()
+    return tuple((px, py) for px, py in points), color

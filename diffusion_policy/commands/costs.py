@@ -11,9 +11,10 @@ import torch
 from diffusion_policy.basics.images import is_image
 from diffusion_policy.checkpoints.checkpoint import Checkpoint
 from diffusion_policy.config import ConfigError, CostConfig
-from diffusion_policy.control.costs import COSTS, GOAL, Barriers, Costs, Weighed, clearance
+from diffusion_policy.control.arm_costs import ArmBarriers, arm_clearance
+from diffusion_policy.control.costs import COSTS, GOAL, Barriers, Cost, Costs, Weighed, clearance
 from diffusion_policy.envs import modules
-from diffusion_policy.envs.protocols import as_obstructed
+from diffusion_policy.envs.protocols import as_armed, as_obstructed
 
 
 def with_costs(loaded: Checkpoint, env: gymnasium.Env, config: CostConfig) -> Checkpoint:
@@ -31,12 +32,14 @@ def with_costs(loaded: Checkpoint, env: gymnasium.Env, config: CostConfig) -> Ch
     unknown = [key for key in config.cost_key if key not in predicted]
     if unknown:
         raise ConfigError(f"--cost-key must name what is predicted, {', '.join(predicted)}; got {unknown[0]}")
+    armed = as_armed(env)
     costs = Costs(
         tuple(find_cost(text, env, watched, config.cost_margin) for text in config.cost),
         config.cost_key or predicted,
         config.cost_from,
         config.cost_steps,
         config.cost_size,
+        2 if armed is None else len(armed.arm.origins),
     )
     led = loaded.policy.with_leads([costs], watched)
     return dataclasses.replace(loaded, policy=led)
@@ -56,17 +59,20 @@ def find_cost(text: str, env: gymnasium.Env, watched: Collection[str], margin: f
     if name == "goal" and GOAL not in watched:
         raise ConfigError(f"the cost goal needs an observation `goal`; there are {', '.join(watched)}")
     if name == "clearance":
-        return Weighed(name, partial(clearance, find_barriers(env, margin)), weighs)
+        return Weighed(name, find_clearance(env, margin), weighs)
     if name not in COSTS:
         known = ", ".join(sorted({*COSTS, "clearance"}))
         raise ConfigError(f"unknown cost {name!r}; choose from {known}, or a function, as module:function")
     return Weighed(name, COSTS[name], weighs)
 
 
-def find_barriers(env: gymnasium.Env, margin: float) -> Barriers:
-    """What stands in the way in an environment; raises ConfigError for one that does not say it."""
-    obstructed = as_obstructed(env)
+def find_clearance(env: gymnasium.Env, margin: float) -> Cost:
+    """The cost of what stands in the way in an environment; raises ConfigError for one that does not say it."""
+    armed, obstructed = as_armed(env), as_obstructed(env)
+    if armed is not None:
+        origins, balls, boxes = (torch.from_numpy(part) for part in armed.arm)
+        return partial(arm_clearance, ArmBarriers(origins, balls, boxes, margin))
     if obstructed is None:
         raise ConfigError("the cost clearance needs an environment that says what stands in it, as Maze-v0 does")
     boxes, room, radius = obstructed.barriers
-    return Barriers(torch.from_numpy(boxes), torch.from_numpy(room), radius, margin)
+    return partial(clearance, Barriers(torch.from_numpy(boxes), torch.from_numpy(room), radius, margin))

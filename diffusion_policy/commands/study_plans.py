@@ -168,7 +168,7 @@ def sample(options: Study, loaded: PolicyInEnv, judging: Judging, seed: int) -> 
     drawable = as_drawable(env)
     assert drawable is not None
     paths = np.asarray(drawable.planned_path(observation, plans))
-    verdicts = judging.judge(observation, paths)
+    verdicts = judging.judge(observation, plans)
     return Sampled(seed, paths, verdicts, judging.modes_that_solve(observation), times[-1], times[1], observation)
 
 
@@ -216,7 +216,7 @@ def denoise_plans(options: Study, loaded: PolicyInEnv, judging: Judging) -> list
     places, found = judging.places(observation), []
     for one in plans:
         paths = np.asarray(judging.planned_path(observation, one))
-        found.append(Judged(options.seed, paths, judging.judge(observation, paths), places))
+        found.append(Judged(options.seed, paths, judging.judge(observation, one), places))
     return found
 
 

@@ -2,7 +2,8 @@
 
 A cost is a function of sequences {key: (B, T, n)}, raw, of what the policy predicts, and of observations {key: (B, To,
 ...)}, that gives a number for each row, (B,): the lower the better. By its gradient samples are led, so it is written
-in torch. Those here are of the places in the plane that the sequences hold beside it as `place`, (B, T, 2).
+in torch. Those here are of the places that the sequences hold beside it as `place`, (B, T, 2) in a plane, (B, T,
+joints) of an arm.
 """
 
 import itertools
@@ -20,9 +21,9 @@ from diffusion_policy.policy import DiffusionPolicy, Wrap
 Tensors = Mapping[str, Tensor]
 Cost = Callable[[Tensors, Tensors], Tensor]
 PLACE = "place"
-"""Key under which costs find the places of a plan [m or px]."""
+"""Key under which costs find the places of a plan [m or px], or its joint angles [rad]."""
 OBSTACLES, GOAL = "obstacles", "goal"
-"""Observations (k, 3), the discs x, y, radius, and (2,)."""
+"""Observations (k, 3), the discs x, y, radius, or (k, 4), the balls x, y, z, radius; and (2,) or (joints,)."""
 
 
 class CostError(ValueError):
@@ -51,7 +52,7 @@ class Weighed(NamedTuple):
 
 
 def path_in(sequences: Tensors) -> Tensor:
-    """The places in sequences, (B, T, 2)."""
+    """The places in sequences, (B, T, 2), or joint angles (B, T, joints)."""
     return sequences[PLACE]
 
 
@@ -67,7 +68,8 @@ def length(sequences: Tensors, observations: Tensors) -> Tensor:
 
 def to_goal(sequences: Tensors, observations: Tensors) -> Tensor:
     """The squared distance of the last place to the observation `goal`, (B,)."""
-    return (path_in(sequences)[:, -1] - observations[GOAL][:, -1, :2]).square().sum(dim=-1)
+    end = path_in(sequences)[:, -1]
+    return (end - observations[GOAL][:, -1, : end.shape[-1]]).square().sum(dim=-1)
 
 
 def clearance(barriers: Barriers, sequences: Tensors, observations: Tensors) -> Tensor:
@@ -99,12 +101,14 @@ COSTS: dict[str, Cost] = {"smoothness": smoothness, "length": length, "goal": to
 """Those that need nothing but what is planned and observed; `clearance` needs barriers too."""
 
 
-def total(costs: Sequence[Weighed], sequences: Tensors, observations: Tensors, keys: Sequence[str]) -> Tensor:
-    """The weighed sum, (B,), over the keys whose first two columns are places. Raises CostError for a cost that is not
-    one finite number a row."""
+def total(
+    costs: Sequence[Weighed], sequences: Tensors, observations: Tensors, keys: Sequence[str], columns: int = 2
+) -> Tensor:
+    """The weighed sum, (B,), over the keys whose first columns, so many, are places. Raises CostError for a cost that
+    is not one finite number a row."""
     rows, found = len(next(iter(sequences.values()))), []
     for (name, cost, weight), key in itertools.product(costs, keys):
-        value = cost({**sequences, PLACE: sequences[key][..., :2]}, observations)
+        value = cost({**sequences, PLACE: sequences[key][..., :columns]}, observations)
         if not isinstance(value, Tensor) or value.shape != (rows,):
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise CostError(f"the cost {name} must give a tensor of shape ({rows},); got {got}")
@@ -120,13 +124,15 @@ class Costs:
 
     weighed: tuple[Weighed, ...]
     keys: tuple[str, ...] = ("action",)
-    """What is predicted whose first two columns are places: each is led."""
+    """What is predicted whose first columns are places: each is led."""
     begins: float = 1.0
     """Share of the noise levels, from the least noised one, at which samples are led."""
     steps: int = 1
     """Gradient steps at each of them; with 0 samples are not led."""
     size: float = 0.05
     """Of a gradient step: how far a step of a sequence moves at most, in normalized numbers."""
+    columns: int = 2
+    """So many are places: of a plane two, of an arm as many as it has joints."""
 
     def __call__(self, policy: DiffusionPolicy, observations: Tensors, number: int) -> Wrap:
         """See `policy.Lead`."""
@@ -141,7 +147,7 @@ class Costs:
         names = ", ".join(one.name for one in self.weighed)
         with torch.enable_grad():
             x0 = x0.detach().requires_grad_()
-            summed = total(self.weighed, policy.tell_apart(x0, observations), observations, self.keys)
+            summed = total(self.weighed, policy.tell_apart(x0, observations), observations, self.keys, self.columns)
             if not summed.requires_grad:
                 raise CostError(f"the costs {names} have no gradient by what is planned")
             (gradient,) = torch.autograd.grad(summed.sum(), x0)
@@ -154,5 +160,6 @@ class Costs:
         number = plans.shape[1]
         seen = {key: torch.from_numpy(rows).repeat_interleave(number, dim=0) for key, rows in observations.items()}
         with torch.no_grad():
-            summed = total(self.weighed, {"action": torch.from_numpy(plans).flatten(0, 1)}, seen, ("action",))
+            flat = {"action": torch.from_numpy(plans).flatten(0, 1)}
+            summed = total(self.weighed, flat, seen, ("action",), self.columns)
         return -summed.reshape(plans.shape[:2]).numpy()

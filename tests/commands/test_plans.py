@@ -129,11 +129,11 @@ def test_the_maze_judges_the_ways_of_its_expert() -> None:
         start, goal = (np.asarray(observation[key], np.float64) for key in ("position", "goal"))
         for mode in modes:
             path = maze_expert.plan_path(start, goal, mode)
-            (verdict,) = judging.judge(observation, path[None])
+            (verdict,) = judging.judge(observation, path[None, 1:])
             assert (verdict.valid, verdict.mode) == (True, mode)
             assert 0.99 <= verdict.ratio < 1.8
         straight, short = np.linspace([start, start], [goal, goal], 30), np.stack([start, start])
-        through = judging.judge(observation, np.stack([straight[:, 0], np.resize(short, (30, 2))]))
+        through = judging.judge(observation, np.stack([straight[1:, 0], np.resize(short, (29, 2))]))
         assert not through[1].valid  # it stays
     assert as_judging(envs.make("diffusion_policy/Avoid-v0")) is None
 
@@ -185,3 +185,27 @@ def test_goals_beyond_the_demonstrations_are_remarked_and_costs_are_kept(planner
     assert (results["costs"]["cost"], results["costs"]["cost_steps"]) == (["length"], 0)
     said = " ".join((tmp_path / "e" / "report.html").read_text().split())
     assert "goals lie beyond what was demonstrated: goal in" in said  # three demonstrations reach few places
+
+
+def test_plans_of_an_arm_are_led_and_judged(tmp_path: Path) -> None:
+    arm = "diffusion_policy/PandaReach-v0"
+    small = {"widths": (8,), "groups": 4, "level_dim": 16, "noise_levels": 10, "steps": 4, "batch_size": 16}
+    dp.collect(tmp_path / "panda.zarr", env=arm, episodes=2, workers=1)
+    dp.train(
+        tmp_path / "panda.zarr",
+        tmp_path / "run",
+        observation=("joints", "velocities", "goal"),
+        target=("joints", "action"),
+        inpaint_start=True,
+        inpaint_goal="goal",
+        observation_horizon=1,
+        prediction_horizon=32,
+        action_horizon=8,
+        device="cpu",
+        **small,
+    )
+    costs = ["--cost", "clearance=1", "smoothness=0.1", "goal=0.1", "--plans", "2"]
+    assert study(tmp_path / "run", tmp_path / "study", *costs) == 0
+    cells = json.loads((tmp_path / "study" / "results.json").read_text())["plans"]
+    assert all(FIGURES.keys() <= cell.keys() for cell in cells.values()), cells
+    assert (tmp_path / "study" / "plans.png").stat().st_size > 10_000

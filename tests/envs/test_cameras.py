@@ -13,10 +13,10 @@ from diffusion_policy import envs
 from diffusion_policy.envs import avoid, block_push, egl, maze
 from diffusion_policy.evaluation.pool import EnvironmentPool
 
-AVOID, BLOCK_PUSH, MAZE, PUSH_T, INTERSECTION = envs.ENV_IDS
+AVOID, BLOCK_PUSH, MAZE, PANDA_REACH, PUSH_T, INTERSECTION = envs.ENV_IDS
 MISSING = pytest.mark.skipif(find_spec("gym_pusht") is None, reason="gym-pusht is not installed")
 ARMS = [AVOID, BLOCK_PUSH]
-TASKS = [*ARMS, MAZE, INTERSECTION, pytest.param(PUSH_T, marks=MISSING)]
+TASKS = [*ARMS, MAZE, PANDA_REACH, INTERSECTION, pytest.param(PUSH_T, marks=MISSING)]
 SIZE = 32
 
 
