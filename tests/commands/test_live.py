@@ -526,16 +526,16 @@ def test_a_person_watches_pauses_steers_and_teaches(page, tmp_path: Path) -> Non
         wait("document.getElementById('refused').textContent.includes('delay-steps must be from 0 to 7')")
         window.click("#record")
         wait("live.state.recording")
-        episodes = window.evaluate("live.state.episodes")
         window.click("#run")
         window.locator("#canvas").scroll_into_view_if_needed()
         box = window.locator("#canvas").bounding_box()
         window.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 0.7 * box["height"])
         window.mouse.down()
         wait("live.state.held")
-        wait("live.state.ended")
+        episodes = window.evaluate("live.state.episodes")
+        wait(f"live.state.episodes >= {episodes} + 2")  # the second of them was steered from its beginning
         window.mouse.up()
-        wait(f"live.state.episodes >= {episodes} + 2")  # the first of them is written
+        wait(f"live.state.episodes >= {episodes} + 3")  # so that it is written
         assert complaints == []
         browser.close()
     with EpisodeStore.open(store) as kept:
