@@ -81,7 +81,7 @@ def run(options: Evaluate) -> dict[str, Any]:
     refuse_seen_seeds(loaded, options.seeds)
     chunking = choose_chunking(options.chunking, policy, options.sampling, find_roll(loaded.env))
     evaluation = Evaluation(options, loaded, tell_asked(options, loaded), Remarks(), chunking)
-    with hold_output(options.output) as waits:
+    with saying_that_nothing_was_done(), hold_output(options.output) as waits:
         if waits:
             return go_on(evaluation)
         sampling, episodes = options.sampling, options.episodes * options.repeats
@@ -91,6 +91,15 @@ def run(options: Evaluate) -> dict[str, Any]:
         asked = choose_backend(options.backend, chunking)
         backend = resolve_for_episodes(loaded, sampling, asked, options.parallel, episodes)
         return evaluate(evaluation._replace(backend=backend))
+
+
+@contextlib.contextmanager
+def saying_that_nothing_was_done() -> Iterator[None]:
+    """Ctrl-C within, which is a plain one before the first episode alone, is Interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("stopped after 0 episodes; nothing was written") from None
 
 
 def action_horizon_of(options: Evaluate, loaded: PolicyInEnv) -> int:
