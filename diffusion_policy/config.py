@@ -574,39 +574,14 @@ class TrainConfig:
     distillation: Annotated[DistillationConfig, Group("student")] = field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
-        require_at_least(
-            self,
-            1,
-            (
-                "steps",
-                "batch_size",
-                "validate_every",
-                "checkpoint_every",
-                "keep_checkpoints",
-                "accumulation",
-                "noise_draws",
-            ),
-        )
-        require_at_least(self, 1, ("rollout_episodes",))
+        counts = "steps", "batch_size", "noise_draws", "accumulation", "rollout_episodes"
+        require_at_least(self, 1, (*counts, "validate_every", "checkpoint_every", "keep_checkpoints"))
         require_at_least(self, 0, ("weight_decay", "warmup_steps", "rollout_every", "memory_gb"))
         require_at_most(self, MAX_STEP, ("steps",))
         require_at_most(self, MAX_EPISODES, ("rollout_episodes",))
         _require(self.accumulation <= self.batch_size, "accumulation", "at most the batch-size", self.accumulation)
         check_choice("precision", self.precision, get_args(PrecisionName))
-        if self.keep_best is not None:
-            check_choice("keep-best", self.keep_best, get_args(MetricName))
-            measured, every = ("rollout-every", self.rollout_every), self.checkpoint_every
-            if self.keep_best != "success_rate":
-                measured = "validate-every", self.validate_every
-            if measured[1] == 0 or every % measured[1]:
-                raise ConfigError(
-                    f"keep-best {self.keep_best} is measured by {measured[0]}, which must divide checkpoint-every "
-                    f"{every}; got {measured[1]}"
-                )
-            if self.keep_best.startswith("teacher") and self.distillation.teacher is None:
-                raise ConfigError(f"keep-best {self.keep_best} is measured of a student; got no --teacher")
-            if self.keep_best != "success_rate" and self.validation_share == 0:
-                raise ConfigError(f"keep-best {self.keep_best} needs held-out episodes; got validation-share 0")
+        self._check_best()
         require_seed(self)
         for name in ("learning_rate", "gradient_clip", "ema_power"):
             _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
@@ -616,6 +591,24 @@ class TrainConfig:
         _require(0 <= self.validation_share < 1, "validation_share", "from 0 to below 1", self.validation_share)
         _require(0 < self.hindsight_share <= 1, "hindsight_share", "above 0 and at most 1", self.hindsight_share)
         require_numbers(self)
+
+    def _check_best(self) -> None:
+        """Raise ConfigError for a best checkpoint by what is not measured where checkpoints are kept."""
+        if self.keep_best is None:
+            return
+        check_choice("keep-best", self.keep_best, get_args(MetricName))
+        measured, every = ("rollout-every", self.rollout_every), self.checkpoint_every
+        if self.keep_best != "success_rate":
+            measured = "validate-every", self.validate_every
+        if measured[1] == 0 or every % measured[1]:
+            raise ConfigError(
+                f"keep-best {self.keep_best} is measured by {measured[0]}, which must divide checkpoint-every "
+                f"{every}; got {measured[1]}"
+            )
+        if self.keep_best.startswith("teacher") and self.distillation.teacher is None:
+            raise ConfigError(f"keep-best {self.keep_best} is measured of a student; got no --teacher")
+        if self.keep_best != "success_rate" and self.validation_share == 0:
+            raise ConfigError(f"keep-best {self.keep_best} needs held-out episodes; got validation-share 0")
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,6 @@ class DiffusionPolicy(nn.Module):
         self.diffusion = OBJECTIVES[config.objective](schedule, config)
         self.autoencoder = make_autoencoder(config, *self.normalizer.shapes[self.target.key])
         """Of the sequences, where diffusion runs in a latent space."""
-        steps, target_dim = self.sequence_shape
         marks = self.label_rows.numbers or (1 if config.condition_dropout else 0)
         cond_parts = parts + [CondPart(1, marks)] * bool(marks)
         goals = sum(math.prod(part) for key, part in zip(self.keys, parts, strict=True) if key in config.goal)
@@ -171,7 +170,11 @@ class DiffusionPolicy(nn.Module):
         """Numbers of a condition, the first ones, that are never dropped."""
         self.cond_dim = self.features + marks
         """C, numbers of a condition."""
-        self.network = NETWORKS[config.network.kind](
+        self.network = self._make_network(cond_parts)
+
+    def _make_network(self, cond_parts: Sequence[CondPart]) -> Any:
+        config, (steps, target_dim) = self.config, self.sequence_shape
+        return NETWORKS[config.network.kind](
             target_dim + bool(config.max_delay),  # a column that marks what is given
             cond_parts,
             steps,

@@ -76,11 +76,7 @@ def _run(options: Train, processes: Distributed, device_name: str) -> None:
     roll_out = make_rollouts(options, store, point) if options.training.rollout_every else None
     told = _tell(options, store, plan, point.dataset.fingerprint)
     with console.status("reading the data"):
-        windows, validation = cut_windows(options, store, plan, device)
-        latents.begin(point.policy, options, windows)
-        if options.training.freeze_vision:
-            windows = image_encoders.cache(windows, point.policy, options.training)
-            validation = validation and image_encoders.cache(validation, point.policy, options.training)
+        windows, validation = _read_windows(options, store, plan, point.policy, device)
     _say_what_is_trained(plan, windows, point.policy, processes)
     lessons = distilling.make_lessons(options, point.policy, teacher, windows, validation)
     trainer = Trainer.for_policy(
@@ -103,6 +99,18 @@ def _run(options: Train, processes: Distributed, device_name: str) -> None:
         else:
             with stop_on_signal() as stop:
                 trainer.run(should_stop=stop.is_set)
+
+
+def _read_windows(
+    options: Train, store: EpisodeStore, plan: Plan, policy: DiffusionPolicy, device: torch.device
+) -> tuple[Windows | StreamedWindows, Windows | None]:
+    """The windows to train on and those held out; what of the policy is frozen gets what it needs of them."""
+    windows, validation = cut_windows(options, store, plan, device)
+    latents.begin(policy, options, windows)
+    if options.training.freeze_vision:
+        windows = image_encoders.cache(windows, policy, options.training)
+        validation = validation and image_encoders.cache(validation, policy, options.training)
+    return windows, validation
 
 
 def _begin(options: Train, store: EpisodeStore, plan: Plan, sketch: Checkpoint, device: torch.device) -> Checkpoint:

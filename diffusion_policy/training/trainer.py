@@ -116,19 +116,7 @@ class Trainer:
         self._model, self._source = model, batches
         self._loss, self._draw, self._validate, self._roll_out = loss, draw, validate, roll_out
         self._device = next(model.parameters()).device
-        kept = {id(weight) for weight in undecayed}
-        learned = [weight for weight in model.parameters() if weight.requires_grad]
-        groups = [
-            {"params": [weight for weight in learned if id(weight) not in kept]},
-            {"params": [weight for weight in learned if id(weight) in kept], "weight_decay": 0.0},
-        ]
-        self._optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            betas=(0.95, 0.999),
-            fused=self._device.type in FUSED,
-        )
+        self._optimizer = _make_optimizer(model, undecayed, config, self._device)
         self._ema = copy.deepcopy(model).eval()
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=config.precision == "fp16")
         self._batch_size = min(config.batch_size, len(batches))
@@ -357,6 +345,25 @@ def _require_fit(policy: DiffusionPolicy, windows: BatchesOfWindows) -> None:
     found = {key: shape for key, shape in windows.shapes.items() if key in needed}
     if found != needed:
         raise ValueError(f"the policy needs windows of {needed}; got {windows.shapes}")
+
+
+def _make_optimizer(
+    model: nn.Module, undecayed: Collection[nn.Parameter], config: TrainConfig, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW over what learns, without weight decay for some parameters."""
+    kept = {id(weight) for weight in undecayed}
+    learned = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for weight in learned if id(weight) not in kept]},
+        {"params": [weight for weight in learned if id(weight) in kept], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        betas=(0.95, 0.999),
+        fused=device.type in FUSED,
+    )
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
