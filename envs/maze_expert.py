@@ -3,10 +3,9 @@
 Knows the map and its ways. Knows no simulator.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 
+from diffusion_policy.envs.following import PathExpert
 from diffusion_policy.envs.maze_draws import way_points
 from diffusion_policy.envs.maze_map import MODES, NO_OBSTACLES, label_of
 from diffusion_policy.envs.maze_paths import GROWN, graph
@@ -23,8 +22,6 @@ SPACING = 0.01
 """Of a path's points before they are timed [m]."""
 WINDOW = 0.2
 """Half the width of the window that smooths a path [m]."""
-AHEAD = 3
-"""It waits for a disc that has come no nearer than so many steps before the point where it should be."""
 
 
 def plan_path(start: np.ndarray, goal: np.ndarray, mode: str, obstacles: np.ndarray = NO_OBSTACLES) -> np.ndarray:
@@ -69,23 +66,10 @@ def timed(points: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(at, time, points[:, axis]) for axis in range(2)], axis=-1)
 
 
-class MazeExpert:
-    """Leads the disc along a path of one class, which it plans from the first observation of an episode. It aims at the
-    path's point of the next step, and waits for a disc that lags behind."""
+class MazeExpert(PathExpert):
+    """Leads the disc along a path of one class."""
 
-    def __init__(self, mode: str) -> None:
-        if mode not in MODES:
-            raise ValueError(f"unknown mode {mode!r}; choose from {', '.join(MODES)}")
-        self._mode = mode
-        self._path: np.ndarray | None = None
-        self._at = 0
-
-    def act(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The next wanted position, (2,) [m]. Raises ValueError where no way of the class exists."""
-        if self._path is None:
-            obstacles = observation.get("obstacles", NO_OBSTACLES)
-            self._path = plan_path(observation["position"], observation["goal"], self._mode, np.asarray(obstacles))
-        behind = max(0, self._at - 2 * AHEAD)
-        away = np.linalg.norm(self._path[behind : self._at + 1] - observation["position"], axis=-1)
-        self._at = min(self._at + 1, behind + int(away.argmin()) + AHEAD, len(self._path) - 1)
-        return self._path[self._at].astype(np.float32)
+    modes = MODES
+    key = "position"
+    plan = staticmethod(plan_path)
+    no_obstacles = NO_OBSTACLES

@@ -4,12 +4,12 @@ Knows the arm and the scene as numbers. Knows no simulator.
 """
 
 import zlib
-from collections.abc import Mapping
 from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 
+from diffusion_policy.envs.following import PathExpert
 from diffusion_policy.envs.joint_planner import Free, connect, dense, shortened, smoothed, timed
 from diffusion_policy.envs.panda_model import LIMITS, least_gaps, tool_positions
 from diffusion_policy.envs.panda_scene import ARRAY, MODES, NO_OBSTACLES, mode_of
@@ -40,8 +40,6 @@ MOST_STEPS = 62
 """A path with more is none."""
 WINDOWS = (8, 4, 2, 1)
 """Half the width of the window that smooths a path, in points: the first that leaves it free."""
-AHEAD = 3
-"""It waits for an arm that has come no nearer than so many steps before the point where it should be."""
 SPREAD = 0.25
 """Standard deviation of the waypoints around the known ones [rad]."""
 WAYPOINTS = {
@@ -170,23 +168,10 @@ def _is_clearly(mode: str, joints: np.ndarray) -> bool:
     return all(mode_of(tool + shift) == mode for shift in (CLEARLY, -CLEARLY))
 
 
-class PandaReachExpert:
-    """Leads the joints along a path of one mode, which it plans from the first observation of an episode. It aims at
-    the path's point of the next step, and waits for an arm that lags behind."""
+class PandaReachExpert(PathExpert):
+    """Leads the joints along a path of one mode."""
 
-    def __init__(self, mode: str) -> None:
-        if mode not in MODES:
-            raise ValueError(f"unknown mode {mode!r}; choose from {', '.join(MODES)}")
-        self._mode = mode
-        self._path: np.ndarray | None = None
-        self._at = 0
-
-    def act(self, observation: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The next wanted joint angles, (7,) [rad]. Raises ValueError where no path of the mode is found."""
-        if self._path is None:
-            obstacles = observation.get("obstacles", NO_OBSTACLES)
-            self._path = plan_path(observation["joints"], observation["goal"], self._mode, np.asarray(obstacles))
-        behind = max(0, self._at - 2 * AHEAD)
-        away = np.linalg.norm(self._path[behind : self._at + 1] - observation["joints"], axis=-1)
-        self._at = min(self._at + 1, behind + int(away.argmin()) + AHEAD, len(self._path) - 1)
-        return self._path[self._at].astype(np.float32)
+    modes = MODES
+    key = "joints"
+    plan = staticmethod(plan_path)
+    no_obstacles = NO_OBSTACLES
