@@ -20,7 +20,16 @@ from diffusion_policy.envs.maze_map import BLOCKS, DISC_RADIUS, MODES, NO_OBSTAC
 from diffusion_policy.envs.protocols import Verdict
 from diffusion_policy.envs.scene import Place, Scene
 from diffusion_policy.envs.simulation import Simulation
-from diffusion_policy.envs.task import Advance, TaskEnv, at_height, circle, float_box, path_through, rendering
+from diffusion_policy.envs.task import (
+    Advance,
+    TaskEnv,
+    at_height,
+    checked_count,
+    circle,
+    float_box,
+    path_through,
+    rendering,
+)
 from diffusion_policy.envs.travelled import Travelled
 
 CONTROL_PERIOD = PERIOD
@@ -83,11 +92,8 @@ class MazeEnv(TaskEnv):
     ) -> None:
         """`obstacles`: so many stand in the corridors of each episode; of the images, see `ImageOptions`."""
         images = ImageOptions.checked(image_size, renderer=image_renderer)
-        whole = isinstance(obstacles, int | np.integer) and not isinstance(obstacles, bool)
-        if not (whole and 0 <= obstacles <= MOST_OBSTACLES):
-            raise ValueError(f"obstacles must be a whole number of 0 to {MOST_OBSTACLES}; got {obstacles!r:.60}")
+        self.obstacles = checked_count("obstacles", obstacles, MOST_OBSTACLES)
         super().__init__(render_mode)
-        self.obstacles = int(obstacles)
         room, fast = np.full(2, ROOM), np.full(2, 2 * MAX_SPEED)
         spaces: dict[str, gymnasium.Space] = {
             "position": float_box(-room, room),

@@ -22,7 +22,16 @@ from diffusion_policy.envs.panda_world import MAX_SPEED, PandaWorld, predict_joi
 from diffusion_policy.envs.protocols import ArmShape, Verdict
 from diffusion_policy.envs.scene import Place, Scene
 from diffusion_policy.envs.simulation import Simulation
-from diffusion_policy.envs.task import Advance, TaskEnv, at_height, circle, float_box, path_through, rendering
+from diffusion_policy.envs.task import (
+    Advance,
+    TaskEnv,
+    at_height,
+    checked_count,
+    circle,
+    float_box,
+    path_through,
+    rendering,
+)
 from diffusion_policy.envs.travelled import Travelled
 
 CONTROL_PERIOD = PERIOD
@@ -87,11 +96,8 @@ class PandaReachEnv(TaskEnv):
     ) -> None:
         """`obstacles`: so many balls are in the arm's ways in each episode; of the images, see `ImageOptions`."""
         images = ImageOptions.checked(image_size, renderer=image_renderer)
-        whole = isinstance(obstacles, int | np.integer) and not isinstance(obstacles, bool)
-        if not (whole and 0 <= obstacles <= MOST_OBSTACLES):
-            raise ValueError(f"obstacles must be a whole number of 0 to {MOST_OBSTACLES}; got {obstacles!r:.60}")
+        self.obstacles = checked_count("obstacles", obstacles, MOST_OBSTACLES)
         super().__init__(render_mode)
-        self.obstacles = int(obstacles)
         low, high = LIMITS.T
         fast = np.full(7, 2 * MAX_SPEED)
         spaces: dict[str, gymnasium.Space] = {

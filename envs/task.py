@@ -114,6 +114,14 @@ def has_display() -> bool:
     return False
 
 
+def checked_count(name: str, count: Any, most: int) -> int:
+    """A number of things; raises ValueError for what is no whole number from 0 to `most`."""
+    whole = isinstance(count, int | np.integer) and not isinstance(count, bool)
+    if not (whole and 0 <= count <= most):
+        raise ValueError(f"{name} must be a whole number of 0 to {most}; got {count!r:.60}")
+    return int(count)
+
+
 def float_box(low: Any, high: Any) -> gymnasium.spaces.Box:
     """The space of float32 arrays between bounds of the same shape."""
     low, high = (np.asarray(bound, dtype=np.float32) for bound in (low, high))
