@@ -139,23 +139,24 @@ class UnetConfig:
         _require(not wrong, "widths", f"multiples of the {self.groups} groups", wrong)
         require_numbers(self)
 
-    def require_horizon(self, prediction_horizon: int) -> None:
+    def require_horizon(self, prediction_horizon: int, prediction_stride: int) -> None:
         """Raise ConfigError where the network cannot take sequences of this length."""
-        stride = 2 ** (len(self.widths) - 1)
+        stride = prediction_stride * 2 ** (len(self.widths) - 1)
         if prediction_horizon % stride:
+            skips = f" of every {prediction_stride}th step" if prediction_stride > 1 else ""
             raise ConfigError(
                 f"prediction-horizon must be a multiple of {stride}, since {len(self.widths)} widths halve the time "
-                f"axis {len(self.widths) - 1} times; got {prediction_horizon}"
+                f"axis{skips} {len(self.widths) - 1} times; got {prediction_horizon}"
             )
 
-    def least_memory(self, prediction_horizon: int) -> int:
+    def least_memory(self, steps: int) -> int:
         """Bytes that one sequence takes at least while the network learns from it: each resolution keeps its channels
         some 16 times, for four residual blocks."""
-        return 4 * 16 * sum(width * (prediction_horizon >> i) for i, width in enumerate(self.widths))
+        return 4 * 16 * sum(width * (steps >> i) for i, width in enumerate(self.widths))
 
-    def numbers_held(self, prediction_horizon: int) -> int:
+    def numbers_held(self, steps: int) -> int:
         """About as many numbers as one sequence takes at a time while the network looks at it."""
-        return prediction_horizon * 4 * max(self.widths)
+        return steps * 4 * max(self.widths)
 
 
 @dataclass(frozen=True)
@@ -190,18 +191,18 @@ class TransformerConfig:
         _require_level_dim(self.level_dim)
         require_numbers(self)
 
-    def require_horizon(self, prediction_horizon: int) -> None:
+    def require_horizon(self, prediction_horizon: int, prediction_stride: int) -> None:
         """Nothing: the network takes sequences of any length."""
 
-    def least_memory(self, prediction_horizon: int) -> int:
+    def least_memory(self, steps: int) -> int:
         """Bytes that one sequence takes at least while the network learns from it: each block keeps about ten tokens a
         step, and the inside of its MLP before and behind the activation."""
-        return 4 * prediction_horizon * self.layers * self.width * (10 + 2 * self.mlp_ratio)
+        return 4 * steps * self.layers * self.width * (10 + 2 * self.mlp_ratio)
 
-    def numbers_held(self, prediction_horizon: int) -> int:
+    def numbers_held(self, steps: int) -> int:
         """About as many numbers as one sequence takes at a time while the network looks at it: the inside of an MLP and
         three tokens a step, or the weights of an attention."""
-        return prediction_horizon * max((self.mlp_ratio + 3) * self.width, self.heads * prediction_horizon)
+        return steps * max((self.mlp_ratio + 3) * self.width, self.heads * steps)
 
 
 def _require_level_dim(level_dim: int) -> None:
@@ -360,6 +361,9 @@ class PolicyConfig:
     target: tuple[str, ...] = ()
     """What the network predicts of each step, in this order: observation keys, and `action`, of which it is executed;
     by default the action alone. Without the action it is a forecast, which nothing executes."""
+    prediction_stride: int = 1
+    """Steps from one that the network predicts to the next; those between are interpolated, so that a long plan is a
+    short sequence. It divides T."""
     inpaint_start: bool = False
     """Hold what is observed until now in place in the sequence, at every denoising step and in training: the
     observations among what is predicted."""
@@ -400,12 +404,17 @@ class PolicyConfig:
     learns no such thing. At most T - To."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, ("observation_horizon", "prediction_horizon", "action_horizon"))
+        require_at_least(self, 1, ("observation_horizon", "prediction_horizon", "prediction_stride", "action_horizon"))
         require_at_least(self, 0, ("max_delay",))
         require_at_least(self, 2, ("noise_levels",))
         require_at_most(self, MAX_HORIZON, ("prediction_horizon",))
         require_at_most(self, MAX_LEVELS, ("noise_levels",))
-        self.network.require_horizon(self.prediction_horizon)
+        if self.prediction_horizon % self.prediction_stride:
+            raise ConfigError(
+                f"prediction-stride must divide the prediction-horizon {self.prediction_horizon}; got "
+                f"{self.prediction_stride}"
+            )
+        self.network.require_horizon(self.prediction_horizon, self.prediction_stride)
         _require(
             self.prediction_horizon >= self.observation_horizon,
             "prediction_horizon",
@@ -433,6 +442,11 @@ class PolicyConfig:
         _require(0 <= self.snr_gamma < math.inf, "snr_gamma", "at least 0", self.snr_gamma)
         _require(0 <= self.condition_dropout < 1, "condition_dropout", "from 0 to below 1", self.condition_dropout)
         require_numbers(self)
+
+    @property
+    def predicted_steps(self) -> int:
+        """Steps of a sequence as the network predicts it."""
+        return self.prediction_horizon // self.prediction_stride
 
     def target_key(self, action: str) -> str:
         """What the columns that the network predicts are called in a store, of several arrays `a+b`; `action`: the

@@ -16,13 +16,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.nn import functional
 
 from diffusion_policy.basics.names import nearest_instructions
 from diffusion_policy.config import PolicyConfig, SampleConfig, parse_columns, to_json
@@ -38,6 +37,7 @@ from diffusion_policy.networks.autoencoder import Autoencoder
 from diffusion_policy.networks.encoders import CondPart
 from diffusion_policy.networks.labels import LabelRows
 from diffusion_policy.networks.representation import ActionFrame
+from diffusion_policy.networks.sequences import TARGET, Horizons, Inpainting, Sequences, Shapes
 from diffusion_policy.networks.vision import (
     AUGMENTATION_DRAWS,
     BACKBONES,
@@ -58,46 +58,6 @@ SAID = 4
 """Instructions that a message names."""
 
 
-class Shapes(NamedTuple):
-    """What one step of the data looks like."""
-
-    observations: dict[str, tuple[int, ...]]
-    """Shape of each observation key."""
-    action: tuple[int, ...]
-    """(A,)"""
-    angles: dict[str, tuple[int, ...]] = {}  # noqa: RUF012  (never changed)
-    """Columns of a key, `action` among them, that are angles [rad]; the network sees their cosine and sine. Those of
-    `action` are of what is predicted."""
-    target: dict[str, int] = {}  # noqa: RUF012
-    """Columns of each key that the network predicts, in order, the executed action called `action`; empty where that
-    is all."""
-
-    @property
-    def row(self) -> tuple[int, ...]:
-        """Of one step as it is predicted."""
-        return (sum(self.target.values()),) if self.target else self.action
-
-    def place_of(self, key: str) -> slice:
-        """Which columns of a predicted row are those of a key."""
-        if not self.target:
-            return slice(0, self.action[0])
-        first = 0
-        for name, count in self.target.items():
-            if name == key:
-                return slice(first, first + count)
-            first += count
-        raise ValueError(f"predicted are {', '.join(self.target)}; got {key}")
-
-
-class Target(NamedTuple):
-    """What the network predicts."""
-
-    key: str = "action"
-    """Its name in windows, statistics and normalizer."""
-    executed: slice = slice(None)
-    """Which columns of a step are the action that is executed."""
-
-
 Wrap = Callable[[Denoise], Denoise]
 """Makes another denoiser of one, (xt, level) → x0 in normalized numbers: a cost's gradient, inpainting, a soft mask."""
 Lead = Callable[["DiffusionPolicy", Mapping[str, Tensor], int], Wrap]
@@ -112,9 +72,6 @@ class DiffusionPolicy(nn.Module):
     observations themselves are. Where there is no label, a 1 marks what was not dropped. What is dropped becomes zeros:
     that is the unconditional side of classifier-free guidance.
     """
-
-    held: Tensor | None
-    """Which numbers of a sequence are inpainted, (T, D) bool; None for none."""
 
     def __init__(
         self,
@@ -139,13 +96,8 @@ class DiffusionPolicy(nn.Module):
         self.modes = tuple(modes) if config.condition_on_mode else ()
         self.instructions = tuple(instructions) if config.condition_on_instruction else ()
         self.label_rows = LabelRows(len(self.labels), embedding_size if self.instructions else 0)
-        executed = "action" in shapes.target or not shapes.target
-        self.target = Target(executed=shapes.place_of("action") if executed else slice(0, shapes.row[0]))
-        self.frame = make_frame(config, shapes)
-        rotations = list_rotations(config)
-        columns = {**shapes.observations, self.target.key: shapes.row}
-        self.normalizer = Normalizer(columns, shapes.angles, rotations)
-        self.register_buffer("held", find_held(config, shapes, self.normalizer), persistent=False)
+        columns = {**shapes.observations, TARGET: shapes.row}
+        self.normalizer = Normalizer(columns, shapes.angles, list_rotations(config))
         self.leads: tuple[Lead, ...] = ()
         """What leads its samples elsewhere, see `with_leads`."""
         self.watched = dict(shapes.observations)
@@ -161,8 +113,10 @@ class DiffusionPolicy(nn.Module):
         """Numbers of a condition that come from observations."""
         schedule = make_schedule(config.schedule, config.noise_levels, config.schedule_options)
         self.diffusion = OBJECTIVES[config.objective](schedule, config)
-        self.autoencoder = make_autoencoder(config, *self.normalizer.shapes[self.target.key])
+        self.autoencoder = make_autoencoder(config, *self.normalizer.shapes[TARGET])
         """Of the sequences, where diffusion runs in a latent space."""
+        self.sequences = make_sequences(config, shapes, self.normalizer, self.autoencoder)
+        """What the network predicts."""
         marks = self.label_rows.numbers or (1 if config.condition_dropout else 0)
         cond_parts = parts + [CondPart(1, marks)] * bool(marks)
         goals = sum(math.prod(part) for key, part in zip(self.keys, parts, strict=True) if key in config.goal)
@@ -173,7 +127,7 @@ class DiffusionPolicy(nn.Module):
         self.network = self._make_network(cond_parts)
 
     def _make_network(self, cond_parts: Sequence[CondPart]) -> Any:
-        config, (steps, target_dim) = self.config, self.sequence_shape
+        config, (steps, target_dim) = self.config, self.sequences.shape
         return NETWORKS[config.network.kind](
             target_dim + bool(config.max_delay),  # a column that marks what is given
             cond_parts,
@@ -224,14 +178,14 @@ class DiffusionPolicy(nn.Module):
         `embeddings`: of the instructions, (instructions, E); `episodes`: the rows of each, of which actions that are
         not absolute are measured; `target`: see `Shapes`."""
         shapes = {key: part.shape for key, part in statistics.items()}
-        row = shapes.pop(Target().key)
+        row = shapes.pop(TARGET)
         action = (target["action"],) if target and "action" in target else row
         size = 0 if embeddings is None else embeddings.shape[1]
         policy = cls(config, Shapes(shapes, action, dict(angles or {}), dict(target or {})), modes, instructions, size)
         if embeddings is not None and policy.instructions:
             policy.label_rows.fit(embeddings)
         if config.action_form != "absolute":
-            statistics = {**statistics, policy.target.key: policy.measure_target(episodes)}
+            statistics = {**statistics, TARGET: policy.measure_target(episodes)}
         of_images = IMAGE_NORMALIZATIONS[config.images.image_normalization]
         policy.normalizer.fit(statistics, NORMALIZATIONS[config.normalization], of_images)
         return policy
@@ -361,14 +315,6 @@ class DiffusionPolicy(nn.Module):
         return self.sample_from(observations, self.draw_noise(generators, num_samples, config), config, wrap)
 
     @property
-    def sequence_shape(self) -> tuple[int, ...]:
-        """Of one sequence as the network sees it, (T, D); of a latent one (T / stride, channels)."""
-        steps, latent = self.config.prediction_horizon, self.config.latent
-        if self.autoencoder is not None:
-            return (steps // latent.latent_stride, latent.latent_channels)
-        return (steps, *self.normalizer.shapes[self.target.key])
-
-    @property
     def steps_ahead(self) -> int:
         """Steps of a plan from now on."""
         return self.config.prediction_horizon - self.config.observation_horizon + 1
@@ -378,7 +324,7 @@ class DiffusionPolicy(nn.Module):
         config = config or SampleConfig()
         sampler, levels = self.resolve_sampling(config)
         draws = count_draws(sampler, levels, config.corrector_steps)
-        return (draws, *self.sequence_shape)
+        return (draws, *self.sequences.shape)
 
     def draw_noise(
         self, generators: Sequence[np.random.Generator], num_samples: int = 1, config: SampleConfig | None = None
@@ -432,55 +378,12 @@ class DiffusionPolicy(nn.Module):
         cond = repeat(cond, "b c -> (b n) c", n=number)
         held = self.hold(observations, number)
         x0 = self.denoise_from(drawn, cond, levels, config, wrap, given, held)
-        return self.unnormalize(x0, number, observations)
+        return self.sequences.unnormalize(x0, number, observations)
 
     def hold(self, observations: Mapping[str, Tensor], number: int = 1) -> Held | None:
         """What is inpainted under raw observations {key: (B, To, ...)}, of N sequences for each; None for nothing."""
-        mask = self.held
-        if mask is None:
-            return None
-        config, shapes = self.config, self.shapes
-        rows = next(iter(observations.values()))
-        raw = torch.zeros(
-            len(rows), config.prediction_horizon, *shapes.row, device=self.device, dtype=self.normalizer.precision
-        )
-        seen = [key for key in shapes.target if key != "action"]
-        if config.inpaint_start:
-            for key in seen:
-                raw[:, : config.observation_horizon, shapes.place_of(key)] = observations[key].flatten(2).to(raw)
-        if config.inpaint_goal is not None:
-            raw[:, -1, shapes.place_of(seen[0])] = observations[config.inpaint_goal][:, -1].flatten(1).to(raw)
-        sequence = self.normalizer.normalize(self.target.key, raw)
-        return Held(sequence.repeat_interleave(number, 0), mask)
-
-    def normalize(self, actions: Tensor, observations: Mapping[str, Tensor], first: int = 0) -> Tensor:
-        """Raw actions of the steps from `first` on, (B, steps, A), under raw observations {key: (B, To, ...)} → as the
-        network learns them, (B, steps, D)."""
-        raw = actions.to(self.device, self.normalizer.precision)
-        sequences = self.normalizer.normalize(self.target.key, self.frame.express(raw, observations, first))
-        return sequences if self.autoencoder is None else self.autoencoder.encode(sequences)
-
-    def in_units(self, actions: Tensor) -> Tensor:
-        """Raw actions that are executed, (..., A), in the normalizer's units, as distances between them are told,
-        (..., D); where more than the action is predicted, the rest is that of a row of zeros."""
-        if self.shapes.row != self.shapes.action:
-            row = torch.zeros(*actions.shape[:-1], *self.shapes.row, dtype=actions.dtype, device=actions.device)
-            row[..., self.target.executed] = actions
-            actions = row
-        return self.normalizer.normalize(self.target.key, actions)
-
-    def unnormalize(self, x0: Tensor, number: int, observations: Mapping[str, Tensor]) -> Tensor:
-        """Normalized sequences (B N, T, D) under raw observations {key: (B, To, ...)} → raw actions (B, N, T, A)."""
-        sequences = self.rows_of(x0, observations)
-        return rearrange(sequences[..., self.target.executed], "(b n) t a -> b n t a", n=number)
-
-    def rows_of(self, x0: Tensor, observations: Mapping[str, Tensor]) -> Tensor:
-        """Normalized sequences (B N, T, D), or latent ones, under raw observations {key: (B, To, ...)} → raw rows of
-        all that is predicted, (B N, T, columns). What an autoencoder says stays within the demonstrated limits."""
-        if self.autoencoder is not None:
-            x0 = self.autoencoder.decode(x0)
-            x0 = x0.clamp(-1, 1) if self.config.normalization == "limits" else x0
-        return self.frame.restore(self.normalizer.unnormalize(self.target.key, x0), observations)
+        mask = self.sequences.held
+        return None if mask is None else Held(self.sequences.hold(observations, number), mask)
 
     def measure_target(self, episodes: Iterable[Mapping[str, np.ndarray]]) -> Statistics:
         """Statistics of the actions of these episodes' rows as they are said, before they are normalized. Raises
@@ -494,35 +397,17 @@ class DiffusionPolicy(nn.Module):
     def express_rows(self, rows: Mapping[str, np.ndarray]) -> Iterator[Tensor]:
         """The actions of an episode's rows {key: (steps, ...)} as they are said, (.., A): each once where they are
         absolute, else those of all windows."""
-        actions = torch.from_numpy(as_rows(rows[self.target.key]))
-        if self.frame.form == "absolute":
+        actions = torch.from_numpy(as_rows(rows[TARGET]))
+        frame = self.sequences.frame
+        if frame.form == "absolute":
             yield actions
             return
-        seen, now = torch.from_numpy(as_rows(rows[self.frame.key])), self.config.observation_horizon - 1
+        seen, now = torch.from_numpy(as_rows(rows[frame.key])), self.config.observation_horizon - 1
         for some in torch.arange(len(actions)).split(MEASURED_WINDOWS):
             steps = some[:, None] + torch.arange(self.config.prediction_horizon) - now  # (windows, T)
             steps = steps.clamp(0, len(actions) - 1)
-            told = self.frame.express(actions[steps].double(), {self.frame.key: seen[steps[:, : now + 1]]})
+            told = frame.express(actions[steps].double(), {frame.key: seen[steps[:, : now + 1]]})
             yield told.flatten(0, 1)
-
-    def place(
-        self, actions: Tensor, weights: Tensor, number: int, observations: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Raw actions from *now* on, (B, steps, A), and a weight of each step, (B, steps) → the normalized sequences
-        that they are in, (B N, T, D), and weights of all steps, (B N, T, 1); 0 before now."""
-        before = self.config.observation_horizon - 1
-        if self.shapes.row != self.shapes.action or self.autoencoder is not None:
-            what = ", ".join(self.shapes.target) if self.autoencoder is None else "a latent space"
-            raise ValueError(f"plans of {what} are joined by --chunking receding alone")
-        sequence = self.normalize(actions, observations, before)
-        sequence, weights = (functional.pad(one, (0, 0, before, 0)) for one in (sequence, weights[..., None]))
-        return sequence.repeat_interleave(number, 0), weights.to(sequence).repeat_interleave(number, 0)
-
-    def tell_apart(self, x0: Tensor, observations: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What normalized sequences (B, T, D) mean under raw observations {key: (B, To, ...)}: raw {key: (B, T, n)} of
-        each key that is predicted."""
-        rows = self.rows_of(x0, observations)
-        return {key: rows[..., self.shapes.place_of(key)] for key in self.shapes.target or ("action",)}
 
     def descend(self, denoise: Denoise, gradient: Callable[[Tensor], Tensor], weights: Tensor, steps: int) -> Denoise:
         """See `diffusion.guidance.descending`."""
@@ -546,7 +431,7 @@ class DiffusionPolicy(nn.Module):
         lay_out = FOR_FEW_ROWS.get(type(self.network))
         if lay_out is None:
             return self
-        return self.with_network(lay_out(self.network, self.sequence_shape[0]))
+        return self.with_network(lay_out(self.network, self.sequences.shape[0]))
 
     def with_network(self, network: nn.Module) -> "DiffusionPolicy":
         """This policy with another network, the rest shared."""
@@ -684,6 +569,28 @@ class DiffusionPolicy(nn.Module):
         return self.diffusion.sample(denoise, noise, sampler, levels, config.corrector_steps, config.corrector_size)
 
 
+def make_sequences(
+    config: PolicyConfig, shapes: Shapes, normalizer: Normalizer, autoencoder: Autoencoder | None
+) -> Sequences:
+    """What the network predicts. Raises ValueError where `Sequences` and `make_frame` do, and for steps that are not
+    predicted and would be held."""
+    horizons = Horizons(config.observation_horizon, config.prediction_horizon, config.prediction_stride)
+    if config.inpaint_start and (horizons.observed - 1) % horizons.stride:
+        raise ValueError(
+            f"inpaint-start holds the last observed step, which a prediction-stride of {horizons.stride} skips with an "
+            f"observation-horizon of {horizons.observed}; use 1 more than a multiple of the stride"
+        )
+    return Sequences(
+        horizons,
+        shapes,
+        normalizer,
+        make_frame(config, shapes),
+        Inpainting(config.inpaint_start, config.inpaint_goal),
+        autoencoder,
+        limit=1.0 if config.normalization == "limits" else math.inf,
+    )
+
+
 def list_rotations(config: PolicyConfig) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Columns of each key that are rotations."""
     rotations: dict[str, tuple[tuple[int, ...], ...]] = {}
@@ -711,8 +618,8 @@ def make_frame(config: PolicyConfig, shapes: Shapes) -> ActionFrame:
             f"action-reference must name at most {shapes.row[0]} of the {shape[0]} columns of {key}, one for each "
             f"of the action's; got {', '.join(map(str, columns))}"
         )
-    turned = list_rotations(config).get(Target().key, ())
-    return ActionFrame(config.action_form, (key, columns), shapes.angles.get(Target().key, ()), turned)
+    turned = list_rotations(config).get(TARGET, ())
+    return ActionFrame(config.action_form, (key, columns), shapes.angles.get(TARGET, ()), turned)
 
 
 def _require_labels(config: PolicyConfig, modes: Sequence[str], instructions: Sequence[str]) -> None:
@@ -739,6 +646,11 @@ def _require_alone(config: PolicyConfig) -> None:
     inpaints = config.inpaint_start or config.inpaint_goal is not None
     if config.latent.latent_channels and (inpaints or config.max_delay):
         raise ValueError("a latent space is without inpaint-start, inpaint-goal and max-delay, which hold single steps")
+    if config.prediction_stride > 1 and (config.latent.latent_channels or config.max_delay):
+        raise ValueError(
+            "prediction-stride above 1 is without a latent space and max-delay, which need each step; got "
+            f"{config.prediction_stride}"
+        )
     beside = {
         "max-delay": config.max_delay,
         "learn-variance": config.learn_variance,
@@ -766,34 +678,6 @@ def make_autoencoder(config: PolicyConfig, numbers: int) -> Autoencoder | None:
             f"latent-stride must divide the prediction-horizon {config.prediction_horizon}; got {asked.latent_stride}"
         )
     return Autoencoder(numbers, asked.latent_channels, asked.latent_stride, asked.latent_width)
-
-
-def find_held(config: PolicyConfig, shapes: Shapes, normalizer: Normalizer) -> Tensor | None:
-    """Which numbers of a sequence are inpainted, (T, D) bool, None for none. Raises ValueError where nothing that is
-    predicted is observed, and for a goal of another size."""
-    if not config.inpaint_start and config.inpaint_goal is None:
-        return None
-    seen = [key for key in shapes.target if key != "action"]
-    lacking = [key for key in seen if key not in shapes.observations]
-    if not seen or lacking:
-        raise ValueError(
-            "inpaint-start and inpaint-goal need an observation in --target, as in --target position action; got "
-            f"{', '.join(lacking or shapes.target) or 'the action alone'}"
-        )
-    mask = torch.zeros(config.prediction_horizon, *normalizer.shapes[Target().key], dtype=torch.bool)
-    columns = {key: range(shapes.row[0])[shapes.place_of(key)] for key in seen}
-    if config.inpaint_start:
-        for key in seen:
-            mask[: config.observation_horizon, normalizer.places(Target().key, columns[key])] = True
-    if config.inpaint_goal is not None:
-        size = math.prod(shapes.observations.get(config.inpaint_goal, ()))
-        if config.inpaint_goal not in shapes.observations or size != len(columns[seen[0]]):
-            raise ValueError(
-                f"inpaint-goal must be an observation of {len(columns[seen[0]])} numbers, as {seen[0]} has; got "
-                f"{config.inpaint_goal}"
-            )
-        mask[-1, normalizer.places(Target().key, columns[seen[0]])] = True
-    return mask
 
 
 def _own_options(config: Any) -> dict[str, Any]:

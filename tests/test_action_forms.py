@@ -68,15 +68,18 @@ def make_policy(config: PolicyConfig) -> DiffusionPolicy:
 def test_what_is_learned_fills_its_range_and_comes_back_raw(form: str) -> None:
     policy = make_policy(FORMS[form])
     batch = Windows(DATA, ENDS, [0, 1], 2, 8).gather(list(range(STEPS)))
-    x0 = policy.normalize(batch.actions, batch.observations)
+    x0 = policy.sequences.normalize(batch.actions, batch.observations)
     assert x0.shape == (STEPS, 8, 9)  # two places, a gripper, a rotation
     torch.testing.assert_close(x0.abs().amax(dim=(0, 1))[:3], torch.ones(3))
-    raw = policy.unnormalize(x0.double(), 1, batch.observations)[:, 0]
+    raw = policy.sequences.unnormalize(x0.double(), 1, batch.observations)[:, 0]
     torch.testing.assert_close(raw[..., [0, 1, 5]], batch.actions[..., [0, 1, 5]].double(), atol=1e-3, rtol=0)
     turned = (Rotation.from_rotvec(one[..., 2:5].reshape(-1, 3).numpy()) for one in (raw, batch.actions))
     assert (next(turned).inv() * next(turned)).magnitude().max() < 1e-3
     if form != "absolute":
-        assert x0.square().mean() != make_policy(CONFIG).normalize(batch.actions, batch.observations).square().mean()
+        assert (
+            x0.square().mean()
+            != make_policy(CONFIG).sequences.normalize(batch.actions, batch.observations).square().mean()
+        )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -84,8 +87,8 @@ def test_actions_that_are_given_lie_where_the_whole_sequence_has_them(form: str)
     policy = make_policy(FORMS[form])
     batch = Windows(DATA, ENDS, [0, 1], 2, 8).gather([3, 70])
     weights = torch.ones(2, 7)
-    sequence, known = policy.place(batch.actions[:, 1:], weights, 2, batch.observations)
-    whole = policy.normalize(batch.actions, batch.observations).repeat_interleave(2, dim=0)
+    sequence, known = policy.sequences.place(batch.actions[:, 1:], weights, 2, batch.observations)
+    whole = policy.sequences.normalize(batch.actions, batch.observations).repeat_interleave(2, dim=0)
     torch.testing.assert_close(sequence[:, 1:], whole[:, 1:])
     assert known[:, :, 0].tolist() == [[0, *[1] * 7]] * 4
 
@@ -95,9 +98,9 @@ def test_the_same_motion_from_another_place_is_the_same_plan(form: str) -> None:
     """The observation itself is told apart, so only the differences are compared: of the same x0."""
     policy = make_policy(FORMS[form])
     batch = Windows(DATA, ENDS, [0, 1], 2, 8).gather([20])
-    x0 = policy.normalize(batch.actions, batch.observations)
+    x0 = policy.sequences.normalize(batch.actions, batch.observations)
     moved = {"pose": batch.observations["pose"] + torch.tensor([30.0, -10, 0, 0, 0])}
-    there, here = policy.unnormalize(x0, 1, moved), policy.unnormalize(x0, 1, batch.observations)
+    there, here = policy.sequences.unnormalize(x0, 1, moved), policy.sequences.unnormalize(x0, 1, batch.observations)
     expected = torch.tensor([30.0, -10, 0, 0, 0, 0]).to(here).expand_as(here)
     torch.testing.assert_close(there - here, expected, atol=1e-4, rtol=0)
 
@@ -167,7 +170,7 @@ def test_a_dataset_with_rotations_is_trained_on_resumed_and_looked_at(tmp_path: 
     assert main([*told, "--steps", "4", "--checkpoint-every", "2", "--validation-share", "0", "--device", "cpu"]) == 0
     policy = checkpoint.load(run).policy
     assert policy.normalizer.shapes == {"pose": (8,), "action": (9,)}
-    assert (policy.frame.form, policy.frame.key) == ("relative", "pose")
+    assert (policy.sequences.frame.form, policy.sequences.frame.key) == ("relative", "pose")
     fresh = make_policy(replace(FORMS["relative"], rotations=policy.config.rotations))
     for name, numbers in fresh.normalizer.state_dict().items():  # that of the windows of both episodes
         torch.testing.assert_close(policy.normalizer.state_dict()[name], numbers)

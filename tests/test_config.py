@@ -129,7 +129,7 @@ OTHERS: dict[type, dict[str, Any]] = {
         "learn_variance": True, "condition_dropout": 0.2, "normalization": "quantiles", "condition_on_mode": True,
         "objective": "regression", "student_steps": 2, "mixture_components": 3, "max_delay": 3, "goal": ("xy",),
         "condition_on_instruction": True, "rotations": ("pose:3,4,5",),
-        "target": ("xy", "action"), "inpaint_start": True, "inpaint_goal": "goal", "action_form": "delta",
+        "target": ("xy", "action"), "prediction_stride": 2, "inpaint_start": True, "inpaint_goal": "goal", "action_form": "delta",
         "action_reference": "xy:0",
     },
     LatentConfig: {"latent_channels": 4, "latent_stride": 8, "latent_width": 16, "latent_kl": 0.1},

@@ -71,11 +71,11 @@ def test_a_row_of_what_is_predicted_holds_the_action_that_is_executed() -> None:
     policy = make_policy()
     assert policy.shapes.row == (5,)
     assert policy.shapes.action == (2,)
-    assert policy.target.executed == slice(3, 5)
+    assert policy.shapes.executed == slice(3, 5)
     batch = Windows(row_of(PLANNER), ENDS, [0, 1], 2, 16).gather([0, 30, 70])
-    x0 = policy.normalize(batch.actions, batch.observations)
+    x0 = policy.sequences.normalize(batch.actions, batch.observations)
     assert x0.shape == (3, 16, 6)  # one of them an angle
-    actions = policy.unnormalize(x0, 1, batch.observations)[:, 0]
+    actions = policy.sequences.unnormalize(x0, 1, batch.observations)[:, 0]
     torch.testing.assert_close(actions.float(), batch.actions[..., 3:].float(), atol=1e-4, rtol=0)
 
 
@@ -110,15 +110,15 @@ def test_the_loss_sees_them_clean_and_leaves_them_out() -> None:
     class Network:
         def __call__(self, xt, level, cond):
             inputs.append(xt)
-            return torch.where(policy.held, 1e6, 0.0).expand(xt.shape)
+            return torch.where(policy.sequences.held, 1e6, 0.0).expand(xt.shape)
 
     x0, eps = torch.randn(2, 3, 16, 6, generator=torch.manual_seed(0))
-    noising = Noising(torch.tensor([19, 10, 19]), eps, held=policy.held)
+    noising = Noising(torch.tensor([19, 10, 19]), eps, held=policy.sequences.held)
     loss = policy.diffusion.loss(Network(), x0, torch.zeros(3, 1), noising)  # type: ignore[arg-type]
-    assert torch.equal(inputs[0][:, policy.held], x0[:, policy.held])
-    torch.testing.assert_close(loss, eps[:, ~policy.held].square().mean(dim=1))
-    assert policy.held.sum() == 2 * 4 + 4
-    assert policy.held[0].tolist() == [True, True, False, False, True, True]  # x, y, action, cosine, sine
+    assert torch.equal(inputs[0][:, policy.sequences.held], x0[:, policy.sequences.held])
+    torch.testing.assert_close(loss, eps[:, ~policy.sequences.held].square().mean(dim=1))
+    assert policy.sequences.held.sum() == 2 * 4 + 4
+    assert policy.sequences.held[0].tolist() == [True, True, False, False, True, True]  # x, y, action, cosine, sine
 
 
 def test_a_planner_learns_to_connect_what_is_held() -> None:
@@ -149,10 +149,11 @@ def test_a_planner_is_trained_resumed_and_exported_from_the_command_line(tmp_pat
     common = [*small.split(), "--steps", "4", "--checkpoint-every", "2", "--validation-share", "0", "--device", "cpu"]
     told = ["train", "--dataset", str(tmp_path / "walks.zarr"), *common, "--observation", "pose", "goal"]
     planner = "--target pose action --inpaint-start --inpaint-goal goal --angles pose:2 goal:2 --prediction-horizon 64"
-    planner = planner.split()  # longer than any episode
+    planner = [*planner.split(), "--observation-horizon", "5", "--prediction-stride", "4"]  # longer than any episode
     assert main([*told, "--output", str(tmp_path / "plan"), *planner]) == 0
     policy = checkpoint.load(tmp_path / "plan").policy
     assert (policy.shapes.target, policy.shapes.angles["action"]) == ({"pose": 3, "action": 2}, (2,))
+    assert policy.sequences.shape[0] == 16
     assert main(["train", "--resume", str(tmp_path / "plan")]) == 0
     assert main(["doctor", "--checkpoint", str(tmp_path / "plan"), "--overfit-steps", "0"]) in (0, 1)
     assert main([*told, "--output", str(tmp_path / "forecast"), "--target", "pose"]) == 0
@@ -193,7 +194,7 @@ def test_the_doctor_sees_whether_samples_come_to_what_is_held() -> None:
     untrained = doctor.check_held(policy, batch, SampleConfig(sampling_steps=4), 0)
     assert untrained.status == "fail"
     perfect = make_policy(replace(PLANNER, prediction="sample"), {})
-    x0 = perfect.normalize(batch.actions, batch.observations)
+    x0 = perfect.sequences.normalize(batch.actions, batch.observations)
     perfect.network.denoise = lambda xt, films: x0  # type: ignore[method-assign]
     assert doctor.check_held(perfect, batch, SampleConfig(sampling_steps=4), 0).status == "pass"
 
@@ -201,12 +202,12 @@ def test_the_doctor_sees_whether_samples_come_to_what_is_held() -> None:
 def test_plans_of_more_than_actions_are_not_steered() -> None:
     policy = make_policy()
     with pytest.raises(ValueError, match="plans of pose, action are joined by --chunking receding alone"):
-        policy.place(torch.zeros(1, 15, 2), torch.zeros(1, 15), 1, {})
+        policy.sequences.place(torch.zeros(1, 15, 2), torch.zeros(1, 15), 1, {})
 
 
 def test_a_policy_without_inpainting_has_the_loss_that_it_had() -> None:
     plain = make_policy(replace(PLANNER, inpaint_start=False, inpaint_goal=None, target=()), {})
-    assert plain.held is None
+    assert plain.sequences.held is None
     assert plain.hold({"pose": torch.zeros(1, 2, 3)}) is None
     batch = Windows(DATA, ENDS, [0, 1], 2, 16).gather([0, 30])
     losses = denoising_loss(plain, batch, draw(plain, 2, torch.Generator().manual_seed(0)))

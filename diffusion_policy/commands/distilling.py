@@ -137,7 +137,7 @@ def _require_memory(options: Train, policy: DiffusionPolicy) -> None:
     """Raise ConfigError for more pairs than windows may take of the memory."""
     config, training = policy.config, options.training
     observed = config.observation_horizon * sum(math.prod(shape) for shape in policy.shapes.observations.values())
-    jumps = 2 * config.student_steps * math.prod(policy.sequence_shape)
+    jumps = 2 * config.student_steps * math.prod(policy.sequences.shape)
     needed = training.distillation.pairs * (8 * observed + 4 * jumps)
     if needed > training.memory_gb * 1e9:
         raise ConfigError(

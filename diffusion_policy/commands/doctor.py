@@ -182,7 +182,7 @@ def _check_with_data(options: Doctor, subject: Subject, rows: Rows) -> Iterator[
     if options.output:
         _draw_noised(options.output / "noised.png", policy, windows, options.seed)
     if loaded:
-        jumps = doctor.largest_jumps(rows.data["action"][:, policy.target.executed], rows.episode_ends)
+        jumps = doctor.largest_jumps(rows.data["action"][:, policy.shapes.executed], rows.episode_ends)
         yield from _check_policy(options, policy, windows, jumps)
     if options.overfit_steps and weights > MOST_FITTED:
         figure = f"{weights} weights; the test is made with at most {MOST_FITTED}"
@@ -215,7 +215,7 @@ def _make_untrained(options: Doctor, subject: Subject, rows: Rows) -> DiffusionP
 def _draw_noised(path: Path, policy: DiffusionPolicy, windows: Windows, seed: int) -> None:
     """A picture of an action sequence at a low, a middle and a high noise level."""
     middle = windows.gather(torch.tensor([len(windows) // 2]))
-    clean = policy.normalize(middle.actions, middle.observations)[0]
+    clean = policy.sequences.normalize(middle.actions, middle.observations)[0]
     draw_noised(clean.cpu().numpy(), doctor.noised(policy, clean, seed)).savefig(path, dpi=150)
     console.print(f"a noised action sequence in {path}")
 
@@ -247,7 +247,7 @@ def _check_policy(options: Doctor, policy: DiffusionPolicy, windows: Windows, ju
     yield doctor.check_copying(policy, batch, options.seed)
     yield doctor.check_bound(policy, batch, options.seed)
     yield doctor.check_jumps(policy, few, jumps, options.sampling, options.seed)
-    if policy.held is not None:
+    if policy.sequences.held is not None:
         yield doctor.check_held(policy, few, options.sampling, options.seed)
 
 
@@ -266,8 +266,8 @@ def _numbers_held(policy: DiffusionPolicy) -> int:
     """About as many numbers as a window takes while the network looks at it."""
     config, shapes = policy.config, policy.shapes
     observed = sum(math.prod(shape) for shape in shapes.observations.values())
-    horizon = config.prediction_horizon
-    return config.observation_horizon * observed + horizon * shapes.row[0] + config.network.numbers_held(horizon)
+    within = config.network.numbers_held(config.predicted_steps)
+    return config.observation_horizon * observed + config.prediction_horizon * shapes.row[0] + within
 
 
 def _windows(

@@ -71,7 +71,7 @@ def draw_bytes(policy: DiffusionPolicy, sampling: SampleConfig) -> int:
     """Of the noise that one sequence is sampled from."""
 
     sampler, levels = policy.resolve_sampling(sampling)
-    numbers = math.prod(policy.sequence_shape)
+    numbers = math.prod(policy.sequences.shape)
     return 4 * numbers * count_draws(sampler, levels, sampling.corrector_steps)
 
 
@@ -259,7 +259,7 @@ def sample_starts(loaded: PolicyInEnv, episodes: Sequence[Episode], sampling: Sa
     for episode in firsts:
         observations = observe(policy, see_again(loaded, episode, [0]), 0)
         plan = policy.sample(observations, [derive_rng("diversity", episode.seed)], DIVERSITY_PLANS, sampling)
-        plans.append(policy.in_units(plan)[0].cpu())
+        plans.append(policy.sequences.in_units(plan)[0].cpu())
     return np.asarray(torch.stack(plans))
 
 

@@ -15,6 +15,7 @@ from diffusion_policy.commands.options.train import Train
 from diffusion_policy.config import ConfigError
 from diffusion_policy.datasets.streaming import StreamedWindows
 from diffusion_policy.datasets.windows import Windows
+from diffusion_policy.networks.sequences import TARGET
 from diffusion_policy.policy import DiffusionPolicy
 
 FITTED = 4096
@@ -87,10 +88,10 @@ def begin(policy: DiffusionPolicy, options: Train, windows: Windows | StreamedWi
             f"the autoencoder is of {taught.shapes.row} numbers a step; of this dataset {policy.shapes.row}"
         )
     policy.autoencoder.load_state_dict(taught.autoencoder.state_dict())
-    own, key = policy.normalizer.state_dict(), policy.target.key
+    own, key = policy.normalizer.state_dict(), TARGET
     policy.normalizer.load_state_dict(
         own | {name: numbers for name, numbers in taught.normalizer.state_dict().items() if name.startswith(f"{key}_")}
     )
     batch = next(windows.batches(min(FITTED, len(windows)), options.training.seed))
     raw = batch.actions.to(policy.device, policy.normalizer.precision)
-    policy.autoencoder.fit(policy.normalizer.normalize(key, policy.frame.express(raw, batch.observations)))
+    policy.autoencoder.fit(policy.normalizer.normalize(key, policy.sequences.frame.express(raw, batch.observations)))

@@ -67,7 +67,7 @@ def sample_fan(
         return watched
 
     plans = policy.sample(observed, [rng], count, sampling, [watch])[0, :, horizon - 1 :].cpu().numpy()
-    return plans, [policy.unnormalize(x0, 1, observed)[0, 0, horizon - 1 :].cpu().numpy() for x0 in seen]
+    return plans, [policy.sequences.unnormalize(x0, 1, observed)[0, 0, horizon - 1 :].cpu().numpy() for x0 in seen]
 
 
 def paths_of(lead: Lead, plan: np.ndarray, plans: np.ndarray, denoising: Sequence[np.ndarray]) -> Paths:

@@ -48,7 +48,7 @@ class PlainSampling:
         for level in self._levels:
             output = policy.network(xt, torch.full((len(xt),), level, device=xt.device), cond)
             xt = self._scheduler.step(output, level, xt, use_clipped_model_output=True).prev_sample
-        return policy.unnormalize(xt, noise.shape[1], observations)
+        return policy.sequences.unnormalize(xt, noise.shape[1], observations)
 
 
 def make_scheduler(policy: DiffusionPolicy, sampling: SampleConfig) -> Scheduler:
@@ -92,7 +92,7 @@ class PlainTraining:
         """The loss, ()."""
         policy, batch = self._policy, self._batch
         cond = policy.encode(batch.observations, batch.labels)
-        x0 = policy.normalize(batch.actions, batch.observations)
+        x0 = policy.sequences.normalize(batch.actions, batch.observations)
         loss = self._denoise(x0, cond) if policy.config.objective == "denoising" else self._learn(x0, cond)
         self._optimizer.zero_grad()
         loss.backward()

@@ -27,6 +27,7 @@ from diffusion_policy.datasets.windows import Windows
 from diffusion_policy.envs.quiet import silence
 from diffusion_policy.envs.wrappers import look
 from diffusion_policy.evaluation.rollout import GROUPS, planning_batch, rollout
+from diffusion_policy.networks.sequences import TARGET
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.serving.backends import make_planner
 from diffusion_policy.training.trainer import Progress, Trainer
@@ -174,7 +175,7 @@ def measure_planning(
 def make_data(policy: DiffusionPolicy, episodes: int = EPISODES) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Random rows of the policy's shapes, and the episodes' ends."""
     rng, steps = derive_rng("benchmark data"), episodes * EPISODE_STEPS
-    shapes = {**policy.shapes.observations, policy.target.key: policy.shapes.row}
+    shapes = {**policy.shapes.observations, TARGET: policy.shapes.row}
     rows = {key: rng.uniform(-1, 1, (steps, *shape)).astype(np.float32) for key, shape in shapes.items()}
     return rows, np.arange(1, episodes + 1) * EPISODE_STEPS
 

@@ -211,7 +211,7 @@ def denoise_plans(options: Study, loaded: PolicyInEnv, judging: Judging) -> list
 
     noise = policy.draw_noise([derive_rng("study of plans", options.seed)], options.plan_samples, sampling)
     last = policy.sample_from(observed, noise, sampling, [watch])
-    every = [*(policy.unnormalize(x0.detach(), len(x0), observed) for x0 in seen), last]
+    every = [*(policy.sequences.unnormalize(x0.detach(), len(x0), observed) for x0 in seen), last]
     plans = [one[0, :, policy.config.observation_horizon - 1 :].cpu().numpy() for one in every]
     places, found = judging.places(observation), []
     for one in plans:

@@ -148,7 +148,7 @@ def require_batch_memory(options: Train, batch: int, processes: int, device: tor
     else:
         return
     policy, parts = options.policy, processes * options.training.accumulation
-    needed = batch // parts * options.training.noise_draws * policy.network.least_memory(policy.prediction_horizon)
+    needed = batch // parts * options.training.noise_draws * policy.network.least_memory(policy.predicted_steps)
     if needed > there:
         raise ConfigError(
             f"a batch of {batch} windows takes at least {needed / 1e9:.0f} GB, and {device} has {there / 1e9:.0f} "

@@ -21,7 +21,7 @@ from diffusion_policy.report.evaluation_figures import draw_curves
 LABELS = {name: METRICS[name].label for name in ("validation_loss", "success_rate")}
 """Of the numbers by which trials are compared."""
 OTHER_LOSS = {
-    **dict.fromkeys(("observation_horizon", "prediction_horizon"), "other steps are predicted"),
+    **dict.fromkeys(("observation_horizon", "prediction_horizon", "prediction_stride"), "other steps are predicted"),
     **dict.fromkeys(("target", "inpaint_start", "inpaint_goal"), "other numbers are predicted"),
     **dict.fromkeys(("schedule", "schedule_options", "noise_levels"), "other noise is taken away"),
     **dict.fromkeys(("prediction", "snr_gamma", "learn_variance", "max_delay"), "the loss itself is another"),

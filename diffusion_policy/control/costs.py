@@ -147,7 +147,8 @@ class Costs:
         names = ", ".join(one.name for one in self.weighed)
         with torch.enable_grad():
             x0 = x0.detach().requires_grad_()
-            summed = total(self.weighed, policy.tell_apart(x0, observations), observations, self.keys, self.columns)
+            planned = policy.sequences.tell_apart(x0, observations)
+            summed = total(self.weighed, planned, observations, self.keys, self.columns)
             if not summed.requires_grad:
                 raise CostError(f"the costs {names} have no gradient by what is planned")
             (gradient,) = torch.autograd.grad(summed.sum(), x0)

@@ -100,7 +100,7 @@ def steer(
     if steering is None:
         return [], None
     actions, weights = (torch.from_numpy(one) for one in steering.filled())
-    sequence, weights = policy.place(actions, weights, number, observations)
+    sequence, weights = policy.sequences.place(actions, weights, number, observations)
     if steering.strength is None:
         return [], Given(sequence, weights == 1)
     return [policy.guide(sequence, weights, steering.strength, steering.deviation)], None

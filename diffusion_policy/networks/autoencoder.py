@@ -24,6 +24,7 @@ class Autoencoder(nn.Module):
     def __init__(self, numbers: int, channels: int, stride: int, width: int) -> None:
         """`numbers`: D; `stride`: a power of two, by which T is divided."""
         super().__init__()
+        self.channels, self.stride = channels, stride
         halvings = stride.bit_length() - 1
         down: list[nn.Module] = [nn.Conv1d(numbers, width, 3, padding=1), nn.Mish()]
         up: list[nn.Module] = [nn.Conv1d(channels, width, 3, padding=1), nn.Mish()]

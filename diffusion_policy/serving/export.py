@@ -123,7 +123,7 @@ def _describe(policy: DiffusionPolicy, sampling: SampleConfig, exporting: Export
         action_error=0.0,
         files=record(dict.fromkeys(FILES[exporting.form], b"")),
         longest_prefix=policy.config.max_delay,
-        action_reference=policy.frame.key,
+        action_reference=policy.sequences.frame.key,
     )
 
 
@@ -140,7 +140,7 @@ def compare(policy: DiffusionPolicy, planner: OnnxPlanner, config: PlanConfig) -
         steering = draw_prefix(policy, config, rng, observations) if config.longest_prefix else None
         expected = torch.from_numpy(reference.sample(observations, noise, steering))
         found = torch.from_numpy(planner.sample(observations, noise, steering))
-        differences = policy.in_units(found) - policy.in_units(expected)
+        differences = policy.sequences.in_units(found) - policy.sequences.in_units(expected)
         worst = float(np.maximum(worst, differences.abs().max().item()))  # of NaN, NaN
     return worst
 
@@ -149,9 +149,11 @@ def draw_prefix(
     policy: DiffusionPolicy, config: PlanConfig, rng: np.random.Generator, observations: dict[str, np.ndarray]
 ) -> Steering:
     """Given actions such as the normalizer has seen, as many as the policy has learned, in every second row fewer."""
-    normalized = torch.from_numpy(rng.uniform(-1, 1, (config.batch, *policy.sequence_shape))).to(policy.device)
+    normalized = torch.from_numpy(rng.uniform(-1, 1, (config.batch, *policy.sequences.shape))).to(policy.device)
     observed = {key: torch.from_numpy(rows) for key, rows in observations.items()}
-    actions = policy.unnormalize(normalized, 1, observed)[:, 0, -config.steps :].cpu().numpy().astype(np.float64)
+    actions = (
+        policy.sequences.unnormalize(normalized, 1, observed)[:, 0, -config.steps :].cpu().numpy().astype(np.float64)
+    )
     lengths = np.where(np.arange(config.batch) % 2, config.longest_prefix // 2, config.longest_prefix)
     return Steering(actions, (np.arange(config.steps) < lengths[:, None]).astype(np.float64), None)
 

@@ -77,7 +77,7 @@ def make_graphs(
         steps = policy.config.prediction_horizon - horizon + 1
         observed += [torch.zeros(batch, steps, *policy.shapes.action, dtype=dtype), torch.zeros(batch, steps)]
         names += [GIVEN, KNOWN]
-    reference_names = [name for name in names if name == OBSERVATION + policy.frame.key]
+    reference_names = [name for name in names if name == OBSERVATION + policy.sequences.frame.key]
     reference = [observed[names.index(name)] for name in reference_names]
     observe = _Observe(policy, sampling, samples)
     xt = torch.zeros(batch * samples, *policy.noise_shape(sampling)[1:])
@@ -125,7 +125,7 @@ class _Observe(nn.Module):
             return torch.cat([rows, torch.cat([held.sequence.flatten(1)] * (len(rows) // len(held.sequence)))], dim=-1)
         if not policy.config.max_delay:
             return rows
-        sequence, known = policy.place(observed[-2], observed[-1], self.samples, observations)
+        sequence, known = policy.sequences.place(observed[-2], observed[-1], self.samples, observations)
         given = torch.cat([sequence.flatten(1), known.flatten(1)], dim=-1)
         return torch.cat([rows, torch.cat([given] * (len(rows) // len(given)))], dim=-1)
 
@@ -145,9 +145,9 @@ class _Denoise(nn.Module):
 
     def forward(self, xt: Tensor, place: Tensor, films: Tensor) -> Tensor:
         given = held = None
-        if self.policy.held is not None:
+        if self.policy.sequences.held is not None:
             films, sequence = films.split([sum(self.sizes), xt[0].numel()], dim=-1)
-            held = Held(sequence[: len(xt)].reshape(xt.shape), self.policy.held)
+            held = Held(sequence[: len(xt)].reshape(xt.shape), self.policy.sequences.held)
         if self.policy.config.max_delay:
             rows, (steps, width) = len(xt), xt.shape[1:]
             films, sequence, known = films.split([sum(self.sizes), steps * width, steps], dim=-1)
@@ -167,8 +167,8 @@ class _Act(nn.Module):
         self.policy, self.samples, self.dtype = policy, samples, dtype
 
     def forward(self, x0: Tensor, *reference: Tensor) -> Tensor:
-        observations = dict(zip([self.policy.frame.key], reference, strict=False))
-        actions = self.policy.unnormalize(x0, self.samples, observations).to(self.dtype)
+        observations = dict(zip([self.policy.sequences.frame.key], reference, strict=False))
+        actions = self.policy.sequences.unnormalize(x0, self.samples, observations).to(self.dtype)
         return actions[:, :, self.policy.config.observation_horizon - 1 :]
 
 

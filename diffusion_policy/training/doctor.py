@@ -226,7 +226,7 @@ def noised(policy: DiffusionPolicy, x0: Tensor, seed: int) -> list[tuple[int, np
 def probe(policy: DiffusionPolicy, batch: Batch, seed: int) -> list[Probe]:
     """The policy at some levels, from the lowest to the highest that holds signal."""
     generator = derive_generator("doctor probe", seed)
-    x0 = policy.normalize(batch.actions, batch.observations)
+    x0 = policy.sequences.normalize(batch.actions, batch.observations)
     levels = _levels(policy.diffusion.schedule)
     denoise = policy.predictor(batch.observations, batch.labels, levels)
     probes = []
@@ -310,7 +310,7 @@ def check_copying(policy: DiffusionPolicy, batch: Batch, seed: int) -> Check:
 def _error(policy: DiffusionPolicy, batch: Batch, observations: Mapping[str, Tensor], seed: int) -> float:
     """Error of x0 under these observations, at the noisier half of the levels, where conditions count."""
     generator = derive_generator("doctor error", seed)
-    x0 = policy.normalize(batch.actions, batch.observations)
+    x0 = policy.sequences.normalize(batch.actions, batch.observations)
     levels = _levels(policy.diffusion.schedule)
     denoise = policy.predictor(observations, batch.labels, levels)
     furthest = max(1.0, float(x0.abs().max()))
@@ -369,7 +369,9 @@ def check_held(policy: DiffusionPolicy, batch: Batch, sampling: SampleConfig, se
     _, levels = policy.resolve_sampling(sampling)
     cond = policy.encode(batch.observations, batch.labels)
     x0 = policy.denoise_from(noise, cond, levels, sampling, held=held)
-    steps, shown = (rows.diff(dim=1).abs() for rows in (x0, policy.normalize(batch.actions, batch.observations)))
+    steps, shown = (
+        rows.diff(dim=1).abs() for rows in (x0, policy.sequences.normalize(batch.actions, batch.observations))
+    )
     joints = held.mask[1:] ^ held.mask[:-1]  # (T - 1, D): between what is held and what is free
     largest = torch.where(joints, steps / shown.amax(dim=(0, 1)).clamp(min=0.02), 0).amax(dim=(1, 2))  # (B,)
     share = float((~(largest <= HELD_JUMP)).float().mean())
@@ -398,7 +400,7 @@ def check_bound(policy: DiffusionPolicy, batch: Batch, seed: int) -> Check:
     schedule = policy.diffusion.schedule
     highest = len(schedule) - 1 - schedule.ends_silent
     levels = np.linspace(highest, 0, min(highest + 1, BOUND_LEVELS)).round().astype(int).tolist()
-    x0 = policy.normalize(batch.actions, batch.observations).cpu().double()
+    x0 = policy.sequences.normalize(batch.actions, batch.observations).cpu().double()
     generator = derive_generator("doctor bound", seed)
     noise = (torch.randn(x0.shape, generator=generator, dtype=torch.float64) for _ in levels)
     network = policy.predictor(batch.observations, batch.labels, levels)

@@ -58,7 +58,7 @@ def draw(
     images changed as the policy's options say."""
     share, count = policy.config.condition_dropout if learning else 0.0, rows * repeats
     dropped = torch.rand(count, generator=generator) < share if share else torch.zeros(count, dtype=torch.bool)
-    shape = (count, *policy.sequence_shape)
+    shape = (count, *policy.sequences.shape)
     noising = policy.diffusion.draw(shape, generator)
     if policy.config.max_delay:
         delay = torch.randint(policy.config.max_delay + 1, (count, 1), generator=generator)
@@ -78,14 +78,14 @@ def denoising_loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Tenso
         raise ValueError(f"a policy with {what} of its windows; got none")
     draws = draws.to(policy.device)
     encoded = policy.encode(batch.observations, batch.labels, draws.augmentation)
-    normalized = policy.normalize(batch.actions, batch.observations)
+    normalized = policy.sequences.normalize(batch.actions, batch.observations)
     cond, x0 = (part.repeat_interleave(draws.repeats, dim=0) for part in (encoded, normalized))
     if policy.config.condition_dropout:
         cond = torch.where(draws.dropped[:, None], policy.unconditional(cond), cond)
     counted = None
     if batch.demonstrated is not None:
-        counted = batch.demonstrated[..., None].repeat_interleave(draws.repeats, dim=0)
-    noising = draws.noising._replace(counted=counted, held=policy.held)
+        counted = policy.sequences.keep(batch.demonstrated[..., None]).repeat_interleave(draws.repeats, dim=0)
+    noising = draws.noising._replace(counted=counted, held=policy.sequences.held)
     losses = policy.diffusion.loss(policy.network, x0, cond, noising)
     return losses.unflatten(0, (-1, draws.repeats)).mean(dim=1)
 
@@ -93,8 +93,7 @@ def denoising_loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Tenso
 def autoencoding_loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Tensor:
     """The loss of a policy's autoencoder, (B,); see `networks.autoencoder`."""
     assert policy.autoencoder is not None
-    raw = batch.actions.to(policy.device, policy.normalizer.precision)
-    sequences = policy.normalizer.normalize(policy.target.key, policy.frame.express(raw, batch.observations))
+    sequences = policy.sequences.normalize_steps(batch.actions, batch.observations)
     return policy.autoencoder.loss(sequences, draws.to(policy.device).noising.eps, policy.config.latent.latent_kl)
 
 

@@ -94,7 +94,7 @@ def _denoiser(policy: DiffusionPolicy, batch: Batch | Pair) -> Denoiser:
 
 
 def _clean(policy: DiffusionPolicy, batch: Batch) -> Tensor:
-    return policy.normalize(batch.actions, batch.observations)
+    return policy.sequences.normalize(batch.actions, batch.observations)
 
 
 def _require_on_path(student: DiffusionPolicy, teacher: Teacher) -> None:
@@ -240,7 +240,7 @@ def make_pairs(
     for number in range(-(-count // at_once)):
         generator = derive_generator("pairs of a student", seed, number)
         batch = _scatter(teacher.policy, next(batches), noise, generator)
-        shape = len(batch.actions), *student.sequence_shape
+        shape = len(batch.actions), *student.sequences.shape
         start = torch.randn(shape, generator=generator).to(student.device)
         jumped = follow(teacher.denoiser(batch), start, ladder, student.diffusion.ddim_levels())
         made.append(Pair({key: batch.observations[key] for key in student.keys}, jumped, batch.labels))

@@ -27,6 +27,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from diffusion_policy.basics.streams import derive_entropy
 from diffusion_policy.config import TrainConfig
 from diffusion_policy.datasets.windows import Shard, Windows
+from diffusion_policy.networks.sequences import TARGET
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.training.distributed import Distributed
 from diffusion_policy.training.losses import Loss, denoising_loss, derive_generator, draw
@@ -340,7 +341,7 @@ def _require_fit(policy: DiffusionPolicy, windows: BatchesOfWindows) -> None:
     """Raise ValueError unless windows hold what a policy observes and does."""
     config, shapes = policy.config, policy.shapes
     needed = {key: (config.observation_horizon, *shape) for key, shape in shapes.observations.items()}
-    needed[policy.target.key] = (config.prediction_horizon, *shapes.row)
+    needed[TARGET] = (config.prediction_horizon, *shapes.row)
     needed = {key: shape for key, shape in needed.items() if key not in policy.images or not policy.is_frozen(key)}
     found = {key: shape for key, shape in windows.shapes.items() if key in needed}
     if found != needed:

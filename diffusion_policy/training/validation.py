@@ -12,6 +12,7 @@ from diffusion_policy.basics.streams import derive_rng
 from diffusion_policy.config import SampleConfig, TrainConfig
 from diffusion_policy.datasets.windows import Batch, Windows
 from diffusion_policy.diffusion.samplers import Levels
+from diffusion_policy.networks.sequences import TARGET
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.training.losses import Loss, denoising_loss, derive_generator, draw
 
@@ -93,7 +94,7 @@ def make_validation(
 
 def _draw_shared(policy: DiffusionPolicy, rows: int, seed: int) -> np.ndarray:
     """Noise that teacher and student are compared on, (B, N, T, D)."""
-    shape = (COMPARED, *policy.sequence_shape)
+    shape = (COMPARED, *policy.sequences.shape)
     return np.stack(
         [derive_rng("validation of a student", seed, row).standard_normal(shape, np.float32) for row in range(rows)]
     )
@@ -122,15 +123,17 @@ def action_errors(policy: DiffusionPolicy, batch: Batch, seed: int) -> Tensor | 
     """Distance of each sampled sequence from the demonstrated one, (B, N); see `Validation`."""
     config = policy.config
     if config.objective == "autoencoding":
-        back = policy.unnormalize(policy.normalize(batch.actions, batch.observations), 1, batch.observations)
-        return (back - batch.actions[:, None, :, policy.target.executed].to(back)).norm(dim=-1).mean(dim=-1)
+        back = policy.sequences.unnormalize(
+            policy.sequences.normalize(batch.actions, batch.observations), 1, batch.observations
+        )
+        return (back - batch.actions[:, None, :, policy.shapes.executed].to(back)).norm(dim=-1).mean(dim=-1)
     if policy.labels and not config.condition_dropout:
         return None
     generators = [derive_rng("validation samples", seed, row) for row in range(len(batch.actions))]
     sampled = policy.sample(batch.observations, generators, SAMPLES)  # (B, N, T, A)
-    difference = sampled - batch.actions[:, None, :, policy.target.executed]
-    executed = policy.target.executed
-    for column in policy.shapes.angles.get(policy.target.key, ()):
+    difference = sampled - batch.actions[:, None, :, policy.shapes.executed]
+    executed = policy.shapes.executed
+    for column in policy.shapes.angles.get(TARGET, ()):
         if executed.start <= column < executed.stop:
             turned = difference[..., column - executed.start]
             difference[..., column - executed.start] = torch.remainder(turned + math.pi, 2 * math.pi) - math.pi

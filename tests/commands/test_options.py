@@ -210,9 +210,7 @@ def label(observations):
 NOT_HERE = {
     "gpus",
     "rotations",
-    "target",
-    "inpaint_start",
-    "inpaint_goal",
+    "target", "prediction_stride", "inpaint_start", "inpaint_goal",
     "plan_samples",
     "teacher_weights",
     "vision_weights",
