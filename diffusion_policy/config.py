@@ -759,8 +759,9 @@ class CostConfig:
 
     cost: tuple[str, ...] = ()
     """Costs of a plan, each with its weight, as clearance=1 smoothness=0.1: coming near to walls and obstacles
-    (clearance), bends (smoothness), length, the distance of the end to the observed goal (goal), or a function, as
-    module:function=1, in torch. Samples are led down their gradient, and --score costs chooses by them."""
+    (clearance), agents near to each other (apart), bends (smoothness), length, the distance of the end to the observed
+    goal (goal), or a function, as module:function=1, in torch. Samples are led down their gradient, and --score costs
+    chooses by them."""
     cost_key: tuple[str, ...] = ()
     """Of what is predicted, the keys whose first two columns are places: costs are of the path of each, and lead it. By
     default all that is predicted; name position alone where actions are no places."""
@@ -772,7 +773,7 @@ class CostConfig:
     """Of a gradient step: how far a step of a plan moves at most, in normalized numbers, of which the demonstrations
     span 2."""
     cost_margin: float = 0.05
-    """How far the cost clearance keeps away, in the units of places."""
+    """How far the cost clearance keeps away, and apart agents from each other, in the units of places."""
 
     def __post_init__(self) -> None:
         _require(0 < self.cost_from <= 1, "cost_from", "above 0 and at most 1", self.cost_from)

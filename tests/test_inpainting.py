@@ -134,7 +134,8 @@ def test_a_planner_learns_to_connect_what_is_held() -> None:
 
 
 def test_an_exported_graph_holds_them_too() -> None:
-    policy = make_policy(replace(PLANNER, condition_dropout=0.1, prediction="sample")).eval()
+    asked = replace(PLANNER, condition_dropout=0.1, prediction="sample", observation_horizon=3, prediction_stride=2)
+    policy = make_policy(asked).eval()
     sampling = SampleConfig(sampling_steps=2, guidance=0.5)
     plan, _ = make_export(policy, sampling, Exporting(batch=2, samples=2, form="network"))
     assert plan.action_error < 1e-4

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 
 import gymnasium
@@ -12,7 +12,7 @@ from diffusion_policy.basics.images import is_image
 from diffusion_policy.checkpoints.checkpoint import Checkpoint
 from diffusion_policy.config import ConfigError, CostConfig
 from diffusion_policy.control.arm_costs import ArmBarriers, arm_clearance
-from diffusion_policy.control.costs import COSTS, GOAL, Barriers, Cost, Costs, Weighed, clearance
+from diffusion_policy.control.costs import COSTS, GOAL, Barriers, Cost, Costs, Weighed, apart, clearance
 from diffusion_policy.envs import modules
 from diffusion_policy.envs.protocols import as_armed, as_obstructed
 
@@ -28,24 +28,35 @@ def with_costs(loaded: Checkpoint, env: gymnasium.Env, config: CostConfig) -> Ch
         for key, part in spaces.items()  # pyright: ignore[reportAttributeAccessIssue]
         if not is_image(part.shape)
     }
+    armed = as_armed(env)
+    return led_by(loaded, config, watched, 2 if armed is None else len(armed.arm.origins), env)
+
+
+def led_by(
+    loaded: Checkpoint,
+    config: CostConfig,
+    watched: Mapping[str, tuple[int, ...]],
+    columns: int,
+    env: gymnasium.Env | None = None,
+) -> Checkpoint:
+    """The same, of places in the first so many columns of what is predicted; `watched`: shapes of the observations that
+    costs see; without an environment nothing stands in the way."""
     predicted = tuple(loaded.policy.shapes.target) or ("action",)
     unknown = [key for key in config.cost_key if key not in predicted]
     if unknown:
         raise ConfigError(f"--cost-key must name what is predicted, {', '.join(predicted)}; got {unknown[0]}")
-    armed = as_armed(env)
     costs = Costs(
         tuple(find_cost(text, env, watched, config.cost_margin) for text in config.cost),
         config.cost_key or predicted,
         config.cost_from,
         config.cost_steps,
         config.cost_size,
-        2 if armed is None else len(armed.arm.origins),
+        columns,
     )
-    led = loaded.policy.with_leads([costs], watched)
-    return dataclasses.replace(loaded, policy=led)
+    return dataclasses.replace(loaded, policy=loaded.policy.with_leads([costs], watched))
 
 
-def find_cost(text: str, env: gymnasium.Env, watched: Collection[str], margin: float) -> Weighed:
+def find_cost(text: str, env: gymnasium.Env | None, watched: Collection[str], margin: float) -> Weighed:
     """One of --cost, such as `clearance=0.5`; raises ConfigError for others, and for one that lacks what it takes."""
     name, _, weight = text.partition("=")
     try:
@@ -60,15 +71,17 @@ def find_cost(text: str, env: gymnasium.Env, watched: Collection[str], margin: f
         raise ConfigError(f"the cost goal needs an observation `goal`; there are {', '.join(watched)}")
     if name == "clearance":
         return Weighed(name, find_clearance(env, margin), weighs)
+    if name == "apart":
+        return Weighed(name, partial(apart, margin), weighs)
     if name not in COSTS:
-        known = ", ".join(sorted({*COSTS, "clearance"}))
+        known = ", ".join(sorted({*COSTS, "clearance", "apart"}))
         raise ConfigError(f"unknown cost {name!r}; choose from {known}, or a function, as module:function")
     return Weighed(name, COSTS[name], weighs)
 
 
-def find_clearance(env: gymnasium.Env, margin: float) -> Cost:
+def find_clearance(env: gymnasium.Env | None, margin: float) -> Cost:
     """The cost of what stands in the way in an environment; raises ConfigError for one that does not say it."""
-    armed, obstructed = as_armed(env), as_obstructed(env)
+    armed, obstructed = (None, None) if env is None else (as_armed(env), as_obstructed(env))
     if armed is not None:
         origins, balls, boxes = (torch.from_numpy(part) for part in armed.arm)
         return partial(arm_clearance, ArmBarriers(origins, balls, boxes, margin))

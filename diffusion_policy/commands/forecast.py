@@ -28,6 +28,7 @@ from diffusion_policy.commands.forecasting import (
 from diffusion_policy.commands.options.forecast import Forecast
 from diffusion_policy.commands.outputs import require_fresh
 from diffusion_policy.commands.terminal import console, print_cells
+from diffusion_policy.config import CostConfig, to_json
 from diffusion_policy.evaluation import forecasts
 from diffusion_policy.evaluation.forecasts import Judged
 from diffusion_policy.evaluation.intervals import Metric
@@ -100,6 +101,7 @@ def judge(
         "seed": options.seed,
         "miss_distance": options.miss_distance,
         "collision_distance": options.collision_distance,
+        "costs": None if options.costs == CostConfig() else to_json(options.costs),
         "modes": list(judges.modes),
         "data": describe_data(futures, known, true, judges.modes, options),
         "rows": rows,

@@ -11,14 +11,16 @@ import numpy as np
 import torch
 
 from diffusion_policy import envs
+from diffusion_policy.basics.images import is_image
 from diffusion_policy.basics.streams import derive_rng
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.checkpoints.checkpoint import Checkpoint
+from diffusion_policy.commands.costs import led_by
 from diffusion_policy.commands.interrupts import Interrupted, stop_on_signal
 from diffusion_policy.commands.options.forecast import Forecast
 from diffusion_policy.commands.stores import open_store
 from diffusion_policy.commands.terminal import progress_bar
-from diffusion_policy.config import ConfigError, SampleConfig
+from diffusion_policy.config import ConfigError, CostConfig, SampleConfig
 from diffusion_policy.datasets.store import EpisodeStore
 from diffusion_policy.datasets.windows import split_episodes
 from diffusion_policy.envs import modules
@@ -128,7 +130,17 @@ def find_forecasters(options: Forecast) -> Forecasters:
         row = _name(path, [one.row for one in found])
         found.append(Forecaster(row, path, loaded, loaded.policy.complete(wanted)))
         _require_positions(found[-1], found[0])
+        if options.costs.cost and len(found) == 1:
+            found.append(_lead(found[0], options.costs))
     return Forecasters(tuple(found), found[0].loaded.predicted)
+
+
+def _lead(one: Forecaster, costs: CostConfig) -> Forecaster:
+    """The same policy, led by costs of the places of all agents."""
+    shapes = one.policy.shapes
+    watched = {key: shape for key, shape in shapes.observations.items() if not is_image(shape)}
+    led = led_by(one.loaded, costs, watched, shapes.row[0])
+    return one._replace(row=f"{one.row}, led by {' '.join(costs.cost)}", loaded=led)
 
 
 def _name(path: Path, taken: Sequence[str]) -> str:

@@ -82,6 +82,18 @@ def clearance(barriers: Barriers, sequences: Tensors, observations: Tensors) -> 
     return near.clamp(min=0).sum(dim=(1, 2))
 
 
+def apart(margin: float, sequences: Tensors, observations: Tensors) -> Tensor:
+    """How far agents come within the margin of each other, whose places lie side by side, x, y, x, y ..., summed over
+    their pairs and the steps, (B,). Raises CostError for fewer than two agents."""
+    path = path_in(sequences)
+    if path.shape[-1] % 2 or path.shape[-1] < 4:
+        raise CostError(f"the cost apart needs x and y of two agents at least; got {path.shape[-1]} columns")
+    agents = path.unflatten(-1, (-1, 2))  # (B, T, agents, 2)
+    first, second = torch.triu_indices(agents.shape[2], agents.shape[2], 1, device=path.device)
+    between = ((agents[:, :, first] - agents[:, :, second]).square().sum(dim=-1) + 1e-12).sqrt()
+    return (margin - between).clamp(min=0).sum(dim=(1, 2))
+
+
 def _distances(barriers: Barriers, points: Tensor, obstacles: Tensor | None) -> Tensor:
     """Signed distances of points (B, P, 2) to each thing, (B, P, things)."""
     boxes = barriers.boxes.to(points)
@@ -98,7 +110,7 @@ def _distances(barriers: Barriers, points: Tensor, obstacles: Tensor | None) -> 
 
 
 COSTS: dict[str, Cost] = {"smoothness": smoothness, "length": length, "goal": to_goal}
-"""Those that need nothing but what is planned and observed; `clearance` needs barriers too."""
+"""Those that need nothing but what is planned and observed; `clearance` needs barriers too, `apart` a margin."""
 
 
 def total(

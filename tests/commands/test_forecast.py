@@ -83,6 +83,20 @@ def test_held_out_episodes_are_forecast_and_judged_beside_others(scenes: Path, r
     assert sum(results["data"]["modes"].values()) == 3
 
 
+def test_costs_lead_the_same_samples_elsewhere_in_a_row_of_their_own(scenes: Path, results: dict) -> None:
+    led = dp.forecast(
+        scenes / "run", scenes / "scenes.zarr", scenes / "led", samples=7, sampling_steps=3, seed=3, device="cpu",
+        cost=("apart=-1",), cost_margin=120.0, cost_size=0.5, cost_steps=9, collision_distance=32.0, miss_distance=1.5, shown=1,
+    )  # fmt: skip
+    assert list(led["rows"]) == ["run", "run, led by apart=-1", "constant velocity"]
+    assert led["rows"]["run"]["min_ade"] == results["rows"]["run"]["min_ade"]
+    plain, together = (led["rows"][row]["collision_rate"]["value"] for row in ("run", "run, led by apart=-1"))
+    assert together > plain
+    assert led["costs"]["cost"] == ["apart=-1"]
+    assert results["costs"] is None
+    assert "led by apart=-1" in (scenes / "led" / "forecast.html").read_text()
+
+
 def test_what_is_drawn_begins_where_the_history_ends(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A policy that knows the truth is right at every step."""
     store = EpisodeStore.open(scenes / "scenes.zarr")
@@ -169,6 +183,9 @@ def test_impossible_options_are_refused(options, message: str) -> None:
 
 
 def test_what_cannot_be_forecast_is_said_in_one_line(scenes: Path, tmp_path: Path, capsys) -> None:
+    led = ["--checkpoint", scenes / "run", "--dataset", scenes / "scenes.zarr", "--output", tmp_path / "led", "--cost"]
+    assert "the cost clearance needs an environment" in fails(capsys, *led, "clearance")
+    assert "unknown cost 'hurry'; choose from apart, clearance" in fails(capsys, *led, "hurry")
     given = ["--checkpoint", scenes / "run", "--dataset", scenes / "scenes.zarr", "--device", "cpu"]
     output = ["--output", tmp_path / "none"]
     store = EpisodeStore.open(scenes / "scenes.zarr")

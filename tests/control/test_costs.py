@@ -1,6 +1,7 @@
 """Costs: closed forms, gradients against finite differences, and what they do to the samples of a policy."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -72,12 +73,21 @@ def test_clearance_counts_what_lies_within_the_margin_and_between_the_steps() ->
     assert clearance(alone, sequences([[[-9.9, 0], [-9.9, 0]]]), {}).tolist() == pytest.approx([0.5], abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["smoothness", "length", "goal", "clearance"])
+@pytest.mark.parametrize("name", ["smoothness", "length", "goal", "clearance", "apart"])
 def test_gradients_are_those_of_finite_differences(name: str) -> None:
-    cost = costs.COSTS.get(name) or (lambda told, seen: clearance(MAZE, told, seen))
+    with_more = {"clearance": partial(clearance, MAZE), "apart": partial(costs.apart, 2.0)}
+    cost = {**costs.COSTS, **with_more}[name]
     seen = {"goal": torch.tensor([[[0.5, 1.0]]]).double(), "obstacles": torch.tensor([[[[0.2, -0.4, 0.2]]]]).double()}
-    path = torch.from_numpy(RNG.uniform(-1.8, 1.8, (1, 6, 2))).requires_grad_()
+    path = torch.from_numpy(RNG.uniform(-1.8, 1.8, (1, 6, 6 if name == "apart" else 2))).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: cost({PLACE: x}, seen), (path,), atol=1e-4)
+
+
+def test_agents_pay_for_coming_nearer_than_the_margin() -> None:
+    places = [[[0, 0, 3, 4, 0, 1], [0, 0, 0, 9, 0, 7]]]  # distances 5, 1, √18 and 9, 7, 2
+    assert costs.apart(4.5, sequences(places), {}).tolist() == pytest.approx([3.5 + 4.5 - 18**0.5 + 2.5])
+    for columns in (2, 5):
+        with pytest.raises(costs.CostError, match=f"x and y of two agents at least; got {columns} columns"):
+            costs.apart(1.0, sequences(np.zeros((1, 2, columns)).tolist()), {})
 
 
 def test_a_gradient_step_moves_no_step_of_a_sequence_farther_than_its_size() -> None:
@@ -171,7 +181,7 @@ def test_what_names_no_cost_is_refused() -> None:
 
     maze, avoid = envs.make("diffusion_policy/Maze-v0"), envs.make("diffusion_policy/Avoid-v0")
     for text, env, why in (
-        ("speed", maze, "unknown cost 'speed'; choose from clearance, goal, length, smoothness, or a function"),
+        ("speed", maze, "unknown cost 'speed'; choose from apart, clearance, goal, length, smoothness, or a function"),
         ("length=much", maze, "must be a name and a number, as clearance=0.5; got 'length=much'"),
         ("clearance", avoid, "needs an environment that says what stands in it, as Maze-v0 does"),
         ("goal", avoid, "the cost goal needs an observation `goal`; there are x"),

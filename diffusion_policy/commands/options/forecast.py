@@ -6,7 +6,15 @@ from typing import Annotated, ClassVar
 
 from diffusion_policy.commands.options.acting import anchor
 from diffusion_policy.commands.options.command import Command
-from diffusion_policy.config import ConfigError, Group, SampleConfig, require_at_least, require_labels, require_seed
+from diffusion_policy.config import (
+    ConfigError,
+    CostConfig,
+    Group,
+    SampleConfig,
+    require_at_least,
+    require_labels,
+    require_seed,
+)
 
 MOST_SAMPLES = 10_000
 """Of one episode."""
@@ -22,7 +30,8 @@ class Forecast(Command):
     The policy is one whose action is the positions of all agents, `train --target position`, where position holds x and
     y of one agent after the other. Samples are drawn at one step of each episode. Of the dataset that a policy was
     trained on, only the held-out episodes are forecast. Beside it stand a forecast of constant velocity and other
-    checkpoints. results.json and a page, forecast.html, go into a new folder.
+    checkpoints, and with --cost the same policy led by costs. results.json and a page, forecast.html, go into a new
+    folder.
 
     From Python: `dp.forecast("runs/scenes", "scenes.zarr", "runs/forecast", samples=100)` returns what results.json
     holds.
@@ -63,6 +72,8 @@ class Forecast(Command):
     device: str = "auto"
     """Device to compute on: auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:1 or mps."""
     sampling: Annotated[SampleConfig, Group("sampling")] = field(default_factory=SampleConfig)
+    costs: Annotated[CostConfig, Group("costs")] = field(default_factory=CostConfig)
+    """A second row of the checkpoint's, led by these costs, beside the one without."""
 
     def __post_init__(self) -> None:
         anchor(self)
