@@ -34,7 +34,14 @@ from diffusion_policy.commands.options.serve import Serve
 from diffusion_policy.commands.options.study import Study
 from diffusion_policy.commands.options.sweep import OF_A_TRAINING, Sweep
 from diffusion_policy.commands.options.toy import Toy
-from diffusion_policy.commands.options.train import Train, TrainLatent, fields_of_teacher, read_options, to_fields
+from diffusion_policy.commands.options.train import (
+    Train,
+    TrainClassifier,
+    TrainLatent,
+    fields_of_teacher,
+    read_options,
+    to_fields,
+)
 from diffusion_policy.commands.terminal import console, open_standard_streams, out
 from diffusion_policy.config import ConfigError, with_options
 
@@ -46,6 +53,7 @@ VERBS: dict[str, type[Command]] = {
     "collect": Collect,
     "train": Train,
     "train-latent": TrainLatent,
+    "train-classifier": TrainClassifier,
     "sweep": Sweep,
     **{f"dataset {verb}": kind for verb, kind in OF_DATASETS.items()},
     "evaluate": Evaluate,
@@ -145,10 +153,10 @@ def _one_line(box: str) -> str:
 
 def _defaults_from_files(arguments: Sequence[str]) -> dict[str, Command]:
     """{verb: its options} as the file of `train --resume RUN`, `train --config FILE`, `train --teacher RUN` or the same
-    of `train-latent` and `sweep` says them, so that the other flags override them; nothing without."""
+    of its siblings and `sweep` says them, so that the other flags override them; nothing without."""
     verb = arguments[0] if arguments else ""
     values = _values_of_flags(arguments)
-    training = {"train": Train, "train-latent": TrainLatent}.get(verb)
+    training = {"train": Train, "train-latent": TrainLatent, "train-classifier": TrainClassifier}.get(verb)
     if training and "--resume" in values:
         if "--config" in values:
             raise ConfigError("--resume takes the options of the run itself, so --config cannot be given too")

@@ -21,7 +21,9 @@ from diffusion_policy.basics.names import MOST_CHARACTERS, MOST_INSTRUCTION, is_
 # Names of what the registries of the diffusion core hold; written here since those need torch.
 ScheduleName = Literal["cosine", "linear", "sigmoid", "constant", "flow"]
 PredictionName = Literal["noise", "sample", "velocity", "flow"]
-ObjectiveName = Literal["denoising", "autoencoding", "regression", "mip", "mixture", "shortcut", "meanflow"]
+ObjectiveName = Literal[
+    "denoising", "autoencoding", "classifying", "regression", "mip", "mixture", "shortcut", "meanflow"
+]
 StudentName = Literal["pairs", "progressive", "consistency", "shortcut", "meanflow"]
 GuardName = Literal["warn", "stop", "off"]
 SamplerName = Literal[
@@ -389,10 +391,10 @@ class PolicyConfig:
     to do: its embedding, where the dataset has embeddings of all instructions, else one that is learned for each."""
     objective: Annotated[ObjectiveName, Group("objective")] = "denoising"
     """What is learned. denoising: diffusion, in many steps. autoencoding: a latent space alone, see train-latent.
-    Without a teacher, in few: shortcut (the average velocity
-    over jumps of 1/2, 1/4, ... of the way) and meanflow (over any jump). To compare with, and without diffusion:
-    regression (least squares, one answer to one observation), mip (two calls, the second corrects the first), mixture
-    (behaviour cloning by a mixture of Gaussians)."""
+    classifying: the modes of noised sequences, see train-classifier. Without a teacher, in few: shortcut (the average
+    velocity over jumps of 1/2, 1/4, ... of the way) and meanflow (over any jump). To compare with, and without
+    diffusion: regression (least squares, one answer to one observation), mip (two calls, the second corrects the
+    first), mixture (behaviour cloning by a mixture of Gaussians)."""
     student_steps: int = 0
     """Sampling steps that a student is trained for, and by which shortcut and meanflow are sampled where nothing else
     is asked for; 0 is 1 for all of these."""
@@ -459,6 +461,8 @@ class PolicyConfig:
         require_at_most(self, MAX_STUDENT_STEPS, ("student_steps",))
         require_at_least(self, 1, ("mixture_components",))
         require_at_most(self, MAX_COMPONENTS, ("mixture_components",))
+        if self.objective == "classifying" and not self.condition_on_mode:
+            raise ConfigError("the objective classifying is of modes: it needs condition-on-mode, see train-classifier")
         if self.objective in ("regression", "mip", "mixture"):
             name = "student_steps"
             _require(not self.student_steps, name, f"0 with the objective {self.objective}", self.student_steps)
@@ -772,6 +776,13 @@ class CostConfig:
     cost_size: float = 0.05
     """Of a gradient step: how far a step of a plan moves at most, in normalized numbers, of which the demonstrations
     span 2."""
+    classifier: str | None = None
+    """Run of train-classifier, or one of its checkpoints, whose gradient leads samples to a mode: classifier guidance,
+    also of a policy that was trained without modes."""
+    classifier_mode: str | None = None
+    """Mode that the classifier leads to."""
+    classifier_weight: float = 1.0
+    """Weight of the classifier's gradient; 1 samples what the policy would if it knew the mode, more exaggerates."""
     cost_margin: float = 0.05
     """How far the cost clearance keeps away, and apart agents from each other, in the units of places."""
 
@@ -779,8 +790,17 @@ class CostConfig:
         _require(0 < self.cost_from <= 1, "cost_from", "above 0 and at most 1", self.cost_from)
         require_at_least(self, 0, ("cost_steps", "cost_margin"))
         require_at_most(self, 1000, ("cost_steps",))
+        if (self.classifier is None) != (self.classifier_mode is None):
+            raise ConfigError(
+                f"classifier and classifier-mode go together; got {self.classifier} and {self.classifier_mode}"
+            )
         _require(0 < self.cost_size <= 2, "cost_size", "above 0 and at most 2", self.cost_size)
         require_numbers(self)
+
+    @property
+    def leads(self) -> bool:
+        """Whether anything leads samples, or judges them."""
+        return bool(self.cost) or self.classifier is not None
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,16 @@ from torch import Tensor, nn
 from diffusion_policy.basics.names import nearest_instructions
 from diffusion_policy.config import PolicyConfig, SampleConfig, parse_columns, to_json
 from diffusion_policy.datasets.statistics import Measuring, Statistics, as_rows, measure
-from diffusion_policy.diffusion.guidance import CLIPS, GUIDANCE_SCHEDULES, agreeing, classifier_free, descending
+from diffusion_policy.diffusion.guidance import (
+    CLIPS,
+    GUIDANCE_SCHEDULES,
+    agreeing,
+    classifier_free,
+    descending,
+    preferring,
+)
 from diffusion_policy.diffusion.inpainting import Given, Held, giving, holding, inpainted
-from diffusion_policy.diffusion.objectives import OBJECTIVES
+from diffusion_policy.diffusion.objectives import OBJECTIVES, Classifying
 from diffusion_policy.diffusion.process import count_draws
 from diffusion_policy.diffusion.samplers import SAMPLERS, Denoise, Levels, Sampler, ddim, ddpm
 from diffusion_policy.diffusion.schedules import make_schedule
@@ -132,7 +139,7 @@ class DiffusionPolicy(nn.Module):
             target_dim + bool(config.max_delay),  # a column that marks what is given
             cond_parts,
             steps,
-            outputs=self.diffusion.count_outputs(target_dim),
+            outputs=self.diffusion.count_outputs(target_dim, len(self.labels)),
             level_inputs=self.diffusion.level_inputs,
             **_own_options(config.network),
         )
@@ -413,6 +420,28 @@ class DiffusionPolicy(nn.Module):
         """See `diffusion.guidance.descending`."""
         return descending(denoise, gradient, weights, steps)
 
+    def prefer(self, slope: Callable[[Tensor, int], Tensor], weight: float) -> Wrap:
+        """A wrapper by which samples follow the gradient of a classifier; see `diffusion.guidance.preferring`."""
+        tables = self.diffusion.schedule.alpha, self.diffusion.schedule.sigma
+        return lambda denoise: preferring(denoise, slope, weight, *tables)
+
+    def classify(self, observations: Mapping[str, Tensor], number: int, mode: str) -> Callable[[Tensor, int], Tensor]:
+        """Of a classifier: the gradient by xt of log p(mode | xt) under raw observations {key: (B, To, ...)}, N
+        sequences for each: (xt (B N, T, D), level) → (B N, T, D)."""
+        assert isinstance(self.diffusion, Classifying)
+        index, diffusion = self.modes.index(mode), self.diffusion
+        cond = self.encode({key: observations[key] for key in self.keys}).repeat_interleave(number, dim=0)
+
+        def slope(xt: Tensor, level: int) -> Tensor:
+            with torch.enable_grad():
+                xt = xt.detach().requires_grad_()
+                levels = torch.full((len(xt),), level, device=xt.device)
+                of_mode = diffusion.log_probabilities(self.network, xt, levels, cond)[:, index]
+                (gradient,) = torch.autograd.grad(of_mode.sum(), xt)
+            return gradient
+
+        return slope
+
     def guide(self, sequence: Tensor, weights: Tensor, strength: float, deviation: float = 1.0) -> Wrap:
         """A wrapper by which samples agree with a normalized sequence (B, T, D) where weights (B, T, 1) say so; see
         `diffusion.guidance.agreeing`."""
@@ -454,6 +483,8 @@ class DiffusionPolicy(nn.Module):
         for."""
         if self.config.objective == "autoencoding":
             raise ValueError("this is an autoencoder, which acts as part of a policy: train one with --latent")
+        if self.config.objective == "classifying":
+            raise ValueError("this is a classifier, which guides a policy: name it with --classifier")
         if config.guidance and not self.config.condition_dropout:
             raise ValueError(
                 f"guidance {config.guidance} needs a policy trained with --condition-dropout above 0; "

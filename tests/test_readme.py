@@ -71,6 +71,7 @@ MINIATURE = {
     "collect": "--episodes 4 --workers 1",
     "train": SMALL,
     "train-latent": SMALL,
+    "train-classifier": SMALL,
     "evaluate": f"--episodes 2 --repeats 1 --sampling-steps 1 --workers 1 --videos 0 --device cpu {SHORT}",
     "rollout": f"--episodes 1 --sampling-steps 1 --workers 1 --device cpu {SHORT}",
     "study": "--samplers ddim --steps 1 --delay-steps 2 --strategies receding rtc+roll --episodes 1 --workers 1 "

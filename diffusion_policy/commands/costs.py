@@ -4,23 +4,34 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from functools import partial
+from pathlib import Path
 
 import gymnasium
 import torch
 
 from diffusion_policy.basics.images import is_image
+from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.checkpoints.checkpoint import Checkpoint
 from diffusion_policy.config import ConfigError, CostConfig
 from diffusion_policy.control.arm_costs import ArmBarriers, arm_clearance
 from diffusion_policy.control.costs import COSTS, GOAL, Barriers, Cost, Costs, Weighed, apart, clearance
+from diffusion_policy.control.preference import Preference
 from diffusion_policy.envs import modules
 from diffusion_policy.envs.protocols import as_armed, as_obstructed
+from diffusion_policy.networks.sequences import TARGET
+from diffusion_policy.policy import Lead
+
+SAME_SEQUENCES = (
+    "observation_horizon", "prediction_horizon", "prediction_stride", "normalization", "target", "rotations",
+    "action_form", "action_reference", "schedule", "schedule_options", "noise_levels",
+)  # fmt: skip
+"""Options in which a classifier is like the policy that it leads."""
 
 
 def with_costs(loaded: Checkpoint, env: gymnasium.Env, config: CostConfig) -> Checkpoint:
     """With the policy led by the costs that the options name, in an environment of which it then takes all numbers.
     Raises ConfigError for unknown costs."""
-    if not config.cost:
+    if not config.leads:
         return loaded
     spaces = env.observation_space
     watched = {
@@ -45,7 +56,21 @@ def led_by(
     unknown = [key for key in config.cost_key if key not in predicted]
     if unknown:
         raise ConfigError(f"--cost-key must name what is predicted, {', '.join(predicted)}; got {unknown[0]}")
-    costs = Costs(
+    leads: list[Lead] = [find_preference(loaded, config, watched)] if config.classifier is not None else []
+    if config.cost:
+        leads.append(find_costs(config, predicted, watched, columns, env))
+    return dataclasses.replace(loaded, policy=loaded.policy.with_leads(leads, watched))
+
+
+def find_costs(
+    config: CostConfig,
+    predicted: tuple[str, ...],
+    watched: Collection[str],
+    columns: int,
+    env: gymnasium.Env | None,
+) -> Costs:
+    """The costs of --cost and its companions; raises ConfigError where `find_cost` does."""
+    return Costs(
         tuple(find_cost(text, env, watched, config.cost_margin) for text in config.cost),
         config.cost_key or predicted,
         config.cost_from,
@@ -53,7 +78,35 @@ def led_by(
         config.cost_size,
         columns,
     )
-    return dataclasses.replace(loaded, policy=loaded.policy.with_leads([costs], watched))
+
+
+def find_preference(loaded: Checkpoint, config: CostConfig, watched: Collection[str]) -> Preference:
+    """The classifier of --classifier and its mode. Raises ConfigError for another run, for one of other sequences than
+    the policy's, or of observations that are not there, and for a mode that it does not know; CheckpointError where
+    there is none."""
+    assert config.classifier is not None
+    assert config.classifier_mode is not None
+    found = checkpoint.load(checkpoint.find(Path(config.classifier)), loaded.policy.device)
+    classifier, led = found.policy, loaded.policy
+    if classifier.config.objective != "classifying":
+        raise ConfigError(f"--classifier needs a run of train-classifier; {config.classifier} is none")
+    for name in SAME_SEQUENCES:
+        own, other = getattr(classifier.config, name), getattr(led.config, name)
+        if own != other:
+            raise ConfigError(f"a classifier has the {name.replace('_', '-')} of the policy, {other}; got {own}")
+    numbers = [one.normalizer.state_dict() for one in (classifier, led)]
+    columns = [{name: of[name] for name in of if name.startswith(f"{TARGET}_")} for of in numbers]
+    if {name: part.tolist() for name, part in columns[0].items()} != {
+        name: part.tolist() for name, part in columns[1].items()
+    }:
+        raise ConfigError(f"{config.classifier} normalizes other actions than the policy: train both on one dataset")
+    lacking = [key for key in classifier.keys if key not in watched]
+    if lacking:
+        raise ConfigError(f"{config.classifier} observes {lacking[0]}; there are {', '.join(watched)}")
+    if config.classifier_mode not in classifier.modes:
+        known = ", ".join(classifier.modes)
+        raise ConfigError(f"classifier-mode must be one of {known}; got {config.classifier_mode}")
+    return Preference(classifier.eval(), config.classifier_mode, config.classifier_weight)
 
 
 def find_cost(text: str, env: gymnasium.Env | None, watched: Collection[str], margin: float) -> Weighed:

@@ -21,13 +21,17 @@ from diffusion_policy.commands.terminal import console, progress_bar
 from diffusion_policy.config import ConfigError, GuardName
 from diffusion_policy.datasets.windows import Windows
 from diffusion_policy.policy import DiffusionPolicy
-from diffusion_policy.training.losses import Loss, autoencoding_loss, denoising_loss
+from diffusion_policy.training.losses import Loss, autoencoding_loss, classifying_loss, denoising_loss
 from diffusion_policy.training.students import LOSSES, Teacher, make_pairs, student_options
 from diffusion_policy.training.trainer import BatchesOfWindows, Progress
 from diffusion_policy.training.validation import VALIDATION_WINDOWS, Validation, make_validation, sample_shared
 
 LEAST_SPREAD = 0.9
 """Of a student's plans, as a share of the spread of its teacher's."""
+
+
+OWN_LOSSES: dict[str, Loss] = {"autoencoding": autoencoding_loss, "classifying": classifying_loss}
+"""Of objectives that are no diffusion."""
 
 
 class Lessons(NamedTuple):
@@ -74,7 +78,15 @@ def complete(options: Train, device: torch.device) -> tuple[Train, Teacher | Non
 def _require_like(policy: Any, teacher: Any) -> None:
     """Raise ConfigError where a student could not see, plan or be noised as its teacher is."""
     told = "condition_on_mode", "condition_on_instruction"
-    names = "observation_horizon", "prediction_horizon", "normalization", "rotations", "action_form", "action_reference"
+    names = (
+        "observation_horizon",
+        "prediction_horizon",
+        "prediction_stride",
+        "normalization",
+        "rotations",
+        "action_form",
+        "action_reference",
+    )
     for name in (*names, *told, "schedule", "noise_levels", "schedule_options"):
         own, taught = getattr(policy, name), getattr(teacher, name)
         if own != taught:
@@ -109,8 +121,7 @@ def make_lessons(
 ) -> Lessons:
     """The batches, the loss and the validation of this training."""
     if teacher is None:
-        alone = policy.config.objective == "autoencoding"
-        return Lessons(windows, autoencoding_loss if alone else denoising_loss)
+        return Lessons(windows, OWN_LOSSES.get(policy.config.objective, denoising_loss))
     asked, seed = options.training.distillation, options.training.seed
     assert asked.student is not None
     loss = LOSSES[asked.student](policy, teacher)

@@ -130,7 +130,7 @@ def find_forecasters(options: Forecast) -> Forecasters:
         row = _name(path, [one.row for one in found])
         found.append(Forecaster(row, path, loaded, loaded.policy.complete(wanted)))
         _require_positions(found[-1], found[0])
-        if options.costs.cost and len(found) == 1:
+        if options.costs.leads and len(found) == 1:
             found.append(_lead(found[0], options.costs))
     return Forecasters(tuple(found), found[0].loaded.predicted)
 
@@ -140,7 +140,8 @@ def _lead(one: Forecaster, costs: CostConfig) -> Forecaster:
     shapes = one.policy.shapes
     watched = {key: shape for key, shape in shapes.observations.items() if not is_image(shape)}
     led = led_by(one.loaded, costs, watched, shapes.row[0])
-    return one._replace(row=f"{one.row}, led by {' '.join(costs.cost)}", loaded=led)
+    by = " ".join([*costs.cost, *([costs.classifier_mode] if costs.classifier_mode else [])])
+    return one._replace(row=f"{one.row}, led by {by}", loaded=led)
 
 
 def _name(path: Path, taken: Sequence[str]) -> str:

@@ -111,7 +111,8 @@ def list_ways(loaded: PolicyInEnv) -> dict[str, Way]:
     if costs is None:
         return {"plain": Way(loaded, False)}
     idle = dataclasses.replace(costs, steps=0)
-    unled = _with_policy(loaded, loaded.policy.with_leads([idle], loaded.policy.watched))
+    others = [lead for lead in loaded.policy.leads if lead is not costs]
+    unled = _with_policy(loaded, loaded.policy.with_leads([*others, idle], loaded.policy.watched))
     ways = {"plain": Way(unled, False), "best of several": Way(unled, True)}
     if costs.steps:
         ways |= {"led": Way(loaded, False), "best of several led": Way(loaded, True)}

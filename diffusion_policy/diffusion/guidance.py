@@ -78,6 +78,19 @@ def agreeing(
     return guided
 
 
+def preferring(
+    denoise: Denoise, slope: Callable[[Tensor, int], Tensor], weight: float, alphas: Tensor, sigmas: Tensor
+) -> Denoise:
+    """x0 + w σ² / α g, with g the gradient by xt of log p(y | xt), `slope`: classifier guidance (Dhariwal & Nichol
+    2021, arXiv 2105.05233, algorithm 2: eps - w σ g). `alphas`, `sigmas`: of each level, (K,)."""
+    pulls = weight * sigmas**2 / alphas
+
+    def preferred(xt: Tensor, level: int) -> Tensor:
+        return denoise(xt, level) + pulls[level].to(xt) * slope(xt, level)
+
+    return preferred
+
+
 def descending(denoise: Denoise, gradient: Callable[[Tensor], Tensor], weights: Tensor, steps: int = 1) -> Denoise:
     """x0 led down a cost: x0 - w g / max(1, |g|), so often at each level, with g the cost's gradient by x0, (B, T, D),
     and |g| the largest of its steps (B, T). The gradient is that of the predicted x0 and does not pass through the

@@ -7,6 +7,7 @@ sampled. A new one is a class and a line in `OBJECTIVES`.
     mixture      several sequences with their weights, in one call
     shortcut     the average velocity over jumps of many lengths; sampled in 1, 2, 4 ... steps
     meanflow     the average velocity over any jump; sampled in any number of steps
+    classifying  the mode of a noised sequence; not sampled, it guides others
 
 Knows tensors. Knows no policy.
 """
@@ -82,6 +83,19 @@ class MinimalIterative(Regression):
         return super().loss(network, x0, cond, noising) / NEAR**2 + refined / (1 - NEAR) ** 2
 
 
+class Classifying(Diffusion):
+    """Which mode a noised sequence is of, for classifier guidance (Dhariwal & Nichol 2021, arXiv 2105.05233, section
+    4)."""
+
+    def count_outputs(self, target_dim: int, labels: int) -> int:
+        """See `Diffusion.count_outputs`: a logit of each mode, of which the mean over time counts."""
+        return labels
+
+    def log_probabilities(self, network: Network, xt: Tensor, level: Tensor, cond: Tensor) -> Tensor:
+        """Of each mode for sequences (B, T, D) at levels (B,), (B, M)."""
+        return network(xt, level, cond).mean(dim=1).log_softmax(dim=-1)
+
+
 class Mixture(Diffusion):
     """A mixture of Gaussians over whole sequences (Bishop 1994, "Mixture density networks"): behaviour cloning that can
     hold modes. What is sampled is the mean of one component, chosen by its weight."""
@@ -90,7 +104,7 @@ class Mixture(Diffusion):
         super().__init__(schedule, PREDICTIONS["sample"], trained_steps=(1,))
         self.components = components
 
-    def count_outputs(self, target_dim: int) -> int:
+    def count_outputs(self, target_dim: int, labels: int) -> int:
         """See `Diffusion.count_outputs`: of each component a mean; its weight and deviation are means over time."""
         return self.components * (target_dim + 2)
 
@@ -264,6 +278,7 @@ OBJECTIVES: dict[str, Callable[[Schedule, Any], Diffusion]] = {
         (asked.student_steps,) if asked.student_steps else (),
     ),
     "autoencoding": lambda schedule, asked: Diffusion(schedule, PREDICTIONS[asked.prediction]),
+    "classifying": lambda schedule, asked: Classifying(schedule, PREDICTIONS[asked.prediction]),
     "regression": lambda schedule, _: Regression(schedule),
     "mip": lambda schedule, _: MinimalIterative(schedule),
     "mixture": lambda schedule, asked: Mixture(schedule, asked.mixture_components),

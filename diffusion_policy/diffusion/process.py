@@ -105,8 +105,9 @@ class Diffusion(nn.Module):
         self.variance = LearnedVariance(schedule) if learn_variance else None
         self.trained_steps = tuple(trained_steps)
 
-    def count_outputs(self, target_dim: int) -> int:
-        """Numbers that the network says of each step of a sequence of D = `target_dim` numbers."""
+    def count_outputs(self, target_dim: int, labels: int) -> int:
+        """Numbers that the network says of each step of a sequence of D = `target_dim` numbers, in data of so many
+        modes."""
         return (1 if self.variance is None else 2) * target_dim
 
     def tables(self, level: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from diffusion_policy.basics.streams import derive_entropy
 from diffusion_policy.datasets.windows import Batch, send
+from diffusion_policy.diffusion.objectives import Classifying
 from diffusion_policy.diffusion.process import Noising
 from diffusion_policy.policy import DiffusionPolicy
 
@@ -95,6 +97,22 @@ def autoencoding_loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Te
     assert policy.autoencoder is not None
     sequences = policy.sequences.normalize_steps(batch.actions, batch.observations)
     return policy.autoencoder.loss(sequences, draws.to(policy.device).noising.eps, policy.config.latent.latent_kl)
+
+
+def classifying_loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Tensor:
+    """Cross-entropy of the mode of a noised window, 0 for one without mode, (B,). [nats] What a network is told beside
+    the sequence are the observations alone."""
+    assert batch.labels is not None
+    assert isinstance(policy.diffusion, Classifying)
+    draws = draws.to(policy.device)
+    encoded = policy.encode(batch.observations, None, draws.augmentation)
+    normalized = policy.sequences.normalize(batch.actions, batch.observations)
+    cond, x0, labels = (part.repeat_interleave(draws.repeats, dim=0) for part in (encoded, normalized, batch.labels))
+    level, eps = draws.noising.level, draws.noising.eps.to(x0)
+    alpha, sigma = policy.diffusion.tables(level, x0)
+    found = policy.diffusion.log_probabilities(policy.network, alpha * x0 + sigma * eps, level, cond)
+    losses = functional.nll_loss(found, labels.to(found.device), ignore_index=-1, reduction="none")
+    return losses.unflatten(0, (-1, draws.repeats)).mean(dim=1)
 
 
 def derive_generator(tag: str, *numbers: int) -> torch.Generator:

@@ -35,7 +35,7 @@ class Validation(NamedTuple):
     """No condition is dropped."""
     action_error: float | None
     """Distance of a sampled action from the demonstrated one, in raw units, a mean over the Ta executed steps and N
-    samples; None for a policy that must be told a mode."""
+    samples; None for a policy that must be told a mode, and for a classifier."""
     action_error_best: float | None
     """The same of the best of N samples."""
     teacher_agreement: float | None = None
@@ -127,7 +127,7 @@ def action_errors(policy: DiffusionPolicy, batch: Batch, seed: int) -> Tensor | 
             policy.sequences.normalize(batch.actions, batch.observations), 1, batch.observations
         )
         return (back - batch.actions[:, None, :, policy.shapes.executed].to(back)).norm(dim=-1).mean(dim=-1)
-    if policy.labels and not config.condition_dropout:
+    if config.objective == "classifying" or (policy.labels and not config.condition_dropout):
         return None
     generators = [derive_rng("validation samples", seed, row) for row in range(len(batch.actions))]
     sampled = policy.sample(batch.observations, generators, SAMPLES)  # (B, N, T, A)

@@ -70,7 +70,7 @@ TITLES = {
     "rollout": ["options", "environment", "control", "costs", "simulation", "episode", "sampling", "server"],
     "run-robot": ["positional arguments", "options", "control", "safety", "sampling", "server"],
     "serve": ["options", "access", "load", "control", "sampling"],
-    "forecast": ["options", "forecast", "judging", "sampling"],
+    "forecast": ["options", "forecast", "judging", "sampling", "costs"],
     "live": ["options", "environment", "control", "costs", "simulation", "episode", "sampling"],
     "export": ["options", "graph", "sampling"],
     "benchmark": [
@@ -82,7 +82,7 @@ TITLES = {
     ],
     "doctor": ["options", "data", "sampling", "policy", "network", "images", "diffusion", "objective", "latent"],
 }  # fmt: skip
-TITLES["train-latent"] = TITLES["train"]
+TITLES["train-latent"] = TITLES["train-classifier"] = TITLES["train"]
 """Groups of flags; verbs of few flags have no groups."""
 
 

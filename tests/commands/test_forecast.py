@@ -86,7 +86,8 @@ def test_held_out_episodes_are_forecast_and_judged_beside_others(scenes: Path, r
 def test_costs_lead_the_same_samples_elsewhere_in_a_row_of_their_own(scenes: Path, results: dict) -> None:
     led = dp.forecast(
         scenes / "run", scenes / "scenes.zarr", scenes / "led", samples=7, sampling_steps=3, seed=3, device="cpu",
-        cost=("apart=-1",), cost_margin=120.0, cost_size=0.5, cost_steps=9, collision_distance=32.0, miss_distance=1.5, shown=1,
+        cost=("apart=-1",), cost_margin=120.0, cost_size=0.5, cost_steps=9, collision_distance=32.0, shown=1,
+        miss_distance=1.5,
     )  # fmt: skip
     assert list(led["rows"]) == ["run", "run, led by apart=-1", "constant velocity"]
     assert led["rows"]["run"]["min_ade"] == results["rows"]["run"]["min_ade"]

@@ -215,10 +215,12 @@ NOT_HERE = {
     "teacher_weights",
     "vision_weights",
     "freeze_vision",
+    "classifier", "classifier_mode", "classifier_weight",
     "latent", "latent_channels", "latent_stride", "latent_width", "latent_kl",
 }  # fmt: skip
 UNTRIED = {
     "train-latent": "test_latent.py",
+    "train-classifier": "test_classifier.py",
     "demo": "test_demo.py",
     "toy": "test_toy.py",
     "serve": "test_serve.py",

@@ -101,6 +101,23 @@ class TrainLatent(Train):
         object.__setattr__(self, "policy", replace(self.policy, objective="autoencoding"))
 
 
+@dataclass(frozen=True)
+class TrainClassifier(Train):
+    """Train a classifier of the modes of noised action sequences, which then leads any policy of the same actions to a
+    mode: --classifier of evaluate, rollout, live, study and forecast.
+
+    It is trained as policies are, on demonstrations with modes, and takes their options: horizons, target,
+    normalization and noise schedule are those of the policy that it shall lead. The loss is the cross-entropy over all
+    noise levels.
+    """
+
+    def __post_init__(self) -> None:
+        if self.policy.objective not in ("denoising", "classifying"):
+            raise ConfigError(f"train-classifier has no other objective; got --objective {self.policy.objective}")
+        policy = replace(self.policy, objective="classifying", condition_on_mode=True)
+        object.__setattr__(self, "policy", policy)
+
+
 NOT_KEPT = {"dataset", "output", "resume", "config"}
 """Fields of `Train` that no file says: where it lies, and what it learns from, which has a form of its own there."""
 KEPT = {name: hint for name, hint in get_type_hints(Train).items() if name not in NOT_KEPT | {"program"}}
