@@ -326,6 +326,16 @@ class LatentConfig:
         require_numbers(self)
 
 
+OF_SEQUENCES = (
+    "observation_horizon", "prediction_horizon", "prediction_stride", "inverse_dynamics", "normalization", "target",
+    "rotations", "action_form", "action_reference",
+)  # fmt: skip
+"""Options of a policy that decide what its sequences mean: teacher and student, policy and autoencoder or classifier
+share them."""
+OF_NOISE = ("schedule", "noise_levels", "schedule_options")
+"""Options of a policy that decide what a noised sequence is."""
+
+
 @dataclass(frozen=True)
 class PolicyConfig:
     """What a policy is: horizons, network, encoders and diffusion."""
@@ -366,6 +376,9 @@ class PolicyConfig:
     prediction_stride: int = 1
     """Steps from one that the network predicts to the next; those between are interpolated, so that a long plan is a
     short sequence. It divides T."""
+    inverse_dynamics: bool = False
+    """Denoise the observations among the target alone, and have a small network of its own say the action that leads
+    from one state to the next."""
     inpaint_start: bool = False
     """Hold what is observed until now in place in the sequence, at every denoising step and in training: the
     observations among what is predicted."""

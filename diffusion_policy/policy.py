@@ -42,6 +42,7 @@ from diffusion_policy.diffusion.schedules import make_schedule
 from diffusion_policy.networks import ENCODERS, FOR_FEW_ROWS, NETWORKS
 from diffusion_policy.networks.autoencoder import Autoencoder
 from diffusion_policy.networks.encoders import CondPart
+from diffusion_policy.networks.inverse_dynamics import InverseDynamics
 from diffusion_policy.networks.labels import LabelRows
 from diffusion_policy.networks.representation import ActionFrame
 from diffusion_policy.networks.sequences import TARGET, Horizons, Inpainting, Sequences, Shapes
@@ -122,7 +123,9 @@ class DiffusionPolicy(nn.Module):
         self.diffusion = OBJECTIVES[config.objective](schedule, config)
         self.autoencoder = make_autoencoder(config, *self.normalizer.shapes[TARGET])
         """Of the sequences, where diffusion runs in a latent space."""
-        self.sequences = make_sequences(config, shapes, self.normalizer, self.autoencoder)
+        self.inverse = make_inverse(config, shapes, self.normalizer)
+        """The actions of states, where diffusion is over these alone."""
+        self.sequences = make_sequences(config, shapes, self.normalizer, self.autoencoder, self.inverse)
         """What the network predicts."""
         marks = self.label_rows.numbers or (1 if config.condition_dropout else 0)
         cond_parts = parts + [CondPart(1, marks)] * bool(marks)
@@ -601,7 +604,11 @@ class DiffusionPolicy(nn.Module):
 
 
 def make_sequences(
-    config: PolicyConfig, shapes: Shapes, normalizer: Normalizer, autoencoder: Autoencoder | None
+    config: PolicyConfig,
+    shapes: Shapes,
+    normalizer: Normalizer,
+    autoencoder: Autoencoder | None,
+    inverse: InverseDynamics | None,
 ) -> Sequences:
     """What the network predicts. Raises ValueError where `Sequences` and `make_frame` do, and for steps that are not
     predicted and would be held."""
@@ -618,6 +625,7 @@ def make_sequences(
         make_frame(config, shapes),
         Inpainting(config.inpaint_start, config.inpaint_goal),
         autoencoder,
+        inverse,
         limit=1.0 if config.normalization == "limits" else math.inf,
     )
 
@@ -694,6 +702,20 @@ def _require_alone(config: PolicyConfig) -> None:
             raise ValueError(f"inpaint-start and inpaint-goal are without {name}; got {value}")
     if config.max_delay and len(config.target) > 1:
         raise ValueError(f"max-delay is of a policy that predicts actions alone; got {config.max_delay}")
+
+
+def make_inverse(config: PolicyConfig, shapes: Shapes, normalizer: Normalizer) -> InverseDynamics | None:
+    """The inverse dynamics of what is predicted, None for none. Raises ValueError where that is not states and the
+    action, and for an autoencoder, which has its own way to say actions."""
+    if not config.inverse_dynamics:
+        return None
+    if "action" not in shapes.target or len(shapes.target) < 2 or config.latent.latent_channels:
+        raise ValueError(
+            "inverse-dynamics needs an observation and the action in --target, as in --target position action, and no "
+            f"latent space; got {', '.join(shapes.target) or 'the action alone'}"
+        )
+    acts = normalizer.places(TARGET, range(shapes.row[0])[shapes.executed])
+    return InverseDynamics(normalizer.shapes[TARGET][0] - len(acts), len(acts))
 
 
 def make_autoencoder(config: PolicyConfig, numbers: int) -> Autoencoder | None:

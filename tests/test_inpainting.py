@@ -135,6 +135,7 @@ def test_a_planner_learns_to_connect_what_is_held() -> None:
 
 def test_an_exported_graph_holds_them_too() -> None:
     asked = replace(PLANNER, condition_dropout=0.1, prediction="sample", observation_horizon=3, prediction_stride=2)
+    asked = replace(asked, inverse_dynamics=True)
     policy = make_policy(asked).eval()
     sampling = SampleConfig(sampling_steps=2, guidance=0.5)
     plan, _ = make_export(policy, sampling, Exporting(batch=2, samples=2, form="network"))
@@ -150,7 +151,14 @@ def test_a_planner_is_trained_resumed_and_exported_from_the_command_line(tmp_pat
     common = [*small.split(), "--steps", "4", "--checkpoint-every", "2", "--validation-share", "0", "--device", "cpu"]
     told = ["train", "--dataset", str(tmp_path / "walks.zarr"), *common, "--observation", "pose", "goal"]
     planner = "--target pose action --inpaint-start --inpaint-goal goal --angles pose:2 goal:2 --prediction-horizon 64"
-    planner = [*planner.split(), "--observation-horizon", "5", "--prediction-stride", "4"]  # longer than any episode
+    planner = [
+        *planner.split(),
+        "--observation-horizon",
+        "5",
+        "--prediction-stride",
+        "4",
+        "--inverse-dynamics",
+    ]  # longer than any episode
     assert main([*told, "--output", str(tmp_path / "plan"), *planner]) == 0
     policy = checkpoint.load(tmp_path / "plan").policy
     assert (policy.shapes.target, policy.shapes.angles["action"]) == ({"pose": 3, "action": 2}, (2,))

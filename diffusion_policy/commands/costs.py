@@ -12,7 +12,7 @@ import torch
 from diffusion_policy.basics.images import is_image
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.checkpoints.checkpoint import Checkpoint
-from diffusion_policy.config import ConfigError, CostConfig
+from diffusion_policy.config import OF_NOISE, OF_SEQUENCES, ConfigError, CostConfig
 from diffusion_policy.control.arm_costs import ArmBarriers, arm_clearance
 from diffusion_policy.control.costs import COSTS, GOAL, Barriers, Cost, Costs, Weighed, apart, clearance
 from diffusion_policy.control.preference import Preference
@@ -20,12 +20,6 @@ from diffusion_policy.envs import modules
 from diffusion_policy.envs.protocols import as_armed, as_obstructed
 from diffusion_policy.networks.sequences import TARGET
 from diffusion_policy.policy import Lead
-
-SAME_SEQUENCES = (
-    "observation_horizon", "prediction_horizon", "prediction_stride", "normalization", "target", "rotations",
-    "action_form", "action_reference", "schedule", "schedule_options", "noise_levels",
-)  # fmt: skip
-"""Options in which a classifier is like the policy that it leads."""
 
 
 def with_costs(loaded: Checkpoint, env: gymnasium.Env, config: CostConfig) -> Checkpoint:
@@ -90,7 +84,7 @@ def find_preference(loaded: Checkpoint, config: CostConfig, watched: Collection[
     classifier, led = found.policy, loaded.policy
     if classifier.config.objective != "classifying":
         raise ConfigError(f"--classifier needs a run of train-classifier; {config.classifier} is none")
-    for name in SAME_SEQUENCES:
+    for name in (*OF_SEQUENCES, *OF_NOISE):
         own, other = getattr(classifier.config, name), getattr(led.config, name)
         if own != other:
             raise ConfigError(f"a classifier has the {name.replace('_', '-')} of the policy, {other}; got {own}")

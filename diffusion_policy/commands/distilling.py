@@ -18,7 +18,7 @@ import torch
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.commands.options.train import Train
 from diffusion_policy.commands.terminal import console, progress_bar
-from diffusion_policy.config import ConfigError, GuardName
+from diffusion_policy.config import OF_NOISE, OF_SEQUENCES, ConfigError, GuardName
 from diffusion_policy.datasets.windows import Windows
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.training.losses import Loss, autoencoding_loss, classifying_loss, denoising_loss
@@ -78,16 +78,7 @@ def complete(options: Train, device: torch.device) -> tuple[Train, Teacher | Non
 def _require_like(policy: Any, teacher: Any) -> None:
     """Raise ConfigError where a student could not see, plan or be noised as its teacher is."""
     told = "condition_on_mode", "condition_on_instruction"
-    names = (
-        "observation_horizon",
-        "prediction_horizon",
-        "prediction_stride",
-        "normalization",
-        "rotations",
-        "action_form",
-        "action_reference",
-    )
-    for name in (*names, *told, "schedule", "noise_levels", "schedule_options"):
+    for name in (*OF_SEQUENCES, *told, *OF_NOISE):
         own, taught = getattr(policy, name), getattr(teacher, name)
         if own != taught:
             raise ConfigError(f"a student has the {name.replace('_', '-')} of its teacher, {taught}; got {own}")
@@ -109,9 +100,10 @@ def begin(policy: DiffusionPolicy, teacher: Teacher) -> None:
             raise ConfigError(f"the teacher {what} {other}; of this dataset the student {what} {own}")
     policy.normalizer.load_state_dict(taught.normalizer.state_dict())
     policy.label_rows.load_state_dict(taught.label_rows.state_dict())
-    for learner, source in ((policy.network, taught.network), (policy.encoders, taught.encoders)):
-        own = learner.state_dict()
-        for name, weights in source.state_dict().items():
+    for part in ("network", "encoders", "inverse"):
+        learner, source = getattr(policy, part), getattr(taught, part)
+        own = learner.state_dict() if learner else {}
+        for name, weights in source.state_dict().items() if source else ():
             if name in own and own[name].shape == weights.shape:
                 own[name].copy_(weights)
 

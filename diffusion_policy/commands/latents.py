@@ -12,7 +12,7 @@ import torch
 from diffusion_policy.checkpoints import checkpoint
 from diffusion_policy.checkpoints.checkpoint import Checkpoint
 from diffusion_policy.commands.options.train import Train
-from diffusion_policy.config import ConfigError
+from diffusion_policy.config import OF_SEQUENCES, ConfigError
 from diffusion_policy.datasets.streaming import StreamedWindows
 from diffusion_policy.datasets.windows import Windows
 from diffusion_policy.networks.sequences import TARGET
@@ -22,16 +22,6 @@ FITTED = 4096
 """Windows whose latents are standardized."""
 USUAL_CHANNELS = 8
 """Of a latent step, where train-latent is not told another number."""
-SHARED = (
-    "observation_horizon",
-    "prediction_horizon",
-    "normalization",
-    "target",
-    "rotations",
-    "action_form",
-    "action_reference",
-)
-"""Options of the policy that decide what the autoencoder is given."""
 
 
 def complete(options: Train) -> Train:
@@ -53,7 +43,7 @@ def complete(options: Train) -> Train:
             )
         return options
     learned = load(named).policy.config
-    for name in SHARED:
+    for name in OF_SEQUENCES:
         if getattr(policy, name) != getattr(learned, name):
             raise ConfigError(
                 f"a policy has the {name.replace('_', '-')} of its autoencoder, {getattr(learned, name)}; got "

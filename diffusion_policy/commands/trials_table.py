@@ -22,7 +22,7 @@ LABELS = {name: METRICS[name].label for name in ("validation_loss", "success_rat
 """Of the numbers by which trials are compared."""
 OTHER_LOSS = {
     **dict.fromkeys(("observation_horizon", "prediction_horizon", "prediction_stride"), "other steps are predicted"),
-    **dict.fromkeys(("target", "inpaint_start", "inpaint_goal"), "other numbers are predicted"),
+    **dict.fromkeys(("target", "inverse_dynamics", "inpaint_start", "inpaint_goal"), "other numbers are predicted"),
     **dict.fromkeys(("schedule", "schedule_options", "noise_levels"), "other noise is taken away"),
     **dict.fromkeys(("prediction", "snr_gamma", "learn_variance", "max_delay"), "the loss itself is another"),
     **dict.fromkeys(("objective", "student", "student_steps", "mixture_components"), "the loss itself is another"),

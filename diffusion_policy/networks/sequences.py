@@ -2,9 +2,9 @@
 
     raw rows (B, T, columns) → as actions are said → normalized → every s-th step, or a latent space → (B, T / s, D)
 
-and back. The timeline of T steps is that of `policy`; a predicted sequence is shorter where a step of it stands for
-several: the steps between are interpolated (as plans of Diffuser's successors skip steps: Lu et al. 2025, arXiv
-2503.00535), or an autoencoder says them. Knows tensors.
+and back. The timeline of T steps is that of `policy`. With inverse dynamics the states alone are predicted, and the
+actions follow from them. A predicted sequence is shorter where a step of it stands for several: the steps between are
+interpolated (Diffusion Veteran's jumps: Lu et al. 2025, arXiv 2503.00535), or an autoencoder says them. Knows tensors.
 """
 
 import math
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusion_policy.networks.autoencoder import Autoencoder
+from diffusion_policy.networks.inverse_dynamics import InverseDynamics
 from diffusion_policy.networks.representation import ActionFrame
 
 TARGET = "action"
@@ -109,14 +110,19 @@ class Sequences(nn.Module):
         frame: ActionFrame,
         inpainting: Inpainting = Inpainting(),  # noqa: B008  (never changed)
         autoencoder: Autoencoder | None = None,
+        inverse: InverseDynamics | None = None,
         limit: float = math.inf,
     ) -> None:
-        """`limit`: how large the normalized numbers become at most that an autoencoder says. Raises ValueError for
-        inpainting that does not fit what is predicted and observed."""
+        """`limit`: how large the normalized numbers become at most that an autoencoder or inverse dynamics say. Raises
+        ValueError for inpainting that does not fit what is predicted and observed."""
         super().__init__()
         self.horizons, self.shapes, self.frame = horizons, shapes, frame
         self._inpainting, self._limit = inpainting, limit
-        self._parts = numbers, autoencoder  # in a tuple, where torch looks for no weights
+        self._parts = numbers, autoencoder, inverse  # in a tuple, where torch looks for no weights
+        acts = [] if inverse is None else numbers.places(TARGET, range(shapes.row[0])[shapes.executed])
+        states = [place for place in range(numbers.shapes[TARGET][0]) if place not in acts]
+        self._states, self._acts = states, acts
+        self._order = [[*states, *acts].index(place) for place in range(len(states) + len(acts))]
         self._seen = [key for key in shapes.target if key != "action"]
         self.register_buffer("held", self._find_held(), persistent=False)
         self.register_buffer("between", interpolation(horizons.predicted, horizons.stride), persistent=False)
@@ -132,21 +138,37 @@ class Sequences(nn.Module):
         return self._parts[1]
 
     @property
+    def inverse(self) -> InverseDynamics | None:
+        """The actions of states, where diffusion is over these alone."""
+        return self._parts[2]
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of one sequence as the network sees it, (T / stride, D); of a latent one (T / its stride, channels)."""
         steps, latent = self.between.shape[1], self.autoencoder
-        return (steps, *self.numbers.shapes[TARGET]) if latent is None else (steps // latent.stride, latent.channels)
+        return (steps, len(self._states)) if latent is None else (steps // latent.stride, latent.channels)
 
     def normalize(self, raw: Tensor, observations: Mapping[str, Tensor], first: int = 0) -> Tensor:
         """Raw rows of the steps from `first` on, (B, steps, columns), under raw observations {key: (B, To, ...)} → as
         the network learns them, (B, steps / stride, D)."""
-        rows = self.normalize_steps(raw, observations, first)
-        return self.keep(rows) if self.autoencoder is None else self.autoencoder.encode(rows)
+        return self.shorten(self.normalize_steps(raw, observations, first))
 
     def normalize_steps(self, raw: Tensor, observations: Mapping[str, Tensor], first: int = 0) -> Tensor:
         """The same of all steps and in no latent space, (B, steps, D)."""
         raw = raw.to(self.between.device, self.numbers.precision)
         return self.numbers.normalize(TARGET, self.frame.express(raw, observations, first))
+
+    def shorten(self, rows: Tensor) -> Tensor:
+        """Normalized rows of all steps (B, steps, numbers) → what the network learns of them, (B, steps / stride,
+        D)."""
+        if self.autoencoder is not None:
+            return self.autoencoder.encode(rows)
+        return self.keep(rows[..., self._states] if self._acts else rows)
+
+    def inverse_errors(self, rows: Tensor) -> Tensor | None:
+        """Errors of the actions that follow from the states of normalized rows (B, steps, numbers), (B, steps, A); None
+        without inverse dynamics."""
+        return None if self.inverse is None else self.inverse(rows[..., self._states]) - rows[..., self._acts]
 
     def keep(self, steps: Tensor) -> Tensor:
         """Of something of each step, (B, T, ...), that of the steps that are predicted."""
@@ -156,11 +178,15 @@ class Sequences(nn.Module):
         """Sequences (B N, T / stride, D) under raw observations {key: (B, To, ...)} → raw rows of all that is
         predicted, (B N, T, columns)."""
         if self.autoencoder is not None:
-            x0 = self.autoencoder.decode(x0)
-            x0 = x0.clamp(-self._limit, self._limit) if math.isfinite(self._limit) else x0
+            x0 = self._bound(self.autoencoder.decode(x0))
         elif self.horizons.stride > 1:
             x0 = self.between.to(x0) @ x0
+        if self.inverse is not None:
+            x0 = torch.cat([x0, self._bound(self.inverse(x0))], dim=-1)[..., self._order]
         return self.frame.restore(self.numbers.unnormalize(TARGET, x0), observations)
+
+    def _bound(self, numbers: Tensor) -> Tensor:
+        return numbers.clamp(-self._limit, self._limit) if math.isfinite(self._limit) else numbers
 
     def unnormalize(self, x0: Tensor, number: int, observations: Mapping[str, Tensor]) -> Tensor:
         """Sequences (B N, T / stride, D) under raw observations {key: (B, To, ...)} → raw actions (B, N, T, A)."""
@@ -212,7 +238,7 @@ class Sequences(nn.Module):
         if self._inpainting.goal is not None:
             goal = observations[self._inpainting.goal][:, -1:].flatten(2).to(raw)
             raw[:, -horizons.stride :, shapes.place_of(self._seen[0])] = goal
-        return self.keep(self.numbers.normalize(TARGET, raw)).repeat_interleave(number, 0)
+        return self.shorten(self.numbers.normalize(TARGET, raw)).repeat_interleave(number, 0)
 
     def _find_held(self) -> Tensor | None:
         start, goal = self._inpainting
@@ -237,7 +263,7 @@ class Sequences(nn.Module):
                     f"inpaint-goal must be an observation of {len(columns[first])} numbers, as {first} has; got {goal}"
                 )
             mask[:, -horizons.stride :, self.numbers.places(TARGET, columns[first])] = True
-        return self.keep(mask)[0]
+        return self.shorten(mask)[0]
 
 
 def interpolation(steps: int, stride: int) -> Tensor:

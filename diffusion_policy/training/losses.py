@@ -17,7 +17,7 @@ from torch.nn import functional
 from diffusion_policy.basics.streams import derive_entropy
 from diffusion_policy.datasets.windows import Batch, send
 from diffusion_policy.diffusion.objectives import Classifying
-from diffusion_policy.diffusion.process import Noising
+from diffusion_policy.diffusion.process import Noising, mean_square
 from diffusion_policy.policy import DiffusionPolicy
 
 
@@ -71,8 +71,8 @@ def draw(
 
 def denoising_loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Tensor:
     """Squared error of the prediction at random levels, (B,); see `Diffusion.loss`. What is observed is encoded once,
-    however often a window is noised. Raises ValueError where a policy that is conditioned on modes or instructions gets
-    none."""
+    however often a window is noised. Inverse dynamics add the squared error of their actions. Raises ValueError where a
+    policy that is conditioned on modes or instructions gets none."""
     if policy.labels and batch.labels is None:
         what = "condition-on-mode is trained with the modes"
         if policy.instructions:
@@ -80,7 +80,8 @@ def denoising_loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Tenso
         raise ValueError(f"a policy with {what} of its windows; got none")
     draws = draws.to(policy.device)
     encoded = policy.encode(batch.observations, batch.labels, draws.augmentation)
-    normalized = policy.sequences.normalize(batch.actions, batch.observations)
+    rows = policy.sequences.normalize_steps(batch.actions, batch.observations)
+    normalized = policy.sequences.shorten(rows)
     cond, x0 = (part.repeat_interleave(draws.repeats, dim=0) for part in (encoded, normalized))
     if policy.config.condition_dropout:
         cond = torch.where(draws.dropped[:, None], policy.unconditional(cond), cond)
@@ -89,7 +90,10 @@ def denoising_loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Tenso
         counted = policy.sequences.keep(batch.demonstrated[..., None]).repeat_interleave(draws.repeats, dim=0)
     noising = draws.noising._replace(counted=counted, held=policy.sequences.held)
     losses = policy.diffusion.loss(policy.network, x0, cond, noising)
-    return losses.unflatten(0, (-1, draws.repeats)).mean(dim=1)
+    losses = losses.unflatten(0, (-1, draws.repeats)).mean(dim=1)
+    errors = policy.sequences.inverse_errors(rows)
+    demonstrated = None if batch.demonstrated is None else batch.demonstrated[..., None]
+    return losses if errors is None else losses + mean_square(errors, demonstrated)
 
 
 def autoencoding_loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Tensor:

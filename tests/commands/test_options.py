@@ -210,7 +210,7 @@ def label(observations):
 NOT_HERE = {
     "gpus",
     "rotations",
-    "target", "prediction_stride", "inpaint_start", "inpaint_goal",
+    "target", "prediction_stride", "inverse_dynamics", "inpaint_start", "inpaint_goal",
     "plan_samples",
     "teacher_weights",
     "vision_weights",

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_policy.config import ConfigError, PolicyConfig, with_options
+from diffusion_policy.config import ConfigError, PolicyConfig, TrainConfig, with_options
 from diffusion_policy.datasets.statistics import measure
-from diffusion_policy.datasets.windows import Batch
+from diffusion_policy.datasets.windows import Batch, Windows
 from diffusion_policy.networks.sequences import interpolation
 from diffusion_policy.policy import DiffusionPolicy
 from diffusion_policy.training.losses import denoising_loss, draw
+from diffusion_policy.training.trainer import Trainer
 
 STEPS = np.arange(64)
 DATA = {
@@ -125,3 +126,50 @@ def test_a_transformer_takes_any_number_of_predicted_steps():
     asked = {"network": "transformer", "width": 32, "layers": 1, "heads": 2, "level_dim": 32, "noise_levels": 20}
     asked |= {"observation_horizon": 1, "prediction_horizon": 33, "prediction_stride": 3}
     assert make_policy(with_options(PolicyConfig(), **asked)).sequences.shape == (11, 2)
+
+
+INVERSE = with_options(CONFIG, target=("action", "place"), inverse_dynamics=True)
+
+
+def test_states_alone_are_denoised_and_actions_follow_from_them(batch: Batch):
+    policy = make_policy(INVERSE)
+    swapped = batch._replace(actions=batch.actions[..., [2, 3, 0, 1]])  # as the target says: action, place
+    assert policy.sequences.shape == (8, 2)
+    x0 = policy.sequences.normalize(swapped.actions, swapped.observations)
+    with torch.no_grad():
+        rows = policy.sequences.rows_of(x0.double(), swapped.observations)
+    np.testing.assert_allclose(rows[:, ::4, 2:], swapped.actions[:, ::4, 2:], atol=1e-6)
+    assert policy.sequences.inverse is not None
+    said = policy.sequences.inverse(policy.sequences.between.float() @ x0).clamp(-1, 1)
+    columns = policy.normalizer.normalize("action", rows)[..., :2]
+    np.testing.assert_allclose(columns, said.detach(), atol=1e-5)
+    assert policy.sample(batch.observations, [np.random.default_rng(i) for i in range(3)], 2).shape == (3, 2, 32, 2)
+    held = policy.hold(batch.observations)
+    assert held is not None
+    assert held.mask.sum() == 4
+
+
+def test_the_actions_of_states_are_learned_beside_them():
+    config = with_options(INVERSE, prediction_horizon=16, prediction_stride=1, inpaint_goal=None, inpaint_start=False)
+    torch.manual_seed(0)
+    policy = make_policy(config)
+    rows = np.concatenate([DATA["action"], DATA["place"]], axis=1)
+    windows = Windows({"place": DATA["place"], "goal": DATA["goal"], "action": rows}, [64], [0], 1, 16)
+    training = TrainConfig(steps=150, batch_size=32, learning_rate=3e-3, ema_max_decay=0.95, warmup_steps=5)
+    trainer = Trainer.for_policy(policy, windows, None, training)
+    trainer.run(lambda _: None)
+    learned = trainer.ema
+    batch = windows.gather(torch.arange(5, 30))
+    back = learned.sequences.unnormalize(
+        learned.sequences.normalize(batch.actions, batch.observations), 1, batch.observations
+    )
+    away = (back[:, 0] - batch.actions[..., :2]).norm(dim=-1)[:, :-1]  # the last state says no next one
+    assert away.mean() < 0.15  # of actions that span 6
+    assert policy.inverse is not None
+
+
+def test_inverse_dynamics_need_states_and_an_action():
+    for target in ((), ("place",), ("action",)):
+        config = with_options(INVERSE, target=target, inpaint_start=False, inpaint_goal=None)
+        with pytest.raises(ValueError, match="inverse-dynamics needs an observation and the action in --target"):
+            make_policy(config)
