@@ -856,6 +856,14 @@ def parse_columns(text: str) -> tuple[str, tuple[int, ...]]:
     return found[1], tuple(map(int, (found[2] or "").split(","))) if found[2] else ()
 
 
+def parse_source(text: str) -> tuple[str, tuple[str, tuple[int, ...]]]:
+    """A key and the columns that it is made of, as goal=state:2,3,4. Raises ConfigError where none are told."""
+    name, equals, source = text.partition("=")
+    if not (name and equals and source):
+        raise ConfigError(f"a goal and where it comes from is told as goal=state or goal=state:2,3,4; got {text!r}")
+    return name, parse_columns(source)
+
+
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raise ConfigError, listing what there is, when `value` is none of the choices."""
     if value not in choices:

@@ -127,8 +127,11 @@ def test_hindsight_is_written_as_goal_and_source() -> None:
     assert parse_hindsight((), 0.5, keys) is None
     assert parse_hindsight(("goal=agent",), 0.5, keys) == Hindsight({"goal": ("agent", ())}, 0.5)
     assert parse_hindsight(("goal=state:0,2",), 1.0, keys) == Hindsight({"goal": ("state", (0, 2))}, 1.0)
-    for text in ("goal", "goal=x", "x=state", "goal=state:a"):
-        with pytest.raises(
-            ConfigError, match="--hindsight must name a goal and where it comes from, of the keys state"
-        ):
+    for text, why in (
+        ("goal", "a goal and where it comes from is told as goal=state or goal=state:2,3,4; got 'goal'"),
+        ("goal=x", "--hindsight must name a goal and where it comes from, of the keys state"),
+        ("x=state", "--hindsight must name a goal and where it comes from, of the keys state"),
+        ("goal=state:a", "columns are told as key:0,1; got 'state:a'"),
+    ):
+        with pytest.raises(ConfigError, match=why):
             parse_hindsight((text,), 0.5, keys)

@@ -6,7 +6,6 @@ Knows datasets, policies and environments. Trains nothing and writes nothing.
 
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -25,7 +24,7 @@ from diffusion_policy.commands.options.train import Train
 from diffusion_policy.commands.policy_in_env import join_environment
 from diffusion_policy.commands.stores import Keys, choose_angles, choose_keys
 from diffusion_policy.commands.terminal import console
-from diffusion_policy.config import ConfigError, SampleConfig, decode
+from diffusion_policy.config import ConfigError, SampleConfig, decode, parse_source
 from diffusion_policy.control.controller import Controller
 from diffusion_policy.control.policy_planner import PolicyPlanner
 from diffusion_policy.datasets.store import EpisodeStore
@@ -194,13 +193,13 @@ def parse_hindsight(texts: Sequence[str], share: float, keys: Collection[str]) -
     for others."""
     sources: dict[str, tuple[str, tuple[int, ...]]] = {}
     for text in texts:
-        found = re.fullmatch(r"([^=]+)=(.+?)(?::(\d+(?:,\d+)*))?", text)
-        if found is None or found[1] not in keys or found[2] not in keys:
+        goal, (source, columns) = parse_source(text)
+        if goal not in keys or source not in keys:
             raise ConfigError(
                 f"--hindsight must name a goal and where it comes from, of the keys {', '.join(keys)}, as in "
                 f"goal=state or goal=state:2,3,4; got {text!r}"
             )
-        sources[found[1]] = found[2], tuple(int(column) for column in (found[3] or "").split(",") if column)
+        sources[goal] = source, columns
     return Hindsight(sources, share) if sources else None
 
 

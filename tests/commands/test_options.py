@@ -53,6 +53,7 @@ dataset render car.zarr --output ci.zarr --key picture --size 8 --success none -
 dataset split a.zarr --output b.zarr c.zarr --share 0.5 --seed 1
 dataset merge b.zarr c.zarr --output d.zarr
 dataset repair d.zarr
+dataset goals a.zarr --output aimed.zarr --goal end=desired_xy
 dataset instruct a.zarr --output told.zarr --instruction 'left=go left' --instruction 'go right' \
     --instruction-encoder {{module}}:measure
 dataset convert d.zarr d.archive --output-format npz --observation desired_xy --action action --angles desired_xy:0

@@ -8,7 +8,7 @@ import tyro
 
 from diffusion_policy.commands.options.acting import parse_env_kwargs, require_video
 from diffusion_policy.commands.options.command import Command
-from diffusion_policy.config import ConfigError, Group, SuccessAndModes, require_at_least, require_seed
+from diffusion_policy.config import ConfigError, Group, SuccessAndModes, parse_source, require_at_least, require_seed
 from diffusion_policy.evaluation.engines import available_cores
 
 FormatName = Literal["zarr", "robomimic", "lerobot", "minari", "npz", "aloha", "maniskill", "d4rl", "lerobot-video"]
@@ -91,6 +91,26 @@ class Instruct(Command):
             raise ConfigError(
                 "dataset instruct needs an --instruction, or an --instruction-encoder for those there are"
             )
+
+
+@dataclass(frozen=True)
+class AddGoals(Command):
+    """Give each episode of a dataset the goal that it came to, in a copy: a new observation, the same at all its steps.
+    A policy that is trained with --goal, and with --hindsight, then comes to goals of your choice."""
+
+    program: ClassVar[str] = "diffusion_policy.commands.dataset.goals"
+
+    store: Store
+    """Dataset to copy, of any format that convert reads."""
+    output: Path
+    """Store to create."""
+    goal: tuple[str, ...]
+    """Each goal, and the observation or the columns of one that it is of at the end of an episode, as goal=state or
+    goal=state:2,3,4."""
+
+    def __post_init__(self) -> None:
+        for text in self.goal:
+            parse_source(text)
 
 
 @dataclass(frozen=True)
@@ -235,6 +255,7 @@ OF_DATASETS: dict[str, type[Command]] = {
     "validate": Validate,
     "convert": Convert,
     "instruct": Instruct,
+    "goals": AddGoals,
     "merge": Merge,
     "split": Split,
     "repair": Repair,
