@@ -82,7 +82,7 @@ def test_its_slope_is_that_of_finite_differences() -> None:
 def learn(policy: DiffusionPolicy, **options) -> DiffusionPolicy:
     labels = LABELS if policy.labels else None
     windows = Windows(DATA, ENDS, range(EPISODES), 1, 8, labels=labels)
-    config = TrainConfig(steps=250, batch_size=64, learning_rate=3e-3, warmup_steps=20, ema_max_decay=0.98)
+    config = TrainConfig(steps=120, batch_size=32, learning_rate=5e-3, warmup_steps=10, ema_max_decay=0.95)
     trainer = Trainer.for_policy(policy, windows, None, config, **options)
     trainer.run(lambda _: None)
     return trainer.ema.eval()

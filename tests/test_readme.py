@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,6 +98,11 @@ LEFT = {"benchmark": "runs/speed", "export": "runs/robot"}
 """What commands of some seconds leave in the README; in miniature those of another page leave the same."""
 MY_ENCODER = "def embed(text): return [text.count(letter) for letter in 'abcdefghijklmnopqrstuvwxyz']"
 MY_ROBOT = "from diffusion_policy.envs.simulated_robot import SimulatedRobot as Robot"
+OF_OTHERS = {
+    "pusht_cchi_v7_replay.zarr": {"state": (5,), "keypoint": (9, 2), "action": (2,)},
+    "runs/merging.zarr": {"position": (8,), "velocity": (8,), "action": (1,)},
+}
+"""Datasets that a page's own commands do not make, with what they observe."""
 SERVED_AT = 20_000 + os.getpid() % 10_000
 """A port of this process's own."""
 FEW = {
@@ -122,8 +127,9 @@ def run_page(page: str, folder: Path, *, only_long: bool = False) -> None:
         patch.setattr(study_policies, "resolve_backend", lambda *_: "eager")  # or it would make a graph for each
         Path("my_robot.py").write_text(MY_ROBOT)
         Path("language.py").write_text(MY_ENCODER)
-        if "pusht_cchi_v7_replay.zarr --output" in PAGES[page]:
-            make_replay(Path("pusht_cchi_v7_replay.zarr"))
+        for path, shapes in OF_OTHERS.items():
+            if f"{path} --output" in PAGES[page]:
+                make_store(Path(path), shapes)
         for block in blocks(page):
             if block.language == "python" and not only_long:
                 exec(in_miniature(block.text), {"observation": observation()})
@@ -132,12 +138,12 @@ def run_page(page: str, folder: Path, *, only_long: bool = False) -> None:
                     run_command(command)
 
 
-def make_replay(path: Path) -> None:
-    """A store as the published one of Push-T."""
-    group, rows = zarr.open_group(path, mode="w"), np.random.default_rng(0).uniform(0, 3, (60, 23)).astype(np.float32)
-    for key, part in (("state", rows[:, :5]), ("keypoint", rows[:, :18].reshape(-1, 9, 2)), ("action", rows[:, :2])):
-        group.create_array(f"data/{key}", data=part)
-    group.create_array("meta/episode_ends", data=np.array([30, 60]))
+def make_store(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """A store of a few random episodes."""
+    group, rng = zarr.open_group(path, mode="w"), np.random.default_rng(0)
+    for key, shape in shapes.items():
+        group.create_array(f"data/{key}", data=rng.uniform(0, 3, (120, *shape)).astype(np.float32))
+    group.create_array("meta/episode_ends", data=np.array([40, 80, 120]))
 
 
 def is_long(command: str) -> bool:

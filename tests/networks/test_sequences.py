@@ -155,7 +155,7 @@ def test_the_actions_of_states_are_learned_beside_them():
     policy = make_policy(config)
     rows = np.concatenate([DATA["action"], DATA["place"]], axis=1)
     windows = Windows({"place": DATA["place"], "goal": DATA["goal"], "action": rows}, [64], [0], 1, 16)
-    training = TrainConfig(steps=150, batch_size=32, learning_rate=3e-3, ema_max_decay=0.95, warmup_steps=5)
+    training = TrainConfig(steps=80, batch_size=32, learning_rate=3e-3, ema_max_decay=0.95, warmup_steps=5)
     trainer = Trainer.for_policy(policy, windows, None, training)
     trainer.run(lambda _: None)
     learned = trainer.ema
