@@ -34,6 +34,7 @@ from diffusion_policy.evaluation.intervals import Metric, clustered_mean, wilson
 from diffusion_policy.evaluation.metrics import success_rate
 from diffusion_policy.report.evaluation_figures import to_png
 from diffusion_policy.report.plan_figures import Judged, draw_plans
+from diffusion_policy.report.plans_page import write_plans_page
 from diffusion_policy.report.video import write_video
 
 CHOSEN_OF = 16
@@ -99,9 +100,13 @@ def run(options: Study, loaded: PolicyInEnv) -> dict[str, Any]:
     print_table(cells)
     scene = as_drawable(loaded.env)
     assert scene is not None
-    picture = options.output / "plans.png"
-    Remarks().attempt("no film", lambda: film(options, loaded, judging, options.output / "denoising.mp4"), None)
-    show(options, "picture", picture, lambda path: write_whole(path, to_png(draw_plans(scene.scene, drawn), 120)))
+    picture, filmed = draw_plans(scene.scene, drawn), options.output / "denoising.mp4"
+    remarks = Remarks()
+    remarks.attempt("no picture", lambda: write_whole(options.output / "plans.png", to_png(picture, 120)), None)
+    remarks.attempt("no film", lambda: film(options, loaded, judging, filmed), None)
+    shown = filmed.read_bytes() if filmed.exists() else None
+    page = options.output / "plans.html"
+    show(options, "page", page, lambda path: write_plans_page(path, results, FIGURES, picture, shown))
     return results
 
 

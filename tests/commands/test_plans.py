@@ -72,6 +72,10 @@ def test_plans_are_judged_led_and_chosen(planner: Path, tmp_path: Path) -> None:
         assert cell["milliseconds"] > 0
     assert results["costs"]["cost"] == ["clearance=1", "smoothness=0.1"]
     assert (output / "plans.png").stat().st_size > 10_000
+    page = (output / "plans.html").read_text()
+    assert page.count("data:video/mp4;base64,") == page.count("data:image/png;base64,") == 1
+    for told in (*FIGURES.values(), *results["plans"]):
+        assert told in page
     frames = imageio.mimread(output / "denoising.mp4", memtest=False)
     assert len(frames) == 3 + 8  # two denoising steps, and what comes out
     assert (frames[0] != frames[2]).mean() > 0.01
