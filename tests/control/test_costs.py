@@ -2,12 +2,16 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from diffusion_policy.commands.costs import find_cost, with_costs
+from diffusion_policy.commands.options.evaluate import Evaluate
+from diffusion_policy.commands.options.remote import RemoteOptions
+from diffusion_policy.commands.options.rollout import Rollout
 from diffusion_policy.config import ConfigError, CostConfig, PolicyConfig, SampleConfig, with_options
 from diffusion_policy.control import costs
 from diffusion_policy.control.costs import (
@@ -197,3 +201,13 @@ def test_what_names_no_cost_is_refused() -> None:
     ):
         make_planner(led, SampleConfig(), "onnx")
     assert with_costs  # what evaluate does with them is in tests/commands
+
+
+@pytest.mark.parametrize(("kind", "outputs"), [(Evaluate, {"output": Path("runs/x")}), (Rollout, {})])
+def test_a_server_that_plans_knows_no_costs(kind: type, outputs: dict) -> None:
+    served = RemoteOptions("ws://somewhere:8000")
+    for asked in (CostConfig(("length=1",)), CostConfig(classifier="runs/c", classifier_mode="left")):
+        with pytest.raises(
+            ConfigError, match="lead samples that are drawn here, not by a --server; got (length=1|runs/c)"
+        ):
+            kind(Path("runs/p"), **outputs, remote=served, costs=asked)

@@ -68,6 +68,7 @@ class Evaluate(ActingCommand):
     def __post_init__(self) -> None:
         anchor(self)
         self.remote.refuse(self, "backend")
+        self.remote.refuse_costs(self.costs)
         require_at_least(self, 1, ("episodes", "workers", "parallel", "repeats"))
         require_at_least(self, 0, ("videos",))
         if self.videos > MOST_VIDEOS:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from diffusion_policy.config import ConfigError
+from diffusion_policy.config import ConfigError, CostConfig
 
 
 @dataclass(frozen=True)
@@ -34,3 +34,11 @@ class RemoteOptions:
             value = getattr(command, option.name)
             if self.server is not None and option.name in names and value != option.default:
                 raise ConfigError(f"--{option.name} is an option of serve where --server plans; got {value}")
+
+    def refuse_costs(self, costs: CostConfig) -> None:
+        """Raise ConfigError for costs, or a classifier, where a server plans, which knows none."""
+        if self.server is not None and costs.leads:
+            given = " ".join([*costs.cost, *filter(None, [costs.classifier])])
+            raise ConfigError(
+                f"costs and a classifier lead samples that are drawn here, not by a --server; got {given}"
+            )

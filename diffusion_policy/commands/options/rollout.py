@@ -57,6 +57,7 @@ class Rollout(ActingCommand):
     def __post_init__(self) -> None:
         anchor(self)
         self.remote.refuse(self, "backend")
+        self.remote.refuse_costs(self.costs)
         require_at_least(self, 1, ("episodes", "workers"))
         if self.keep_images and self.record is None:
             raise ConfigError("--keep-images is for --record; without it no image is stored")
