@@ -142,7 +142,7 @@ def make_store(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """A store of a few random episodes."""
     group, rng = zarr.open_group(path, mode="w"), np.random.default_rng(0)
     for key, shape in shapes.items():
-        group.create_array(f"data/{key}", data=rng.uniform(0, 3, (120, *shape)).astype(np.float32))
+        group.create_array(f"data/{key}", data=rng.uniform(100, 300, (120, *shape)).astype(np.float32))
     group.create_array("meta/episode_ends", data=np.array([40, 80, 120]))
 
 
