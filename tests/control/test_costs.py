@@ -208,6 +208,6 @@ def test_a_server_that_plans_knows_no_costs(kind: type, outputs: dict) -> None:
     served = RemoteOptions("ws://somewhere:8000")
     for asked in (CostConfig(("length=1",)), CostConfig(classifier="runs/c", classifier_mode="left")):
         with pytest.raises(
-            ConfigError, match="lead samples that are drawn here, not by a --server; got (length=1|runs/c)"
+            ConfigError, match=r"lead samples that are drawn here, not by a --server; got (length=1|runs/c)"
         ):
             kind(Path("runs/p"), **outputs, remote=served, costs=asked)
