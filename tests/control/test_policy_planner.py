@@ -79,7 +79,7 @@ def test_bf16_is_near_and_leaves_the_policy_as_it_was(policy: DiffusionPolicy) -
     plain, half = (planner.sample(observations, noise) for planner in planners)
     assert half.dtype == np.float64
     difference = np.abs(half - plain).max() / 2  # the range of an action is 4
-    assert 0 < difference < 0.05
+    assert 0 < difference < 0.1
     assert all(weight.dtype == torch.float32 for weight in policy.parameters())
     np.testing.assert_array_equal(planners[0].sample(observations, noise), plain)
 

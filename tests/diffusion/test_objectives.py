@@ -172,6 +172,7 @@ def test_other_numbers_of_steps_are_refused() -> None:
     assert usual == {
         "denoising": 16,
         "autoencoding": 16,
+        "classifying": 16,
         "regression": 1,
         "mip": 2,
         "mixture": 1,
