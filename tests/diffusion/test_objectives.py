@@ -85,7 +85,7 @@ def test_mip_gives_the_second_call_what_the_first_has_said() -> None:
 def test_a_mixture_has_torchs_likelihood_and_is_chosen_by_its_weights() -> None:
     components = 3
     diffusion, x0 = Mixture(cosine(K), components), randn(B, T, D)
-    output = randn(1, T, diffusion.count_outputs(D), seed=2)
+    output = randn(1, T, diffusion.count_outputs(D, 0), seed=2)
     network = Known(lambda xt, level, cond: output.expand(len(xt), -1, -1))
     means, logits = output[..., :-6].unflatten(-1, (components, D))[0].transpose(0, 1), output[0, :, -6:-3].mean(dim=0)
     deviations = LEAST_DEVIATION + torch.nn.functional.softplus(output[0, :, -3:].mean(dim=0))
