@@ -11,7 +11,6 @@ import numpy as np
 
 from diffusion_policy.datasets.convert import read, write
 from diffusion_policy.datasets.demonstration import Demonstration
-from diffusion_policy.datasets.formats.format import Source
 from diffusion_policy.datasets.storage import StoreError
 
 Goals = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -43,7 +42,7 @@ def add_goals(location: str | Path, target: Path, goals: Goals) -> Aimed:
     attributes = {**source.attributes, "observation_keys": sorted(keys)}
     made = source._replace(attributes=attributes, observation_keys=keys, episodes=episodes())
     count = write(made, Path(target), "zarr")
-    return Aimed(count, _remarks(source))
+    return Aimed(count, source.told)
 
 
 def _aim(episode: Demonstration, goals: Goals) -> Demonstration:
@@ -57,7 +56,3 @@ def _aim(episode: Demonstration, goals: Goals) -> Demonstration:
         data[goal] = np.repeat(reached[None], len(episode.data[key]), axis=0)
         final[goal] = reached
     return episode._replace(data=data, final=final if episode.final else episode.final)
-
-
-def _remarks(source: Source) -> tuple[str, ...]:
-    return (*source.remarks, *(f"left out {name}: {why}" for name, why in source.left_out.items()))

@@ -59,9 +59,8 @@ def instruct(
             yield episode._replace(instruction=text, instruction_embedding=embedding)
 
     count = write(source._replace(attributes=attributes, episodes=episodes()), Path(target), "zarr")
-    remarks = [*source.remarks, *(f"left out {name}: {why}" for name, why in source.left_out.items())]
-    remarks += ["the embeddings of instructions are left out: they need an encoder"] if lost else []
-    return Instructed(count, told, known, tuple(remarks))
+    remarks = ("the embeddings of instructions are left out: they need an encoder",) if lost else ()
+    return Instructed(count, told, known, source.told + remarks)
 
 
 def encode(encoder: Encoder, texts: Sequence[str]) -> np.ndarray:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffusion_policy.basics.images import is_image
 from diffusion_policy.datasets.statistics import Statistics
-from diffusion_policy.networks.representation import SIX, from_six, to_six
+from diffusion_policy.networks.representation import SIX, from_six, take, to_six
 
 WITHOUT_FLOAT64 = ("mps",)
 """Devices that have no float64; raw numbers are computed in float32 there."""
@@ -177,9 +177,9 @@ class Normalizer(nn.Module):
         x = x.to(offset)
         if key in self._round:
             columns = self._round[key]
-            angles = _take(x, columns.angles)
-            turned = [to_six(_take(x, rotation)) for rotation in columns.rotations]
-            x = torch.cat([_take(x, columns.others), torch.cos(angles), torch.sin(angles), *turned], dim=-1)
+            angles = take(x, columns.angles)
+            turned = [to_six(take(x, rotation)) for rotation in columns.rotations]
+            x = torch.cat([take(x, columns.others), torch.cos(angles), torch.sin(angles), *turned], dim=-1)
         return ((x - offset) / scale.where(scale > 0, torch.inf)).float()
 
     def unnormalize(self, key: str, x: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ class Normalizer(nn.Module):
         others, cosines, sines, *sixes = x.split([len(columns.others), count, count, *[SIX] * turned], dim=-1)
         angles = torch.atan2(sines.float(), cosines.float()).to(x)  # in the network's precision, as runtimes have it
         rotations = [from_six(one, len(own)) for one, own in zip(sixes, columns.rotations, strict=True)]
-        return _take(torch.cat([others, angles, *rotations], dim=-1), columns.order)
+        return take(torch.cat([others, angles, *rotations], dim=-1), columns.order)
 
     def _numbers(self, key: str) -> tuple[Tensor, Tensor]:
         """Offset and scale."""
@@ -249,18 +249,6 @@ def _divide(
     others = tuple(column for column in range(shape[0]) if column not in taken)
     order = np.argsort([*others, *taken]).tolist()
     return _Columns(others, tuple(angles), tuple(map(tuple, rotations)), tuple(order))
-
-
-def _take(x: Tensor, columns: Sequence[int]) -> Tensor:
-    """These columns of (..., columns), cut out where they stand: a list of them would be sent to the device, which
-    waits for it, and is not allowed while a CUDA graph is captured."""
-    runs: list[list[int]] = []
-    for column in columns:
-        if runs and column == runs[-1][-1] + 1:
-            runs[-1].append(column)
-        else:
-            runs.append([column])
-    return torch.cat([x[..., run[0] : run[-1] + 1] for run in runs] or [x[..., :0]], dim=-1)
 
 
 def _buffer(key: str, what: str) -> str:

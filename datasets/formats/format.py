@@ -47,6 +47,11 @@ class Source(NamedTuple):
     without: Callable[[str, str], "Source"]
     """The same, from its beginning, without an array of the file that has been found useless, and why."""
 
+    @property
+    def told(self) -> tuple[str, ...]:
+        """Its remarks, and what is left out, once the episodes are read."""
+        return (*self.remarks, *(f"left out {name}: {why}" for name, why in self.left_out.items()))
+
 
 class Unusable(StoreError):
     """Rows of an array that no store can hold were found while they were read."""

@@ -89,10 +89,8 @@ def find_preference(loaded: Checkpoint, config: CostConfig, watched: Collection[
         if own != other:
             raise ConfigError(f"a classifier has the {name.replace('_', '-')} of the policy, {other}; got {own}")
     numbers = [one.normalizer.state_dict() for one in (classifier, led)]
-    columns = [{name: of[name] for name in of if name.startswith(f"{TARGET}_")} for of in numbers]
-    if {name: part.tolist() for name, part in columns[0].items()} != {
-        name: part.tolist() for name, part in columns[1].items()
-    }:
+    scales = [{name: of[name].tolist() for name in of if name.startswith(f"{TARGET}_")} for of in numbers]
+    if scales[0] != scales[1]:
         raise ConfigError(f"{config.classifier} normalizes other actions than the policy: train both on one dataset")
     lacking = [key for key in classifier.keys if key not in watched]
     if lacking:

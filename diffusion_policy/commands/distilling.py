@@ -21,17 +21,13 @@ from diffusion_policy.commands.terminal import console, progress_bar
 from diffusion_policy.config import OF_NOISE, OF_SEQUENCES, ConfigError, GuardName
 from diffusion_policy.datasets.windows import Windows
 from diffusion_policy.policy import DiffusionPolicy
-from diffusion_policy.training.losses import Loss, autoencoding_loss, classifying_loss, denoising_loss
+from diffusion_policy.training.losses import OWN_LOSSES, Loss, denoising_loss
 from diffusion_policy.training.students import LOSSES, Teacher, make_pairs, student_options
 from diffusion_policy.training.trainer import BatchesOfWindows, Progress
 from diffusion_policy.training.validation import VALIDATION_WINDOWS, Validation, make_validation, sample_shared
 
 LEAST_SPREAD = 0.9
 """Of a student's plans, as a share of the spread of its teacher's."""
-
-
-OWN_LOSSES: dict[str, Loss] = {"autoencoding": autoencoding_loss, "classifying": classifying_loss}
-"""Of objectives that are no diffusion."""
 
 
 class Lessons(NamedTuple):

@@ -78,10 +78,10 @@ def begin(policy: DiffusionPolicy, options: Train, windows: Windows | StreamedWi
             f"the autoencoder is of {taught.shapes.row} numbers a step; of this dataset {policy.shapes.row}"
         )
     policy.autoencoder.load_state_dict(taught.autoencoder.state_dict())
-    own, key = policy.normalizer.state_dict(), TARGET
+    own = policy.normalizer.state_dict()
     policy.normalizer.load_state_dict(
-        own | {name: numbers for name, numbers in taught.normalizer.state_dict().items() if name.startswith(f"{key}_")}
+        own
+        | {name: numbers for name, numbers in taught.normalizer.state_dict().items() if name.startswith(f"{TARGET}_")}
     )
     batch = next(windows.batches(min(FITTED, len(windows)), options.training.seed))
-    raw = batch.actions.to(policy.device, policy.normalizer.precision)
-    policy.autoencoder.fit(policy.normalizer.normalize(key, policy.sequences.frame.express(raw, batch.observations)))
+    policy.autoencoder.fit(policy.sequences.normalize_steps(batch.actions, batch.observations))

@@ -81,6 +81,18 @@ def from_six(numbers: Tensor, columns: int) -> Tensor:
     return from_quaternion(rows.gather(-2, longest)[..., 0, :], columns)
 
 
+def take(x: Tensor, columns: Sequence[int]) -> Tensor:
+    """These columns of (..., columns), cut out where they stand: a list of them would be sent to the device, which
+    waits for it, and is not allowed while a CUDA graph is captured."""
+    runs: list[list[int]] = []
+    for column in columns:
+        if runs and column == runs[-1][-1] + 1:
+            runs[-1].append(column)
+        else:
+            runs.append([column])
+    return torch.cat([x[..., run[0] : run[-1] + 1] for run in runs] or [x[..., :0]], dim=-1)
+
+
 class ActionFrame:
     """Raw actions ↔ the same as a network learns them. With n columns r of an observed key as the reference of the
     first n columns of the actions a_k at the window's steps k, where *now* is step p = To - 1:
@@ -144,8 +156,7 @@ class ActionFrame:
 
     def _seen(self, like: Tensor, observations: Mapping[str, Tensor]) -> Tensor:
         """The reference at the observed steps, (B, To, n)."""
-        rows = observations[self.key].to(like)
-        return torch.cat([rows[..., column : column + 1] for column in self.columns], dim=-1)
+        return take(observations[self.key].to(like), self.columns)
 
     def _combine(self, x: Tensor, base: Tensor, sign: int) -> Tensor:
         """x ± base, column by column, (..., n)."""

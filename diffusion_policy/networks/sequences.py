@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from diffusion_policy.networks.autoencoder import Autoencoder
 from diffusion_policy.networks.inverse_dynamics import InverseDynamics
-from diffusion_policy.networks.representation import ActionFrame
+from diffusion_policy.networks.representation import ActionFrame, take
 
 TARGET = "action"
 """Name of what is predicted, in windows, statistics and normalizer."""
@@ -163,12 +163,12 @@ class Sequences(nn.Module):
         D)."""
         if self.autoencoder is not None:
             return self.autoencoder.encode(rows)
-        return self.keep(rows[..., self._states] if self._acts else rows)
+        return self.keep(take(rows, self._states) if self._acts else rows)
 
     def inverse_errors(self, rows: Tensor) -> Tensor | None:
         """Errors of the actions that follow from the states of normalized rows (B, steps, numbers), (B, steps, A); None
         without inverse dynamics."""
-        return None if self.inverse is None else self.inverse(rows[..., self._states]) - rows[..., self._acts]
+        return None if self.inverse is None else self.inverse(take(rows, self._states)) - take(rows, self._acts)
 
     def keep(self, steps: Tensor) -> Tensor:
         """Of something of each step, (B, T, ...), that of the steps that are predicted."""
@@ -182,7 +182,7 @@ class Sequences(nn.Module):
         elif self.horizons.stride > 1:
             x0 = self.between.to(x0) @ x0
         if self.inverse is not None:
-            x0 = torch.cat([x0, self._bound(self.inverse(x0))], dim=-1)[..., self._order]
+            x0 = take(torch.cat([x0, self._bound(self.inverse(x0))], dim=-1), self._order)
         return self.frame.restore(self.numbers.unnormalize(TARGET, x0), observations)
 
     def _bound(self, numbers: Tensor) -> Tensor:
@@ -214,11 +214,14 @@ class Sequences(nn.Module):
         """Raw actions from *now* on, (B, steps, A), and a weight of each step, (B, steps) → the normalized sequences
         that they are in, (B N, T, D), and weights of all steps, (B N, T, 1); 0 before now. Raises ValueError for
         sequences that say more than the actions, or not each of them."""
-        what = ", ".join(self.shapes.target) if self.shapes.row != self.shapes.action else None
-        what = what or (self.autoencoder and "a latent space")
-        what = what or (self.horizons.stride > 1 and f"every {self.horizons.stride}th step")
-        if what:
-            raise ValueError(f"plans of {what} are joined by --chunking receding alone")
+        others = {
+            "a latent space": self.autoencoder is not None,
+            ", ".join(self.shapes.target): self.shapes.row != self.shapes.action,
+            f"every {self.horizons.stride}th step": self.horizons.stride > 1,
+        }
+        for what, is_so in others.items():
+            if is_so:
+                raise ValueError(f"plans of {what} are joined by --chunking receding alone")
         before = self.horizons.observed - 1
         sequence = self.normalize(actions, observations, before)
         sequence, weights = (functional.pad(one, (0, 0, before, 0)) for one in (sequence, weights[..., None]))

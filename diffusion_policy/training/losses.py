@@ -119,6 +119,10 @@ def classifying_loss(policy: DiffusionPolicy, batch: Batch, draws: Draws) -> Ten
     return losses.unflatten(0, (-1, draws.repeats)).mean(dim=1)
 
 
+OWN_LOSSES: dict[str, Loss] = {"autoencoding": autoencoding_loss, "classifying": classifying_loss}
+"""Of the objectives that sample nothing."""
+
+
 def derive_generator(tag: str, *numbers: int) -> torch.Generator:
     """A CPU generator of its own for each tag and sequence of numbers, such as ("planning", seed, repeat). All its
     state is filled, since `manual_seed` takes 32 bits of a seed, by which some of 100,000 streams would be the same."""
